@@ -38,10 +38,9 @@ def positive(text: str) -> int:
 
 
 def _whole_number(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not re.fullmatch("-?[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    value = int(text)
     if value < least:
         raise argparse.ArgumentTypeError(f"{value} is less than {least}")
     return value

@@ -212,8 +212,8 @@ def bar_counts(progress: Progress) -> tuple[str, int, int]:
 
 def _note(progress: Progress) -> str:
     """Documents, tokens per second, padding, time left and failures of a run in progress."""
-    if missing := progress.missing:
-        return f"waiting for {missing}"
+    if loading := progress.loading_text:
+        return f"waiting for {loading}"
     from afn_ray.reduce import losses
 
     if progress.num_documents:  # the bar already shows documents

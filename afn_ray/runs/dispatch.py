@@ -139,7 +139,7 @@ class Dispatcher:
         self._wait_limit = WaitLimit(tolerance.wait_s, pool.lack, clock, pool.num_loading)
         self._began: float | None = None  # when the first worker was ready
         self._num_documents = _num_documents(shards)
-        self._missing_workers = ""  # the notice of missing workers, while no worker is ready
+        self._capacity_notice = ""  # the notice of missing workers, while no worker is ready
         self._shard_s: list[float] = []  # model seconds of the shards committed since the report
         self.state = State(len(shards))
 
@@ -442,10 +442,10 @@ class Dispatcher:
         self._replace_hung()
         if len(self._running) > len(self._silent):
             self._wait_limit.reset()
-            self._missing_workers = ""
+            self._capacity_notice = ""
         elif (notice := self._wait_limit.check()) is not None:
             self.state.notices.append(notice)
-            self._missing_workers = notice
+            self._capacity_notice = notice
         self._report()
 
     def _report(self) -> None:
@@ -465,7 +465,7 @@ class Dispatcher:
             work=self._pool.counters(),
             seconds=0.0 if self._began is None else self._clock() - self._began,
             notices=tuple(state.notices),
-            missing_workers=self._missing_workers,
+            capacity_notice=self._capacity_notice,
             num_documents=self._num_documents,
         )
         self._shard_s.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import threading
 import time
@@ -64,7 +65,7 @@ class InlinePool:
         """Do nothing: the worker ends with the run."""
 
     def counters(self) -> Counters:
-        return self._processor.counters
+        return dataclasses.replace(self._processor.counters)
 
     def num_tokens(self, worker: int) -> int:
         return self._processor.counters.tokens

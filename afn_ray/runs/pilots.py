@@ -39,16 +39,21 @@ class Pilots:
         stored = self._read(task, key)
         if stored is None:
             self.on_event(events.Piloting("a pilot compares half precision with float32"))
-            stored = self._measure(task, precision.decide).to_json()
+            ours = decided = self._measure(task, precision.decide)
             if self.keep:  # what another first run has decided in the meantime counts
-                stored = calibrations.write_pilot(config.store, key, stored)
-            origin = ""
+                decided = precision.from_json(
+                    calibrations.write_pilot(config.store, key, ours.to_json())
+                )
+            text = precision.describe(decided)
+            if text != precision.describe(ours):
+                text += "; another run of this store decided it meanwhile"
         else:
-            origin = "; this store's first run decided it, and another --dtype wants another store"
-        decided = precision.from_json(
-            {name: value for name, value in stored.items() if name != "schema_version"}
-        )
-        self.on_event(events.PrecisionDecided(f"{precision.describe(decided)}{origin}"))
+            decided = precision.from_json(stored)
+            text = (
+                f"{precision.describe(decided)}; this store's first run decided it, and another "
+                "--dtype wants another store"
+            )
+        self.on_event(events.PrecisionDecided(text))
         if decided.against:
             self.on_event(events.Warned(f"{decided.dtype} is not safe here: {decided.against}"))
         if decided.device != task.device and not self.reduce_only:

@@ -66,9 +66,14 @@ class Precision:
 
 
 def from_json(value: dict[str, Any]) -> Precision:
-    """The inverse of ``Precision.to_json``. Raises ``StoreError`` for any other value."""
+    """The inverse of ``Precision.to_json``; a schema version beside it is left out.
+
+    Raises ``StoreError`` for any other value.
+    """
+    names = value.keys() - {"schema_version"}
     try:
-        return Precision(**{**value, "trials": tuple(Trial(**t) for t in value["trials"])})
+        trials = tuple(Trial(**trial) for trial in value["trials"])
+        return Precision(**{name: value[name] for name in names} | {"trials": trials})
     except (KeyError, TypeError) as error:
         raise StoreError(
             f"the store's record of its precision is damaged, or another version's: {error}"

@@ -69,7 +69,7 @@ class Progress:
     work: Counters = field(default_factory=Counters)  # of all workers, shards in flight included
     seconds: float = 0.0  # since the first worker was ready
     notices: tuple[str, ...] = ()  # messages for people, all so far
-    missing_workers: str = ""  # the notice of missing workers, while no worker is ready
+    capacity_notice: str = ""  # the notice of missing workers, while no worker is ready
     num_documents: int | None = None  # planned documents; None: unknown before the files are read
 
     @property
@@ -121,8 +121,8 @@ class Progress:
         return self.seconds / self.num_measured * (self.num_documents - self.num_measured)
 
     @property
-    def missing(self) -> str:
-        """What the run waits for until a worker has loaded the model; "" afterwards."""
-        if self.has_begun:
+    def loading_text(self) -> str:
+        """How many workers have loaded the model, while none has and nothing is committed."""
+        if self.num_ready > 0 or self.num_committed > 0:
             return ""
         return f"workers: 0 of {self.num_workers} have loaded the model"

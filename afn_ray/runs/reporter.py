@@ -107,7 +107,7 @@ class Reporter:
             tokens_per_s=round(progress.tokens_per_s, 1),
             left_s=progress.left_s,
             last_commit_at=_now() if is_newer else before["last_commit_at"],
-            waits_for=progress.missing_workers or progress.missing or progress.work.bottleneck,
+            waits_for=progress.capacity_notice or progress.loading_text or progress.work.bottleneck,
             num_failures=len(progress.failures),
             documents_measured=progress.num_measured,
             documents_planned=progress.num_documents,

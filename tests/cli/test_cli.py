@@ -201,6 +201,10 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path, typed: Typed) -> No
             ["verify", "{store}", "--memory-limit", "lots"],
             "--memory-limit: 'lots' is not a size; expected a size such as 2GB",
         ),
+        (
+            ["sql", "{store}", "SELECT 1", "--max-rows", "1_000"],
+            "--max-rows: '1_000' is not a whole number",
+        ),
         (["show", "nowhere"], "nowhere is neither a store nor a run"),
         (["compare", "{store}", "nowhere"], "nowhere is neither a store nor a run"),
         (["compare", "{store}", "{store}", "--json", "no/such/folder/x"], "cannot be written"),
@@ -448,6 +452,26 @@ def test_a_log_that_nobody_reads_any_more_stops_no_work() -> None:
         print("not heard", file=steady, flush=True)
         print("x" * 100_000, file=steady, flush=True)
         assert steady.encoding == "ascii"
+
+
+def test_a_wrong_flag_ends_a_process_with_2_and_a_line() -> None:
+    done = afn("show", "store", "--nonsense")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "--nonsense" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("ready", "committed", "waits"), [(0, 0, True), (0, 1, False), (1, 0, False)]
+)
+def test_the_bar_waits_for_workers_also_after_a_shard_was_given_up(
+    ready: int, committed: int, waits: bool
+) -> None:
+    snapshot = Progress(
+        4, 2, ready, num_committed=committed, failures=(("0" * 32, "killed its worker"),)
+    )
+    text = progress._note(snapshot)
+    assert text.startswith("waiting for workers: 0 of 2") == waits
+    assert waits or "1 FAILED" in text
 
 
 def test_the_parser_has_no_option_without_help() -> None:

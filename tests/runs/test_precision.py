@@ -227,9 +227,11 @@ def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
 
     monkeypatch.setattr(precision, "decide", lambda task, texts: ours)
     monkeypatch.setattr(calibrations, "write_pilot", second)
-    with afn_ray.run(config) as run:
+    events: list[str] = []
+    with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         info = manifest.find_run(run.uri).info
     assert info["measure"]["dtype"] == info["precision"]["dtype"] == "float32"
+    assert any("another run of this store decided it meanwhile" in e for e in events)
 
 
 def test_a_pilot_sees_the_beginning_of_every_file() -> None:

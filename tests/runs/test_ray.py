@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from afn_ray import model
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 from afn_ray.runs import demo
 from afn_ray.runs.cluster import pool, session
+from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.events import Event, Working
 from afn_ray.runs.pool import Ready
 from afn_ray.runs.progress import Counters
@@ -50,10 +52,10 @@ def test_rows_are_identical_for_one_two_and_four_workers_and_without_ray(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:120]])
     base: dict[str, Any] = {"corpus": (str(corpus),), "model": str(minilm), "layers": "0,4"}
-    base |= {"shard_bytes": 2048, "batch_tokens": 1024}
+    base |= {"shard_bytes": 1024, "batch_tokens": 1024}
     with afn_ray.run(make_config(**base)) as run:
         expected = plain(recorded(run))
-        assert run.info["counts"]["shards"] > 4
+        assert run.info["counts"]["shards"] > 4 * SLOTS  # several for each of four workers
     for workers in (1, 2, 4):
         config = make_config(
             **base, executor="ray", workers=workers, store=str(tmp_path / f"store-{workers}")
@@ -161,8 +163,8 @@ class ElsewhereModel(pool._Worker):
     """A worker that finds other weights than the driver planned with."""
 
     def __init__(self, task: Any) -> None:
-        task.measure.model["model.safetensors"] = "0" * 64
-        super().__init__(task)
+        identity = {**task.measure.model, "model.safetensors": "0" * 64}
+        super().__init__(replace(task, measure=replace(task.measure, model=identity)))
 
 
 def test_a_worker_with_another_model_stops_the_run_at_once(
