@@ -168,10 +168,8 @@ class TextEncoder:
             return self.encode(texts, replaced, problems | found)
         token_ids[rows], inside = ids, spans.astype(np.int32)
         start[rows], end[rows] = inside[::2], inside[1::2]
-        words = np.fromiter(
-            (-1 if w is None else w for e in encodings for w in e.word_ids), np.int32, n
-        )
-        characters, origin = _characters(texts)
+        words = _word_ids(encodings, n)
+        characters, origin = all_characters(texts)
         at = origin[text_of]  # start of each token's text in ``characters``
         starts = _word_starts(text_of, words, inside[::2], inside[1::2], characters, at)
         flags[rows] = starts * np.uint8(WORD_START)
@@ -184,11 +182,13 @@ class TextEncoder:
             for row in range(bounds[i] + before, bounds[i] + before + lengths[i]):
                 if "\ufffd" in texts[i][start[row] : end[row]]:
                     flags[row] |= REPLACED
-        for i in np.flatnonzero(lengths).tolist():
-            last = bounds[i + 1] - after
-            token_ids[bounds[i] : bounds[i] + before] = self.template.prefix
-            token_ids[last : bounds[i + 1]] = self.template.suffix
-            start[last : bounds[i + 1]] = end[last : bounds[i + 1]] = end[last - 1]
+        there = np.flatnonzero(lengths)
+        last = bounds[there + 1] - after  # the first token of each suffix
+        for nth, token in enumerate(self.template.prefix):
+            token_ids[bounds[there] + nth] = token
+        for nth, token in enumerate(self.template.suffix):
+            token_ids[last + nth] = token
+            start[last + nth] = end[last + nth] = end[last - 1]
         return Encoded(bounds, token_ids, start, end, flags, word_end, problems)
 
     def _encodings(self, texts: Sequence[str], problems: dict[int, str]) -> list[Encoding]:
@@ -248,7 +248,16 @@ class TextEncoder:
         return f"the model has embeddings for the ids 0 to {self._num_ids - 1}"
 
 
-def _characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+def _word_ids(encodings: Sequence[Encoding], num_tokens: int) -> Int32:
+    """The pre-tokenizer's number of each token's word: [num_tokens]; -1 for a token without one."""
+    try:
+        return np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int32, num_tokens)
+    except TypeError:  # None is no number
+        every = chain.from_iterable(e.word_ids for e in encodings)
+        return np.fromiter((-1 if w is None else w for w in every), np.int32, num_tokens)
+
+
+def all_characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
     """Code points of all ``texts``, and the index at which each text begins.
 
     The last index is the end of the last text.
@@ -279,8 +288,8 @@ def _word_starts(
     rest = np.flatnonzero(~new_text)
     at: npt.NDArray[np.int64] = origin[rest] + start[rest].astype(np.int64)
     new_character = start[rest] >= end[rest - 1]  # else another piece of the same character
-    inside = (start[rest] < end[rest]) & _is_space(characters, at)
-    behind = (start[rest] > 0) & _is_space(characters, at - 1)
+    inside = (start[rest] < end[rest]) & is_space(characters, at)
+    behind = (start[rest] > 0) & is_space(characters, at - 1)
     width = end[rest - 1] - start[rest - 1]  # 0 where the tokenizer leaves spaces out of offsets
     lone_space = (width <= 1) & (end[rest - 1] == start[rest]) & behind
     lone_space[lone_space] = (width[lone_space] == 0) | (characters[at[lone_space] - 1] == ord(" "))
@@ -371,48 +380,21 @@ _CATEGORIES = [unicodedata.category(chr(c))[0] for c in range(0x2E80)]
 """Major category of each character below U+2E80."""
 _MARK = np.array([c == "M" for c in _CATEGORIES])
 _LETTER = np.array([c in "LM" for c in _CATEGORIES])
-_SPACES = np.array([c for c in range(0x3001) if chr(c).isspace()], np.uint32)
+_IS_SPACE = np.array([chr(c).isspace() for c in range(0x3002)])
+"""Whether each character up to U+3001 is white space; none above is."""
 
 
-def _is_space(
+def is_space(
     characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """Whether the characters ``at`` are white space."""
-    if not len(characters):
-        return np.zeros(len(at), bool)
-    return np.isin(characters[np.clip(at, 0, len(characters) - 1)], _SPACES)
+    """Whether the characters ``at`` are white space, bool [n_at].
 
-
-def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:
-    """Per row, the word as written where a word starts; None where its tokens' texts spell it.
-
-    With a lower-casing tokenizer "LORD" has a surface and "lord" has none. Rows that start no word
-    have None.
+    Indices outside ``characters`` mean its first or last one.
     """
-    result: list[str | None] = [None] * len(encoded.token_ids)
-    ids = encoded.token_ids.tolist()
-    starts, word_ends, ends = (
-        encoded.start.tolist(),
-        encoded.word_end.tolist(),
-        encoded.bounds[1:].tolist(),
-    )
-    docs = encoded.docs.tolist()
-    heads = np.flatnonzero(encoded.flags & WORD_START).tolist()
-    special = (encoded.flags & SPECIAL).tolist()
-    for head, next_head in zip(heads, [*heads, len(ids)][1:], strict=True):
-        doc = docs[head]
-        stop = min(next_head, ends[doc])
-        while special[stop - 1]:
-            stop -= 1
-        written = texts[doc][starts[head] : word_ends[head]].strip()
-        spelled = (
-            readable[ids[head]]
-            if stop == head + 1
-            else "".join([readable[i] for i in ids[head:stop]])
-        )
-        if written != spelled:
-            result[head] = written
-    return result
+    if not len(characters):
+        return np.zeros(len(at), np.bool_)
+    here = characters[np.clip(at, 0, len(characters) - 1)]
+    return _IS_SPACE[np.minimum(here, len(_IS_SPACE) - 1)]
 
 
 def find_tags(

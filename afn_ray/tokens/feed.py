@@ -26,12 +26,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from tokenizers import Tokenizer
 
 from afn_ray.errors import HelperDied
 from afn_ray.schema import Document
 from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
+from afn_ray.tokens.surfaces import Speller
 
 CHUNK_BYTES = 1 << 20
 """Text that is encoded and packed together, in characters; each document adds 64.
@@ -76,7 +78,7 @@ class Prepared:
     """Tokens of several texts, and the batches for the model."""
 
     encoded: encode.Encoded
-    surfaces: list[str | None]  # [n_tokens], from ``encode.surfaces``
+    surfaces: pa.DictionaryArray  # strings [n_tokens], from ``Speller.surfaces``
     n_windows: npt.NDArray[np.int64]  # [n_texts]
     batches: list[tokens.TokenBatch]
     seconds: float  # duration of the preparation
@@ -100,6 +102,7 @@ class Preparer:
             Tokenizer.from_str(recipe.tokenizer), recipe.num_embeddings
         )
         self.pieces, self.readable = self.encoder.texts()
+        self._speller = Speller(self.readable)
         self._width, self._overlap = tokens.window_sizes(
             recipe.window_tokens, recipe.overlap_tokens, self.encoder.template
         )
@@ -130,7 +133,7 @@ class Preparer:
         )
         text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
         n_windows = np.bincount(text_of, minlength=len(texts))
-        surfaces = encode.surfaces(encoded, texts, self.readable)
+        surfaces = self._speller.surfaces(encoded, texts)
         return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
 
 

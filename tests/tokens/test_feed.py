@@ -28,6 +28,7 @@ from afn_ray.errors import HelperDied, ShardError
 from afn_ray.schema import REPLACED, Document
 from afn_ray.tokens import encode, feed
 from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
+from afn_ray.tokens.surfaces import Speller
 from conftest import find_model
 
 pytestmark = pytest.mark.timeout(120)
@@ -118,7 +119,7 @@ def assert_same(one: Prepared, other: Prepared) -> None:
         assert a == b if f.name == "problems" else a.dtype == b.dtype and np.array_equal(a, b), (
             f.name
         )
-    assert one.surfaces == other.surfaces
+    assert one.surfaces.equals(other.surfaces)
     assert np.array_equal(one.n_windows, other.n_windows)
     assert len(one.batches) == len(other.batches)
     for x, y in zip(one.batches, other.batches, strict=True):
@@ -149,7 +150,7 @@ def test_every_token_of_every_text_is_in_the_batches_once(
         for n in text_tokens.tolist()
     ]
     assert got.n_windows.tolist() == expected and max(expected) > 3
-    assert got.surfaces == encode.surfaces(got.encoded, texts, preparer.readable)
+    assert got.surfaces.equals(Speller(preparer.readable).surfaces(got.encoded, texts))
     assert got.seconds > 0
 
 

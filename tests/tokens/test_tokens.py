@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import transformers
 from hypothesis import example, given, settings
@@ -35,7 +36,8 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs import demo
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START
-from afn_ray.tokens.encode import Encoded, Template, TextEncoder, surfaces
+from afn_ray.tokens.encode import Encoded, Template, TextEncoder, _word_ids
+from afn_ray.tokens.surfaces import Speller
 from afn_ray.tokens.windows import (
     FILLED_TO,
     TokenBatch,
@@ -373,6 +375,49 @@ def _words(encoded: Encoded, doc: int) -> list[tuple[int, int]]:
     heads = [r for r in rows if encoded.flags[r] & WORD_START]
     assert heads[:1] == rows[:1]
     return list(zip(heads, [*heads[1:], rows[-1] + 1 if rows else 0], strict=False))
+
+
+def surfaces(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:
+    """Every row's surface from ``Speller``, which are those of ``one_by_one``."""
+    found = Speller(readable).surfaces(encoded, texts)
+    expected = one_by_one(encoded, texts, readable)
+    # The column of the tables is the same too: the order of the dictionary decides its bytes.
+    assert found.equals(pa.array(expected, pa.string()).dictionary_encode())
+    return expected
+
+
+def one_by_one(encoded: Encoded, texts: Sequence[str], readable: Sequence[str]) -> list[str | None]:
+    """The slow reference of ``Speller.surfaces``: one word after the other, as strings."""
+    result: list[str | None] = [None] * len(encoded.token_ids)
+    heads = np.flatnonzero(encoded.flags & WORD_START).tolist()
+    for head, next_head in itertools.pairwise([*heads, len(encoded.token_ids)]):
+        doc = int(encoded.docs[head])
+        rows = range(head, min(next_head, int(encoded.bounds[doc + 1])))
+        text_rows = [row for row in rows if not encoded.flags[row] & SPECIAL]
+        written = texts[doc][encoded.start[head] : encoded.word_end[head]].strip()
+        spelled = "".join(readable[encoded.token_ids[row]] for row in text_rows)
+        if written != spelled:
+            result[head] = written
+    return result
+
+
+def test_surfaces_of_odd_offsets_are_those_of_slices() -> None:
+    text = " \u3000LORD  lord \n"
+    spans = [(0, 6), (8, 12), (3, 1), (13, 14), (0, 0)]  # the third ends before it begins
+    starts = np.full(5, WORD_START, np.uint8)
+    start, end = np.array(spans, np.int32).T
+    ids = np.array([0, 1, 2, 3, 4], np.int32)
+    encoded = Encoded(np.array([0, 5]), ids, start, end, starts, end)
+    readable = ["lord", "lord", "", "x", ""]
+    assert surfaces(encoded, [text], readable) == ["LORD", None, None, "", None]
+    empty = Encoded(np.zeros(2, np.int64), ids[:0], ids[:0], ids[:0], starts[:0], ids[:0])
+    assert surfaces(empty, [""], []) == []
+
+
+def test_tokens_without_a_word_have_no_words_number() -> None:
+    some = [SimpleNamespace(word_ids=[0, 0, 1]), SimpleNamespace(word_ids=[None, 0])]
+    assert _word_ids(cast(list[Encoding], some), 5).tolist() == [0, 0, 1, -1, 0]
+    assert _word_ids(cast(list[Encoding], some[:1]), 3).tolist() == [0, 0, 1]
 
 
 def written(encoder: TextEncoder, readable: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
