@@ -6,16 +6,20 @@ its own sequence only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
 import transformers
+
+from afn_ray.model.files import is_device_fault, is_out_of_memory
 
 NAME = "afn_packed"
 """Name of the attention function in transformers' registry.
@@ -32,11 +36,33 @@ is set.
 """
 
 SCORES = 1 << 19
-"""Number of attention scores computed at a time, over all heads: 1 MiB in bfloat16."""
+"""Number of attention scores computed at a time on a CPU, over all heads: 1 MiB in bfloat16."""
+
+SCORES_ON_GPU = 1 << 26
+"""Number of attention scores computed at a time on a GPU, over all heads: 256 MiB in float32.
+
+A batch of 32,768 tokens then takes a few launches a layer instead of about 128.
+"""
+
+FLASH, SDPA, FLOAT32, PADDED = "flash", "sdpa", "float32", "padded"
+"""Names of the ways in which a model attends, as commits record them.
+
+- ``FLASH``: flash attention in half precision, one launch for all sequences of a batch; GPUs only.
+- ``SDPA``: torch's attention in half precision, one call for each group of equally long sequences.
+- ``FLOAT32``: the same in float32.
+- ``PADDED``: the family's own attention, on padded batches.
+"""
+
+FLASH_SIZES, LARGEST_FLASH_SIZE = 8, 256
+"""Flash attention takes head sizes that are multiples of the first, up to the second."""
 
 
 class UnsupportedAttention(Exception):
     """The model needs an attention feature that packed attention does not implement."""
+
+
+class FlashRefused(UnsupportedAttention):
+    """Flash attention does not run here: the GPU, torch or the model's head size forbids it."""
 
 
 class Seen(NamedTuple):
@@ -64,7 +90,9 @@ class Layout:
     lengths: Sequence[int]
     num_rows: int
     device: torch.device
+    flash: bool = True  # whether to use flash attention where the device has it
     calls: int = 0  # calls of ``attend`` so far
+    kernels: set[str] = field(default_factory=set)  # names of the kernels that these calls used
     windowed: bool = False  # a call had a sliding window
     watched: bool = False  # keep the next call in ``seen``
     seen: Seen | None = None
@@ -150,9 +178,11 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     dtype = min((query.dtype, key.dtype, value.dtype), key=lambda d: d.itemsize)
     query, key, value = (x.to(dtype) for x in (query, key, value))
-    if layout.bounds is not None and dtype != torch.float32:
-        output = _attend_varlen(query, key, value, layout, scale, left, right)[None]
+    if layout.bounds is not None and layout.flash and dtype != torch.float32:
+        layout.kernels.add(FLASH)
+        output = _attend_by_flash(query, key, value, layout, scale, left, right)[None]
     else:
+        layout.kernels.add(FLOAT32 if dtype == torch.float32 else SDPA)
         output = attend_by_group(query, key, value, layout, scale, left, right)
     if layout.watched:
         layout.seen = Seen(query, key, value, scale, left, right, output)
@@ -164,18 +194,19 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
 
     Both results are float32 [heads, rows]. The first is the mean over the other tokens of the same
     sequence that may attend to this one; it is 0 if there are none. A fused kernel keeps no
-    weights, so this function recomputes the scores of one block, at most about ``SCORES`` at a
-    time.
+    weights, so this function recomputes the scores of one block, at most about ``SCORES`` or
+    ``SCORES_ON_GPU`` at a time.
     """
     heads, rows = seen.query.shape[1], seen.query.shape[2]
+    at_once = SCORES_ON_GPU if seen.query.device.type == "cuda" else SCORES
     of_others = torch.zeros(heads, rows, device=seen.query.device)
     own = torch.zeros_like(of_others)
     for row, n, length in layout.groups:
         mask = _band(length, seen.left, seen.right, seen.query.device)
         may = (mask.sum(0) - 1).clamp(min=1)  # other queries that see each key
         # ``step`` sequences at a time; a long sequence is cut into ``block`` queries at a time.
-        step = max(1, SCORES // (length * length * heads))
-        block = length if step > 1 else max(1, min(length, SCORES // (length * heads)))
+        step = max(1, at_once // (length * length * heads))
+        block = length if step > 1 else max(1, min(length, at_once // (length * heads)))
         for at in range(0, n, step):
             here = slice(row + at * length, row + min(n, at + step) * length)
             q, k = (
@@ -217,8 +248,15 @@ def attend_by_group(
     left: int,
     right: int,
 ) -> torch.Tensor:
-    """Attend with one call for each group of equally long sequences; the reference everywhere."""
-    heads = query.shape[1]
+    """Attend with one call for each group of equally long sequences; the reference everywhere.
+
+    Shapes are as in ``attend``. On a GPU, torch has kernels that hold no scores in memory for
+    inputs as from ``_fitted``; others fall back to one that does.
+    """
+    heads, value_size = query.shape[1], value.shape[-1]
+    if query.device.type == "cuda":
+        query, key, value = _fitted(query, key, value)
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     parts: list[torch.Tensor] = []
     for row, n, length in layout.groups:
         causal = right == 0 and (left < 0 or left >= length - 1)
@@ -247,7 +285,8 @@ def attend_by_group(
             scale=scale,
             enable_gqa=heads != key.shape[1],
         )
-        parts.append(out.transpose(1, 2).reshape(n * length, heads, v.shape[-1]))
+        out = out[..., :value_size]
+        parts.append(out.transpose(1, 2).reshape(n * length, heads, value_size))
     if filler := layout.num_rows - sum(layout.lengths):
         parts.append(parts[0].new_zeros(filler, *parts[0].shape[1:]))
     return (torch.cat(parts) if len(parts) > 1 else parts[0])[None]
@@ -286,7 +325,24 @@ def _band(length: int, left: int, right: int, device: torch.device) -> torch.Ten
     )
 
 
-def _attend_varlen(
+def _fitted(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs with zeros behind each head, up to one size that GPU kernels take.
+
+    The zeros do not change the scores. They add columns to the output, which the caller cuts off.
+    """
+    largest = max(query.shape[-1], value.shape[-1])
+    size = -(-largest // FLASH_SIZES) * FLASH_SIZES
+
+    def fit(x: torch.Tensor) -> torch.Tensor:
+        missing = size - x.shape[-1]
+        return functional.pad(x, (0, missing)) if missing else x
+
+    return fit(query), fit(key), fit(value)
+
+
+def _attend_by_flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -295,29 +351,48 @@ def _attend_varlen(
     left: int,
     right: int,
 ) -> torch.Tensor:
-    """Flash attention over all sequences at once.
+    """Flash attention over all sequences at once; [rows, heads, size].
 
-    With ``num_splits=1`` the result of a sequence does not depend on the other sequences.
+    Raises ``FlashRefused`` where torch, the GPU or the head size forbids it. With ``num_splits=1``
+    the result of a sequence does not depend on the others. torch before 2.12 has no such option and
+    splits as it sees fit, by the longest sequence of the batch: the last bits of a sequence may
+    then depend on its batch. A batch is decided by its shard, so a shard still has one result.
     """
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
     assert layout.bounds is not None
+    options = _options_of(varlen.varlen_attn)
+    if lacking := sorted({"scale", "window_size"} - options):
+        raise FlashRefused(f"torch {torch.__version__} has no {' and '.join(lacking)} for it")
+    heads, value_size = query.shape[1], value.shape[-1]
+    query, key, value = _fitted(query, key, value)
+    if query.shape[-1] > LARGEST_FLASH_SIZE:
+        raise FlashRefused(
+            f"its heads have {query.shape[-1]} dimensions, expected at most {LARGEST_FLASH_SIZE}"
+        )
+    chosen: dict[str, Any] = {"scale": scale, "window_size": (left, right)}
+    if "num_splits" in options:
+        chosen["num_splits"] = 1
+    if "enable_gqa" in options:
+        chosen["enable_gqa"] = heads != key.shape[1]
+    else:
+        key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    result = varlen_attn(
-        q,
-        k,
-        v,
-        layout.bounds,
-        layout.bounds,
-        layout.longest,
-        layout.longest,
-        scale=scale,
-        window_size=(left, right),
-        enable_gqa=q.shape[1] != k.shape[1],
-        num_splits=1,
-    )
+    bounds, longest = layout.bounds, layout.longest
+    try:
+        result = varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, **chosen)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error) or is_device_fault(error):
+            raise
+        raise FlashRefused(str(error).strip().partition("\n")[0]) from error
     assert isinstance(result, torch.Tensor)
-    return result
+    return result[..., :value_size]
+
+
+@cache
+def _options_of(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the parameters of ``function``; torch's ``varlen_attn`` gains some by version."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 transformers.AttentionInterface.register(NAME, attend)

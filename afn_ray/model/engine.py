@@ -87,7 +87,7 @@ class Pending:
         self._values = _begin_copy(values)
         self._numbers = None if numbers is None else _begin_copy(numbers)
         if values.device.type == "cuda":
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=True)  # waiting takes no core
             self._event.record()
 
     def result(self) -> Read:
@@ -137,17 +137,25 @@ class Model:
             for k, dims in zip(layers, outliers, strict=False)
         }
         self.module: Any = load_weights(files)
+        if self.device.type == "cuda":
+            # The text model of a larger one has its own flag. A cache makes its attention float32.
+            config: Any = self.module.config
+            config.get_text_config().use_cache = False
         self.blocks = find_blocks(self.module, files)
         for block in self.blocks:
             block.register_forward_pre_hook(self._before_block, with_kwargs=True)
             block.register_forward_hook(self._after_block)
         padding = getattr(self.module.config, "pad_token_id", None) or 0
         self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
-        # Set by ``prove.prepare``, as are the next three.
+        # Set by ``prove.prepare``, as are the next six.
         self.causal = False
         self.packed = False  # whether a batch is one packed sequence without padding
         self.why_padded: str | None = None
+        self.flash = True  # whether attention may use flash attention, where the device has it
+        self.attention = ""  # how it attends, from the names in ``attention``; "+" joins several
+        self.why_slow = ""  # why it attends more slowly than the device could; empty if it does not
         self.cast: Cast | None = None  # that the fast products share
+        self.kernels: set[str] = set()  # of attention that packed batches have used
         self.windowed = False  # whether attention has received a sliding window
         self.places: dict[torch.nn.Module, Place] = {}
         self._pass = Pass()
@@ -248,7 +256,7 @@ class Model:
     def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> ToTokens:
         this = self._pass
         this.length = len(ids)
-        this.layout = layout = attention.Layout(lengths, len(ids), self.device)
+        this.layout = layout = attention.Layout(lengths, len(ids), self.device, flash=self.flash)
         positions = np.full(len(ids), self._first_position, np.int64)
         n = sum(lengths)
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -260,6 +268,7 @@ class Model:
         with attention.packed(layout):
             self._run(inputs)
         self.windowed |= layout.windowed
+        self.kernels |= layout.kernels
         if layout.calls != this.calls:
             raise ModelError(
                 f"{this.calls} of its blocks ran, and {layout.calls} times its attention went "

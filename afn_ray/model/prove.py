@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,9 +14,11 @@ import numpy.typing as npt
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from afn_ray import logs
 from afn_ray.errors import ModelError
 from afn_ray.model import attention
 from afn_ray.model.engine import Model, Norms, Place
+from afn_ray.model.files import is_device_fault, is_out_of_memory
 from afn_ray.model.linear import replace_linear_layers, restore
 from afn_ray.model.signals import Centred, States, norm
 from afn_ray.schema import MOST_NEURONS, Series
@@ -38,7 +42,15 @@ REFUSALS = (
     KeyError,
     attention.UnsupportedAttention,
 )
-"""Errors of a model that cannot run in the requested way."""
+"""Errors of a model that cannot run in the requested way.
+
+Errors of memory and of the device are among them, and are none: see ``_is_refusal``.
+"""
+
+OF_DTYPE = re.compile(r"dtype|scalar type|not implemented for|data type|Half|BFloat16")
+"""Pattern of errors that torch raises for an operator that lacks a dtype, or gets two."""
+
+_log = logging.getLogger(__name__)
 
 
 class Probe(NamedTuple):
@@ -76,8 +88,9 @@ def prepare(
     all texts in one batch. ``needs`` are the inputs that signals need beside hidden states, from
     ``signals.NEEDS``; this function finds their place in each block.
 
-    Sets the model's ``packed``, ``why_padded`` and ``causal``. Raises ``ModelError`` with the
-    difference and the tolerance.
+    Sets the model's ``packed``, ``why_padded``, ``attention``, ``why_slow`` and ``causal``, and
+    logs what was chosen. Raises ``ModelError`` with the difference and the tolerance. Errors of
+    memory and of the device are raised as they are: they say nothing about the model.
     """
     probes = [Probe(ids, _plain_norms(model, ids)) for ids in sequences]
     model.module.to(device=model.device)
@@ -90,6 +103,22 @@ def prepare(
         _check_centred(model, min(sequences, key=len))
     long_enough = [ids for ids in sequences if len(ids) > 4]
     model.causal = _is_causal(model, min(long_enough, key=len, default=sequences[0]))
+    _log_choice(model)
+
+
+def _log_choice(model: Model) -> None:
+    """Log how the model attends, and why it does not attend faster."""
+    dtype, why = str(model.dtype).removeprefix("torch."), model.why_slow or model.why_padded or ""
+    logs.tell(
+        _log,
+        "attention_chosen",
+        f"{model.name} attends by {model.attention} in {dtype} on {model.device}"
+        + (f", since {why}" if why else ""),
+        level=logging.WARNING if why else logging.INFO,
+        attention=model.attention,
+        dtype=dtype,
+        why=why,
+    )
 
 
 # --- against the plain model ---
@@ -164,12 +193,16 @@ def _choose_attention(model: Model, probes: Sequence[Probe]) -> None:
             )
         return
     except (*REFUSALS, ModelError) as error:
+        if not _is_refusal(error):
+            raise
         model.why_padded = _first_line(error)
     model.packed = False
     try:
         model.module.set_attn_implementation(before)
         _check(model, probes, torch.float32)
     except REFUSALS as error:
+        if not _is_refusal(error):
+            raise
         raise ModelError(f"{model.name} failed its self-check: {_first_line(error)}") from error
 
 
@@ -193,25 +226,53 @@ def _masks_only(config: Any, context_tokens: int) -> bool:
 def _choose_products(model: Model, probes: Sequence[Probe]) -> None:
     """Use fast linear layers if the model passes its self-check with them.
 
-    Half precision requires them: raises ``ModelError`` if the check fails there.
+    In half precision, attention falls back from flash attention to torch's, where flash attention
+    is refused. It falls back to float32 where the model gets a dtype that it cannot take, or values
+    too far from the plain model's. Half precision requires fast layers: raises ``ModelError`` if
+    the check still fails.
     """
-    full = model.dtype == torch.float32
-    why = ""
-    for wide in (False,) if full else (False, True):
+    full, wide = model.dtype == torch.float32, False
+    model.flash, model.why_slow = True, ""
+    while True:
         replaced, model.cast = replace_linear_layers(
             model.blocks, model.dtype, model.batch_tokens, wide=wide
         )
+        model.kernels.clear()
         try:
             _check(model, probes, model.dtype)
-            return
         except (*REFUSALS, ModelError) as error:
-            why = _first_line(error)
             restore(replaced)
             model.cast = None
-    if not full:
-        raise ModelError(
-            f"{model.name} does not run in {str(model.dtype)[6:]} ({why}); give --dtype float32"
-        )
+            if not _is_refusal(error):
+                raise
+            why = _first_line(error)
+            if model.flash and isinstance(error, attention.FlashRefused):
+                model.flash, model.why_slow = False, f"flash attention is refused: {why}"
+                continue
+            if not full and not wide and _is_of_dtype(error):
+                wide, model.why_slow = True, f"its blocks need float32 between products: {why}"
+                continue
+            if not full:
+                raise ModelError(
+                    f"{model.name} does not run in {str(model.dtype)[6:]} ({why}); give --dtype "
+                    "float32"
+                ) from error
+            model.kernels = {attention.FLOAT32}  # the plain layers have passed it before
+        break
+    model.attention = "+".join(sorted(model.kernels)) if model.packed else attention.PADDED
+    slow = model.packed and attention.FLOAT32 in model.kernels and not full
+    if slow and not model.why_slow:
+        model.why_slow = "its blocks give queries, keys and values in float32"
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether ``error`` says something about the model, and not about memory or the device."""
+    return not is_out_of_memory(error) and not is_device_fault(error)
+
+
+def _is_of_dtype(error: BaseException) -> bool:
+    """Whether ``error`` is one of half precision: values that differ, or a dtype not taken."""
+    return isinstance(error, ModelError) or OF_DTYPE.search(str(error)) is not None
 
 
 # --- places of signals ---

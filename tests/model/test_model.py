@@ -421,6 +421,7 @@ def gpu_layouts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]
             self if args and getattr(args[0], "type", None) == "cuda" else to(self, *args, **kwargs)
         )
 
+    monkeypatch.setattr(slow, "__signature__", signature, raising=False)
     monkeypatch.setattr(varlen, "varlen_attn", slow)
     monkeypatch.setattr(torch.Tensor, "to", stay)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
@@ -437,7 +438,7 @@ def test_attention_on_a_gpu_is_asked_for_what_the_reference_computes(
         n = sum(lengths)
         q, k, v = random_rows(n + filler, 4, kv_heads, torch.bfloat16)
         layout = attention.Layout(lengths, n + filler, torch.device("cuda"))
-        got = attention._attend_varlen(q, k, v, layout, 0.3, left, right)
+        got = attention._attend_by_flash(q, k, v, layout, 0.3, left, right)
         expected = attention.attend_by_group(
             q, k, v, attention.Layout(lengths, n + filler, CPU), 0.3, left, right
         )
