@@ -19,6 +19,11 @@ PRIVATE = {
     "torch": [
         ("torch", "ops.mkldnn._linear_pointwise"),
         ("torch", "ops.mkldnn._reorder_linear_weight"),
+        # Of the simulated GPU of the tests.
+        ("torch", "Tensor._make_wrapper_subclass"),
+        ("torch._C", "DisableTorchFunctionSubclass"),
+        ("torch.utils._python_dispatch", "TorchDispatchMode"),
+        ("torch.utils._pytree", "tree_map"),
     ],
     "transformers": [("transformers", "BertModel._can_record_outputs")],
 }
