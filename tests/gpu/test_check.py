@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -145,6 +146,30 @@ def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(tmp_path: Path) ->
     assert parts["fail"]["rows"]["row"]["error"] == "ZeroDivisionError: division by zero"
     assert parts["device"]["rows"]["machine"]["torch"]
     assert "FAILED fail, row: ZeroDivisionError" in done.stdout and "4 failures" in done.stdout
+
+
+def test_the_arithmetic_of_the_guide_follows_from_its_rates() -> None:
+    page = (ROOT / "infra" / "guide" / "sizing.md").read_text("utf-8")
+    section = page.split("## Measure a GPU")[1].split("## ")[0]
+    found = re.findall(
+        r"^\| ([^|]+) \| ([\d.]+) (MFLOP|kB) \| ([\d.]+) T\S+ \| ([\d.]+) \|$", section, re.M
+    )
+    work = {name: float(amount) for name, amount, *_ in found}
+    took = {}
+    for name, amount, unit, rate, us in found:
+        took[name] = float(amount) * (1 if unit == "MFLOP" else 1e-3) / float(rate)
+        assert took[name] == pytest.approx(float(us), abs=5e-4)
+    d, f, layers, length = 768, 3072, 8, 128
+    assert work["matrix products"] == pytest.approx(
+        layers * (8 * d * d + 4 * d * f) / 1e6, abs=0.05
+    )
+    assert work["attention"] == pytest.approx(layers * 4 * length * d / 1e6, abs=0.05)
+    flop = work["matrix products"] + work["attention"]
+    fused = sum(took.values()) - (393 - 246) * 1e-3 / 4.3
+    for us, said in ((sum(took.values()), "0.300"), (fused, "0.266")):
+        assert f"{us:.3f}" == said and said in section
+        assert f"{1 / us:.1f} M tokens/s" in section
+        assert f"{flop / us / 788:.0%}".replace("%", " %") in section
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
