@@ -31,6 +31,8 @@ TYPE_BITS = 31
 """Bits of a token id in a key, above those of the bin."""
 SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
 """Bit of a key that marks a special token."""
+COUNTED_IDS = 1 << 18
+"""Number of token ids up to which types are counted in an array, however few the tokens are."""
 COMPACT_KEYS = 1 << 22
 """Number of keys in unmerged chunks after which they are merged."""
 MERGE_KEYS = 1 << 18
@@ -80,12 +82,25 @@ class Histogram:
     def of(cls, keys: Ints, counts: Ints | None = None) -> Histogram:
         """The histogram of ``keys`` in any order; ``counts`` are their weights, 1 by default."""
         if counts is None:
-            unique, counts = np.unique(keys, return_counts=True)
-            return cls(unique, counts.astype(np.int64))
+            keys = np.sort(keys)
+            first = starts(keys)
+            return cls(keys[first], np.diff(first, append=len(keys)))
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
         first = starts(keys)
         return cls(keys[first], np.add.reduceat(counts, first) if len(first) else counts)
+
+    @classmethod
+    def of_types(cls, types: Ints, size: int) -> Histogram:
+        """The histogram of ``types`` as keys; a special type is its token id plus ``size``.
+
+        Token ids are below ``size``.
+        """
+        if size > max(COUNTED_IDS, len(types)):  # few tokens of large ids: an array would be sparse
+            return cls.of(_type_keys(types, size))
+        counts = np.bincount(types, minlength=1)
+        there = np.flatnonzero(counts)
+        return cls(_type_keys(there, size), counts[there])
 
     @classmethod
     def merge(cls, parts: Iterable[Histogram]) -> Histogram:
@@ -121,6 +136,13 @@ class Histogram:
         return int(self.keys[quantile_index(self.counts, numerator, denominator)])
 
 
+def _type_keys(types: Ints, size: int) -> Ints:
+    """Keys of ``types`` with bin 0; special types are from ``size`` on."""
+    is_special = types >= size
+    keys: Ints = (types - size * is_special << BIN_BITS) + is_special * SPECIAL_KEY
+    return keys
+
+
 class Summary:
     """Statistics of one shard, collected chunk by chunk.
 
@@ -150,14 +172,17 @@ class Summary:
         ``values`` are [n] for each series; they must be rounded, finite and not negative. ``tags``
         are strings, null for a token without a tag.
         """
-        special = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY
-        types = special + (token_ids.astype(np.int64) << BIN_BITS)
-        in_docs = np.unique((docs.astype(np.int64) << (TYPE_BITS + 1)) + (types >> BIN_BITS))
-        self._docs.append(Histogram.of((in_docs & ((2 << TYPE_BITS) - 1)) << BIN_BITS))
-        self._word_starts.append(Histogram.of(types[(flags & WORD_START) > 0]))
-        self._whole_words.append(Histogram.of(types[whole_words(docs, flags)]))
+        size = int(token_ids.max(initial=0)) + 1
+        types = token_ids + size * (flags & SPECIAL).astype(np.int64)
+        # Documents come one after the other, and a stable sort is fast on keys in such an order.
+        in_docs = np.sort(docs.astype(np.int64) * (2 * size) + types, kind="stable")
+        in_docs = in_docs[starts(in_docs)]
+        self._docs.append(Histogram.of_types(in_docs % (2 * size), size))
+        self._word_starts.append(Histogram.of_types(types[(flags & WORD_START) > 0], size))
+        self._whole_words.append(Histogram.of_types(types[whole_words(docs, flags)], size))
+        keys = _type_keys(types, size)
         for series, parts in self._values.items():
-            parts.append(Histogram.of(types + to_bins(values[series])))
+            parts.append(Histogram.of(keys + to_bins(values[series])))
             if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
                 parts[:] = [Histogram.merge(parts)]
         if self._tags is not None:

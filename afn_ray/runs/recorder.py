@@ -65,18 +65,19 @@ class Recorder:
     def add(self, chunk: Chunk, values: Values) -> None:
         """Record the next documents of the shard, with their values."""
         encoded = chunk.prepared.encoded
-        bad = _bad_documents(encoded, values, len(chunk.documents))
+        docs = encoded.docs
+        bad = _bad_documents(docs, values, len(chunk.documents))
         problems = dict(encoded.problems)
         for i in np.flatnonzero(bad).tolist():
-            problems[i] = self._why_bad(values.series[:, encoded.docs == i])
+            problems[i] = self._why_bad(values.series[:, docs == i])
         tokens = _Tokens(
             encoded,
-            docs=encoded.docs + np.int32(self.counts["documents"]),
+            docs=docs + np.int32(self.counts["documents"]),
             tags=self._tags(chunk),
             by_series=dict(zip(self._measure.series, values.series, strict=True)),
             neurons=values.neurons,
             neuron_values=values.neuron_values,
-            keep=~bad[encoded.docs],
+            keep=~bad[docs],
         )
         outcomes = _outcomes(chunk.documents, np.diff(encoded.bounds), bad, problems)
         self._add_tokens(chunk, tokens)
@@ -215,13 +216,16 @@ class Recorder:
 
 
 def _bad_documents(
-    encoded: encode.Encoded, values: Values, num_documents: int
+    docs: npt.NDArray[np.int32], values: Values, num_documents: int
 ) -> npt.NDArray[np.bool_]:
-    """Whether a document has a value that is negative, not finite or too large, [n_documents]."""
+    """Whether a document has a value that is negative, not finite or too large, [n_documents].
+
+    ``docs`` are the documents of the values, counted from 0.
+    """
     bad = np.zeros(num_documents, bool)
     series = values.series
-    bad[encoded.docs[~(series >= 0).all(axis=0) | np.isinf(series).any(axis=0)]] = True
-    bad[encoded.docs[~(np.abs(values.neuron_values) < neurons.LIMIT).all(axis=0)]] = True
+    bad[docs[~(series >= 0).all(axis=0) | np.isinf(series).any(axis=0)]] = True
+    bad[docs[~(np.abs(values.neuron_values) < neurons.LIMIT).all(axis=0)]] = True
     return bad
 
 

@@ -21,6 +21,8 @@ from hypothesis.extra import numpy as hnp
 from afn_ray.reduce import histogram as thresholds
 from afn_ray.reduce.histogram import (
     BIN_BITS,
+    COUNTED_IDS,
+    SPECIAL_KEY,
     Histogram,
     SeriesSummary,
     Summary,
@@ -318,3 +320,15 @@ def test_a_summary_of_nothing_has_tables_without_rows() -> None:
     tables = list(summary.tables())
     assert [t.num_rows for t in tables] == [0, 0]
     assert SeriesSummary.merge([]).values.n == SeriesSummary.from_table(tables[0]).values.n == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, COUNTED_IDS, COUNTED_IDS + 1, 1 << 31])
+def test_types_are_counted_alike_in_an_array_and_by_sorting(size: int) -> None:
+    chance = np.random.default_rng(size)
+    for n in (0, 1, 500):
+        ids = chance.integers(max(0, size - 20), size, n)
+        special = chance.integers(0, 2, n)
+        found = Histogram.of_types(ids + size * special, size)
+        keys, counts = np.unique(special * SPECIAL_KEY + (ids << BIN_BITS), return_counts=True)
+        assert np.array_equal(found.keys, keys) and np.array_equal(found.counts, counts)
+        assert found.keys.dtype == found.counts.dtype == np.int64
