@@ -18,6 +18,7 @@ def read_pilot(store: str, key: str) -> dict[str, Any] | None:
 def write_pilot(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
     """Store the calibration ``value`` under ``key``; return the stored one, ours or a rival's."""
     uri = uris.join(store, "pilots", f"{key}.json")
+    body = {"schema_version": SCHEMA_VERSION, **value}
     with contextlib.suppress(storage.AlreadyWritten):
-        storage.write_once(uri, sealed({"schema_version": SCHEMA_VERSION, **value}))
+        storage.write_once(uri, sealed(body))
     return parse_json(storage.read_bytes(uri), uri)

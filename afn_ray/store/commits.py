@@ -7,7 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 COUNTS = (
     "documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars", "replaced",
@@ -17,6 +17,10 @@ COUNTS = (
 
 ``replaced`` counts characters. ``lost_unknown`` counts losses of an unknown number of documents.
 """
+
+
+SHA256_BYTES = 32
+"""Size of a file's SHA-256, in bytes."""
 
 
 def num_measured(counts: Mapping[str, int]) -> int:
@@ -35,6 +39,28 @@ class Commit:
     seconds: float
     made_by: dict[str, str]  # device and versions
 
+    @property
+    def file_names(self) -> list[str]:
+        """Names of its files, in the shard's folder."""
+        return [str(entry["name"]) for entry in self.files.values()]
+
+
+class _Kind(NamedTuple):
+    """What many commits share, so that it is stored once."""
+
+    tables: tuple[str, ...]
+    counts: tuple[str, ...]
+    """Names of the counts."""
+    made_by: tuple[tuple[str, str], ...]
+
+    @property
+    def layout(self) -> struct.Struct:
+        """Layout of a packed commit before the digests of its files.
+
+        Place of the kind, seconds, attempt, the counts, and rows and bytes of each file.
+        """
+        return struct.Struct(f"<Id8s{len(self.counts) + 2 * len(self.tables)}q")
+
 
 class Commits(MutableMapping[str, Commit]):
     """Commits by shard id, packed: a run may have a million, and as objects each takes 3 kB.
@@ -45,8 +71,8 @@ class Commits(MutableMapping[str, Commit]):
     """
 
     # Both are shared by all instances, so that packed commits move between them.
-    _kinds: list[tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[str, str], ...]]] = []  # noqa: RUF012 - of all
-    _places: dict[Any, int] = {}  # noqa: RUF012
+    _kinds: list[_Kind] = []  # noqa: RUF012 - of all
+    _places: dict[_Kind, int] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
         self._packed: dict[str, bytes | Commit] = {}
@@ -85,41 +111,41 @@ class Commits(MutableMapping[str, Commit]):
         return _InOrder(self, list(shards))
 
     def _pack(self, commit: Commit) -> bytes:
-        kind = tuple(commit.files), tuple(commit.counts), tuple(commit.made_by.items())
+        made_by = tuple(commit.made_by.items())
+        kind = _Kind(tuple(commit.files), tuple(commit.counts), made_by)
         place = self._places.setdefault(kind, len(self._kinds))
         if place == len(self._kinds):
             self._kinds.append(kind)
         files = commit.files.values()
-        numbers = [
-            *commit.counts.values(),
-            *(f["rows"] for f in files),
-            *(f["bytes"] for f in files),
-        ]
-        head = struct.pack(
-            f"<Id8s{len(numbers)}q", place, commit.seconds, bytes.fromhex(commit.attempt), *numbers
-        )
-        return head + b"".join(bytes.fromhex(f["sha256"]) for f in files)
+        numbers = list(commit.counts.values())
+        numbers += [file["rows"] for file in files]
+        numbers += [file["bytes"] for file in files]
+        attempt = bytes.fromhex(commit.attempt)
+        head = kind.layout.pack(place, commit.seconds, attempt, *numbers)
+        digests = [bytes.fromhex(file["sha256"]) for file in files]
+        return head + b"".join(digests)
 
     def _unpack(self, shard: str, packed: bytes) -> Commit:
         (place,) = struct.unpack_from("<I", packed)
-        tables, counted, made_by = self._kinds[place]
-        layout = struct.Struct(f"<Id8s{len(counted) + 2 * len(tables)}q")
-        _, seconds, attempt, *numbers = layout.unpack_from(packed)
-        n, attempt = len(counted), attempt.hex()
-        rows, sizes = numbers[n : n + len(tables)], numbers[n + len(tables) :]
-        digests = (packed[layout.size + 32 * i :][:32].hex() for i in range(len(tables)))
-        files = {
-            table: {
+        kind = self._kinds[place]
+        layout = kind.layout
+        _, seconds, attempt_bytes, *numbers = layout.unpack_from(packed)
+        attempt = attempt_bytes.hex()
+        num_counts = len(kind.counts)
+        num_tables = len(kind.tables)
+        counts = dict(zip(kind.counts, numbers[:num_counts], strict=True))
+        rows = numbers[num_counts : num_counts + num_tables]
+        sizes = numbers[num_counts + num_tables :]
+        files: dict[str, dict[str, Any]] = {}
+        for i, table in enumerate(kind.tables):
+            digest_at = layout.size + SHA256_BYTES * i
+            files[table] = {
                 "name": f"{attempt}-{table}.parquet",
-                "rows": n_rows,
-                "bytes": size,
-                "sha256": digest,
+                "rows": rows[i],
+                "bytes": sizes[i],
+                "sha256": packed[digest_at : digest_at + SHA256_BYTES].hex(),
             }
-            for table, n_rows, size, digest in zip(tables, rows, sizes, digests, strict=True)
-        }
-        return Commit(
-            shard, attempt, files, dict(zip(counted, numbers, strict=False)), seconds, dict(made_by)
-        )
+        return Commit(shard, attempt, files, counts, seconds, dict(kind.made_by))
 
 
 class _InOrder(Sequence[Commit]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -27,7 +27,8 @@ WILDCARDS = "*?["
 def _version(info: dict[str, Any]) -> str:
     for key in ("ETag", "etag", "md5Hash", "content_md5"):
         if info.get(key):
-            return f"etag:{str(info[key]).strip(chr(34))}"
+            tag = str(info[key]).strip('"')
+            return f"etag:{tag}"
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         if info.get(key) is not None:
             return f"time:{info[key]}"
@@ -50,9 +51,11 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
 def stat(uri: str) -> FileInfo:
     """Current size and version of one file. Raises ``CorpusError`` if it is gone or unreadable."""
     fs, path = uris.open_filesystem(uri)
-    return call_with_retries(
-        fs, "examining", uri, CorpusError, lambda: _file_info(fs, fs.info(path))
-    )
+
+    def examine() -> FileInfo:
+        return _file_info(fs, fs.info(path))
+
+    return call_with_retries(fs, "examining", uri, CorpusError, examine)
 
 
 def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
@@ -64,11 +67,15 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
     """
     fs, path = uris.open_filesystem(pattern)
     others: list[str] = []
-    found = call_with_retries(
-        fs, "listing", pattern, CorpusError, lambda: _match(fs, path, pattern, others)
-    )
+
+    def match() -> list[FileInfo]:
+        return _match(fs, path, pattern, others)
+
+    found = call_with_retries(fs, "listing", pattern, CorpusError, match)
     if left_out is not None:
-        left_out.update(str(fs.unstrip_protocol(name)).rstrip("/") for name in others)
+        for name in others:
+            uri = str(fs.unstrip_protocol(name))
+            left_out.add(uri.rstrip("/"))
     if not found:
         raise CorpusError(f"{pattern}: no files match")
     for file in found:
@@ -81,7 +88,9 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
 
 def _is_utf8(name: str) -> bool:
     """Whether all bytes of ``name`` were UTF-8; Python decodes others as lone surrogates."""
-    return name.isascii() or not any("\ud800" <= c <= "\udfff" for c in name)
+    if name.isascii():
+        return True
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _match(
@@ -94,11 +103,16 @@ def _match(
         return [_file_info(fs, entry)]
     if entry is not None and entry["type"] == "directory":
         entries = _files_in_folder(fs, path, left_out)
-    elif any(c in path for c in WILDCARDS):
+    elif _is_glob(path):
         entries = _glob(fs, path, left_out)
     else:
         raise FileNotFoundError(pattern)
     return [_file_info(fs, entry) for entry in entries]
+
+
+def _is_glob(path: str) -> bool:
+    """Whether ``path`` contains one of ``WILDCARDS``."""
+    return any(character in path for character in WILDCARDS)
 
 
 def _files_in_folder(
@@ -109,7 +123,8 @@ def _files_in_folder(
         return ({"name": name} for name in _walk(folder))
 
     def is_visible(name: str) -> bool:
-        return not any(map(_is_hidden, posixpath.relpath(name, folder).split("/")))
+        parts = posixpath.relpath(name, folder).split("/")
+        return not any(map(_is_hidden, parts))
 
     return _sifted(_below(fs, folder), is_visible, left_out)
 
@@ -155,25 +170,33 @@ def _glob(
     like its ``find()``, it skips folders that it cannot list.
     """
     if isinstance(fs, LocalFileSystem):
-        yield from ({"name": name} for name in fs.glob(pattern) if Path(name).is_file())
+        for name in fs.glob(pattern):
+            if Path(name).is_file():
+                yield {"name": name}
         return
     parts = pattern.split("/")
-    first = next(i for i, part in enumerate(parts) if any(c in part for c in WILDCARDS))
+    first = next(i for i, part in enumerate(parts) if _is_glob(part))
     folders = ["/".join(parts[:first])]
     for depth, part in enumerate(parts[first:], first + 1):
-        recursive = "**" in part
-        matches = re.compile(glob_translate("/".join(parts if recursive else parts[:depth]))).match
-        if recursive:
+        if "**" in part:
+            matches = _matcher(parts)
             for folder in folders:
                 yield from _sifted(_below(fs, folder), matches, left_out)
             return
+        matches = _matcher(parts[:depth])
         entries: list[dict[str, Any]] = []
         for folder in folders:
             entries += _sifted(fs.ls(folder, detail=True), matches, left_out)
         folders = [info["name"] for info in entries if info["type"] == "directory"]
         if depth == len(parts):
-            yield from (info for info in entries if info["type"] == "file")
+            yield from [info for info in entries if info["type"] == "file"]
             left_out += folders
+
+
+def _matcher(parts: Sequence[str]) -> Callable[[str], Any]:
+    """A function that tells whether a path matches the glob of these ``parts``."""
+    expression = glob_translate("/".join(parts))
+    return re.compile(expression).match
 
 
 def _is_hidden(name: str) -> bool:
@@ -199,7 +222,10 @@ def _walk(folder: str) -> Iterator[str]:
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for path in (posixpath.join(base, name) for name in names if not _is_hidden(name)):
+        for name in names:
+            if _is_hidden(name):
+                continue
+            path = posixpath.join(base, name)
             with named_errors("examining", path, CorpusError):
                 if S_ISREG(Path(path).stat().st_mode):  # a pipe would block its reader forever
                     yield path

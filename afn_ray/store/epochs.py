@@ -59,7 +59,9 @@ class Epoch:
 
     def generations(self) -> dict[Place, int]:
         """Generation of every shard in ``rows``; all other shards have generation ``number``."""
-        measures, shards, generations = (self.rows[name].to_pylist() for name in SCHEMA.names)
+        measures = self.rows["measure"].to_pylist()
+        shards = self.rows["shard"].to_pylist()
+        generations = self.rows["generation"].to_pylist()
         places = zip(measures, shards, strict=True)
         return dict(zip(places, generations, strict=True))
 
@@ -69,14 +71,14 @@ class Epoch:
             return tuple(shards)
         known = self.rows.filter(pc.field("measure") == measure_id)
         ids = pa.array([shard.id for shard in shards], pa.string())
-        places = pc.index_in(ids, value_set=known["shard"].combine_chunks())
-        found = pc.fill_null(
-            known["generation"].combine_chunks().take(places), self.number
-        ).to_pylist()
-        return tuple(
-            shard if shard.generation == generation else replace(shard, generation=generation)
-            for shard, generation in zip(shards, found, strict=True)
-        )
+        rows = pc.index_in(ids, value_set=known["shard"].combine_chunks())
+        generations = known["generation"].combine_chunks().take(rows)
+        found = pc.fill_null(generations, self.number).to_pylist()
+        marked: list[Shard] = []
+        for shard, generation in zip(shards, found, strict=True):
+            is_valid = shard.generation == generation
+            marked.append(shard if is_valid else replace(shard, generation=generation))
+        return tuple(marked)
 
     def after(self, generations: Mapping[Place, int], condemned: frozenset[str]) -> Epoch:
         """The next epoch: only the shards in ``generations`` keep their generation."""
@@ -127,9 +129,8 @@ def publish(store: str, epoch: Epoch) -> bool:
 
 
 def _names(store: str) -> list[str]:
-    return [
-        name for name in storage.list_names(uris.join(store, EPOCHS)) if EPOCH_FILE.fullmatch(name)
-    ]
+    names = storage.list_names(uris.join(store, EPOCHS))
+    return [name for name in names if EPOCH_FILE.fullmatch(name)]
 
 
 def _name(number: int) -> str:
@@ -139,12 +140,11 @@ def _name(number: int) -> str:
 def _digest(table: pa.Table, header: Mapping[str, Any]) -> str:
     digest = sha256(json.dumps(header, sort_keys=True).encode())
     for batch in table.to_batches(max_chunksize=1 << 16):
-        rows = zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        digest.update(
-            "".join(
-                f"{measure}/{shard}/{generation}\n" for measure, shard, generation in rows
-            ).encode()
-        )
+        columns = [column.to_pylist() for column in batch.columns]
+        lines = []
+        for measure, shard, generation in zip(*columns, strict=True):
+            lines.append(f"{measure}/{shard}/{generation}\n")
+        digest.update("".join(lines).encode())
     return digest.hexdigest()
 
 
@@ -168,7 +168,8 @@ def _parse(data: bytes, uri: str) -> Epoch:
         header = json.loads(table.schema.metadata[b"afn"])
         digest = header.pop("sha256")
         rows = table.select(SCHEMA.names).cast(SCHEMA)
-        number, condemned = int(header["epoch"]), frozenset(map(str, header["condemned"]))
+        number = int(header["epoch"])
+        condemned = frozenset(map(str, header["condemned"]))
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}; {advice}") from error
     if digest != _digest(rows, header) or not uri.endswith(f"/{_name(number)}"):

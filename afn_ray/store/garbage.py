@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -108,8 +108,9 @@ def collect_garbage(
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     store = uris.absolute(store).rstrip("/")
+    rules = Rules(keep, tuple(keep_runs), min_age_h)
     for _ in range(TRIES):
-        snapshot = _take_snapshot(store, Rules(keep, tuple(keep_runs), min_age_h), delete=delete)
+        snapshot = _take_snapshot(store, rules, delete=delete)
         if not delete:
             return _result(snapshot, deleted=False)
         if not snapshot.found or epochs.publish(store, snapshot.next_epoch):
@@ -137,12 +138,9 @@ class _Snapshot:
     @property
     def found(self) -> bool:
         """Whether there is anything to delete."""
-        return bool(
-            self.doomed_runs
-            or self.doomed
-            or self.leftovers
-            or any(map(self.files_of, self.dead_runs))
-        )
+        if self.doomed_runs or self.doomed or self.leftovers:
+            return True
+        return any(self.files_of(name) for name in self.dead_runs)
 
     def files_of(self, run: str) -> list[storage.StoredFile]:
         """The files of a condemned run that are deleted.
@@ -164,11 +162,12 @@ class _Snapshot:
         found: list[tuple[Place, Sequence[storage.StoredFile]]] = []
         found += [(place, self.there.shards[place]) for place in self.doomed]
         found += [(leftover.place, leftover.files) for leftover in self.leftovers]
-        return [
-            (shard_files.shard_uri(self.store, *place), files)
-            for place, files in found
-            if place not in claimed
-        ]
+        folders = []
+        for place, files in found:
+            if place not in claimed:
+                folder = shard_files.shard_uri(self.store, *place)
+                folders.append((folder, files))
+        return folders
 
 
 def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
@@ -182,13 +181,14 @@ def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
     old_s = now_s - 3600 * rules.min_age_h
     condemned = frozenset(name for name in there.runs if name in before.condemned)
     dead = [name for name in sorted(condemned) if manifest.open_folder(store, name).condemned]
-    names = sorted(there.runs.keys() - {*dead})
+    names = sorted(there.runs.keys() - set(dead))
     kept = kept_runs(store, there, names, rules, old_s)
     planned = {name: planned_shards(store, name) for name in kept}
-    needed = {place for places in planned.values() for place in places}
+    needed: set[Place] = set().union(*planned.values())
     known = before.generations()
     generations = {place: known.get(place, before.number) for place in needed}
-    doomed, num_young = [], 0
+    doomed: list[Place] = []
+    num_young = 0
     for place in sorted(there.shards.keys() - needed):
         files = there.shards[place]
         if is_old(files, old_s):
@@ -219,7 +219,10 @@ def _delete(snapshot: _Snapshot, on_progress: OnProgress) -> Garbage:
     The snapshot's epoch has been published.
     """
     store = snapshot.store
-    spared, claimed = _claimed(snapshot) if snapshot.found else ([], set())
+    spared: list[str] = []
+    claimed: set[Place] = set()
+    if snapshot.found:
+        spared, claimed = _claimed(snapshot)
     for name in (*snapshot.doomed_runs, *snapshot.dead_runs):
         if name in spared:
             continue
@@ -234,8 +237,10 @@ def _delete(snapshot: _Snapshot, on_progress: OnProgress) -> Garbage:
         for begin in range(0, len(folders), checksums.IO_THREADS):
             few = folders[begin : begin + checksums.IO_THREADS]
             list(pool.map(lambda folder: _remove(*folder), few))
-            on_progress(f"{begin + len(few):,} of {len(folders):,} shards deleted")
-    for measure_id in {place[0] for place in snapshot.doomed if place not in claimed}:
+            num_deleted = begin + len(few)
+            on_progress(f"{num_deleted:,} of {len(folders):,} shards deleted")
+    deleted = set(snapshot.doomed) - claimed
+    for measure_id in {measure_id for measure_id, _ in deleted}:
         storage.remove_if_empty(uris.join(store, "shards", measure_id))
     return _result(snapshot, deleted=True, spared=spared, claimed=claimed)
 
@@ -247,24 +252,28 @@ def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
     """
     folder = uris.join(snapshot.store, "runs")
     now = layout.sort_files(snapshot.store, storage.list_below(folder)).runs
+    epoch = snapshot.next_epoch.number
     spared = []
     for name in snapshot.doomed_runs:
         known = snapshot.there.runs[name]
-        leases = {file.uri for file in now.get(name, ()) if layout.LEASE.fullmatch(file.name)}
-        new_leases = leases - {file.uri for file in known}
-        if new_leases:
+        if _leases(now.get(name, ())) - _leases(known):  # a process has resumed the run
             spared.append(name)
             continue
         run = manifest.RunFolder(uris.join(folder, name), snapshot.store, name, {})
-        complete = has_file(known, "run.json")
-        if not manifest.condemn_run(run, snapshot.next_epoch.number, complete=complete):
+        is_complete = has_file(known, "run.json")
+        if not manifest.condemn_run(run, epoch, complete=is_complete):
             spared.append(name)
-    gone = {*snapshot.doomed_runs, *snapshot.dead_runs} - {*spared}
+    gone = {*snapshot.doomed_runs, *snapshot.dead_runs} - set(spared)
     shards: set[Place] = set()
     for name in now.keys() - gone:
         if not snapshot.planned.get(name):  # it is new, was spared, or has written its plan since
             shards |= planned_shards(snapshot.store, name)
     return spared, shards
+
+
+def _leases(files: Iterable[storage.StoredFile]) -> set[str]:
+    """URIs of the leases among ``files``."""
+    return {file.uri for file in files if layout.LEASE.fullmatch(file.name)}
 
 
 def _result(
@@ -274,14 +283,20 @@ def _result(
     spared: Collection[str] = (),
     claimed: Collection[Place] = (),
 ) -> Garbage:
-    dead_runs = [name for name in snapshot.dead_runs if snapshot.files_of(name)]
-    runs = [name for name in (*snapshot.doomed_runs, *dead_runs) if name not in spared]
-    folder = uris.join(snapshot.store, "runs")
+    runs = [name for name in snapshot.doomed_runs if name not in spared]
+    runs += [name for name in snapshot.dead_runs if snapshot.files_of(name)]
+    run_folders = []
+    for name in runs:
+        uri = uris.join(snapshot.store, "runs", name)
+        run_folders.append(Folder.of(uri, snapshot.files_of(name)))
+    shard_folders = []
+    for uri, files in snapshot.shard_folders(claimed):
+        shard_folders.append(Folder.of(uri, files))
     return Garbage(
         store=snapshot.store,
         kept=tuple(sorted({*snapshot.planned, *spared})),
-        runs=tuple(Folder.of(uris.join(folder, run), snapshot.files_of(run)) for run in runs),
-        shards=tuple(Folder.of(*each) for each in snapshot.shard_folders(claimed)),
+        runs=tuple(run_folders),
+        shards=tuple(shard_folders),
         num_young=snapshot.num_young,
         deleted=deleted,
         spared=tuple(spared),
@@ -291,6 +306,11 @@ def _result(
 
 def _remove(folder: str, files: Sequence[storage.StoredFile]) -> None:
     """Remove ``files`` of ``folder``, commits before the files that they name."""
-    for file in sorted(files, key=lambda f: (layout.generation_of(f.name) is None, f.uri)):
+
+    def order(file: storage.StoredFile) -> tuple[bool, str]:
+        is_commit = layout.generation_of(file.name) is not None
+        return not is_commit, file.uri
+
+    for file in sorted(files, key=order):
         storage.remove(file.uri)
     storage.remove_if_empty(folder)

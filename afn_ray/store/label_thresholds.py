@@ -31,7 +31,8 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[dict[str, Any]]:
     if config.thresholds is None:
         return []
     run = manifest.find_run(config.thresholds)
-    theirs, ours = _strength_keys(run.info["measure"]), _strength_keys(measure.as_dict())
+    theirs = _strength_keys(run.info["measure"])
+    ours = _strength_keys(measure.as_dict())
     if theirs != ours:
         raise ConfigError(
             f"thresholds of {run.uri} are of another measure and cannot be used here: "
@@ -47,7 +48,8 @@ def _strength_keys(measure: dict[str, Any]) -> dict[str, Any]:
 
 def frozen_rows(run: manifest.RunFolder) -> list[dict[str, Any]]:
     """The thresholds that the complete ``run`` labels by, as rows of ``FROZEN``."""
-    return [{name: row[name] for name in FROZEN} for row in labels(run).to_pylist()]
+    rows: list[dict[str, Any]] = labels(run).select(list(FROZEN)).to_pylist()
+    return rows
 
 
 def labels_name(run: manifest.RunFolder) -> str:
@@ -70,6 +72,7 @@ def measure_differences(
     differences = []
     for key in sorted({*theirs, *ours} - {"id"}):
         if theirs.get(key) != ours.get(key):
-            their_value, our_value = short(theirs.get(key)), short(ours.get(key))
+            their_value = short(theirs.get(key))
+            our_value = short(ours.get(key))
             differences.append(f"{key}: {who} has {their_value}, this run asks for {our_value}")
     return "; ".join(differences)

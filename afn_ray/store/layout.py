@@ -115,7 +115,8 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
 
     Each file is in exactly one group. Only complete epoch files are in none.
     """
-    root, there = f"{uris.absolute(store)}/", StoreFiles()
+    root = f"{uris.absolute(store)}/"
+    there = StoreFiles()
     for file in files:
         match file.uri.removeprefix(root).split("/"):
             case ["shards", measure, shard, name] if _is_shard_file(measure, shard, name):
@@ -127,7 +128,7 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
             case [folder, name] if folder == EPOCHS and EPOCH_FILE.fullmatch(_final(name)):
                 if name != _final(name):
                     there.probes.append(file)
-            case [name] if PROBE.fullmatch(_final(name)) or (_final(name) == PLANNING != name):
+            case [name] if _is_probe(name):
                 there.probes.append(file)
             case [name] if name == PLANNING:
                 there.planning.append(file)
@@ -136,6 +137,14 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
             case _:
                 there.foreign.append(file.uri)
     return there
+
+
+def _is_probe(name: str) -> bool:
+    """Whether ``name`` is a probe file, or a temporary copy of ``PLANNING``."""
+    final = _final(name)
+    if final == PLANNING:
+        return name != PLANNING
+    return PROBE.fullmatch(final) is not None
 
 
 def _is_shard_file(measure: str, shard: str, name: str) -> bool:
@@ -157,4 +166,6 @@ def commit_name(generation: int) -> str:
 def generation_of(name: str) -> int | None:
     """The generation of the commit called ``name``; None for any other file."""
     found = COMMIT.fullmatch(name)
-    return int(found[1] or 0) if found else None
+    if found is None:
+        return None
+    return int(found[1] or 0)

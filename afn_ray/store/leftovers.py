@@ -38,7 +38,8 @@ def find_leftovers(
         return
     named: set[str] = set()
     for name, places in planned.items():
-        if not (shared := places & outdated.keys()):
+        shared = places & outdated.keys()
+        if not shared:
             continue
         run = manifest.open_folder(store, name)
         if run.info:
@@ -56,9 +57,9 @@ def find_leftovers(
                 continue
             if commit is None or f"{folder}/{commit.files['tokens']['name']}" in named:
                 continue
-            names = [str(file["name"]) for file in commit.files.values()]
-            files = [by_name.get(name) for name in (layout.commit_name(number), *names)]
-            yield Leftover(place, tuple(file for file in files if file is not None))
+            names = [layout.commit_name(number), *commit.file_names]
+            files = tuple(by_name[name] for name in names if name in by_name)
+            yield Leftover(place, files)
 
 
 def _outdated_generations(

@@ -106,21 +106,41 @@ def _is_config(value: Any) -> bool:
     return all(isinstance(pattern, str) for pattern in value.get("corpus", []))
 
 
-def _is_quarantined(value: Any) -> bool:
-    return all(isinstance(value[key], str) for key in ("shard", "uri", "reason"))
+def _are_quarantined(value: Any) -> bool:
+    return all(isinstance(shard[key], str) for shard in value for key in ("shard", "uri", "reason"))
+
+
+def _are_integers(value: Any) -> bool:
+    return all(type(element) is int for element in value)
+
+
+def _are_counts(value: Any) -> bool:
+    return all(map(_is_count, value.values()))
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value.get("name", ""), str)
+
+
+def _is_measure(value: Any) -> bool:
+    return isinstance(value.get("id", ""), str) and isinstance(value.get("model", {}), dict)
+
+
+def _is_duration(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e12
 
 
 _INFO_IS: dict[str, Callable[[Any], bool]] = {
-    "layers": lambda x: all(type(layer) is int for layer in x),
-    "counts": lambda x: all(map(_is_count, x.values())),
-    "corpus": lambda x: all(map(_is_count, x.values())),
+    "layers": _are_integers,
+    "counts": _are_counts,
+    "corpus": _are_counts,
     "config": _is_config,
-    "model": lambda x: isinstance(x.get("name", ""), str),
-    "measure": lambda x: isinstance(x.get("id", ""), str) and isinstance(x.get("model", {}), dict),
+    "model": _is_model,
+    "measure": _is_measure,
     "created_at": _is_time,
     "finished_at": _is_time,
-    "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
-    "quarantined": lambda x: all(map(_is_quarantined, x)),
+    "seconds": _is_duration,
+    "quarantined": _are_quarantined,
 }
 """Checks of the values in run.json that are shown or added up; the file may have been edited."""
 
@@ -155,7 +175,9 @@ def open_folder(store: str, name: str) -> RunFolder:
 def split_uri(uri: str) -> tuple[str, str]:
     """The store and the name of the run at ``uri``; for any other URI, itself and no name."""
     store, _, name = uri.rpartition("/runs/")
-    return (store, name) if name and "/" not in name else (uri, "")
+    if name and "/" not in name:
+        return store, name
+    return uri, ""
 
 
 def find_run(uri: str) -> RunFolder:
@@ -307,11 +329,13 @@ def find_blocks(run: RunFolder, name: str) -> Blocks:
     It is a file of the complete ``run`` or of one of its shards. Raises ``StoreError`` if no commit
     and no run.json lists it.
     """
-    uri, (*folders, file) = uris.join(run.store, name), name.split("/")
+    uri = uris.join(run.store, name)
+    *folders, file = name.split("/")
     try:
         if folders[0] == "shards":
             return blocks_by_name(run.store, folders[1], folders[2], file)
-        (entry,) = (entry for entry in run.info["tables"].values() if entry.get("name") == file)
+        tables = run.info["tables"].values()
+        (entry,) = [entry for entry in tables if entry.get("name") == file]
         return Blocks.of(entry["bytes"], entry["crc32"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise StoreError(f"{uri} is not the file that was committed{ASK_VERIFY}") from error

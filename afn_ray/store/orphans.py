@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from afn_ray.errors import StoreError
@@ -37,12 +37,13 @@ class Age:
     def orphan(self, file: storage.StoredFile, removable: bool | None = None) -> Orphan:
         """``file`` as an orphan; ``removable`` None means: once the file is old enough."""
         age_s = max(0.0, self.now_s - file.modified_s)
-        return Orphan(
-            file.uri,
-            file.size,
-            age_s,
-            age_s >= 3600 * self.min_age_h if removable is None else removable,
-        )
+        if removable is None:
+            removable = self.is_reached(age_s)
+        return Orphan(file.uri, file.size, age_s, removable)
+
+    def is_reached(self, age_s: float) -> bool:
+        """Whether a file that is ``age_s`` seconds old is old enough."""
+        return age_s >= 3600 * self.min_age_h
 
 
 @dataclass(slots=True)
@@ -78,7 +79,8 @@ class Plans:
                 self.unreadable = True
                 continue
             measure_id = fingerprint(header["measure"])
-            self.add(name, {(measure_id, shard.id) for shard in shards}, complete=bool(run.info))
+            places = {(measure_id, shard.id) for shard in shards}
+            self.add(name, places, complete=bool(run.info))
 
 
 def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) -> bool | None:
@@ -97,7 +99,9 @@ def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) 
         return False
     if committed:
         return True
-    return False if generation and place in plans.all else None
+    if generation and place in plans.all:
+        return False
+    return None
 
 
 def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> list[Orphan]:
@@ -110,7 +114,7 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
     epoch = epochs.newest(store)
     generations = epoch.generations()
     done: list[Orphan] = []
-    for folder, group in itertools.groupby(orphans, key=lambda o: o.uri.rpartition("/")[0]):
+    for folder, group in itertools.groupby(orphans, key=_folder_of):
         mine = list(group)
         named: set[str] = set()
         if name := manifest.split_uri(folder)[1]:
@@ -120,23 +124,39 @@ def cleaned(store: str, orphans: Sequence[Orphan], plans: Plans, age: Age) -> li
             place = (measure_id, shard)
             generation = generations.get(place, epoch.number)
             commits = commits_of(store, place)
-            for commit in commits.values():
-                named.update(str(file["name"]) for file in commit.files.values())
+            named = _names_in(commits.values())
             may = may_remove(place, generation, committed=generation in commits, plans=plans)
             mine = [_checked_again(orphan, may, age) for orphan in mine]
         removable = [orphan.uri for orphan in mine if orphan.removable]
-        storage.delete([uri for uri in removable if uri.rpartition("/")[2] not in named])
+        storage.delete([uri for uri in removable if _name_of(uri) not in named])
         left = {file.uri for file in storage.list_below(folder)}
         done += [replace(orphan, removed=orphan.uri not in left) for orphan in mine]
     return done
+
+
+def _folder_of(orphan: Orphan) -> str:
+    return orphan.uri.rpartition("/")[0]
+
+
+def _name_of(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+def _names_in(commits: Iterable[Commit]) -> set[str]:
+    """Names of the files that ``commits`` name."""
+    names: set[str] = set()
+    for commit in commits:
+        names.update(commit.file_names)
+    return names
 
 
 def _checked_again(orphan: Orphan, may: bool | None, age: Age) -> Orphan:
     """``orphan``, removable only if it was before and ``may_remove`` now gives ``may``."""
     if not orphan.removable:
         return orphan
-    is_old = orphan.age_s >= 3600 * age.min_age_h
-    return replace(orphan, removable=is_old if may is None else may)
+    if may is None:
+        may = age.is_reached(orphan.age_s)
+    return replace(orphan, removable=may)
 
 
 def commits_of(store: str, place: Place) -> Mapping[int, Commit]:
@@ -152,11 +172,8 @@ def commits_of(store: str, place: Place) -> Mapping[int, Commit]:
 
 def names_of(folder: manifest.RunFolder) -> set[str]:
     """Names of the files in a run's folder that belong to the run."""
-    tables = folder.info.get("tables", {}).values()
-    return {
-        "plan.parquet",
-        "run.json",
-        "audited.json",
-        layout.STATUS,
-        *(str(t["name"]) for t in tables if isinstance(t, dict) and "name" in t),
-    }
+    names = {"plan.parquet", "run.json", "audited.json", layout.STATUS}
+    for table in folder.info.get("tables", {}).values():
+        if isinstance(table, dict) and "name" in table:
+            names.add(str(table["name"]))
+    return names

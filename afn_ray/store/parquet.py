@@ -14,16 +14,17 @@ def open_file(source: Any, **options: Any) -> pq.ParquetFile:
 
     Reading a damaged page raises ``OSError``.
     """
-    source = pa.BufferReader(source) if isinstance(source, bytes) else source
+    if isinstance(source, bytes):
+        source = pa.BufferReader(source)
     return pq.ParquetFile(source, page_checksum_verification=True, **options)
 
 
 def read(data: bytes, columns: Sequence[str] | None = None, **options: Any) -> pa.Table:
     """The table in ``data``. Damaged data raises ``OSError`` or ``pa.ArrowException``."""
-    columns = None if columns is None else list(columns)
-    return pq.read_table(
-        pa.BufferReader(data), columns=columns, page_checksum_verification=True, **options
-    )
+    if columns is not None:
+        columns = list(columns)
+    source = pa.BufferReader(data)
+    return pq.read_table(source, columns=columns, page_checksum_verification=True, **options)
 
 
 def writer(sink: Any, schema: pa.Schema, **options: Any) -> pq.ParquetWriter:

@@ -154,7 +154,8 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
             raise StoreError(
                 f"{uri} is damaged: its rows and header do not have the checksum that it carries"
             )
-        config = RunConfig(**header["config"] | {"corpus": tuple(header["config"]["corpus"])})
+        settings = header["config"]
+        config = RunConfig(**{**settings, "corpus": tuple(settings["corpus"])})
         shards = _shards_of(rows, config.read_options, uri)
         suffix = request_id(fingerprint(header["measure"]), shards, config, header.get("frozen"))
     except DAMAGES as error:

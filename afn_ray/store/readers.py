@@ -25,20 +25,19 @@ def open_read(uri: str) -> IO[bytes]:
     """
     fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        return cast(
-            IO[bytes],
-            call_with_retries(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb")),
-        )
+        file = call_with_retries(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb"))
+        return cast(IO[bytes], file)
     size = corpus_files.stat(uri).size
 
     def read(start: int, end: int) -> bytes:
-        return call_with_retries(
-            fs, "reading", uri, CorpusError, lambda: bytes(fs.cat_file(path, start=start, end=end))
-        )
+        def read_once() -> bytes:
+            return bytes(fs.cat_file(path, start=start, end=end))
 
-    return io.BufferedReader(
-        RangeFile(read, size, SimpleNamespace()), max(1, min(READ_AHEAD_BYTES, size))
-    )
+        return call_with_retries(fs, "reading", uri, CorpusError, read_once)
+
+    ranges = RangeFile(read, size, SimpleNamespace())
+    buffer_bytes = max(1, min(READ_AHEAD_BYTES, size))
+    return io.BufferedReader(ranges, buffer_bytes)
 
 
 class RangeFile(io.RawIOBase):
@@ -58,16 +57,19 @@ class RangeFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}[whence]
-        self._position.at = base + offset
-        return base + offset
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._size}
+        position = bases[whence] + offset
+        self._position.at = position
+        return position
 
     def tell(self) -> int:
         return int(getattr(self._position, "at", 0))
 
     def read(self, num_bytes: int = -1) -> bytes:
         start = self.tell()
-        end = self._size if num_bytes < 0 else min(start + num_bytes, self._size)
+        end = self._size
+        if num_bytes >= 0:
+            end = min(start + num_bytes, end)
         data = self._read(start, end) if start < end else b""
         self._position.at = start + len(data)
         return data

@@ -64,7 +64,8 @@ def _leaves(schema: pa.Schema) -> Iterator[tuple[str, str, pa.DataType]]:
         if pa.types.is_list(kind):
             path, kind = f"{path}.list.element", kind.value_type
         if pa.types.is_struct(kind):
-            yield from ((f"{path}.{f.name}", f.name, f.type) for f in kind)
+            for member in kind:
+                yield f"{path}.{member.name}", member.name, member.type
         else:
             yield path, field.name, kind
 
@@ -73,7 +74,9 @@ class TableFile:
     """One Parquet file that grows: tables go in, row groups of ``ROW_GROUP_ROWS`` come out."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self.path, self.schema, self.num_rows = path, schema, 0
+        self.path = path
+        self.schema = schema
+        self.num_rows = 0
         self._pending: list[pa.Table] = []
         self._pending_rows = 0
         with _scratch(path):
@@ -91,10 +94,10 @@ class TableFile:
         """End the row group: write all rows since the previous one."""
         if self._pending_rows:
             with _scratch(self.path):
-                self._file.write_table(
-                    pa.concat_tables(self._pending).unify_dictionaries(), self._pending_rows
-                )
-        self._pending, self._pending_rows = [], 0
+                table = pa.concat_tables(self._pending).unify_dictionaries()
+                self._file.write_table(table, self._pending_rows)
+        self._pending = []
+        self._pending_rows = 0
 
     def write_each(self, tables: Iterable[pa.Table]) -> None:
         """Write one row group for each table with rows, so that a reduce can read one at a time."""
@@ -133,12 +136,13 @@ class ShardFiles:
         self.tokens = table("tokens", tokens_schema(series, offsets, tagged))
         self.documents = table("documents", documents_schema(series))
         self.summary = table("summary", TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA)
-        self.neurons = (
-            table("neurons", token_neurons_schema(neuron_layers)) if neuron_layers else None
-        )
-        self.pairs = table("pairs", PAIRS_SCHEMA) if neuron_layers else None
-        files = (self.tokens, self.documents, self.summary, self.neurons, self.pairs)
-        self._files = [f for f in files if f is not None]
+        self._files = [self.tokens, self.documents, self.summary]
+        self.neurons: TableFile | None = None
+        self.pairs: TableFile | None = None
+        if neuron_layers:
+            self.neurons = table("neurons", token_neurons_schema(neuron_layers))
+            self.pairs = table("pairs", PAIRS_SCHEMA)
+            self._files += [self.neurons, self.pairs]
 
     def __enter__(self) -> ShardFiles:
         return self

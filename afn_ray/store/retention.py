@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -34,21 +33,34 @@ def kept_runs(
     complete = [name for name in finished if name not in copies]
     audited = [name for name in complete if has_file(there.runs[name], "audited.json")]
     kept = {_name_of(store, run, names) for run in rules.keep_runs}
-    kept |= {*complete[-rules.keep :], *copies, *_last_audited(store, audited)}
+    kept.update(complete[-rules.keep :])
+    kept.update(copies)
+    kept.update(_last_audited(store, audited))
     newest = max(complete, default="")
     for name in names:
         if name in kept:
             continue
-        files = there.runs[name]
         if name in complete:
-            leases = [file for file in files if layout.LEASE.fullmatch(file.name)]
-            in_use = not is_old(leases, old_s)
+            in_use = _is_leased(there.runs[name], old_s)
         else:
-            shards = [there.shards.get(place, []) for place in planned_shards(store, name)]
-            in_use = name > newest or not is_old(itertools.chain(files, *shards), old_s)
+            in_use = _is_under_way(store, there, name, old_s) or name > newest
         if in_use:
             kept.add(name)
     return sorted(kept)
+
+
+def _is_leased(files: Iterable[storage.StoredFile], old_s: float) -> bool:
+    """Whether one of the ``files`` of a complete run is the recent lease of a reader."""
+    leases = [file for file in files if layout.LEASE.fullmatch(file.name)]
+    return not is_old(leases, old_s)
+
+
+def _is_under_way(store: str, there: layout.StoreFiles, name: str, old_s: float) -> bool:
+    """Whether a file of the incomplete run ``name``, or of a shard that it lists, is recent."""
+    files = list(there.runs[name])
+    for place in planned_shards(store, name):
+        files += there.shards.get(place, [])
+    return not is_old(files, old_s)
 
 
 def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
@@ -56,10 +68,12 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
 
     The next audit is compared with it.
     """
-    newest = {}
+    newest: dict[str, str] = {}
     for name in audited:
         info = manifest.open_folder(store, name).info
-        newest[json.dumps([info["measure"]["id"], info["config"]["corpus"]])] = name
+        measure_id = info["measure"]["id"]
+        corpus = info["config"]["corpus"]
+        newest[json.dumps([measure_id, corpus])] = name
     return set(newest.values())
 
 

@@ -41,29 +41,34 @@ def find_begun(
     not returned. Writes nothing. Raises ``StoreError`` if the store holds another measure and the
     config does not allow a second one, or if the plan of an incomplete run is damaged.
     """
-    measure_id = measure.id
-    held = [
-        name
-        for name in storage.list_names(uris.join(config.store, "shards"))
-        if HEX.fullmatch(name)
-    ]
-    names = manifest.run_names(config.store)
-    if held and measure_id not in held and not config.allow_another_measure:
-        raise StoreError(_other_measure(config.store, names, measure))
-    suffix = plans.request_id(measure_id, plan.shards, config, frozen)
-    newest = next((name for name in reversed(names) if _is_begun(config.store, name)), "")
-    if newest.endswith(suffix):
-        same = manifest.open_folder(config.store, newest)
+    store = config.store
+    stored = storage.list_names(uris.join(store, "shards"))
+    measures = [name for name in stored if HEX.fullmatch(name)]
+    names = manifest.run_names(store)
+    if measures and measure.id not in measures and not config.allow_another_measure:
+        raise StoreError(_other_measure(store, names, measure))
+    newest = next((name for name in reversed(names) if _is_begun(store, name)), "")
+    if newest.endswith(plans.request_id(measure.id, plan.shards, config, frozen)):
+        same = manifest.open_folder(store, newest)
         # A complete run with quarantined shards is not reused: a new run tries them again.
         if not same.condemned and not same.info.get("quarantined"):
-            if not same.info and (begun_plan := plans.read_plan(config.store, newest)) is not None:
-                plans.proved_rows(uris.join(same.uri, "plan.parquet"), *begun_plan)
+            if not same.info:
+                _check_plan(same)
             return same, newest
-    if frozen and newest.endswith(plans.request_id(measure_id, plan.shards, config, ())):
-        same = manifest.open_folder(config.store, newest)
-        if same.info and not same.info.get("quarantined") and frozen_rows(same) == list(frozen):
+    if frozen and newest.endswith(plans.request_id(measure.id, plan.shards, config, ())):
+        same = manifest.open_folder(store, newest)
+        is_whole = same.info and not same.info.get("quarantined")
+        if is_whole and frozen_rows(same) == list(frozen):
             return same, newest  # its own thresholds are the frozen ones
     return None, newest
+
+
+def _check_plan(run: manifest.RunFolder) -> None:
+    """Raise ``StoreError`` if the plan of the incomplete ``run`` is damaged."""
+    plan = plans.read_plan(run.store, run.id)
+    if plan is not None:
+        table, header = plan
+        plans.proved_rows(uris.join(run.uri, "plan.parquet"), table, header)
 
 
 def begin_run(
@@ -85,14 +90,16 @@ def begin_run(
     if run is not None:
         lease = uris.join(run.uri, f"lease-{uuid.uuid4().hex}.json")
         # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
+        body = {"schema_version": SCHEMA_VERSION, "run": run.id}
         with contextlib.suppress(storage.AlreadyWritten):
-            storage.write_once(lease, sealed({"schema_version": SCHEMA_VERSION, "run": run.id}))
+            storage.write_once(lease, sealed(body))
     else:
         run = _new_run(config, measure, plan, begun_ns, frozen, newest)
     epoch = epochs.newest(config.store)
     while run.id in epoch.condemned:
         newest = max(newest, *epoch.condemned)
-        run, lease = _new_run(config, measure, plan, begun_ns, frozen, newest), None
+        run = _new_run(config, measure, plan, begun_ns, frozen, newest)
+        lease = None
         epoch = epochs.newest(config.store)
     return Claim(run, epoch.marked(measure.id, plan.shards), lease)
 
@@ -140,7 +147,9 @@ def _is_begun(store: str, name: str) -> bool:
 
 
 def _stamp(moment: datetime) -> str:
-    return moment.strftime("%Y%m%dT%H%M%S.") + f"{moment.microsecond // 1000:03d}Z"
+    seconds = moment.strftime("%Y%m%dT%H%M%S")
+    milliseconds = moment.microsecond // 1000
+    return f"{seconds}.{milliseconds:03d}Z"
 
 
 def _other_measure(store: str, runs: Sequence[str], measure: Measure) -> str:

@@ -76,8 +76,9 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
     """
     found = {} if file is None else read_toml(file, "config file")
     merged = {**found, **values}
-    known = [f.name for f in fields(RunConfig)]
-    if unknown := sorted(set(merged) - set(known)):
+    known = [field.name for field in fields(RunConfig)]
+    unknown = sorted(set(merged) - set(known))
+    if unknown:
         where = f" in {file}" if file is not None else ""
         raise ConfigError(
             f"unknown key{where}: {', '.join(unknown)}{nearest(unknown, known)}; known keys: "
@@ -88,7 +89,8 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
         merged["corpus"] = (corpus,)
     elif isinstance(corpus, list):
         merged["corpus"] = tuple(corpus)
-    if missing := [name for name in ("corpus", "model", "store") if merged.get(name) is None]:
+    missing = [name for name in ("corpus", "model", "store") if merged.get(name) is None]
+    if missing:
         raise ConfigError(
             f"missing: {', '.join(missing)}; give it as a flag or in a TOML file (--config)"
         )
@@ -101,7 +103,8 @@ def config_from(values: Mapping[str, Any], file: str | Path | None = None) -> Ru
 
 
 def _check_absolute(name: str, value: str | tuple[str, ...], file: str) -> None:
-    for place in (value,) if isinstance(value, str) else value:
+    places = (value,) if isinstance(value, str) else value
+    for place in places:
         if "://" not in place and not Path(place).is_absolute():
             raise ConfigError(
                 f"{name} in {file} is {place!r}, which is another place on every machine that "

@@ -34,12 +34,27 @@ def shard_uri(store: str, measure_id: str, shard: str) -> str:
     return uris.join(store, "shards", measure_id, shard)
 
 
+def _are_counts(value: Any) -> bool:
+    """Whether ``value`` is a dict of counts that can be added up."""
+    if not isinstance(value, dict):
+        return False
+    return all(type(count) is int and 0 <= count < 1 << 62 for count in value.values())
+
+
+def _is_duration(value: Any) -> bool:
+    """Whether ``value`` is a number of seconds that can be added up."""
+    return type(value) in (int, float) and 0 <= value < 1e12
+
+
+def _are_texts(value: Any) -> bool:
+    """Whether ``value`` is a dict of strings."""
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
 _IS: dict[str, Callable[[Any], bool]] = {
-    "counts": lambda x: (
-        isinstance(x, dict) and all(type(n) is int and 0 <= n < 1 << 62 for n in x.values())
-    ),
-    "seconds": lambda x: type(x) in (int, float) and 0 <= x < 1e12,
-    "made_by": lambda x: isinstance(x, dict) and all(isinstance(v, str) for v in x.values()),
+    "counts": _are_counts,
+    "seconds": _is_duration,
+    "made_by": _are_texts,
 }
 """Checks of the values in a commit that are added up or kept; the file may have been edited."""
 
@@ -59,25 +74,43 @@ def read_committed(
     if value is None:
         return None
     try:
-        commit = Commit(**{k: value[k] for k in Commit.__dataclass_fields__})
+        fields = {name: value[name] for name in Commit.__dataclass_fields__}
+        commit = Commit(**fields)
         slices = tuple(FileSlice(**piece) for piece in value["slices"])
-        read = Shard(commit.shard, slices, ReadOptions(**value["options"]), generation)
+        options = ReadOptions(**value["options"])
+        read = Shard(commit.shard, slices, options, generation)
     except (KeyError, TypeError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
-    files = commit.files if isinstance(commit.files, dict) else {}
-    names = [str(f.get("name")) if isinstance(f, dict) else "" for f in files.values()]
-    escapes = any("/" in n or n in ("", ".", "..") for n in names)
-    if set(files) not in (set(TABLES), set(TABLES + NEURON_TABLES)) or escapes:
-        raise StoreError(f"{uri} is damaged: it names the files {names}")
-    for what in ("counts", "seconds", "made_by"):
-        if not _IS[what](got := getattr(commit, what)):
-            raise StoreError(f"{uri} is damaged: {what} is {short(got)}")
+    _check_commit(commit, uri)
     if (value.get("measure"), commit.shard) != (measure_id, shard):
         raise StoreError(
             f"{uri} is damaged: it is the commit of shard {commit.shard} of measure "
             f"{value.get('measure')}"
         )
     return commit, read
+
+
+def _check_commit(commit: Commit, uri: str) -> None:
+    """Raise ``StoreError`` if the ``commit`` in ``uri`` has values that no run writes."""
+    files = commit.files if isinstance(commit.files, dict) else {}
+    names = [_file_name(entry) for entry in files.values()]
+    are_known = set(files) in (set(TABLES), set(TABLES + NEURON_TABLES))
+    if not are_known or not all(_stays_in_folder(name) for name in names):
+        raise StoreError(f"{uri} is damaged: it names the files {names}")
+    for what, is_valid in _IS.items():
+        value = getattr(commit, what)
+        if not is_valid(value):
+            raise StoreError(f"{uri} is damaged: {what} is {short(value)}")
+
+
+def _file_name(entry: Any) -> str:
+    """The name of a file in a commit; empty if the ``entry`` is damaged."""
+    return str(entry.get("name")) if isinstance(entry, dict) else ""
+
+
+def _stays_in_folder(name: str) -> bool:
+    """Whether ``name`` is a file in the shard's own folder."""
+    return "/" not in name and name not in ("", ".", "..")
 
 
 def committed_blocks(
@@ -93,10 +126,11 @@ def committed_blocks(
         raise StoreError(f"{uri} is gone from the store{ASK_VERIFY}")
     try:
         files, crc32 = value["files"], value["crc32"]
-        return {
-            str(files[table]["name"]): Blocks.of(files[table]["bytes"], crc32[table])
-            for table in files
-        }
+        found: dict[str, Blocks] = {}
+        for table in files:
+            entry = files[table]
+            found[str(entry["name"])] = Blocks.of(entry["bytes"], crc32[table])
+        return found
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
 
@@ -107,13 +141,7 @@ def blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks
     Raises ``StoreError`` if a commit is gone or damaged, and ``KeyError`` if none names ``file``.
     """
     refused: Exception = KeyError(file)
-
-    def generations() -> Iterator[int]:
-        yield 0  # the only generation of most shards
-        names = storage.list_names(shard_uri(store, measure_id, shard))
-        yield from sorted(n for name in names if (n := generation_of(name)))
-
-    for generation in generations():
+    for generation in _generations(store, measure_id, shard):
         try:
             found = committed_blocks(store, measure_id, shard, generation)
         except StoreError as error:
@@ -122,6 +150,14 @@ def blocks_by_name(store: str, measure_id: str, shard: str, file: str) -> Blocks
             if file in found:
                 return found[file]
     raise refused
+
+
+def _generations(store: str, measure_id: str, shard: str) -> Iterator[int]:
+    """Yield the generations of which ``shard`` may have a commit."""
+    yield 0  # the only generation of most shards, so that most need no listing
+    names = storage.list_names(shard_uri(store, measure_id, shard))
+    later = [generation_of(name) for name in names]
+    yield from sorted(generation for generation in later if generation)
 
 
 def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
@@ -193,9 +229,10 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
         digest, crc32[table] = blocks.file_checksums(path)
         name = f"{attempt.id}-{table}.parquet"
         files[table] = {"name": name, "rows": rows, "bytes": path.stat().st_size, "sha256": digest}
-    uploaded = [uris.join(folder, str(file["name"])) for file in files.values()]
+    uploaded = [uris.join(folder, str(entry["name"])) for entry in files.values()]
+    paths = [path for path, _ in attempt.tables.values()]
     try:
-        for uri, (path, _) in zip(uploaded, attempt.tables.values(), strict=True):
+        for path, uri in zip(paths, uploaded, strict=True):
             storage.upload(path, uri)
     except BaseException:  # no commit names the files yet, and a full disk needs the space
         storage.delete(uploaded)
@@ -222,7 +259,7 @@ def _commit_once(
     because the commit may exist nevertheless; only a full disk without a commit loses them.
     """
     folder = shard_uri(store, measure_id, shard.id)
-    name = commit_name(shard.generation)
+    uri = uris.join(folder, commit_name(shard.generation))
     body = {
         "schema_version": SCHEMA_VERSION,
         "measure": measure_id,
@@ -233,7 +270,7 @@ def _commit_once(
         "committed_at": datetime.now(UTC).isoformat(),
     }
     try:
-        storage.write_once(uris.join(folder, name), sealed(body))
+        storage.write_once(uri, sealed(body))
         return commit
     except storage.AlreadyWritten:  # by a rival, or by our own request whose answer was lost
         winner = read_commit(store, measure_id, shard.id, shard.generation)
@@ -243,10 +280,10 @@ def _commit_once(
         winner = read_commit(store, measure_id, shard.id, shard.generation)
         if winner is None:
             if isinstance(error, Interrupted):  # a full disk needs the space
-                storage.delete([uris.join(folder, str(f["name"])) for f in commit.files.values()])
+                storage.delete([uris.join(folder, name) for name in commit.file_names])
             raise
     if winner is None:
         raise StoreError(
-            f"{folder}/{name} exists but cannot be read back; is something deleting from the store?"
+            f"{uri} exists but cannot be read back; is something deleting from the store?"
         )
     return winner

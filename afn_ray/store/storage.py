@@ -42,10 +42,12 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
     Raises ``StoreError`` if the file does not exist.
     """
     fs, path = uris.open_filesystem(uri)
+
+    def read() -> bytes:
+        return bytes(fs.cat_file(path, start=start, end=end))
+
     try:
-        return call_with_retries(
-            fs, "reading", uri, StoreError, lambda: bytes(fs.cat_file(path, start=start, end=end))
-        )
+        return call_with_retries(fs, "reading", uri, StoreError, read)
     except StoreError as error:
         if not start and http_status(error) == 416:  # the range does not exist: the object is empty
             return b""
@@ -77,10 +79,8 @@ def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
 def exists(uri: str) -> bool:
     """Whether there is a file or folder at ``uri`` now."""
     fs, path = uris.open_filesystem(uri)
-    return (
-        call_with_retries(fs, "examining", uri, StoreError, lambda: find_entry(fs, path))
-        is not None
-    )
+    info = call_with_retries(fs, "examining", uri, StoreError, lambda: find_entry(fs, path))
+    return info is not None
 
 
 def list_names(uri: str) -> list[str]:
@@ -128,17 +128,19 @@ def list_below(uri: str) -> list[StoredFile]:
             found = fs.find(path, detail=True)
         except FileNotFoundError:
             return []
-        return [
-            StoredFile(str(fs.unstrip_protocol(name)), int(info["size"]), entry_modified_s(info))
-            for name, info in found.items()
-            if info["type"] == "file"
-        ]
+        stored = []
+        for name, info in found.items():
+            if info["type"] == "file":
+                file_uri = str(fs.unstrip_protocol(name))
+                stored.append(StoredFile(file_uri, int(info["size"]), entry_modified_s(info)))
+        return stored
 
     def local_files() -> list[StoredFile]:
         return list(_local_files(path))
 
     call = local_files if isinstance(fs, LocalFileSystem) else files
-    return sorted(call_with_retries(fs, "listing", uri, StoreError, call), key=lambda f: f.uri)
+    listed = call_with_retries(fs, "listing", uri, StoreError, call)
+    return sorted(listed, key=lambda file: file.uri)
 
 
 def _local_files(folder: str) -> Iterator[StoredFile]:
@@ -152,7 +154,8 @@ def _local_files(folder: str) -> Iterator[StoredFile]:
             raise error  # a folder that cannot be listed must not pass as empty
 
     for base, _, names in os.walk(folder, onerror=fail):
-        for path in (Path(base, name) for name in names):
+        for name in names:
+            path = Path(base, name)
             with contextlib.suppress(FileNotFoundError):
                 info = path.lstat()
                 if S_ISREG(info.st_mode):
