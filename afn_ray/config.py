@@ -55,31 +55,42 @@ class RunConfig:
     name, the value that it has and the values that it may have.
     """
 
-    corpus: tuple[str, ...] = field(metadata={"help": "files, folders or globs; any fsspec URL"})
-    model: str = field(metadata={"help": "model folder, GGUF file, or hub name"})
-    store: str = field(metadata={"help": "folder or bucket prefix that holds the results"})
+    corpus: tuple[str, ...] = field(
+        metadata={"help": "files, folders or globs to measure; paths or fsspec URLs"}
+    )
+    model: str = field(
+        metadata={"help": "model folder, GGUF file, or name on the Hugging Face hub"}
+    )
+    store: str = field(metadata={"help": "folder or bucket prefix in which the results are stored"})
     layers: str = _option(
         "0,2/3",
-        "layers to record: 8 | 2/3 of the depth | 4,8,12 | all; 0 = embeddings, the control",
+        "layers to record: 8, 2/3 (of the depth), 4,8,12 or all; layer 0 is the embeddings, a "
+        "control",
     )
     signals: str = _option(
-        "strength", "what to record beside strength: shift, attention, ... as in shift,attention"
+        "strength", "signals to record beside strength, with commas between: shift,attention"
     )
     top_neurons: int = _option(
-        TOP_NEURONS, "neurons to record of each token, furthest from 0 (5 bytes each)"
+        TOP_NEURONS, "neurons to record per token: those furthest from 0, 5 bytes each"
     )
     neurons_of: str = _option(
-        "all", "tokens to record neurons of: all, or high (HIGH by --thresholds, which it needs)"
+        "all",
+        "tokens whose neurons are recorded: all, or high (those HIGH by --thresholds, which must "
+        "be given)",
     )
-    revision: str | None = _option(None, "revision of a hub model (pin it for a nightly run)")
+    revision: str | None = _option(
+        None, "revision of a hub model; name one for nightly runs, so that the model stays the same"
+    )
     dtype: str = _option(
-        "auto", "of the matrix products; auto: half where a pilot finds it safe, else float32"
+        "auto",
+        "number type of the matrix products; auto: half precision if a calibration finds it safe, "
+        "else float32",
     )
     window_tokens: int | None = _option(
-        None, "tokens in a window; default: the model's context, at most 2048"
+        None, "tokens that the model reads at once; default: the model's context, at most 2048"
     )
     overlap_tokens: int | None = _option(
-        None, "tokens that neighbouring windows share; default: a quarter window"
+        None, "tokens that neighbouring windows share; default: a quarter of a window"
     )
     text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
     id_column: str | None = _option(
@@ -87,69 +98,80 @@ class RunConfig:
     )
     labels: str | None = _option(
         None,
-        "column that holds the tags of a labelled corpus (JSONL, Parquet); of CoNLL-U upos (the "
-        "default) or xpos",
+        "column that holds the tags of a labelled corpus (JSONL, Parquet); for CoNLL-U upos or "
+        "xpos, default: upos",
     )
-    format: str = _option("auto", "format of the files; auto goes by their ending")
-    txt_documents: str = _option("file", "a document is one .txt file, or one line of it")
+    format: str = _option("auto", "format of the files; auto: each file's ending decides")
+    txt_documents: str = _option("file", "what one document is: a .txt file, or a line of it")
     csv_escape: str = _option(
-        "auto", "how CSV writes a quote within quotes; auto: doubled, doubtful rows quarantined"
+        "auto",
+        "how CSV files write a quote within quotes; auto: doubled, and doubtful rows are "
+        "quarantined",
     )
-    offsets: bool = _option(True, "record character offsets (about 1 byte a token)")
-    language: str = _option("en", "language of the function words, ISO 639-1")
-    sink_factor: float = _option(10.0, "a token over this many medians is a sink")
+    offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
+    language: str = _option(
+        "en", "language of the corpus (ISO 639-1), whose function words get a class of their own"
+    )
+    sink_factor: float = _option(
+        10.0, "a token is a sink if its strength is over this many medians"
+    )
     thresholds: str | None = _option(
         None,
-        "run whose thresholds say what is HIGH, or a store for its latest; default: the run's own",
+        "run whose thresholds decide what is HIGH, or a store for its latest run; default: this "
+        "run's own",
     )
     screen: int = _option(
-        1000, "strangest documents to list, found in one more scan of what is recorded; 0: no scan"
+        1000,
+        "number of strangest documents to list, found in one more scan of the records; 0: no scan",
     )
-    max_document_bytes: int = _option(8 << 20, "longer documents are quarantined")
+    max_document_bytes: int = _option(
+        8 << 20, "largest document, in bytes; larger ones are quarantined"
+    )
     shard_bytes: int | None = _option(
         None,
-        "corpus bytes in one shard, the unit of work and retry; default: a 64th of the corpus's "
-        "size, rounded up to "
-        "a power of 4, but 64 KiB at least and 16 MiB at most",
+        "corpus bytes in one shard, the unit of work and retry; default: a 64th of the corpus, "
+        "rounded up to a power of 4, from 64 KiB to 16 MiB",
     )
     batch_tokens: int | None = _option(
         None,
-        "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may move "
-        "the last bit",
+        "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may change "
+        "the last bit of a strength",
     )
     tokenizer_workers: int = _option(
-        0, "tokenizer processes beside each worker, a CPU each; 0: a thread of the worker"
+        0, "tokenizer processes per worker, each on its own CPU; 0: a thread of the worker"
     )
     workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
-    device: str = _option("auto", "device of the workers; auto takes GPUs when there are any")
+    device: str = _option("auto", "device of the workers; auto: GPUs if there are any, else CPUs")
     executor: str = _option(
-        "auto", "ray, or inline: in this process, without Ray; auto: inline below 1 MiB to read"
+        "auto",
+        "where the work runs: ray, or inline (this process); auto: inline below 1 MiB to read",
     )
     address: str | None = _option(
-        None, "Ray cluster to join; default: RAY_ADDRESS, else a local Ray"
+        None, "address of the Ray cluster; default: RAY_ADDRESS, else a Ray on this machine"
     )
     wait_s: float = _option(
-        1800.0, "seconds without any worker after which the run stops, resumable (exit 75)"
+        1800.0, "seconds without any worker after which the run stops (exit 75); it can resume"
     )
     shard_deadline_s: float | None = _option(
         None,
-        "seconds after which a shard counts as hung; default: by its size and the slowest so far",
+        "seconds after which a shard counts as hung; default: from its size and the slowest shard "
+        "so far",
     )
-    allow_quarantined: int = _option(
-        0, "shards that may be missing from a run that counts as complete"
+    allow_quarantined: int = _option(0, "number of failed shards that a complete run may lack")
+    scratch: str | None = _option(
+        None, "local folder for unfinished files; default: the system's temporary folder"
     )
-    scratch: str | None = _option(None, "local folder for unfinished files; default: the system's")
     log_format: str = _option(
-        "text", "of the log on stderr and of workers' logs; json: one object per line"
+        "text", "format of the log on stderr and of the workers' logs; json: one object per line"
     )
-    trust_remote_code: bool = _option(False, "run Python code that comes with the model")
+    trust_remote_code: bool = _option(False, "allow Python code that comes with the model to run")
     allow_pickle: bool = _option(
-        False, "load pickled weights, which can run code, where there are no safetensors"
+        False, "allow pickled weights, which can run code, if the model has no safetensors"
     )
-    allow_untested: bool = _option(False, "try a model of a family that has no test")
-    allow_another_measure: bool = _option(False, "let a store that holds one measure take another")
+    allow_untested: bool = _option(False, "allow a model of a family that afn-ray does not test")
+    allow_another_measure: bool = _option(False, "allow a second measure in a store that has one")
     allow_open_cluster: bool = _option(
-        False, "join a Ray that asks for no token: who reaches it can run code there"
+        False, "allow a Ray without a token: everyone who reaches it can run code on it"
     )
 
     def __post_init__(self) -> None:

@@ -60,21 +60,26 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="WHAT",
         dest="what",
-        help="engine, feed, monitor or rate",
+        help="benchmark to run: engine, feed, monitor or rate",
     )
     engine = commands.add_parser(
         "engine",
         allow_abbrev=False,
-        help="tokens per second of this engine and of what users write, interleaved",
-        description="Every variant has its own processes, loaded before any clock starts; one runs at a time, in "
-        "turns; reported are medians of the repetitions that nothing else on the machine "
-        "disturbed.",
+        help="compare the speed of this engine with other ways to measure the same strengths",
+        description="Each variant has its own processes and is loaded before the clock starts. The variants run in "
+        "turns, one at a time. The figures are medians over the repetitions that no other process disturbed.",
     )
     engine.add_argument(
-        "--profiles", metavar="LIST", default=",".join(PROFILES), help=f"of {','.join(PROFILES)}"
+        "--profiles",
+        metavar="LIST",
+        default=",".join(PROFILES),
+        help=f"profiles of texts to measure (default: {','.join(PROFILES)})",
     )
     engine.add_argument(
-        "--variants", metavar="LIST", default=",".join(VARIANTS), help=f"of {','.join(VARIANTS)}"
+        "--variants",
+        metavar="LIST",
+        default=",".join(VARIANTS),
+        help=f"variants to compare (default: {','.join(VARIANTS)})",
     )
     engine.add_argument(
         "--layer", default="2/3", help="layer to read, or a fraction of the depth (default: 2/3)"
@@ -84,63 +89,81 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help=f"of a profile's texts (default: {cpu:,} a core, {cuda:,} a GPU)",
+        help=f"tokens in the texts of a profile (default: {cpu:,} per core, {cuda:,} per GPU)",
     )
     engine.add_argument(
-        "--workers", type=int, metavar="N", help="processes of a variant (default: one per core)"
+        "--workers", type=int, metavar="N", help="processes of each variant (default: one per core)"
     )
     engine.add_argument(
         "--batch-tokens",
         type=int,
         metavar="N",
-        help="in one forward pass, but for the loops (default: that of a run)",
+        help="tokens in one forward pass, except in the loops (default: as in a run)",
     )
     engine.add_argument(
         "--tokenizer-workers",
         type=int,
         metavar="N",
-        help="processes that tokenize, beside each of afn-ray's (default: that of a run)",
+        help="tokenizer processes beside each process of afn-ray (default: as in a run)",
     )
     engine.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="of all variants but the loops; auto: bfloat16 where it is faster",
+        help="number type of all variants except the loops; auto: bfloat16 if it is faster",
     )
     engine.add_argument(
-        "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
+        "--repeat",
+        type=int,
+        default=3,
+        metavar="N",
+        help="repetitions of each measurement (default: 3)",
     )
     _add_feed(commands)
     monitor = commands.add_parser(
         "monitor",
         allow_abbrev=False,
-        help="latency of one text at a time, with and without recording strengths",
-        description="Batches of one text, interleaved; without --model, BERT-base against a distilled shape.",
+        help="measure the latency of one text at a time, with and without recording strengths",
+        description="Each batch is one text, and the ways to run it take turns. Without --model, BERT-base is compared "
+        "with a distilled shape.",
     )
     monitor.add_argument(
         "--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)"
     )
     monitor.add_argument(
-        "--texts", type=int, default=50, metavar="N", help="texts of each length (default: 50)"
+        "--texts",
+        type=int,
+        default=50,
+        metavar="N",
+        help="number of texts of each length (default: 50)",
     )
     rate = commands.add_parser(
         "rate",
         allow_abbrev=False,
-        help="tokens per second of one worker at a run's own work, for --dry-run --rate",
-        description="Whole shards of the run's own texts, from JSONL to committed Parquet, by one worker; on a CPU it "
-        "keeps to one core. Nothing is written to the run's store.",
+        help="measure the speed of one worker on the texts of a run, for 'afn run --dry-run --rate'",
+        description="One worker processes whole shards of the run's own texts, from JSONL to committed Parquet; on a "
+        "CPU it uses one core. Nothing is written to the run's store.",
     )
     rate.add_argument(
-        "config", metavar="RUN_TOML", type=Path, help="what to run: a file as of 'afn run --config'"
+        "config",
+        metavar="RUN_TOML",
+        type=Path,
+        help="TOML file of the run, as for 'afn run --config'",
     )
     cpu, cuda = TOKENS_PER_WORKER.values()
     rate.add_argument(
         "--tokens",
         type=int,
         metavar="N",
-        help=f"about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})",
+        help=f"tokens to measure, about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})",
     )
-    rate.add_argument("--repeat", type=int, default=3, metavar="N", help="turns (default: 3)")
+    rate.add_argument(
+        "--repeat",
+        type=int,
+        default=3,
+        metavar="N",
+        help="repetitions of the measurement (default: 3)",
+    )
     for command in (engine, monitor):
         add_model_flags(command)
     for command in (engine, monitor, rate):
@@ -192,13 +215,15 @@ def add_model_flags(command: argparse.ArgumentParser) -> None:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="auto takes a GPU when there is one",
+        help="device to measure on; auto: a GPU if there is one, else the CPU",
     )
 
 
 def add_json_flag(command: argparse.ArgumentParser) -> None:
     """Add ``--json`` to ``command``."""
-    command.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+    command.add_argument(
+        "--json", metavar="FILE", type=Path, help="file to which the figures are written"
+    )
 
 
 def check(args: argparse.Namespace, least_of: Mapping[str, int]) -> None:
