@@ -30,6 +30,7 @@ from afn_ray.show.vega import (
     chart_spec,
     class_colours,
     colours_of,
+    intervals,
     quantity,
 )
 
@@ -49,14 +50,24 @@ def _bars(histogram: pa.Table, layer: int, edges: Floats | None = None) -> tuple
 
     Special tokens are left out.
     """
-    here = histogram.filter((pc.field("layer") == layer) & ~pc.field("special"))
-    strengths, n = (here[name].to_numpy().astype(np.float64) for name in ("strength", "n"))
+    strengths, n = _ordinary(histogram, layer)
     if edges is None:
         below = np.cumsum(n) / n.sum()
-        low, high = (strengths[np.searchsorted(below, q)] for q in (TAIL, 1 - TAIL))
-        edges = np.linspace(low, high if high > low else low + 1, NUM_BARS + 1)
+        low = strengths[np.searchsorted(below, TAIL)]
+        high = strengths[np.searchsorted(below, 1 - TAIL)]
+        if not high > low:
+            high = low + 1
+        edges = np.linspace(low, high, NUM_BARS + 1)
     counts, _ = np.histogram(strengths, edges, weights=n)
     return edges, counts / n.sum()
+
+
+def _ordinary(histogram: pa.Table, layer: int) -> tuple[Floats, Floats]:
+    """Strengths of a layer, and the number of tokens of each, without special tokens."""
+    here = histogram.filter((pc.field("layer") == layer) & ~pc.field("special"))
+    strengths = here["strength"].to_numpy().astype(np.float64)
+    n = here["n"].to_numpy().astype(np.float64)
+    return strengths, n
 
 
 def histogram_chart(
@@ -68,16 +79,6 @@ def histogram_chart(
     ``before`` is None without a baseline that has the layer.
     """
     edges, shares = _bars(now, layer)
-    quartiles = 1 + np.searchsorted(limits, (edges[:-1] + edges[1:]) / 2, side="right")
-    values = [
-        {
-            "from": round(float(a), 5),
-            "to": round(float(b), 5),
-            "share": round(float(s), 7),
-            "quartile": int(q),
-        }
-        for a, b, s, q in zip(edges[:-1], edges[1:], shares, quartiles, strict=True)
-    ]
     x = quantity(
         "from",
         "strength",
@@ -85,6 +86,39 @@ def histogram_chart(
         axis={"grid": False, "tickCount": 6},
     )
     y = quantity("share", axis={"format": ".1%", "tickCount": 4})
+    layers = [_bars_layer(edges, shares, limits, x, y)]
+    if before is not None:
+        _, shares_before = _bars(before, layer, edges)
+        layers.append(_line_layer(edges, shares_before, x, y))
+    layers += _limit_layers(limits, x)
+    name = f"Layer {layer}" + (" (embeddings, the control)" if layer == 0 else "")
+    spec = chart_spec(f"Histogram of strengths, {name}, with its quartiles", 170, layers)
+    left_out = 1 - float(shares.sum())
+    drawn = "all tokens are drawn"
+    if left_out >= 1e-9:
+        drawn = f"{left_out:.2%} of the tokens lie outside of what is drawn"
+    strengths, n = _ordinary(now, layer)
+    cells = []
+    for i, limit in enumerate(limits, 1):
+        below = float(n[strengths < limit].sum() / n.sum())
+        cells.append((f"Q{i}", number(limit), percent(below)))
+    heads = ("quartile", "strength", "of the tokens below")
+    return Chart(f"histogram-{layer}", name, spec, Table(f"{name}: {drawn}", heads, tuple(cells)))
+
+
+def _bars_layer(edges: Floats, shares: Floats, limits: Sequence[float], x: Spec, y: Spec) -> Spec:
+    """Layer of the bars, each with the colour of the quartile that its middle is in."""
+    middles = (edges[:-1] + edges[1:]) / 2
+    quartiles = 1 + np.searchsorted(limits, middles, side="right")
+    values = []
+    for i, share in enumerate(shares):
+        bar = {
+            "from": round(float(edges[i]), 5),
+            "to": round(float(edges[i + 1]), 5),
+            "share": round(float(share), 7),
+            "quartile": int(quartiles[i]),
+        }
+        values.append(bar)
     tooltip = [
         quantity("from", "from", format=".5~g"),
         quantity("to", "to", format=".5~g"),
@@ -92,59 +126,40 @@ def histogram_chart(
         quantity("quartile", "quartile"),
     ]
     colour = {"domain": [1, 2, 3, 4], "range": [f"var(--quartile-{i})" for i in (1, 2, 3, 4)]}
-    layers: list[Spec] = [
-        {
-            "data": {"values": values},
-            "mark": "rect",
-            "encoding": {
-                "x": x,
-                "x2": {"field": "to"},
-                "y": y,
-                "y2": {"datum": 0},
-                "tooltip": tooltip,
-                "color": category("quartile", scale=colour, legend=None),
-            },
-        }
-    ]
-    if before is not None:
-        _, was = _bars(before, layer, edges)
-        line = [
-            {"from": v["from"], "share": round(float(s), 7)}
-            for v, s in zip(values, was, strict=True)
-        ]
-        mark = {"type": "line", "interpolate": "step-after", "stroke": BEFORE, "strokeWidth": 1.5}
-        layers.append({"data": {"values": line}, "mark": mark, "encoding": {"x": x, "y": y}})
+    return {
+        "data": {"values": values},
+        "mark": "rect",
+        "encoding": {
+            "x": x,
+            "x2": {"field": "to"},
+            "y": y,
+            "y2": {"datum": 0},
+            "tooltip": tooltip,
+            "color": category("quartile", scale=colour, legend=None),
+        },
+    }
+
+
+def _line_layer(edges: Floats, shares: Floats, x: Spec, y: Spec) -> Spec:
+    """Layer of the baseline's shares, as a line of steps."""
+    values = []
+    for edge, share in zip(edges[:-1], shares, strict=True):
+        values.append({"from": round(float(edge), 5), "share": round(float(share), 7)})
+    mark = {"type": "line", "interpolate": "step-after", "stroke": BEFORE, "strokeWidth": 1.5}
+    return {"data": {"values": values}, "mark": mark, "encoding": {"x": x, "y": y}}
+
+
+def _limit_layers(limits: Sequence[float], x: Spec) -> list[Spec]:
+    """Layers of the thresholds: a dashed rule and a name for each."""
+    layers: list[Spec] = []
     for i, (limit, align) in enumerate(zip(limits, ("right", "center", "left"), strict=True), 1):
         data = {"values": [{"from": float(limit), "name": f"Q{i}", "exact": number(limit)}]}
+        rule = {"x": x, "tooltip": [category("exact", f"Q{i}")]}
+        layers.append({"data": data, "mark": DASHED, "encoding": rule})
         mark = {"type": "text", "align": align, "baseline": "bottom", "y": -2}
-        layers += [
-            {
-                "data": data,
-                "mark": DASHED,
-                "encoding": {"x": x, "tooltip": [category("exact", f"Q{i}")]},
-            },
-            {"data": data, "mark": mark, "encoding": {"x": x, "text": {"field": "name"}}},
-        ]
-    name = f"Layer {layer}" + (" (embeddings, the control)" if layer == 0 else "")
-    left_out = 1 - float(shares.sum())
-    drawn = (
-        "all tokens are drawn"
-        if left_out < 1e-9
-        else f"{left_out:.2%} of the tokens lie outside of what is drawn"
-    )
-    here = now.filter((pc.field("layer") == layer) & ~pc.field("special"))
-    strengths, n = here["strength"].to_numpy(), here["n"].to_numpy()
-    below = [float(n[strengths < limit].sum() / n.sum()) for limit in limits]
-    rows = tuple(
-        (f"Q{i}", number(q), percent(b))
-        for i, (q, b) in enumerate(zip(limits, below, strict=True), 1)
-    )
-    return Chart(
-        f"histogram-{layer}",
-        name,
-        chart_spec(f"Histogram of strengths, {name}, with its quartiles", 170, layers),
-        Table(f"{name}: {drawn}", ("quartile", "strength", "of the tokens below"), rows),
-    )
+        label = {"x": x, "text": {"field": "name"}}
+        layers.append({"data": data, "mark": mark, "encoding": label})
+    return layers
 
 
 def share_by_rarity(words: pa.Table) -> Floats:
@@ -154,10 +169,12 @@ def share_by_rarity(words: pa.Table) -> Floats:
     of tokens; types of one idf share a bin. A type gets the HIGH share of all tokens of its bin,
     its own tokens included.
     """
-    n, n_high = (words[name].to_numpy().astype(np.float64) for name in ("n", "n_high"))
+    n = words["n"].to_numpy().astype(np.float64)
+    n_high = words["n_high"].to_numpy().astype(np.float64)
     middle = midranks(words["idf"].to_numpy(), n) / n.sum()
     bins = np.minimum((middle * NUM_RARITY_BINS).astype(np.int64), NUM_RARITY_BINS - 1)
-    shares: Floats = (np.bincount(bins, n_high) / np.maximum(1, np.bincount(bins, n)))[bins]
+    shares_of_bins = np.bincount(bins, n_high) / np.maximum(1, np.bincount(bins, n))
+    shares: Floats = shares_of_bins[bins]
     return shares
 
 
@@ -167,48 +184,49 @@ def classes_chart(summary: Summary, words: pa.Table) -> Chart:
     ``words``: rows of the vocabulary at the deepest layer, without special tokens.
     """
     main, first = summary.layers[-1], summary.layers[0]
-    label = main.labels["tokens"]
-    kinds = {f"layer {main.layer}": main} | (
-        {"layer 0, the control": first} if first.layer == 0 != main.layer else {}
-    )
+    kinds = {f"layer {main.layer}": main}
+    if first.layer == 0 != main.layer:
+        kinds["layer 0, the control"] = first
     names = np.array(words["class"].to_pylist())
-    n, rarity = words["n"].to_numpy(), share_by_rarity(words)
+    n = words["n"].to_numpy()
+    rarity = share_by_rarity(words)
+    drawn = frequent_classes(main)
     values: list[Spec] = []
-    rows = []
-    drawn = [(at, main.classes[at].name, main.classes[at].n) for at in frequent_classes(main)]
-    for at, name, total in drawn:
-        shares = [facts.classes[at] for facts in kinds.values()]
-        alone = float(n[names == name] @ rarity[names == name]) / total
-        values += [
-            {
-                "class": name,
-                "kind": kind,
-                "share": c.share,
-                "low": c.low,
-                "high": c.high,
-                "n": total,
-            }
-            for kind, c in zip(kinds, shares, strict=True)
-        ]
+    cells = []
+    for at in drawn:
+        name, total = main.classes[at].name, main.classes[at].n
+        row = [name, f"{total:,}"]
+        for kind, facts in kinds.items():
+            found = facts.classes[at]
+            point = {"class": name, "kind": kind, "share": found.share}
+            values.append({**point, "low": found.low, "high": found.high, "n": total})
+            row.append(f"{found.share:.3f} ({found.low:.3f}–{found.high:.3f})")
+        is_of_class = names == name
+        alone = float(n[is_of_class] @ rarity[is_of_class]) / total
         values.append({"class": name, "kind": "rarity alone", "share": alone, "n": total})
-        rows.append(
-            (
-                name,
-                f"{total:,}",
-                *(f"{c.share:.3f} ({c.low:.3f}–{c.high:.3f})" for c in shares),
-                f"{alone:.3f}",
-            )
-        )
-    order = [*kinds, "rarity alone"]
-    shapes = {"domain": order, "range": ["circle", "diamond", "cross"][-len(order) :]}
+        row.append(f"{alone:.3f}")
+        cells.append(tuple(row))
+    title = f"Share of each class that is HIGH at layer {main.layer}, beside its controls"
+    label = main.labels["tokens"]
+    class_names = [main.classes[at].name for at in drawn]
+    layers = _class_layers(class_names, [*kinds, "rarity alone"], label["n_high"] / label["n"])
+    spec = chart_spec(title, 66 * len(drawn), layers, values)
+    heads = ("class", "tokens", *(f"{kind} (95 % interval)" for kind in kinds), "rarity alone")
+    return Chart("classes", title, spec, Table(title, heads, tuple(cells)))
+
+
+def _class_layers(names: list[str], kinds: list[str], share_of_all: float) -> list[Spec]:
+    """Layers of the chart of classes: the share of all tokens, the intervals and the dots.
+
+    ``names``: those of the classes. ``kinds``: those of the dots of each class.
+    """
+    shapes = {"domain": kinds, "range": ["circle", "diamond", "cross"][-len(kinds) :]}
     place = {
-        "y": category("class", sort=[name for _, name, _ in drawn], axis=ROW_AXIS),
-        "yOffset": category("kind", sort=order),
-        "color": colours_of("kind", order, [NOW, BEFORE, FAINT][-len(order) :]),
+        "y": category("class", sort=names, axis=ROW_AXIS),
+        "yOffset": category("kind", sort=kinds),
+        "color": colours_of("kind", kinds, [NOW, BEFORE, FAINT][-len(kinds) :]),
     }
-    x = quantity(
-        "share", "share of the class's tokens that is HIGH", scale=ALL_OF_IT, axis=SHARE_AXIS
-    )
+    x_title = "share of the class's tokens that is HIGH"
     tooltip = [
         category("class", "class"),
         category("kind", "by"),
@@ -217,45 +235,42 @@ def classes_chart(summary: Summary, words: pa.Table) -> Chart:
         quantity("high", "to", format=".3f"),
         quantity("n", "tokens", format=","),
     ]
-    layers: list[Spec] = [
-        {
-            "data": {"values": [{"share": label["n_high"] / label["n"]}]},
-            "mark": DASHED,
-            "encoding": {"x": quantity("share")},
-        },
-        {
-            "transform": [{"filter": "isValid(datum.low)"}],
-            "mark": {"type": "rule", "strokeWidth": 2},
-            "encoding": {**place, "x": quantity("low"), "x2": {"field": "high"}},
-        },
-        {
-            "mark": DOT,
-            "encoding": {
-                **place,
-                "shape": category("kind", sort=order, scale=shapes),
-                "x": x,
-                "tooltip": tooltip,
-            },
-        },
-    ]
-    title = f"Share of each class that is HIGH at layer {main.layer}, beside its controls"
-    heads = ("class", "tokens", *(f"{kind} (95 % interval)" for kind in kinds), "rarity alone")
-    spec = chart_spec(title, 66 * len(drawn), layers, values)
-    return Chart("classes", title, spec, Table(title, heads, tuple(rows)))
+    dots = {
+        **place,
+        "shape": category("kind", sort=kinds, scale=shapes),
+        "x": quantity("share", x_title, scale=ALL_OF_IT, axis=SHARE_AXIS),
+        "tooltip": tooltip,
+    }
+    all_tokens = {
+        "data": {"values": [{"share": share_of_all}]},
+        "mark": DASHED,
+        "encoding": {"x": quantity("share")},
+    }
+    return [all_tokens, intervals(place), {"mark": DOT, "encoding": dots}]
 
 
 def layers_charts(summary: Summary) -> list[Chart]:
     """Charts of figures comparable across layers: HIGH shares and ratios, not strengths."""
-    x = category("layer", "layer (0 = embeddings)", axis={"labelAngle": 0})
+    return [_classes_by_layer(summary), _spread_by_layer(summary)]
+
+
+BY_LAYER = category("layer", "layer (0 = embeddings)", axis={"labelAngle": 0})
+"""Horizontal encoding of charts by layer."""
+
+
+def _classes_by_layer(summary: Summary) -> Chart:
+    """HIGH share of each class by layer."""
     drawn = frequent_classes(summary.layers[0])
     names = [summary.layers[0].classes[at].name for at in drawn]
-    values = [
-        asdict(c) | {"class": c.name}
-        for facts in summary.layers
-        for c in (facts.classes[at] for at in drawn)
-    ]
+    values: list[Spec] = []
+    rows = []
+    for facts in summary.layers:
+        classes = [facts.classes[at] for at in drawn]
+        values += [asdict(found) | {"class": found.name} for found in classes]
+        shares = [f"{found.share:.3f}" for found in classes]
+        rows.append((f"{facts.layer}", *shares))
     place = {
-        "x": x,
+        "x": BY_LAYER,
         "y": quantity("share", "share HIGH", scale=ALL_OF_IT, axis=SHARE_AXIS),
         "color": class_colours(names),
     }
@@ -271,25 +286,23 @@ def layers_charts(summary: Summary) -> list[Chart]:
         {"mark": LINE, "encoding": place},
         {"mark": DOT, "encoding": {**place, "tooltip": tooltip}},
     ]
-    rows = [
-        (f"{facts.layer}", *(f"{facts.classes[at].share:.3f}" for at in drawn))
-        for facts in summary.layers
-    ]
-    shares = Chart(
-        "layers-classes",
-        title,
-        chart_spec(title, 260, layers, values),
-        Table(title, ("layer", *names), tuple(rows)),
-    )
+    spec = chart_spec(title, 260, layers, values)
+    return Chart("layers-classes", title, spec, Table(title, ("layer", *names), tuple(rows)))
 
+
+def _spread_by_layer(summary: Summary) -> Chart:
+    """How far strengths spread, by layer."""
     kinds = ("Q3 above the median", "CV (sd / mean)")
-    values = [
-        {"layer": facts.layer, "kind": kind, "value": value}
-        for facts in summary.layers
-        for kind, value in zip(kinds, (facts.q3_over_q2 - 1, facts.cv), strict=True)
-    ]
+    values: list[Spec] = []
+    rows = []
+    for facts in summary.layers:
+        above = facts.q3_over_q2 - 1
+        for kind, value in zip(kinds, (above, facts.cv), strict=True):
+            values.append({"layer": facts.layer, "kind": kind, "value": value})
+        name = str(facts.layer)
+        rows.append((name, percent(above), number(facts.cv, 3), number(facts.idf_auc, 2)))
     place = {
-        "x": x,
+        "x": BY_LAYER,
         "y": quantity("value", "ratio", axis=SHARE_AXIS),
         "color": colours_of("kind", kinds, [NOW, BEFORE]),
     }
@@ -299,21 +312,10 @@ def layers_charts(summary: Summary) -> list[Chart]:
         quantity("value", "value", format=".2%"),
     ]
     title = "How far strengths spread, by layer"
-    layers = [
+    layers: list[Spec] = [
         {"mark": LINE, "encoding": place},
         {"mark": DOT, "encoding": {**place, "tooltip": tooltip}},
     ]
-    cells = tuple(
-        (str(f.layer), percent(f.q3_over_q2 - 1), number(f.cv, 3), number(f.idf_auc, 2))
-        for f in summary.layers
-    )
+    spec = chart_spec(title, 260, layers, values)
     heads = ("layer", "Q3 above the median", "CV", "AUC of rarity alone")
-    return [
-        shares,
-        Chart(
-            "layers-spread",
-            title,
-            chart_spec(title, 260, layers, values),
-            Table(title, heads, cells),
-        ),
-    ]
+    return Chart("layers-spread", title, spec, Table(title, heads, tuple(rows)))

@@ -18,6 +18,7 @@ from afn_ray.show.vega import (
     category,
     chart_spec,
     colours_of,
+    intervals,
     quantity,
 )
 
@@ -28,41 +29,37 @@ def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, str, list
     Charts show figures of ``layer``, of layer 0 and without a layer; for the claim about layers,
     those of all layers. The tables have every layer.
     """
-    return [
-        (
-            question,
-            claims_text.against_controls(mine),
-            [
-                _claim_chart(claim, what, [f for f in mine if f.what == what], layer)
-                for what in dict.fromkeys(f.what for f in mine)
-            ],
-        )
-        for claim, question in claims.CLAIMS.items()
-        if (mine := [f for f in found.figures if f.claim == claim])
-    ]
+    groups = []
+    for claim, question in claims.CLAIMS.items():
+        of_claim = [figure for figure in found.figures if figure.claim == claim]
+        if not of_claim:
+            continue
+        drawn = []
+        for what in dict.fromkeys(figure.what for figure in of_claim):
+            figures = [figure for figure in of_claim if figure.what == what]
+            drawn.append(_claim_chart(claim, what, figures, layer))
+        groups.append((question, claims_text.against_controls(of_claim), drawn))
+    return groups
+
+
+COLOURS = {"figure": NOW, "control": BEFORE}
+SHAPES = {"figure": "circle", "control": "diamond"}
 
 
 def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], layer: int) -> Chart:
-    drawn = [f for f in figures if claim == "layers" or f.layer in (None, 0, layer)]
-    values = [
-        {
-            "row": f.of if f.layer is None else f"{f.of}, layer {f.layer}",
-            "value": f.value,
-            "n": f.n,
-            "kind": "control" if f.is_control else "figure",
-            **({} if math.isnan(f.low) else {"low": f.low, "high": f.high}),
-        }
-        for f in drawn
-    ]
-    rows = [v["row"] for v in values]
-    kinds = [k for k in ("figure", "control") if any(v["kind"] == k for v in values)]
-    colours = [{"figure": NOW, "control": BEFORE}[k] for k in kinds]
-    shapes = [{"figure": "circle", "control": "diamond"}[k] for k in kinds]
+    values: list[Spec] = []
+    for figure in figures:
+        if claim == "layers" or figure.layer in (None, 0, layer):
+            values.append(_point(figure))
+    present = {value["kind"] for value in values}
+    kinds = [kind for kind in COLOURS if kind in present]
+    colours = [COLOURS[kind] for kind in kinds]
+    shapes = [SHAPES[kind] for kind in kinds]
+    rows = [value["row"] for value in values]
     place = {
         "y": category("row", sort=rows, axis=ROW_AXIS),
         "color": colours_of("kind", kinds, colours) | {"legend": None},
     }
-    x = quantity("value", axis={"tickCount": 5})
     tooltip = [
         category("row", "of"),
         category("kind", "is"),
@@ -71,38 +68,47 @@ def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], lay
         quantity("high", "to", format=".3~r"),
         quantity("n", "tokens", format=","),
     ]
-    mark = {
+    encoding = {
         **place,
-        "x": x,
+        "x": quantity("value", axis={"tickCount": 5}),
         "tooltip": tooltip,
         "shape": category("kind", scale={"domain": kinds, "range": shapes}, legend=None),
     }
-    layers: list[Spec] = [{"mark": DOT, "encoding": mark}]
-    if any("low" in v for v in values):  # Vega warns about a field that no row has
-        layers.insert(
-            0,
-            {
-                "transform": [{"filter": "isValid(datum.low)"}],
-                "mark": {"type": "rule", "strokeWidth": 2},
-                "encoding": {**place, "x": quantity("low"), "x2": {"field": "high"}},
-            },
-        )
-    cells = tuple(
-        (
-            f.of,
-            "" if f.layer is None else str(f.layer),
-            "control" if f.is_control else "",
-            claims_text.shown(f.value),
-            ""
-            if math.isnan(f.low)
-            else f"{claims_text.shown(f.low)} to {claims_text.shown(f.high)}",
-            f"{f.n:,}",
-            f"{f.n_docs:,}",
-        )
-        for f in figures
-    )
+    layers: list[Spec] = [{"mark": DOT, "encoding": encoding}]
+    if any("low" in value for value in values):  # Vega warns about a field that no row has
+        layers.insert(0, intervals(place))
     title = what[0].upper() + what[1:]
-    heads = ("of", "layer", "", "value", "95 % interval", "tokens", "documents")
-    name = "claim-" + "-".join(re.findall("[a-z0-9]+", f"{claim} {what}".lower()))
     spec = chart_spec(f"{claims.CLAIMS[claim]} {what}", 26 * len(values), layers, values)
-    return Chart(name, title, spec, Table(title, heads, cells, left=3))
+    heads = ("of", "layer", "", "value", "95 % interval", "tokens", "documents")
+    cells = tuple(_cells(figure) for figure in figures)
+    words = re.findall("[a-z0-9]+", f"{claim} {what}".lower())
+    return Chart("-".join(["claim", *words]), title, spec, Table(title, heads, cells, left=3))
+
+
+def _point(figure: bootstrap.Figure) -> Spec:
+    """``figure`` as a row of a chart's data."""
+    point: Spec = {
+        "row": figure.of if figure.layer is None else f"{figure.of}, layer {figure.layer}",
+        "value": figure.value,
+        "n": figure.n,
+        "kind": "control" if figure.is_control else "figure",
+    }
+    if not math.isnan(figure.low):
+        point |= {"low": figure.low, "high": figure.high}
+    return point
+
+
+def _cells(figure: bootstrap.Figure) -> tuple[str, ...]:
+    """``figure`` as a row of a table."""
+    interval = ""
+    if not math.isnan(figure.low):
+        interval = f"{claims_text.shown(figure.low)} to {claims_text.shown(figure.high)}"
+    return (
+        figure.of,
+        "" if figure.layer is None else str(figure.layer),
+        "control" if figure.is_control else "",
+        claims_text.shown(figure.value),
+        interval,
+        f"{figure.n:,}",
+        f"{figure.n_docs:,}",
+    )

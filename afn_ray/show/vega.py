@@ -22,9 +22,11 @@ class Chart:
     table: Table
 
 
-INK, FAINT, RULE, NOW, BEFORE = (
-    f"var(--{name})" for name in ("ink", "faint", "rule", "now", "before")
-)
+INK = "var(--ink)"
+FAINT = "var(--faint)"
+RULE = "var(--rule)"
+NOW = "var(--now)"
+BEFORE = "var(--before)"
 SHARE_AXIS = {"format": ".0%", "tickCount": 5}
 ROW_AXIS = {"labelColor": INK, "labelFontSize": 13, "grid": True}
 ALL_OF_IT = {"domain": [0, 1]}
@@ -46,17 +48,18 @@ CONFIG: Spec = {
 def chart_spec(
     title: str, height: int, layers: list[Spec], values: list[Spec] | None = None, **more: Any
 ) -> Spec:
-    return {
+    spec: Spec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "description": title,
         "config": CONFIG,
         "width": "container",
         "height": height,
         "autosize": {"type": "fit-x", "contains": "padding"},
-        **({} if values is None else {"data": {"values": values}}),
-        "layer": layers,
-        **more,
     }
+    if values is not None:
+        spec["data"] = {"values": values}
+    spec["layer"] = layers
+    return spec | more
 
 
 def quantity(field: str, title: str | None = None, **more: Any) -> Spec:
@@ -69,13 +72,24 @@ def category(field: str, title: str | None = None, **more: Any) -> Spec:
     return {"field": field, "type": "nominal", "title": title, **more}
 
 
+def intervals(place: Spec) -> Spec:
+    """Layer of a rule from ``low`` to ``high`` for each row that has them, at the rest of ``place``."""
+    return {
+        "transform": [{"filter": "isValid(datum.low)"}],
+        "mark": {"type": "rule", "strokeWidth": 2},
+        "encoding": {**place, "x": quantity("low"), "x2": {"field": "high"}},
+    }
+
+
 def colours_of(field: str, names: Sequence[str], colours: Sequence[str]) -> Spec:
-    return category(field, sort=list(names), scale={"domain": list(names), "range": list(colours)})
+    """Encoding of a category by colour."""
+    scale = {"domain": list(names), "range": list(colours)}
+    return category(field, sort=list(names), scale=scale)
 
 
 def class_colours(names: Sequence[str]) -> Spec:
+    """Encoding of the class ``names`` by colour; they are tags in a run with tags."""
     if set(names) <= set(CLASSES):
         return colours_of("class", names, [f"var(--{name})" for name in names])
-    return category(
-        "class", sort=list(names), scale={"domain": list(names), "scheme": "tableau20"}
-    )  # class names are tags
+    scale = {"domain": list(names), "scheme": "tableau20"}
+    return category("class", sort=list(names), scale=scale)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +33,8 @@ from afn_ray.show.vega import (
 MAX_POINTS = 6000
 """Number of types in the scatter, the most frequent ones; a browser can animate about as many."""
 MAX_SCATTER_LAYERS = 12
+BY_FREQUENCY = [("n", "descending"), ("token_id", "ascending")]
+"""Order of types, the most frequent first."""
 
 
 def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
@@ -38,13 +42,13 @@ def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
     layers = list(vocabulary)
     deepest = vocabulary[layers[-1]]
     if len(layers) > MAX_SCATTER_LAYERS:
-        layers = [
-            layers[i]
-            for i in np.linspace(0, len(layers) - 1, MAX_SCATTER_LAYERS).round().astype(int)
-        ]
-    types = deepest.sort_by([("n", "descending"), ("token_id", "ascending")]).slice(0, MAX_POINTS)
-    n, ids = types["n"].to_numpy(), types["token_id"].to_numpy()
-    n_high, classes = {}, in_order(types["class"].to_pylist())
+        indices = np.linspace(0, len(layers) - 1, MAX_SCATTER_LAYERS).round().astype(int)
+        layers = [layers[i] for i in indices]
+    types = deepest.sort_by(BY_FREQUENCY).slice(0, MAX_POINTS)
+    n = types["n"].to_numpy()
+    ids = types["token_id"].to_numpy()
+    classes = in_order(types["class"].to_pylist())
+    n_high: dict[str, list[int]] = {}
     for layer in layers:
         by_id = vocabulary[layer].sort_by("token_id")
         at = np.searchsorted(by_id["token_id"].to_numpy(), ids)  # every layer has the same types
@@ -67,19 +71,29 @@ def vocabulary_chart(words: pa.Table) -> Chart:
 
     The page's script fills it from ``points`` and marks the types that match a search.
     """
+    title = "Frequency against HIGH share, a point for each type"
+    layers = _scatter_layers(words)
+    params = [{"name": "query", "value": ""}]
+    spec = chart_spec(title, 420, layers, data={"name": "types"}, params=params)
+    frequent = compare.whole_words(words).sort_by(BY_FREQUENCY)
+    cells = []
+    for row in frequent.slice(0, MAX_ROWS).to_pylist():
+        cells.append((cut(row["text"]), row["class"], f"{row['n']:,}", f"{row['share_high']:.3f}"))
+    heads = ("word", "class", "n", "HIGH")
+    table = Table("The most frequent words", heads, tuple(cells), 2)
+    return Chart("vocabulary", title, spec, table)
+
+
+def _scatter_layers(words: pa.Table) -> list[Spec]:
+    """Layers of the scatter: points, a curve, and the types that match a search."""
     names = in_order(words["class"].to_pylist())
     most = int(words["n"].to_numpy().max())
-    scale = {"type": "log", "domain": [0.9, max(2, most) * 1.3], "nice": False}
+    x_scale = {"type": "log", "domain": [0.9, max(2, most) * 1.3], "nice": False}
+    x_axis = {"format": "~s", "tickCount": 6, "grid": False}
+    y_scale = {"domain": [-0.02, 1.02], "nice": False}
     place = {
-        "x": quantity(
-            "n",
-            "occurrences (log)",
-            scale=scale,
-            axis={"format": "~s", "tickCount": 6, "grid": False},
-        ),
-        "y": quantity(
-            "share", "share HIGH", scale={"domain": [-0.02, 1.02], "nice": False}, axis=SHARE_AXIS
-        ),
+        "x": quantity("n", "occurrences (log)", scale=x_scale, axis=x_axis),
+        "y": quantity("share", "share HIGH", scale=y_scale, axis=SHARE_AXIS),
     }
     tooltip = [
         category("text", "type"),
@@ -88,14 +102,12 @@ def vocabulary_chart(words: pa.Table) -> Chart:
         quantity("share", "share HIGH", format=".3f"),
     ]
     shown = place | {"color": class_colours(names), "tooltip": tooltip}
-    zoom = {
-        "type": "interval",
-        "zoom": "wheel![event.ctrlKey || event.metaKey]",
-    }  # the wheel alone scrolls the page
+    # The wheel alone scrolls the page.
+    zoom = {"type": "interval", "zoom": "wheel![event.ctrlKey || event.metaKey]"}
     faded = {"condition": {"test": "query != ''", "value": 0.12}, "value": 0.5}
     curve = {"type": "line", "stroke": INK, "strokeWidth": 2, "strokeDash": [5, 3]}
     label = {"type": "text", "dy": -12, "fontSize": 13, "fontWeight": "bold", "fill": INK}
-    layers: list[Spec] = [
+    return [
         {
             "params": [{"name": "zoom", "bind": "scales", "select": zoom}],
             "mark": {"type": "point", "filled": True, "size": 22},
@@ -113,47 +125,82 @@ def vocabulary_chart(words: pa.Table) -> Chart:
             "encoding": place | {"text": {"field": "text"}},
         },
     ]
-    title = "Frequency against HIGH share, a point for each type"
-    spec = chart_spec(
-        title, 420, layers, data={"name": "types"}, params=[{"name": "query", "value": ""}]
-    )
-    frequent = compare.whole_words(words).sort_by([("n", "descending"), ("token_id", "ascending")])
-    rows = frequent.slice(0, MAX_ROWS).to_pylist()
-    cells = tuple(
-        (cut(r["text"]), r["class"], f"{r['n']:,}", f"{r['share_high']:.3f}") for r in rows
-    )
-    return Chart(
-        "vocabulary",
-        title,
-        spec,
-        Table("The most frequent words", ("word", "class", "n", "HIGH"), cells, 2),
-    )
 
 
 def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
     """Words with the most significant changes of HIGH share, before and now; None without any."""
     words = compare.whole_words(compare.moved(movers.filter(pc.field("layer") == layer)))
-    rows = sorted(words.to_pylist(), key=lambda r: (r["q"], -abs(r["z"])))[:MAX_ROWS]
+    rows = sorted(words.to_pylist(), key=lambda row: (row["q"], -abs(row["z"])))[:MAX_ROWS]
     if not rows:
         return None
-    texts = [cut(r["text"]) for r in rows]
-    names = [
-        t if texts.count(t) == 1 else f"{t} ({r['token_id']})"
-        for t, r in zip(texts, rows, strict=True)
-    ]
-    values = [
-        {
-            "type": name,
-            "before": r["share_high_a"],
-            "now": r["share_high_b"],
-            "n_a": r["n_a"],
-            "n_b": r["n_b"],
-            "z": r["z"],
-            "q": r["q"],
-        }
-        for name, r in zip(names, rows, strict=True)
-    ]
-    y = category("type", sort=names, axis=ROW_AXIS)
+    names = _distinct_names(rows)
+    title = f"Words that moved most surely at layer {layer}"
+    values: list[Spec] = []
+    cells = []
+    for name, row in zip(names, rows, strict=True):
+        values.append(_moved_point(name, row))
+        cells.append(_moved_cells(name, row))
+    spec = chart_spec(title, 24 * len(rows), _moved_layers(names), values)
+    return Chart("movers", title, spec, Table(title, MOVED_HEADS, tuple(cells), 2))
+
+
+def _distinct_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Texts of the types in ``rows``, with the id where two have the same text."""
+    texts = [cut(row["text"]) for row in rows]
+    num_of = Counter(texts)
+    names = []
+    for text, row in zip(texts, rows, strict=True):
+        names.append(text if num_of[text] == 1 else f"{text} ({row['token_id']})")
+    return names
+
+
+def _moved_point(name: str, row: Mapping[str, Any]) -> Spec:
+    """A moved word as a row of the chart's data."""
+    return {
+        "type": name,
+        "before": row["share_high_a"],
+        "now": row["share_high_b"],
+        "n_a": row["n_a"],
+        "n_b": row["n_b"],
+        "z": row["z"],
+        "q": row["q"],
+    }
+
+
+MOVED_HEADS = (
+    "word",
+    "class",
+    "n before",
+    "now",
+    "HIGH before",
+    "now",
+    "median before",
+    "now",
+    "z",
+    "q",
+)
+"""Heads of the columns of ``_moved_cells``."""
+
+
+def _moved_cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A moved word as a row of the table."""
+    return (
+        name,
+        row["class"],
+        f"{row['n_a']:,}",
+        f"{row['n_b']:,}",
+        number(row["share_high_a"], 3),
+        number(row["share_high_b"], 3),
+        number(row["median_a"]),
+        number(row["median_b"]),
+        number(row["z"], 1),
+        f"{row['q']:.2g}",
+    )
+
+
+def _moved_layers(names: Sequence[str]) -> list[Spec]:
+    """Layers of the chart of moved words: a rule between two dots for each of ``names``."""
+    y = category("type", sort=list(names), axis=ROW_AXIS)
     tooltip = [
         category("type", "type"),
         quantity("before", "HIGH before", format=".3f"),
@@ -169,51 +216,14 @@ def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
         {
             "mark": {"type": "rule", "strokeWidth": 2},
             "encoding": {"y": y, "x": quantity("before") | x, "x2": {"field": "now"}},
-        },
-        *(
-            {
-                "mark": DOT,
-                "encoding": {
-                    "y": y,
-                    "x": quantity(run) | x,
-                    "tooltip": tooltip,
-                    "color": {"datum": run, "scale": colours, "legend": {"title": None}},
-                },
-            }
-            for run in ("before", "now")
-        ),
+        }
     ]
-    title = f"Words that moved most surely at layer {layer}"
-    cells = tuple(
-        (
-            name,
-            r["class"],
-            f"{r['n_a']:,}",
-            f"{r['n_b']:,}",
-            number(r["share_high_a"], 3),
-            number(r["share_high_b"], 3),
-            number(r["median_a"]),
-            number(r["median_b"]),
-            number(r["z"], 1),
-            f"{r['q']:.2g}",
-        )
-        for name, r in zip(names, rows, strict=True)
-    )
-    heads = (
-        "word",
-        "class",
-        "n before",
-        "now",
-        "HIGH before",
-        "now",
-        "median before",
-        "now",
-        "z",
-        "q",
-    )
-    return Chart(
-        "movers",
-        title,
-        chart_spec(title, 24 * len(rows), layers, values),
-        Table(title, heads, cells, 2),
-    )
+    for run in ("before", "now"):
+        encoding = {
+            "y": y,
+            "x": quantity(run) | x,
+            "tooltip": tooltip,
+            "color": {"datum": run, "scale": colours, "legend": {"title": None}},
+        }
+        layers.append({"mark": DOT, "encoding": encoding})
+    return layers
