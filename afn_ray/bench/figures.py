@@ -20,6 +20,8 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 
 One token in a hundred may differ more: ``compare`` uses the 99th percentile.
 """
+REFERENCES = ("engine", "loop", "tuned", "job", "ray_data")
+"""Variants with which the others are compared: the first one that was measured."""
 BARS: dict[str, dict[str, float]] = {
     "engine/loop": {"short": 30, "full": 8},
     "engine/tuned": {"short": 1.25, "full": 1.05},
@@ -42,38 +44,34 @@ class Counted:
 
         Tokens that two windows share count in both, because every variant computes them twice.
         """
-        return sum(
-            p.length * (self.linear + self.attention * p.length) for t in texts for p in t.pieces
-        )
+        flops = 0.0
+        for text in texts:
+            for piece in text.pieces:
+                flops_per_token = self.linear + self.attention * piece.length
+                flops += piece.length * flops_per_token
+        return flops
 
 
 def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dict[str, float]:
     """Relative difference of each variant's strengths from the reference, by variant.
 
-    It is the 99th percentile over tokens. The reference is the first variant present of engine,
-    loop, tuned, job and ray_data. ``sentence_transformers`` has the last layer only, so its
+    It is the 99th percentile over tokens. The reference is the first variant of ``REFERENCES`` that
+    is present. ``sentence_transformers`` has the last layer only, so its
     reference is the loop's last layer. Raises ``ModelError`` when the shapes differ, or when a
     difference exceeds ``TOLERANCE``: figures of variants with different results cannot be compared.
     """
-    order = [v for v in ("engine", "loop", "tuned", "job", "ray_data") if v in strengths]
-    reference = {i: own for i, (own, _) in strengths[order[0]].items()} if order else {}
-    last = {i: last for i, (_, last) in strengths.get("loop", {}).items()}
+    order = [variant for variant in REFERENCES if variant in strengths]
+    reference: dict[int, Any] = {}
+    if order:
+        reference = {i: own for i, (own, _) in strengths[order[0]].items()}
+    last_layer = {i: last for i, (_, last) in strengths.get("loop", {}).items()}
     found = {}
     for variant, by_text in strengths.items():
-        expected = last if variant == "sentence_transformers" else reference
-        common = sorted(by_text.keys() & expected.keys())
-        if not common:
+        own = {i: norms for i, (norms, _) in by_text.items()}
+        expected = last_layer if variant == "sentence_transformers" else reference
+        difference = _difference(variant, own, expected)
+        if difference is None:
             continue
-        for i in common:
-            if by_text[i][0].shape != expected[i].shape:
-                raise ModelError(
-                    f"{variant} has {len(by_text[i][0])} tokens of text {i}, expected "
-                    f"{len(expected[i])}: "
-                    "the variants do not measure the same; no figures"
-                )
-        got = np.concatenate([by_text[i][0] for i in common])
-        want = np.concatenate([expected[i] for i in common])
-        difference = float(np.quantile(np.abs(got - want) / np.abs(want), 0.99))
         if not difference <= TOLERANCE[dtype]:
             raise ModelError(
                 f"{variant} differs from {order[0]} by {difference:.1e} relative, more than "
@@ -82,6 +80,26 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
             )
         found[variant] = difference
     return found
+
+
+def _difference(variant: str, own: dict[int, Any], expected: dict[int, Any]) -> float | None:
+    """99th percentile of the relative differences between strengths of the same texts.
+
+    None if no text is in both. Raises ``ModelError`` for a text with another number of tokens.
+    """
+    common = sorted(own.keys() & expected.keys())
+    if not common:
+        return None
+    for i in common:
+        if own[i].shape != expected[i].shape:
+            raise ModelError(
+                f"{variant} has {len(own[i])} tokens of text {i}, expected {len(expected[i])}: "
+                "the variants do not measure the same; no figures"
+            )
+    got = np.concatenate([own[i] for i in common])
+    want = np.concatenate([expected[i] for i in common])
+    relative = np.abs(got - want) / np.abs(want)
+    return float(np.quantile(relative, 0.99))
 
 
 @dataclass(slots=True)
@@ -96,8 +114,10 @@ class Measured:
 
     def texts_of(self, variant: str) -> list[Text]:
         """The texts that the variant measures."""
-        parts = self.teams[variant].parts[self.profile]
-        return [self.texts[i] for part in parts for i in part]
+        texts: list[Text] = []
+        for part in self.teams[variant].parts[self.profile]:
+            texts += [self.texts[i] for i in part]
+        return texts
 
     def num_tokens(self, variant: str) -> int:
         """Number of tokens that the variant measures."""
@@ -121,9 +141,8 @@ class Measured:
         clean = set(self.clean(of)) & set(self.clean(to))
         repetitions = clean or set(range(len(self.takes[of])))
         takes, reference = self.takes[of], self.takes[to]
-        return statistics.median(
-            tokens * reference[i].seconds / takes[i].seconds for i in repetitions
-        )
+        found = [tokens * reference[i].seconds / takes[i].seconds for i in repetitions]
+        return statistics.median(found)
 
 
 def ratios(measured: Measured) -> dict[str, float]:
@@ -131,26 +150,33 @@ def ratios(measured: Measured) -> dict[str, float]:
     found = {}
     for name in BARS:
         of, slash, to = name.partition("/")
-        if slash and (ratio := measured.ratio(of, to)) is not None:
+        ratio = measured.ratio(of, to) if slash else None
+        if ratio is not None:
             found[name] = ratio
     return found
+
+
+def _stages(takes: Sequence[Take], processes: int) -> dict[str, float]:
+    """Seconds of each stage in one process, on average over ``takes``."""
+    stages = {}
+    for name in takes[0].stages:
+        total = sum(take.stages.get(name, 0.0) for take in takes)
+        stages[name] = total / len(takes) / processes
+    return stages
 
 
 def figures(
     measured: Measured, variant: str, counted: Counted, peak_flops_per_s: float
 ) -> dict[str, Any]:
     """The figures of one variant, as ``--json`` writes them."""
-    takes, texts = measured.takes[variant], measured.texts_of(variant)
+    takes = measured.takes[variant]
+    texts = measured.texts_of(variant)
     tokens = measured.num_tokens(variant)
-    tokens_in_windows = sum(p.length for t in texts for p in t.pieces)
+    tokens_in_windows = sum(piece.length for text in texts for piece in text.pieces)
     clean = [takes[i] for i in measured.clean(variant)]
     rates = [tokens / take.seconds for take in clean]
     rate = statistics.median(rates)
     processes = measured.teams[variant].at_work
-    stages = {}
-    for name in clean[0].stages:
-        total = sum(take.stages.get(name, 0.0) for take in clean)
-        stages[name] = total / len(clean) / processes
     return {
         "tokens_per_s": rate,
         "low": min(rates),
@@ -164,7 +190,7 @@ def figures(
         "padding": max(0.0, 1 - tokens_in_windows / clean[0].forward_tokens),
         "tokens": tokens,
         "texts": len(texts),
-        "stages": stages,
+        "stages": _stages(clean, processes),
         "peak_bytes": max(take.peak_bytes for take in takes),
         "device_bytes": max(take.device_bytes for take in takes),
         "difference": measured.differences.get(variant),

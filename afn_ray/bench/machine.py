@@ -25,24 +25,22 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 def cpu_name() -> str:
     """The processor's model name, or its architecture when it has none."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def facts(device: str) -> dict[str, Any]:
     """The machine, its cores and the package versions that produced the figures."""
     import torch
 
+    packages = ("afn-ray", "torch", "transformers", "ray")
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
         "cores": cgroup.num_cores(),
         "python": platform.python_version(),
-        "versions": {
-            package: version(package) for package in ("afn-ray", "torch", "transformers", "ray")
-        },
+        "versions": {package: version(package) for package in packages},
     }
 
 
@@ -59,8 +57,11 @@ def family(pids: Iterable[int]) -> list[int]:
     """``pids`` and all their descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        if fields := _stat(int(entry.parent.name)):
-            children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
+        pid = int(entry.parent.name)
+        fields = _stat(pid)
+        if fields:
+            parent = int(fields[1])
+            children.setdefault(parent, []).append(pid)
     found = list(pids)
     for at in found:
         found += children.get(at, [])
@@ -68,10 +69,12 @@ def family(pids: Iterable[int]) -> list[int]:
 
 
 def _stat(pid: int) -> list[str]:
+    """The fields of ``/proc/<pid>/stat`` after the name; empty when the process has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # the process ended
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
         return []
+    return text.rpartition(")")[2].split()
 
 
 def memory_bytes(pid: int) -> int:
@@ -83,12 +86,16 @@ def memory_bytes(pid: int) -> int:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     except OSError:  # the process ended
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    for line in lines:
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def own_memory_bytes(name: str) -> int:
     """``VmRSS`` (resident memory) or ``VmHWM`` (its peak) of this process, in bytes."""
-    (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    status = Path("/proc/self/status").read_text()
+    (kilobytes,) = re.findall(rf"^{name}:\s+(\d+) kB", status, re.M)
     return int(kilobytes) * 1024
 
 
@@ -98,16 +105,24 @@ def cpu_s(pids: Iterable[int]) -> float:
 
 
 def _cpu_s(pid: int) -> float:
+    """CPU time of one process, in seconds; 0 when it has ended."""
     fields = _stat(pid)
-    return (int(fields[11]) + int(fields[12])) * _TICK_S if fields else 0.0
+    if not fields:
+        return 0.0
+    user, system = int(fields[11]), int(fields[12])
+    return (user + system) * _TICK_S
 
 
 def _busy_s(cores: set[int]) -> float:
     """Seconds that ``cores`` have worked since the machine started, for all processes."""
     names = {f"cpu{core}" for core in cores}
-    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
-    # user, nice, system, -, -, irq, softirq, steal
-    return sum(sum(int(f[i]) for i in (1, 2, 3, 6, 7, 8)) for f in lines if f[0] in names) * _TICK_S
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *fields = line.split()
+        if name in names:
+            user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
+            ticks += user + nice + system + irq + softirq + steal
+    return ticks * _TICK_S
 
 
 class Watch:
@@ -128,7 +143,8 @@ class Watch:
 
     def __enter__(self) -> Watch:
         self._before = {pid: _cpu_s(pid) for pid in self._family()}
-        self._began, self._busy = time.monotonic(), _busy_s(self._cores)
+        self._began = time.monotonic()
+        self._busy = _busy_s(self._cores)
         self._thread.start()
         return self
 
@@ -138,7 +154,8 @@ class Watch:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        seconds, busy = time.monotonic() - self._began, _busy_s(self._cores) - self._busy
+        seconds = time.monotonic() - self._began
+        busy = _busy_s(self._cores) - self._busy
         self._ended.set()
         self._thread.join()
         own = sum(after - self._before.get(pid, 0.0) for pid, after in self._cpu_s.items())
@@ -150,11 +167,11 @@ class Watch:
     def _watch(self) -> None:
         while True:
             ended = self._ended.wait(SAMPLE_S)
-            pids = self._family()
-            for pid in pids:
+            num_bytes = 0
+            for pid in self._family():
                 self._cpu_s[pid] = max(self._cpu_s.get(pid, 0.0), _cpu_s(pid))
-            self.peak_bytes = max(
-                self.peak_bytes, sum(memory_bytes(pid) for pid in pids if pid != os.getpid())
-            )
+                if pid != os.getpid():
+                    num_bytes += memory_bytes(pid)
+            self.peak_bytes = max(self.peak_bytes, num_bytes)
             if ended:
                 return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +27,12 @@ STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
 
 class _Ours:
     def __init__(self, spec: Spec) -> None:
+        folder = Path(spec.folder)
         self._layer = spec.layer
         self._config = RunConfig(
-            corpus=(str(Path(spec.folder) / "corpus"),),
+            corpus=(str(folder / "corpus"),),
             model=spec.model,
-            store=str(Path(spec.folder) / "store"),
+            store=str(folder / "store"),
             layers=str(spec.layer),
             dtype=spec.dtype,
             device=spec.device,
@@ -46,9 +47,10 @@ class _Ours:
         self._processor = worker.Processor(self._task)
 
     def _outcome(self, before: Counters, strengths: list[Norms]) -> Outcome:
-        now, then = asdict(self._processor.counters), asdict(before)
-        stages = {name: now[name] - then[name] for name in STAGES}
-        return Outcome(strengths, now["forward_tokens"] - then["forward_tokens"], stages)
+        now = self._processor.counters
+        forward_tokens = now.forward_tokens - before.forward_tokens
+        stages = {name: getattr(now, name) - getattr(before, name) for name in STAGES}
+        return Outcome(strengths, forward_tokens, stages)
 
     def close(self) -> None:
         self._processor.close()
@@ -64,7 +66,8 @@ class Engine(_Ours):
         with self._processor.feed.chunks(documents) as chunks:  # as for a shard
             for chunk in chunks:
                 values = self._processor.measurer.values(chunk.prepared)
-                strengths += np.split(values.series[0], chunk.prepared.encoded.bounds[1:-1])
+                bounds = chunk.prepared.encoded.bounds
+                strengths += np.split(values.series[0], bounds[1:-1])
         return self._outcome(before, strengths)
 
 
@@ -80,10 +83,7 @@ class Job(_Ours):
         self._num_runs = 0
         for profile, file in spec.texts.items():
             corpus = Path(spec.folder) / "corpus" / profile
-            corpus.mkdir(parents=True)
-            with (corpus / "part.jsonl").open("w", encoding="utf-8") as lines:
-                for text, _ in json.loads(Path(file).read_text("utf-8")):
-                    lines.write(json.dumps({"text": text}) + "\n")
+            _write_corpus(corpus, Path(file))
             config = replace(self._config, corpus=(str(corpus),))
             self._plans[profile] = plan.make_plan(config)
 
@@ -94,23 +94,37 @@ class Job(_Ours):
         """
         before = replace(self._processor.counters)
         self._num_runs += 1
-        store = str(Path(self._config.store) / str(self._num_runs))
-        self._processor.task = replace(self._task, config=replace(self._config, store=store))
+        config = replace(self._config, store=self._store_of_run())
+        self._processor.task = replace(self._task, config=config)
         for shard in self._plans[profile].shards:
             self._processor.process(shard)
         return self._outcome(before, [])
 
     def read_back(self, profile: str) -> list[Norms]:
         """The strengths that the last run committed, by text. Removes the store of that run."""
-        store = str(Path(self._config.store) / str(self._num_runs))
+        store = self._store_of_run()
+        measure_id = self._task.measure.id
+        column = strength_column(self._layer)
         strengths: list[Norms] = []
         for shard in self._plans[profile].shards:
-            commit = shard_files.read_commit(store, self._task.measure.id, shard.id)
+            commit = shard_files.read_commit(store, measure_id, shard.id)
             assert commit is not None
-            folder = Path(shard_files.shard_uri(store, self._task.measure.id, shard.id))
-            column = strength_column(self._layer)
-            table = pq.read_table(folder / commit.files["tokens"]["name"], columns=["doc", column])
+            folder = Path(shard_files.shard_uri(store, measure_id, shard.id))
+            file = folder / commit.files["tokens"]["name"]
+            table = pq.read_table(file, columns=["doc", column])
             bounds = np.flatnonzero(np.diff(table["doc"].to_numpy())) + 1
             strengths += np.split(table[column].to_numpy(), bounds)
         shutil.rmtree(store)
         return strengths
+
+    def _store_of_run(self) -> str:
+        """The store of the last run."""
+        return str(Path(self._config.store) / str(self._num_runs))
+
+
+def _write_corpus(folder: Path, texts: Path) -> None:
+    """Write the texts in the file ``texts`` as a corpus of one JSONL file in ``folder``."""
+    folder.mkdir(parents=True)
+    with (folder / "part.jsonl").open("w", encoding="utf-8") as lines:
+        for text, _ in json.loads(texts.read_text("utf-8")):
+            lines.write(json.dumps({"text": text}) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ from afn_ray.tokens import windows as tokens
 
 VOCABULARY = 30_522
 """Vocabulary size of BERT-base, in types."""
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+"""Special tokens of BERT, in the order of their ids."""
 SEED = 20_260
 SHORTEST = 4
 """Length of the shortest text, in tokens, including special tokens."""
@@ -81,17 +84,10 @@ def _save_weights(folder: Path, config: transformers.BertConfig) -> Path:
 
 def _save_tokenizer(folder: Path, size: int, context: int) -> None:
     """Save a tokenizer of ``size`` types in ``folder``; ``context`` is its longest input."""
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    rng = random.Random(SEED)  # noqa: S311 - nothing here is a secret
-    syllables = [a + b for a, b in itertools.product("bcdfghjklmnprstvwz", "aeiou")]
-    made: dict[str, None] = {}
-    while len(made) < size - len(special) - 2 * len(letters):
-        made["".join(rng.choices(syllables, k=rng.randint(1, 4)))] = None
-    vocabulary = {
-        piece: i
-        for i, piece in enumerate([*special, *letters, *(f"##{c}" for c in letters), *made])
-    }
+    pieces = [*SPECIAL, *string.ascii_lowercase]
+    pieces += [f"##{letter}" for letter in string.ascii_lowercase]
+    pieces += _made_up_words(size - len(pieces))
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))  # noqa: S106
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -102,16 +98,25 @@ def _save_tokenizer(folder: Path, size: int, context: int) -> None:
     assert len(vocabulary) == size
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"pad_token": 0, "unk_token": 1, "cls_token": 2, "sep_token": 3, "mask_token": 4}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "model_max_length": context,
-                **{name: special[at] for name, at in names.items()},
-            }
-        )
-    )
+    roles = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        **dict(zip(roles, SPECIAL, strict=True)),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _made_up_words(number: int) -> list[str]:
+    """So many different words of one to four syllables."""
+    rng = random.Random(SEED)  # noqa: S311 - nothing here is a secret
+    syllables = [a + b for a, b in itertools.product("bcdfghjklmnprstvwz", "aeiou")]
+    words: dict[str, None] = {}
+    while len(words) < number:
+        num_syllables = rng.randint(1, 4)
+        word = "".join(rng.choices(syllables, k=num_syllables))
+        words[word] = None
+    return list(words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +157,17 @@ def plan_lengths(profile: str, num_tokens: int, window: int, run_tokens: int) ->
     normal = NormalDist(np.log(mean) - sigma**2 / 2, sigma)
     n = max(2, round(num_tokens / mean)) * RUNS
     longest = window if profile == "short" else WINDOWS * window
-    corpus = [
-        min(longest, max(SHORTEST, round(float(np.exp(normal.inv_cdf((i + 0.5) / n))))))
-        for i in range(n)
-    ]
+    corpus: list[int] = []
+    for i in range(n):
+        quantile = normal.inv_cdf((i + 0.5) / n)
+        length = round(float(np.exp(quantile)))
+        corpus.append(min(longest, max(SHORTEST, length)))
     # Limit the length of a run, so that a small sample has several runs and many lengths.
-    runs = list(budgeted(corpus, max(1, min(run_tokens, num_tokens // 8))))
-    lengths = [corpus[i] for run in runs[RUNS // 2 :: RUNS] for i in run]
+    run_tokens = max(1, min(run_tokens, num_tokens // 8))
+    runs = list(budgeted(corpus, run_tokens))
+    lengths: list[int] = []
+    for run in runs[RUNS // 2 :: RUNS]:
+        lengths += [corpus[i] for i in run]
     random.Random(SEED).shuffle(lengths)  # noqa: S311
     while len(lengths) > 1 and sum(lengths) > num_tokens:
         lengths.pop()
@@ -190,22 +199,26 @@ class Writer:
         self._encoder = encode.TextEncoder(tokenizer)
         self._width, self._overlap = tokens.window_sizes(window, None, self._encoder.template)
         self._window = window
-        readable = dict.fromkeys(
-            t for t in self._encoder.texts()[1] if len(t) > 1 and t.isalpha() and t.isascii()
-        )
-        candidates = list(readable)[:CANDIDATES]
-        twice = np.diff(self._encoder.encode([f"{w} {w}" for w in candidates]).bounds)
-        # Words that are one token at every position: n words are then n tokens.
-        self._words = [
-            w
-            for w, n in zip(candidates, twice, strict=True)
-            if n == 2 + self._encoder.template.num_special
-        ]
+        self._words = self._whole_words()
         if len(self._words) < 2:
             raise ConfigError(
                 "the tokenizer has no whole words to write texts in; measure another model"
             )
-        self._weights = list(accumulate(1 / (rank + ZIPF) for rank in range(len(self._words))))
+        frequencies = [1 / (rank + ZIPF) for rank in range(len(self._words))]
+        self._weights = list(accumulate(frequencies))
+
+    def _whole_words(self) -> list[str]:
+        """Words that are one token at every position: n of them are n tokens."""
+        types = dict.fromkeys(self._encoder.texts()[1])  # without duplicates, in order
+        readable = [text for text in types if _is_readable(text)]
+        candidates = readable[:CANDIDATES]
+        encoded = self._encoder.encode([f"{word} {word}" for word in candidates])
+        num_expected = 2 + self._encoder.template.num_special
+        words = []
+        for word, num_tokens in zip(candidates, np.diff(encoded.bounds), strict=True):
+            if num_tokens == num_expected:
+                words.append(word)
+        return words
 
     def write(self, profile: str, num_tokens: int, run_tokens: int, *, causal: bool) -> list[Text]:
         """Texts of ``profile`` with the lengths of ``plan_lengths``.
@@ -213,28 +226,33 @@ class Writer:
         ``causal``: cut their windows as for a decoder.
         """
         rng = random.Random(f"{SEED} {profile}")  # noqa: S311
-        special = self._encoder.template.num_special
-        texts = [
-            " ".join(
-                rng.choices(self._words, cum_weights=self._weights, k=max(1, length - special))
-            )
-            for length in plan_lengths(profile, num_tokens, self._window, run_tokens)
-        ]
+        template = self._encoder.template
+        texts = []
+        for length in plan_lengths(profile, num_tokens, self._window, run_tokens):
+            num_words = max(1, length - template.num_special)
+            words = rng.choices(self._words, cum_weights=self._weights, k=num_words)
+            texts.append(" ".join(words))
         encoded = self._encoder.encode(texts)
-        windows = tokens.make_windows(
-            encoded, self._encoder.template, self._width, self._overlap, causal
-        )
+        windows = tokens.make_windows(encoded, template, self._width, self._overlap, causal)
         pieces: list[list[Piece]] = [[] for _ in texts]
-        before = len(self._encoder.template.prefix)
+        num_prefix = len(template.prefix)
+        num_suffix = len(template.suffix)
         for window in windows:
             at = int(np.searchsorted(encoded.bounds, window.row, side="right")) - 1
-            first = window.row + before
-            last = window.row + window.length - len(self._encoder.template.suffix) - 1
-            # Keep the space before the window: it is part of many tokens, but not of their offsets.
-            begin = encoded.end[first - 1] if first - before > encoded.bounds[at] else 0
+            first = window.row + num_prefix
+            last = window.row + window.length - num_suffix - 1
+            begin = 0
+            if window.row > encoded.bounds[at]:
+                # Keep the space before the window: many tokens contain it, but their offsets do not.
+                begin = encoded.end[first - 1]
             text = texts[at][begin : encoded.end[last]]
             pieces[at].append(Piece(text, window.keep_start, window.keep_end, window.length))
         return [Text(text, tuple(parts)) for text, parts in zip(texts, pieces, strict=True)]
+
+
+def _is_readable(text: str) -> bool:
+    """Whether ``text`` is a word of at least two ASCII letters."""
+    return len(text) > 1 and text.isalpha() and text.isascii()
 
 
 def share(texts: Sequence[Text], parts: int) -> list[list[int]]:
@@ -249,10 +267,11 @@ def share(texts: Sequence[Text], parts: int) -> list[list[int]]:
         least = load.index(min(load))
         given[least].append(i)
         load[least] += texts[i].num_tokens
-    return [sorted(g) for g in given]
+    return [sorted(indices) for indices in given]
 
 
 def sample(texts: list[Text], one_in: int) -> list[int]:
     """Indices of one text in ``one_in``, over all lengths, in order; at least one text."""
     order = sorted(range(len(texts)), key=lambda i: texts[i].num_tokens)
-    return sorted(order[one_in // 2 :: one_in] or order[:1])
+    chosen = order[one_in // 2 :: one_in] or order[:1]
+    return sorted(chosen)
