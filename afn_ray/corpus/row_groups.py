@@ -64,7 +64,8 @@ def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int
         for chunk in chunks:
             if not _is_of(chunk.path, columns):
                 continue
-            if not 0 <= chunk.offset <= chunk.offset + chunk.taken <= source.size:
+            end = chunk.offset + chunk.taken
+            if not 0 <= chunk.offset <= end <= source.size:
                 raise ValueError(f"row group {group} lies outside the file")
             groups[-1].append((chunk.offset, chunk.taken))
     return groups
@@ -78,7 +79,10 @@ def hash_chunks(
     for chunks in groups:
         for offset, left in chunks:
             source.seek(offset)
-            while left and (block := source.read(min(left, BLOCK_BYTES))):
+            while left:
+                block = source.read(min(left, BLOCK_BYTES))
+                if not block:
+                    break
                 sha256.update(block)
                 left -= len(block)
     return sha256.hexdigest()
@@ -111,7 +115,8 @@ class _File:
         self.options = options
         self.metadata = pq.read_metadata(source)
         self._chunks = footer.read_chunks(source)
-        leaves = [self.metadata.schema.column(i) for i in range(self.metadata.num_columns)]
+        schema = self.metadata.schema
+        leaves = [schema.column(i) for i in range(self.metadata.num_columns)]
         columns = columns_of(options)
         self._indices = [i for i, leaf in enumerate(leaves) if _is_of(leaf.path, columns)]
         self._strings = [i for i in self._indices if _is_plain_string(leaves[i], columns)]
@@ -121,8 +126,9 @@ class _File:
         for chunks in self._chunks:
             if [chunk.path for chunk in chunks] != paths:
                 raise ValueError("the columns of its row groups are not those of the file")
-        groups = map(self.metadata.row_group, range(self.metadata.num_row_groups))
-        self.num_rows = [group.num_rows for group in groups]
+        self.num_rows: list[int] = []
+        for group in range(self.metadata.num_row_groups):
+            self.num_rows.append(self.metadata.row_group(group).num_rows)
         self._is_uuid = {leaf.path for leaf in leaves if _is_uuid(leaf)}
 
     def type_of(self, column: str) -> Any:
@@ -131,13 +137,16 @@ class _File:
     def stored(self, group: int) -> tuple[int, int]:
         """Sizes of the columns of a row group, in bytes: in the file, and decompressed."""
         chunks = [self._chunks[group][i] for i in self._indices]
-        return sum(c.taken for c in chunks), sum(c.given for c in chunks)
+        taken = sum(chunk.taken for chunk in chunks)
+        given = sum(chunk.given for chunk in chunks)
+        return taken, given
 
     def check_expansion(self, group: int) -> None:
         """Raise ``ValueError`` if a column of the row group expands too much, by its metadata."""
         for i in self._indices:
             chunk = self._chunks[group][i]
-            if chunk.given > max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken):
+            most = max(EXPANSION_FROM_BYTES, EXPANSION * chunk.taken)
+            if chunk.given > most:
                 raise ValueError(
                     f"{chunk.taken} bytes of {chunk.path} give {chunk.given}, over {EXPANSION} "
                     "times as many"
@@ -148,25 +157,39 @@ class _File:
 
         The size is exact only if the metadata allow it.
         """
-        options, chunks = self.options, self._chunks[group]
+        options = self.options
+        chunks = [self._chunks[group][i] for i in self._strings]
         # Read strings as dictionaries: 64 rows that share a value of 64 MB would else take 4 GB.
         # Arrow cannot do that with delta encodings.
-        dense = [i for i in self._strings if chunks[i].has_deltas]
-        shared = tuple(chunks[i].path for i in self._strings if i not in dense)
-        num_bytes = max(self.stored(group)[1], 1)
-        num_rows = min(BATCH_ROWS, max(1, BATCH_BYTES * self.num_rows[group] // num_bytes))
-        if dense:
-            num_rows = min(num_rows, max(1, SHARED_BYTES // num_bytes))
-        batches = self._with(shared).iter_batches(
-            num_rows, row_groups=[group], columns=columns_of(options), use_threads=False
+        dense = [chunk.path for chunk in chunks if chunk.has_deltas]
+        shared = tuple(chunk.path for chunk in chunks if not chunk.has_deltas)
+        file = self._with(shared)
+        batches = file.iter_batches(
+            self._batch_rows(group, are_dense=bool(dense)),
+            row_groups=[group],
+            columns=columns_of(options),
+            use_threads=False,
         )
         for batch in batches:
-            text = _column(batch, options.text_column)
-            ids: Ids = [None] * len(text)
+            column = _column(batch, options.text_column)
+            texts = _lists(column) if _is_list(column.type) else _strings(column)
+            ids: Ids = [None] * len(texts)
             if options.id_column is not None:
-                ids = _ids(_column(batch, options.id_column), options.id_column in self._is_uuid)
-            labels = ids if options.labels is None else _lists(_column(batch, options.labels))
-            yield _lists(text) if _is_list(text.type) else _strings(text), ids, labels
+                is_uuid = options.id_column in self._is_uuid
+                ids = _ids(_column(batch, options.id_column), is_uuid)
+            labels: list[Any] = ids
+            if options.labels is not None:
+                labels = _lists(_column(batch, options.labels))
+            yield texts, ids, labels
+
+    def _batch_rows(self, group: int, *, are_dense: bool) -> int:
+        """Number of rows of a batch of a row group; ``are_dense``: strings are not shared."""
+        _, given = self.stored(group)
+        num_bytes = max(given, 1)
+        num_rows = max(1, BATCH_BYTES * self.num_rows[group] // num_bytes)
+        if are_dense:
+            num_rows = min(num_rows, max(1, SHARED_BYTES // num_bytes))
+        return min(BATCH_ROWS, num_rows)
 
     def _with(self, dictionaries: tuple[str, ...]) -> Any:
         """The file with the columns ``dictionaries`` read as dictionaries."""
@@ -211,7 +234,8 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
         yield problem(whole, f"no column {missing!r}; it has: {columns(names)}")
         return
     row = sum(file.num_rows[: slice.start])
-    for group in range(slice.start, min(slice.end, len(file.num_rows))):
+    end = min(slice.end, len(file.num_rows))
+    for group in range(slice.start, end):
         yield from _group_documents(file, group, slice.uri, row)
         row += file.num_rows[group]
 
@@ -322,7 +346,8 @@ def _of_values(column: Any, convert: Callable[[Any], list[Any]]) -> list[Any]:
     if not _is_any(column.type, "dictionary"):
         return convert(column)
     used = column.indices.unique().drop_null()
-    values = dict(zip(used.to_pylist(), convert(column.dictionary.take(used)), strict=True))
+    converted = convert(column.dictionary.take(used))
+    values = dict(zip(used.to_pylist(), converted, strict=True))
     return [values.get(index) for index in column.indices.to_pylist()]
 
 
@@ -377,6 +402,9 @@ def _id_of_bytes(value: bytes, kind: Any) -> str:
     """
     with contextlib.suppress(UnicodeDecodeError):
         text = value.decode()
-        if (_is_string(kind) or text.isprintable()) and not MARKED_HEX.fullmatch(text):
+        is_text = _is_string(kind) or text.isprintable()
+        if is_text and not MARKED_HEX.fullmatch(text):
             return text
-    return value.hex() if _is_any(kind, "fixed_size_binary") else f"\\x{value.hex()}"
+    if _is_any(kind, "fixed_size_binary"):
+        return value.hex()
+    return f"\\x{value.hex()}"
