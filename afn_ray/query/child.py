@@ -35,29 +35,37 @@ class _Reads:
 
     def __init__(self, connections: socket.socket) -> None:
         """``connections`` is the socket that sends the other end of each connection."""
-        self._connections, self._lock, self._local = (
-            connections,
-            threading.Lock(),
-            threading.local(),
-        )
+        self._connections = connections
+        self._lock = threading.Lock()
+        self._local = threading.local()
 
     def __call__(self, name: str, start: int, end: int) -> bytes:
+        connection = self._connection()
+        encoded = name.encode()
+        request = READ.pack(len(encoded), start, end) + encoded
+        connection.sendall(request)
+        text_bytes, num_bytes = FRAME.unpack(receive(connection, FRAME.size))
+        if text_bytes:
+            text = receive(connection, text_bytes)
+            raise OSError(text.decode())
+        return bytes(receive(connection, num_bytes))
+
+    def _connection(self) -> socket.socket:
+        """The connection of the calling thread."""
         if not hasattr(self._local, "connection"):
             here, there = socket.socketpair()
             with self._lock, there:
                 socket.send_fds(self._connections, [b"."], [there.fileno()])
             self._local.connection = here
-        connection, encoded = self._local.connection, name.encode()
-        connection.sendall(READ.pack(len(encoded), start, end) + encoded)
-        text_bytes, num_bytes = FRAME.unpack(receive(connection, FRAME.size))
-        if text_bytes:
-            raise OSError(receive(connection, text_bytes).decode())
-        return bytes(receive(connection, num_bytes))
+        connection: socket.socket = self._local.connection
+        return connection
 
 
 def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
     """Answer requests until the parent process is gone."""
-    requests, stops, files = (socket.socket(fileno=fd) for fd in (requests_fd, stops_fd, files_fd))
+    requests = socket.socket(fileno=requests_fd)
+    stops = socket.socket(fileno=stops_fd)
+    files = socket.socket(fileno=files_fd)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write over RLIMIT_FSIZE is an OSError
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_FSIZE, 0)
@@ -70,7 +78,8 @@ def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
         try:
             session = Session(setup, _Reads(files))
         except Exception as error:  # noqa: BLE001 - told by the other process
-            return _send(requests, Answer({"error": str(error), "kind": type(error).__name__}))
+            failure = {"error": str(error), "kind": type(error).__name__}
+            return _send(requests, Answer(failure))
         threading.Thread(target=_listen, args=(stops, session), daemon=True).start()
         _send(requests, Answer({"ready": True}))
         while True:
@@ -85,14 +94,16 @@ def _listen(stops: socket.socket, session: Session) -> None:
     """Interrupt requests on the parent's demand; exit when the parent is gone."""
     try:
         while True:
-            session.interrupt(*LENGTH.unpack(receive(stops, LENGTH.size)))
+            (number,) = LENGTH.unpack(receive(stops, LENGTH.size))
+            session.interrupt(number)
     except (EOFError, OSError):
         os._exit(0)
 
 
 def _send(connection: socket.socket, answer: Answer) -> None:
     text = json.dumps(answer.fields, default=str).encode()
-    connection.sendall(FRAME.pack(len(text), len(answer.arrow)) + text)
+    frame = FRAME.pack(len(text), len(answer.arrow))
+    connection.sendall(frame + text)
     connection.sendall(answer.arrow)
 
 
@@ -100,7 +111,8 @@ def _limit(what: int, value: int) -> None:
     """Lower a resource limit of this process for good, if the system supports it."""
     with contextlib.suppress(OSError, ValueError):
         _, most = resource.getrlimit(what)
-        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        if most != resource.RLIM_INFINITY:
+            value = min(value, most)
         resource.setrlimit(what, (value, value))
 
 
@@ -109,13 +121,15 @@ def _limit_cpu(timeout_s: float) -> None:
 
     So the kernel ends a process that hangs and whose parent is gone, even if no Python thread runs.
     """
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = used.ru_utime + used.ru_stime + timeout_s * (os.cpu_count() or 1) + CPU_SPARE_S
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used_s = usage.ru_utime + usage.ru_stime
+    allowed_s = timeout_s * (os.cpu_count() or 1)
+    limit_s = int(used_s + allowed_s + CPU_SPARE_S)
     with contextlib.suppress(OSError, ValueError):
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(
-            resource.RLIMIT_CPU, (int(seconds) if most == -1 else min(int(seconds), most), most)
-        )
+        if most != resource.RLIM_INFINITY:
+            limit_s = min(limit_s, most)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit_s, most))
 
 
 def _data_bytes() -> int:

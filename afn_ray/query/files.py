@@ -40,7 +40,8 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         on the first read of the file. All bytes read are compared with the checksums.
         """
         super().__init__()
-        self._find_blocks, self._blocks = find_blocks, dict[str, Blocks]()
+        self._find_blocks = find_blocks
+        self._blocks: dict[str, Blocks] = {}
         # Error of the last failed read: DuckDB reduces errors to text.
         self.failed: AfnError | None = None
         self._fs, path = open_filesystem(root)
@@ -50,10 +51,8 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode != "rb":
             self._refuse()
-        name, (_, size) = _name(path), self._find(path)
-        return RangeFile(
-            lambda start, end: self._checked(name, start, end), size, threading.local()
-        )
+        _, size = self._find(path)
+        return RangeFile(partial(self._checked, _name(path)), size, threading.local())
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
         return {"name": path, "size": self._find(path)[1], "type": "file"}
@@ -80,13 +79,12 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         """
         target, size = self._files[name]
         try:
-            if (blocks := self._blocks.get(name)) is None:
-                blocks = self._blocks[name] = self._find_blocks(name)
-            data = (
-                blocks.read(start, end, partial(self._read, target))
-                if blocks.num_bytes == size
-                else None
-            )
+            if name not in self._blocks:
+                self._blocks[name] = self._find_blocks(name)
+            blocks = self._blocks[name]
+            data = None
+            if blocks.num_bytes == size:
+                data = blocks.read(start, end, partial(self._read, target))
             if data is None:
                 raise StoreError(
                     f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum "

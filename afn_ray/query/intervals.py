@@ -24,9 +24,9 @@ def check_intervals(relation: duckdb.DuckDBPyRelation) -> duckdb.DuckDBPyRelatio
     columns = []
     for at, (name, check) in enumerate(zip(relation.columns, checks, strict=True), 1):
         quoted = name.replace('"', '""')
-        value = (
-            f"CASE WHEN {check} THEN error('{BEYOND_ARROW}') ELSE #{at} END" if check else f"#{at}"
-        )
+        value = f"#{at}"
+        if check:
+            value = f"CASE WHEN {check} THEN error('{BEYOND_ARROW}') ELSE {value} END"
         columns.append(f'{value} AS "{quoted}"')
     return relation.project(", ".join(columns))
 

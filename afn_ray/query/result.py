@@ -75,7 +75,9 @@ class Result:
 
     def __init__(self, backend: Backend, steps: Steps) -> None:
         """Bind ``steps`` in the query process. Raises ``QueryError`` for SQL that is wrong."""
-        self._backend, self._steps, self._key = backend, steps, next(KEYS)
+        self._backend = backend
+        self._steps = steps
+        self._key = next(KEYS)
         self._first: Allowance | None = self._backend.allowance()
         self._made = self._bind(self._first)
 
@@ -104,25 +106,26 @@ class Result:
         """
         schema, batches = self._batches(batch_size)
         if _has_duckdb_types(schema):  # convert DuckDB's own types to the nearest Arrow types
-            schema = self._backend.relation_here(schema.empty_table()).to_arrow_table().schema
+            schema = self._arrow_types(schema.empty_table()).schema
             batches = self._arrow_types_only(batches)
         return pa.RecordBatchReader.from_batches(schema, batches)
 
     def _arrow_types_only(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for batch in batches:
-            relation = self._backend.relation_here(pa.table(batch))
-            yield from relation.to_arrow_table().to_batches()
+            yield from self._arrow_types(pa.table(batch)).to_batches()
+
+    def _arrow_types(self, table: pa.Table) -> pa.Table:
+        """``table`` with DuckDB's own types converted to the nearest Arrow types."""
+        return self._backend.relation_here(table).to_arrow_table()
 
     arrow = to_arrow_reader
 
     def to_arrow_table(self, batch_size: int = BATCH_ROWS) -> pa.Table:
         """All rows as one Arrow table."""
         table = self._all_rows(batch_size)
-        return (
-            self._backend.relation_here(table).to_arrow_table()
-            if _has_duckdb_types(table.schema)
-            else table
-        )
+        if _has_duckdb_types(table.schema):
+            return self._arrow_types(table)
+        return table
 
     def __arrow_c_stream__(self, requested_schema: object | None = None) -> object:
         return self.to_arrow_reader().__arrow_c_stream__(requested_schema)
@@ -148,28 +151,33 @@ class Result:
         table = self._all_rows(BATCH_ROWS)
         # Plain types need no query in this process to give the same values.
         if name == "fetchall" and set(self.types) <= PLAIN_TYPES:
-            return list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+            columns = [column.to_pylist() for column in table.columns]
+            return list(zip(*columns, strict=True))
         with self._backend.plain_errors():
-            return getattr(self._backend.relation_here(table, self.types), name)(
-                *arguments, **options
-            )
+            relation = self._backend.relation_here(table, self.types)
+            method = getattr(relation, name)
+            return method(*arguments, **options)
 
     def _step(self, name: str, *arguments: Any, **options: Any) -> Any:
         """Call the relation's method ``name`` in the query process.
 
         Returns a ``Result`` for a relation, otherwise the value.
         """
-        step = (name, tuple(map(_sent, arguments)), {k: _sent(v) for k, v in options.items()})
+        sent_arguments = tuple(map(_sent, arguments))
+        sent_options = {key: _sent(value) for key, value in options.items()}
+        step = (name, sent_arguments, sent_options)
         made = Result(self._backend, (*self._steps, step))
         return made._made.get("value", made)
 
     def _allowance(self) -> Allowance:
         """Time of one call; the first call has what the preparation of the query left."""
-        allowance, self._first = self._first or self._backend.allowance(), None
+        allowance = self._first or self._backend.allowance()
+        self._first = None
         return allowance
 
     def _bind(self, allowance: Allowance) -> dict[str, Any]:
-        return self._backend.process.ask(allowance, "bind", self._key, self._steps)[1].fields
+        _, answer = self._backend.process.ask(allowance, "bind", self._key, self._steps)
+        return answer.fields
 
     def _ask(self, allowance: Allowance, do: str, argument: Any) -> tuple[int, Answer]:
         number, answer = self._backend.process.ask(allowance, do, self._key, argument)
@@ -198,9 +206,8 @@ class Result:
             try:
                 yield from first.to_batches()
                 while not last:
-                    _, more = self._backend.process.ask(
-                        allowance or self._backend.allowance(), "next", reader
-                    )
+                    left = allowance or self._backend.allowance()
+                    _, more = self._backend.process.ask(left, "next", reader)
                     last = more.fields["last"]
                     if more.arrow:
                         yield from pa.ipc.open_stream(more.arrow)
@@ -213,7 +220,8 @@ class Result:
     def _all_rows(self, batch_rows: int) -> pa.Table:
         """All rows. Raises ``QueryError`` if they are larger than the memory limit."""
         schema, batches = self._batches(batch_rows, self._allowance())
-        taken, num_bytes = [], 0
+        taken = []
+        num_bytes = 0
         for batch in batches:
             taken.append(batch)
             num_bytes += batch.nbytes

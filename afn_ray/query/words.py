@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from afn_ray.query.expressions import File, Recorded, is_high, rows_of
@@ -9,6 +10,8 @@ from afn_ray.schema import SPECIAL, WORD_START
 
 PIECES = 4
 """Largest number of tokens of a word that window functions join; longer words are grouped."""
+LENGTHS = range(1, PIECES + 1)
+"""Numbers of tokens of the words that window functions join."""
 SLICES = 16
 """Largest number of parts in which ``words`` reads a run.
 
@@ -38,10 +41,13 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
 
     Files without documents are left out.
     """
-    room = max(SLICE_TOKENS, -(-sum(f.n_tokens for f in files) // SLICES))
+    num_tokens = sum(file.n_tokens for file in files)
+    room = max(SLICE_TOKENS, math.ceil(num_tokens / SLICES))
     parts: list[list[File]] = [[]]
     size = 0
-    for file in (f for f in files if f.n_documents):
+    for file in files:
+        if not file.n_documents:
+            continue
         if size >= room:
             parts.append([])
             size = 0
@@ -56,17 +62,31 @@ def _words(files: Sequence[File], recorded: Recorded) -> str:
     Window functions join words of up to ``PIECES`` tokens; longer words are grouped. A word has the
     tag of its first token, and the class of that token's type.
     """
-    rows, portable = rows_of(files), files[0].folder is not None
-    strengths = [f"strength_{k}" for k in recorded.layers]
-    columns = ["token_id", *strengths, *(['"end"'] if recorded.offsets else [])]
-    every = range(1, PIECES + 1)
-    # A token belongs to a long word if no other word begins before the word has more than PIECES
-    # tokens.
-    inside = " ".join(
-        f"WHEN {at} THEN NOT ({' OR '.join(f'is_head_{j}' for j in range(1, PIECES - at + 1))})"
-        for at in range(PIECES)
-    )
-    ahead = f"""
+    tokens = _placed_tokens(_tokens_ahead(files, recorded))
+    lengths = " ".join(f"WHEN is_head_{j} THEN {j}" for j in LENGTHS)
+    pieces = f"CASE {lengths} END::BIGINT AS pieces"
+    short = ", ".join(_short_columns(recorded))
+    long = ", ".join(_long_columns(recorded))
+    return f"""
+        SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long)
+        LEFT JOIN internal.types USING (token_id), (
+            SELECT list(coalesce(text, '') ORDER BY id) AS texts
+            FROM (SELECT unnest(range((SELECT max(token_id) + 1 FROM internal.types))) AS id)
+            LEFT JOIN internal.types ON token_id = id
+        )
+        UNION ALL
+        SELECT {long} FROM (FROM ({tokens}) WHERE is_long) LEFT JOIN internal.types USING (token_id)
+        GROUP BY doc, word"""  # noqa: S608
+
+
+def _tokens_ahead(files: Sequence[File], recorded: Recorded) -> str:
+    """SQL of the tokens of ``files`` without special ones, with the values of the next tokens."""
+    columns = ["token_id"]
+    columns += [f"strength_{k}" for k in recorded.layers]
+    if recorded.offsets:
+        columns.append('"end"')
+    rows = rows_of(files)
+    tokens = f"""
         SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number, row_number() OVER () AS nth
         FROM (
             SELECT *, is_first OR flags & {WORD_START} <> 0 AS is_head FROM (
@@ -74,44 +94,48 @@ def _words(files: Sequence[File], recorded: Recorded) -> str:
                 FROM {rows} WHERE flags & {SPECIAL} = 0
             )
         )"""  # noqa: S608
+    is_portable = files[0].folder is not None
+    if not is_portable:  # the same rows in half the time
+        leads = [f"lead(is_head, {j}, true) OVER () AS is_head_{j}" for j in LENGTHS]
+        for column in columns:
+            leads += [f"lead({column}, {j}) OVER () AS {_piece(column, j)}" for j in LENGTHS[:-1]]
+        return f"SELECT *, {', '.join(leads)} FROM ({tokens})"  # noqa: S608
     # A catalog uses lead with one argument only: when another version of DuckDB opens the file, it
     # gets the further arguments of lag and lead twice.
-    if portable:
-        for j in every:
-            head = f"is_head_{j - 1}" if j > 1 else "is_head"
-            leads = [f"coalesce(lead({head}) OVER (), true) AS is_head_{j}"]
-            leads += [
-                f"lead({_piece(c, j - 1)}) OVER () AS {_piece(c, j)}" for c in columns if j < PIECES
-            ]
-            ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
-    else:  # the same rows in half the time
-        leads = [f"lead(is_head, {j}, true) OVER () AS is_head_{j}" for j in every]
-        leads += [
-            f"lead({c}, {j}) OVER () AS {_piece(c, j)}" for c in columns for j in range(1, PIECES)
-        ]
-        ahead = f"SELECT *, {', '.join(leads)} FROM ({ahead})"  # noqa: S608
-    tokens = f"""
-        SELECT *, (number - first_number)::INTEGER AS word, CASE place {inside} ELSE true END AS is_long FROM (
+    for j in LENGTHS:
+        head = f"is_head_{j - 1}" if j > 1 else "is_head"
+        leads = [f"coalesce(lead({head}) OVER (), true) AS is_head_{j}"]
+        if j < PIECES:
+            for column in columns:
+                leads.append(f"lead({_piece(column, j - 1)}) OVER () AS {_piece(column, j)}")
+        tokens = f"SELECT *, {', '.join(leads)} FROM ({tokens})"  # noqa: S608
+    return tokens
+
+
+def _placed_tokens(tokens: str) -> str:
+    """SQL of ``tokens`` with their word, their place in it, and whether it is a long one.
+
+    A token belongs to a long word if no other word begins before the word has more than ``PIECES``
+    tokens.
+    """
+    cases = []
+    for place in range(PIECES):
+        heads = [f"is_head_{j}" for j in range(1, PIECES - place + 1)]
+        cases.append(f"WHEN {place} THEN NOT ({' OR '.join(heads)})")
+    return f"""
+        SELECT *, (number - first_number)::INTEGER AS word, CASE place {" ".join(cases)} ELSE true END AS is_long FROM (
             SELECT *, max(number) FILTER (is_first) OVER (ROWS UNBOUNDED PRECEDING) AS first_number,
                 nth - max(nth) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS place
-            FROM ({ahead})
+            FROM ({tokens})
         )"""  # noqa: S608
 
-    def by_length(of: Callable[[list[int]], str]) -> str:
-        return f"CASE pieces {' '.join(f'WHEN {n} THEN {of(list(range(n)))}' for n in every)} END"
 
-    def joined(between: str, name: str, kind: str = "") -> str:
-        return by_length(lambda places: between.join(_piece(name, j) + kind for j in places))
-
-    def largest(name: str) -> str:
-        return by_length(lambda places: f"greatest({', '.join(_piece(name, j) for j in places)})")
-
-    text = by_length(
-        lambda places: " || ".join(
-            ["text", *(f"texts[{_piece('token_id', j)} + 1]" for j in places[1:])]
-        )
-    )
-    short = [
+def _short_columns(recorded: Recorded) -> list[str]:
+    """SQL of the columns of words of up to ``PIECES`` tokens; their first token has the values."""
+    texts = ["text"]
+    texts += [f"texts[{_piece('token_id', j)} + 1]" for j in LENGTHS[:-1]]
+    text = _by_length(lambda length: " || ".join(texts[:length]))
+    columns = [
         "doc",
         "word",
         f"coalesce(surface, {text}) AS text",
@@ -119,7 +143,25 @@ def _words(files: Sequence[File], recorded: Recorded) -> str:
         "pieces AS n_tokens",
         "position",
     ]
-    long = [
+    if recorded.tagged:
+        columns.append("tag")
+    if recorded.offsets:
+        end = _by_length(lambda length: _piece('"end"', length - 1))
+        columns += ["start", f'{end} AS "end"']
+    for k in recorded.layers:
+        strengths = [_piece(f"strength_{k}", at) for at in range(PIECES)]
+        columns += [
+            f"{_largest(strengths)} AS max_strength_{k}",
+            f"({_sum(strengths)}) / pieces AS mean_strength_{k}",
+            f"strength_{k} AS first_strength_{k}",
+            _high_column(recorded, k),
+        ]
+    return columns
+
+
+def _long_columns(recorded: Recorded) -> list[str]:
+    """SQL of the same columns for words of more than ``PIECES`` tokens, by aggregation."""
+    columns = [
         "doc",
         "word",
         "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text",
@@ -128,34 +170,39 @@ def _words(files: Sequence[File], recorded: Recorded) -> str:
         "min(position) AS position",
     ]
     if recorded.tagged:
-        short += ["tag"]
-        long += ["any_value(tag) FILTER (place = 0) AS tag"]
+        columns.append("any_value(tag) FILTER (place = 0) AS tag")
     if recorded.offsets:
-        last = by_length(lambda places: _piece('"end"', places[-1]))
-        short += ["start", f'{last} AS "end"']
-        long += ["min(start) AS start", 'max("end") AS "end"']
-    for k, s in zip(recorded.layers, strengths, strict=True):
-        is_word_high = is_high(f"max_strength_{k}", recorded.quartile("q3", k))
-        high = f"{is_word_high} AS high_{k}"
-        short += [f"{largest(s)} AS max_strength_{k}"]
-        short += [
-            f"({joined(' + ', s, '::DOUBLE')}) / pieces AS mean_strength_{k}",
-            f"{s} AS first_strength_{k}",
-            high,
+        columns += ["min(start) AS start", 'max("end") AS "end"']
+    for k in recorded.layers:
+        columns += [
+            f"max(strength_{k}) AS max_strength_{k}",
+            f"avg(strength_{k}) AS mean_strength_{k}",
+            f"arg_min(strength_{k}, place) AS first_strength_{k}",
+            _high_column(recorded, k),
         ]
-        long += [f"max({s}) AS max_strength_{k}", f"avg({s}) AS mean_strength_{k}"]
-        long += [f"arg_min({s}, place) AS first_strength_{k}", high]
-    pieces = f"CASE {' '.join(f'WHEN is_head_{j} THEN {j}' for j in every)} END::BIGINT AS pieces"
-    return f"""
-        SELECT {", ".join(short)} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long)
-        LEFT JOIN internal.types USING (token_id), (
-            SELECT list(coalesce(text, '') ORDER BY id) AS texts
-            FROM (SELECT unnest(range((SELECT max(token_id) + 1 FROM internal.types))) AS id)
-            LEFT JOIN internal.types ON token_id = id
-        )
-        UNION ALL
-        SELECT {", ".join(long)} FROM (FROM ({tokens}) WHERE is_long) LEFT JOIN internal.types USING (token_id)
-        GROUP BY doc, word"""  # noqa: S608
+    return columns
+
+
+def _high_column(recorded: Recorded, layer: int) -> str:
+    condition = is_high(f"max_strength_{layer}", recorded.quartile("q3", layer))
+    return f"{condition} AS high_{layer}"
+
+
+def _by_length(of: Callable[[int], str]) -> str:
+    """SQL that is ``of(n)`` for a word of n tokens, up to ``PIECES``."""
+    cases = " ".join(f"WHEN {length} THEN {of(length)}" for length in LENGTHS)
+    return f"CASE pieces {cases} END"
+
+
+def _largest(values: Sequence[str]) -> str:
+    """SQL of the largest of the ``values`` of a word's tokens."""
+    return _by_length(lambda length: f"greatest({', '.join(values[:length])})")
+
+
+def _sum(values: Sequence[str]) -> str:
+    """SQL of the sum of the ``values`` of a word's tokens."""
+    doubles = [f"{value}::DOUBLE" for value in values]
+    return _by_length(lambda length: " + ".join(doubles[:length]))
 
 
 def _piece(column: str, at: int) -> str:
