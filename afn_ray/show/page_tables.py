@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,81 +188,94 @@ def drift_of_all_tokens(comparison: compare.Comparison) -> list[dict[str, Any]]:
 
 def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     """The tables of changes; those with many rows for each layer are of ``layer`` only."""
-    heads = (
-        "tokens before",
-        "now",
-        "Q1 before",
-        "now",
-        "Q2 before",
-        "now",
-        "Q3 before",
-        "now",
-        "HIGH before",
-        "now",
-        "PSI",
-        "KS",
-        "JS",
-    )
-
-    def cells(r: Mapping[str, Any]) -> tuple[str, ...]:
-        return (
-            f"{r['n_a']:,}",
-            f"{r['n_b']:,}",
-            *(number(r[f"{q}_{ab}"]) for q in ("q1", "q2", "q3") for ab in "ab"),
-            percent(r["share_high_a"]),
-            percent(r["share_high_b"]),
-            *(number(r[d], 4) for d in ("psi", "ks", "js")),
-        )
-
     rows = comparison.drift.to_pylist()
-    layers = tuple((str(r["layer"]), *cells(r)) for r in rows if r["source"] is None)
-    of_sources = [r for r in rows if r["source"] is not None and r["layer"] == layer]
-    new_or_gone = 2.0  # above any KS, so that new and vanished sources come first
-    of_sources.sort(
-        key=lambda r: (-(new_or_gone if r["ks"] is None else r["ks"]), -r["n_a"] - r["n_b"])
-    )
-    sources = tuple((r["source"], *cells(r)) for r in of_sources[:MAX_ROWS])
+    of_layers = [row for row in rows if row["source"] is None]
+    of_sources = [row for row in rows if row["source"] is not None and row["layer"] == layer]
     table = comparison.movers
     movers = table.filter(pc.equal(table["layer"], layer))
-    of_status = {
-        s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")
-    }
-    moved = compare.moved(movers)
-    high = "{share_high_%s:.3f} ({share_high_low_%s:.3f}–{share_high_high_%s:.3f})"
-    classes = tuple(
-        (
-            r["class"],
-            f"{r['n_a']:,}",
-            f"{r['n_b']:,}",
-            percent(r["share_a"]),
-            percent(r["share_b"]),
-            *((high % (run, run, run)).format(**r) for run in "ab"),
-        )
-        for r in comparison.classes.to_pylist()
-        if r["layer"] == layer
-    )
+    of_status = {}
+    for status in ("both", "new", "vanished"):
+        of_status[status] = movers.filter(pc.equal(movers["status"], status))
     return {
-        "layers": Table("Strengths, all tokens", ("layer", *heads), layers),
-        "sources": Table(
-            f"Sources at layer {layer}, the furthest by KS first", ("source", *heads), sources
-        ),
+        "layers": _layers_table(of_layers),
+        "sources": _drift_of_sources(of_sources, layer),
         "num_sources": len(of_sources),
-        "classes": Table(
-            f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is "
-            "HIGH (95 % interval)",
-            ("class", "tokens before", "now", "part before", "now", "HIGH before", "now"),
-            classes,
-        ),
+        "classes": _classes_table(comparison.classes, layer),
         "num_both": len(of_status["both"]),
-        "num_moved": len(moved),
-        **{
-            s: _types_table(of_status[s], n, caption)
-            for s, n, caption in (
-                ("new", "n_b", "New types"),
-                ("vanished", "n_a", "Vanished types"),
-            )
-        },
+        "num_moved": len(compare.moved(movers)),
+        "new": _types_table(of_status["new"], "n_b", "New types"),
+        "vanished": _types_table(of_status["vanished"], "n_a", "Vanished types"),
     }
+
+
+DRIFT_HEADS = (
+    "tokens before",
+    "now",
+    "Q1 before",
+    "now",
+    "Q2 before",
+    "now",
+    "Q3 before",
+    "now",
+    "HIGH before",
+    "now",
+    "PSI",
+    "KS",
+    "JS",
+)
+"""Heads of the columns of ``_drift_cells``."""
+
+
+def _drift_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tokens, thresholds, HIGH shares and distances of one row of the drift."""
+    cells = [f"{row['n_a']:,}", f"{row['n_b']:,}"]
+    for quartile in ("q1", "q2", "q3"):
+        cells.append(number(row[f"{quartile}_a"]))
+        cells.append(number(row[f"{quartile}_b"]))
+    cells.append(percent(row["share_high_a"]))
+    cells.append(percent(row["share_high_b"]))
+    for distance in ("psi", "ks", "js"):
+        cells.append(number(row[distance], 4))
+    return tuple(cells)
+
+
+def _layers_table(drift: Sequence[Mapping[str, Any]]) -> Table:
+    rows = tuple((str(row["layer"]), *_drift_cells(row)) for row in drift)
+    return Table("Strengths, all tokens", ("layer", *DRIFT_HEADS), rows)
+
+
+def _drift_of_sources(drift: Sequence[Mapping[str, Any]], layer: int) -> Table:
+    """The sources whose strengths changed most; new and vanished ones, which have no KS, first."""
+
+    def order(row: Mapping[str, Any]) -> tuple[bool, float, int]:
+        distance = row["ks"]
+        num_tokens = row["n_a"] + row["n_b"]
+        return distance is not None, -(distance or 0.0), -num_tokens
+
+    furthest = sorted(drift, key=order)[:MAX_ROWS]
+    rows = tuple((row["source"], *_drift_cells(row)) for row in furthest)
+    caption = f"Sources at layer {layer}, the furthest by KS first"
+    return Table(caption, ("source", *DRIFT_HEADS), rows)
+
+
+def _classes_table(classes: pa.Table, layer: int) -> Table:
+    rows = []
+    for row in classes.to_pylist():
+        if row["layer"] != layer:
+            continue
+        cells = [row["class"], f"{row['n_a']:,}", f"{row['n_b']:,}"]
+        cells += [percent(row["share_a"]), percent(row["share_b"])]
+        for run in "ab":
+            share = row[f"share_high_{run}"]
+            low, high = row[f"share_high_low_{run}"], row[f"share_high_high_{run}"]
+            cells.append(f"{share:.3f} ({low:.3f}–{high:.3f})")
+        rows.append(tuple(cells))
+    caption = (
+        f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is "
+        "HIGH (95 % interval)"
+    )
+    heads = ("class", "tokens before", "now", "part before", "now", "HIGH before", "now")
+    return Table(caption, heads, tuple(rows))
 
 
 def _types_table(types: pa.Table, n: str, caption: str) -> Table:

@@ -78,36 +78,41 @@ def print_result(
 
 def say_why_empty(run: Run, query: str, num_rows: int) -> None:
     """Print on standard error why a query may have no rows."""
-    for note in run.why_empty(query) if num_rows == 0 else ():
-        print(f"note: {printable(note)}", file=sys.stderr)
+    if num_rows == 0:
+        for note in run.why_empty(query):
+            print(f"note: {printable(note)}", file=sys.stderr)
 
 
 class _Terminal(io.RawIOBase):
     """Binary stream to a terminal; writes control characters as escapes."""
 
     def __init__(self, out: IO[bytes]) -> None:
-        self._out, self._decoder = out, codecs.getincrementaldecoder("utf-8")("replace")
+        self._out = out
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._out.write(printable(self._decoder.decode(bytes(data)), keep="\n\t").encode())
+        text = self._decoder.decode(bytes(data))
+        self._out.write(printable(text, keep="\n\t").encode())
         return len(data)
 
 
 def _write_csv(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
-    schema = pa.schema(
-        [pa.field(f.name, f.type if _is_flat(f.type) else pa.string()) for f in reader.schema]
-    )
+    fields = []
+    for field in reader.schema:
+        kind = field.type if _is_flat(field.type) else pa.string()
+        fields.append(pa.field(field.name, kind))
+    schema = pa.schema(fields)
     with pa.csv.CSVWriter(out, schema) as writer:
         for batch in reader:
-            columns = [
-                column
-                if _is_flat(column.type)
-                else pa.array(map(_as_text, _values(column)), pa.string())
-                for column in batch.columns
-            ]
+            columns = []
+            for column in batch.columns:
+                if not _is_flat(column.type):
+                    texts = map(_as_text, _values(column))
+                    column = pa.array(texts, pa.string())
+                columns.append(column)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
 
 
@@ -116,21 +121,20 @@ def _write_json(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
     before = "["
     for batch in reader:
         for row in zip(*map(_values, batch.columns), strict=True):
-            text = json.dumps(
-                dict(zip(names, row, strict=True)), ensure_ascii=False, allow_nan=False
-            )
+            values = dict(zip(names, row, strict=True))
+            text = json.dumps(values, ensure_ascii=False, allow_nan=False)
             out.write(f"{before}\n{text}".encode())
             before = ","
     out.write(b"[]\n" if before == "[" else b"\n]\n")
 
 
 def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
-    schema = pa.schema(
-        [f.with_name(n) for f, n in zip(reader.schema, _unique(reader.schema.names), strict=True)]
-    )
+    names = _unique(reader.schema.names)
+    fields = [field.with_name(name) for field, name in zip(reader.schema, names, strict=True)]
+    schema = pa.schema(fields)
     with parquet.writer(out, schema) as writer:
         for batch in reader:
-            writer.write_batch(batch.rename_columns(schema.names))
+            writer.write_batch(batch.rename_columns(names))
 
 
 def _is_flat(kind: pa.DataType) -> bool:
@@ -162,10 +166,8 @@ def _values(column: pa.Array) -> list[Any]:
     A FLOAT becomes the shortest number that reads back as the same FLOAT.
     """
     if pa.types.is_float32(column.type):
-        return [
-            None if text is None else _plain(float(text))
-            for text in column.cast(pa.string()).to_pylist()
-        ]
+        texts = column.cast(pa.string()).to_pylist()
+        return [None if text is None else _plain(float(text)) for text in texts]
     values = _listed(column)
     if _is_flat(column.type) and not pa.types.is_floating(column.type):
         return values
@@ -210,10 +212,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, date | time_of_day):
         return value.isoformat()
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(key): _plain(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+        return [_plain(element) for element in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return str(value)
 
 
 def _as_text(value: Any) -> str | None:
@@ -225,10 +229,8 @@ def _as_text(value: Any) -> str | None:
 def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
     target = sys.stdout if out is None else io.StringIO()
     console = Console(file=target, highlight=False, markup=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(
-            file=target, highlight=False, markup=False, emoji=False, width=1 << 20
-        )  # no terminal to fit
+    if not console.is_terminal:  # there is no width to fit
+        console = Console(file=target, highlight=False, markup=False, emoji=False, width=1 << 20)
     reader = result.to_arrow_reader(BATCH_ROWS)
     rows, more = _first_rows(reader, max_rows)
     if reader.schema.names == ["explain_key", "explain_value"]:
@@ -257,18 +259,16 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
     names = [printable(name) for name in schema.names]
     is_number = [_is_number(kind) for kind in schema.types]
     columns = [[_cell(row[i]) for row in rows] for i in range(len(names))]
-    widths = [
-        max([len(name), *(cell.cell_len for cell in cells)])
-        for name, cells in zip(names, columns, strict=True)
-    ]
-    least = [
-        w if number else min(w, TEXT_WIDTH) for w, number in zip(widths, is_number, strict=True)
-    ]
+    least = []
+    for at, name in enumerate(names):
+        width = max(len(name), *(cell.cell_len for cell in columns[at]), 0)
+        least.append(width if is_number[at] else min(width, TEXT_WIDTH))
     shown = _fitting(least, console.width)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     cut = len(shown) < len(names)
+    middle = (len(shown) + 1) // 2
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for at in shown:
-        if cut and at == shown[(len(shown) + 1) // 2]:
+        if cut and at == shown[middle]:
             table.add_column("…")
         table.add_column(
             Text(names[at]),
@@ -279,7 +279,7 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
     for r in range(len(rows)):
         line = [columns[at][r] for at in shown]
         if cut:
-            line.insert((len(shown) + 1) // 2, Text("…"))
+            line.insert(middle, Text("…"))
         table.add_row(*line)
     console.print(table)
     notes = [f"first {len(rows):,} rows shown, there are more" if more else count(len(rows), "row")]
@@ -297,11 +297,10 @@ def _fitting(widths: list[int], room: int) -> list[int]:
     """
     shown = list(range(len(widths)))
     gap = 3
-    while (
-        len(shown) > 2
-        and sum(widths[at] + gap for at in shown) + (1 + gap) * (len(shown) < len(widths)) > room
-    ):
+    mark = 0  # width of the column that stands for those left out
+    while len(shown) > 2 and sum(widths[at] + gap for at in shown) + mark > room:
         del shown[len(shown) // 2]
+        mark = 1 + gap
     return shown
 
 
@@ -319,8 +318,7 @@ def _cell(value: Any) -> Text:
     if isinstance(value, bool):
         return Text("true" if value else "false")
     text = printable(_as_text(_plain(value)) or "")
-    return Text(
-        text
-        if len(text) <= MAX_CELL
-        else f"{text[:MAX_CELL]}… (+{len(text) - MAX_CELL:,} characters)"
-    )
+    num_left_out = len(text) - MAX_CELL
+    if num_left_out > 0:
+        text = f"{text[:MAX_CELL]}… (+{num_left_out:,} characters)"
+    return Text(text)

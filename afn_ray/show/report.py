@@ -35,7 +35,7 @@ from afn_ray.show.page_tables import (
 from afn_ray.show.salient import salient_words
 from afn_ray.show.screened import screened_documents
 from afn_ray.show.summary import Summary, summarise
-from afn_ray.show.vega import Chart
+from afn_ray.show.vega import Chart, Spec
 from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
@@ -117,14 +117,20 @@ def _render(
     }
     points = vocabulary_charts.points(words)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
-        salient, screened = _salient(tables, main.layer), screened_documents(run, tables)
+        salient = _salient(tables, main.layer)
+        screened = screened_documents(run, tables)
         claimed = _claims(tables) if with_claims else "they were not asked for"
-    claims_of = [] if isinstance(claimed, str) else claim_charts.claims_charts(claimed, main.layer)
-    drawn["claims"] = [chart for *_, group in claims_of for chart in group]
-    style, script, template = (
-        resources.files("afn_ray.show").joinpath(f"report.{kind}").read_text("utf-8")
-        for kind in ("css", "js", "html.jinja")
-    )
+    claims_of = []
+    if not isinstance(claimed, str):
+        claims_of = claim_charts.claims_charts(claimed, main.layer)
+    drawn["claims"] = []
+    for *_, of_claim in claims_of:
+        drawn["claims"] += of_claim
+    specs: dict[str, Spec] = {}
+    for group in drawn.values():
+        specs |= {chart.name: chart.spec for chart in group}
+    style = _resource("css")
+    script = _resource("js")
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
     environment = jinja2.Environment(
         autoescape=True,
@@ -133,7 +139,7 @@ def _render(
         lstrip_blocks=True,
         finalize=_shown,
     )
-    page: str = environment.from_string(template).render(
+    page: str = environment.from_string(_resource("html.jinja")).render(
         run=run,
         title=_title(info["config"]["corpus"]),
         model=run_facts.model_title(info["model"]["name"]),
@@ -156,19 +162,18 @@ def _render(
         drift=None if comparison is None else drift_tables(comparison, main.layer),
         command=command_line(info["config"]),
         config=json.dumps(info["config"], indent=1),
-        data={
-            "charts": {chart.name: chart.spec for group in drawn.values() for chart in group},
-            "points": points,
-        },
+        data={"charts": specs, "points": points},
         style=style,
         vega=vega,
         script=script,
-        policy={
-            "style": _policy(style),
-            "script": " ".join(_policy(text) for text in (vega, script)),
-        },
+        policy={"style": _policy(style), "script": f"{_policy(vega)} {_policy(script)}"},
     )
     return page
+
+
+def _resource(kind: str) -> str:
+    """The text of the file ``report.<kind>`` of this package."""
+    return resources.files("afn_ray.show").joinpath(f"report.{kind}").read_text("utf-8")
 
 
 def check_packages() -> list[Any]:
@@ -191,7 +196,8 @@ def _policy(text: str) -> str:
     """
     if "</script" in text.lower() or "</style" in text.lower() or "<!--" in text:
         raise AssertionError("what is written into a script or style element would end it")
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    digest = hashlib.sha256(text.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 def _shown(value: Any) -> Any:
@@ -201,7 +207,9 @@ def _shown(value: Any) -> Any:
     """
     if type(value) is not str:
         return value
-    return printable(value if len(value) <= MAX_CHARS else value[:MAX_CHARS] + " …", keep="\n\t")
+    if len(value) > MAX_CHARS:
+        value = value[:MAX_CHARS] + " …"
+    return printable(value, keep="\n\t")
 
 
 def _title(corpus: Sequence[str]) -> str:
