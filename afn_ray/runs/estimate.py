@@ -20,7 +20,7 @@ from afn_ray.runs.events import OnEvent
 from afn_ray.runs.job import normalised, prepare, take_stock
 from afn_ray.runs.measurer import Measurer, text_encoder
 from afn_ray.runs.task import Task
-from afn_ray.schema import FileInfo, fingerprint
+from afn_ray.schema import Document, FileInfo, Shard, fingerprint
 from afn_ray.store import probes, readers, settings
 from afn_ray.store.commits import Commits
 from afn_ray.text import nearest
@@ -180,47 +180,46 @@ def dry_run(
     asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
     task, plan, device = asked.task, asked.plan, asked.device
     measure = task.measure
+    num_series = len(measure.series)
     if known is not None and rate is not None:
         known.check(speed_of(task), rate)
     stock = take_stock(asked, on_event, reduce_only=reduce_only)
-    todo = [] if reduce_only else [s for s in plan.shards if s.id not in stock.commits]
+    todo: list[Shard] = []
+    if not reduce_only:
+        todo = [shard for shard in plan.shards if shard.id not in stock.commits]
     there = _what_is_there(stock.commits)
     lacking = counting.NOTHING
     if todo:
-        slices = [piece for s in todo for piece in s.slices]
+        slices = [piece for shard in todo for piece in shard.slices]
         lacking = counting.count(slices, config.read_options, text_encoder(asked.files))
     tokens = there.tokens + lacking.tokens
     if lacking.exact and not tokens:
         raise CorpusError(
             "the corpus has no token to measure: all of its documents are empty or quarantined"
         )
-    sample = listing.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS) if todo else []
-    pilot = _pilot(task, [d.text for d in sample])
+    sample: list[Document] = []
+    if todo:
+        sample = listing.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)
+    pilot = _pilot(task, [document.text for document in sample])
     workers = min(cluster.count_workers(config, device), max(1, len(todo)))
     here = cluster.local_device(device)
     if known is None and here == device and todo:
-        known = Rate(
-            pilot.num_tokens / pilot.seconds if pilot.seconds else 0.0,
-            pilot.load_s,
-            "measured here",
-        )
-    where = (
-        known.where if known else _no_rate(device, here) if todo else "nothing is left to measure"
-    )
-    reduce_s = (
-        0.0
-        if stock.complete
-        else reduce_core_s(tokens, len(measure.series), screened=config.screen > 0) / workers
-    )
-    store_bytes = there.num_bytes + lacking.tokens * bytes_per_token(
-        config, len(measure.series), len(measure.neuron_layers)
-    )
-    load_s = (known.load_s if known else None) if todo else 0.0
+        known = pilot.rate()
+    reduce_s = 0.0
+    if not stock.complete:
+        reduce_s = reduce_core_s(tokens, num_series, screened=config.screen > 0) / workers
+    token_bytes = bytes_per_token(config, num_series, len(measure.neuron_layers))
+    store_bytes = there.num_bytes + lacking.tokens * token_bytes
+    load_s: float | None = 0.0
+    if todo:
+        load_s = None if known is None else known.load_s
     seconds = None if load_s is None else load_s + reduce_s
     if known and seconds is not None and known.tokens_per_second:
         seconds += lacking.tokens / known.tokens_per_second / workers
-    puts = len(todo) * (PUTS_A_SHARD + (2 if measure.neuron_layers else 0))
-    gets = sum(GETS_A_SHARD + gets_of_corpus(s.num_bytes) for s in todo)
+    where = _no_rate(device, here) if todo else "nothing is left to measure"
+    if known is not None:
+        where = known.where
+    puts, gets = _num_requests(todo, records_neurons=bool(measure.neuron_layers))
     hours = None if seconds is None else seconds / 3600
     worker_hours = None if hours is None else workers * hours
     costs, monthly = bill(money, worker_hours, hours, puts, gets, store_bytes)
@@ -272,10 +271,18 @@ class _There:
     num_bytes: int
 
 
+def _num_requests(shards: Sequence[Shard], *, records_neurons: bool) -> tuple[int, int]:
+    """Numbers of PUT and GET requests that measure ``shards``."""
+    puts = PUTS_A_SHARD + (2 if records_neurons else 0)
+    gets = sum(GETS_A_SHARD + gets_of_corpus(shard.num_bytes) for shard in shards)
+    return len(shards) * puts, gets
+
+
 def _what_is_there(commits: Commits) -> _There:
     tokens = documents = num_bytes = 0
     for commit in commits.values():
-        tokens, documents = tokens + commit.counts["tokens"], documents + commit.counts["documents"]
+        tokens += commit.counts["tokens"]
+        documents += commit.counts["documents"]
         num_bytes += sum(file["bytes"] for file in commit.files.values())
     return _There(tokens, documents, num_bytes)
 
@@ -285,14 +292,13 @@ def _what_is_there(commits: Commits) -> _There:
 
 def bytes_per_token(config: RunConfig, num_series: int, num_neuron_layers: int) -> float:
     """Upper estimate of the store's size per token, in bytes."""
-    size = (
-        BYTES_PER_TOKEN
-        + BYTES_PER_SERIES * (num_series - 1)
-        - (0 if config.offsets else OFFSET_BYTES)
-    )
+    size = BYTES_PER_TOKEN + BYTES_PER_SERIES * (num_series - 1)
+    if not config.offsets:
+        size -= OFFSET_BYTES
     # share of tokens with neurons, if the thresholds of the other run fit
     high = 0.25 if config.neurons_of == "high" else 1.0
-    return size + BYTES_PER_NEURON * config.top_neurons * num_neuron_layers * high
+    num_neurons = config.top_neurons * num_neuron_layers
+    return size + BYTES_PER_NEURON * num_neurons * high
 
 
 def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
@@ -354,6 +360,11 @@ class _Pilot:
     num_tokens: int = 0
     seconds: float = 0.0
     signal_costs: dict[str, float] = field(default_factory=dict)
+
+    def rate(self) -> Rate:
+        """The speed of this process."""
+        tokens_per_second = self.num_tokens / self.seconds if self.seconds else 0.0
+        return Rate(tokens_per_second, self.load_s, "measured here")
 
 
 def _pilot(task: Task, texts: Sequence[str]) -> _Pilot:

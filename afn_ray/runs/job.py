@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,12 +38,12 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.commits import Commit, Commits
+from afn_ray.store.commits import Commit, Commits, total_counts
 from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
 """Reason of a missing shard in a run that was only reduced."""
-MOST_REASONS_SAID = 5
+MOST_DOCUMENTS = 5
 """Quarantined documents that the error lists for a corpus without tokens."""
 MOST_SHARDS = 20
 """Shards that the end of a run lists one by one."""
@@ -89,17 +90,26 @@ def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = Fal
 
     Raises the errors that ``run`` raises before its work begins.
     """
+    config, plan, measure = asked.config, asked.plan, asked.task.measure
     commits = _commits_to_reduce(asked) if reduce_only else Commits()
-    same, _ = run_claims.find_begun(asked.config, asked.task.measure, asked.plan, asked.frozen)
+    same, _ = run_claims.find_begun(config, measure, plan, asked.frozen)
     if not reduce_only:
-        shards = epochs.newest(asked.config.store).marked(asked.task.measure.id, asked.plan.shards)
-        commits = shard_files.find_commits(asked.config.store, asked.task.measure.id, shards)
+        commits = _find_commits(asked)
     if same is not None and same.info:
         _say_nothing_to_do(asked, same, on_event)
         return Stock(commits, True)
-    todo = [] if reduce_only else [s for s in asked.plan.shards if s.id not in commits]
-    cluster.check(asked.config, todo, asked.plan.shards)
+    todo: list[Shard] = []
+    if not reduce_only:
+        todo = [shard for shard in plan.shards if shard.id not in commits]
+    cluster.check(config, todo, plan.shards)
     return Stock(commits, False)
+
+
+def _find_commits(asked: Preparation) -> Commits:
+    """The commits of the plan that the store has, in their valid generations."""
+    store, measure_id = asked.config.store, asked.task.measure.id
+    shards = epochs.newest(store).marked(measure_id, asked.plan.shards)
+    return shard_files.find_commits(store, measure_id, shards)
 
 
 def _commits_to_reduce(asked: Preparation) -> Commits:
@@ -108,8 +118,7 @@ def _commits_to_reduce(asked: Preparation) -> Commits:
     Raises ``IncompleteRun`` where more than ``allow_quarantined`` are missing.
     """
     config, plan, measure_id = asked.config, asked.plan, asked.task.measure.id
-    shards = epochs.newest(config.store).marked(measure_id, plan.shards)
-    commits = shard_files.find_commits(config.store, measure_id, shards)
+    commits = _find_commits(asked)
     if len(plan.shards) - len(commits) > config.allow_quarantined:
         raise IncompleteRun(_lacking(config, measure_id, plan, len(commits)))
     return commits
@@ -120,19 +129,16 @@ def _say_nothing_to_do(asked: Preparation, complete: manifest.RunFolder, on_even
 
     Raises ``StoreError`` where the store has lost shards of that run.
     """
-    if gone := manifest.lost_shards(
-        asked.config.store, asked.task.measure.id, asked.plan.shards, complete
-    ):
+    store, measure_id = asked.config.store, asked.task.measure.id
+    gone = manifest.lost_shards(store, measure_id, asked.plan.shards, complete)
+    if gone:
         raise StoreError(
             f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the "
             f"store, as {gone[0]}: "
             f"delete {complete.uri}/run.json and give this command again to do them anew"
         )
-    on_event(
-        events.Complete(
-            f"nothing to do: run {complete.uri} is complete and the corpus has not changed"
-        )
-    )
+    message = f"nothing to do: run {complete.uri} is complete and the corpus has not changed"
+    on_event(events.Complete(message))
 
 
 def run(
@@ -169,11 +175,11 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         return _opened(claim)
     # after the claim, from which on gc keeps these commits
     commits = shard_files.find_commits(config.store, measure.id, plan.shards)
-    todo = [s for s in plan.shards if s.id not in commits]
+    todo = [shard for shard in plan.shards if shard.id not in commits]
     reporter.begin(folder, plan.shards, commits)
     _report_plan(plan, len(todo), folder, on_event)
     if reduce_only:
-        state = dispatch.State(0, failures=dict.fromkeys((s.id for s in todo), LACKING))
+        state = dispatch.State(0, failures={shard.id: LACKING for shard in todo})
     else:
         state = _process(asked, todo, folder, on_event)
     if state.stopped or len(state.failures) > config.allow_quarantined:
@@ -205,9 +211,10 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         "made_by": results.commits[0].made_by,
     }
     folder = manifest.finish_run(folder, info)
-    if len(theirs := folder.info["quarantined"]) > config.allow_quarantined:
+    num_missing = len(folder.info["quarantined"])
+    if num_missing > config.allow_quarantined:
         raise IncompleteRun(
-            f"another process has completed run {folder.uri} without {len(theirs)} shards, more "
+            f"another process has completed run {folder.uri} without {num_missing} shards, more "
             f"than --allow-quarantined {config.allow_quarantined} permits here; the same command "
             "tries them again"
         )
@@ -221,14 +228,12 @@ def _report_plan(
 ) -> None:
     """Report the run's name and its work."""
     num_shards = len(plan.shards)
-    on_event(
-        events.Planned(
-            f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
-            f"{count(num_shards, 'shard')}: {num_shards - num_todo:,} in the store, "
-            f"{num_todo:,} to do",
-            run=folder.id,
-        )
+    num_stored = num_shards - num_todo
+    message = (
+        f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
+        f"{count(num_shards, 'shard')}: {num_stored:,} in the store, {num_todo:,} to do"
     )
+    on_event(events.Planned(message, run=folder.id))
 
 
 def _process(
@@ -270,17 +275,15 @@ def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnE
     totals = results.counts
     measured = totals["documents"] - totals["empty"] - totals["quarantined"]
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
-    on_event(
-        events.Complete(
-            f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
-            f"{count(measured, 'document')}, {totals['empty']:,} empty, "
-            f"{totals['quarantined']:,} quarantined{why}"
-        )
+    message = (
+        f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
+        f"{count(measured, 'document')}, {totals['empty']:,} empty, "
+        f"{totals['quarantined']:,} quarantined{why}"
     )
+    on_event(events.Complete(message))
     for shard in given_up(results.given_up[:MOST_SHARDS], results.failures):
-        on_event(
-            events.Warned(f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}")
-        )
+        notice = f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"
+        on_event(events.Warned(notice))
 
 
 def _opened(claim: run_claims.Claim) -> Run:
@@ -295,20 +298,24 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     """Report what the complete ``run`` did not measure of its corpus; losses are warnings."""
     files = manifest.read_table(run, "files")
     found = losses.total(files)
-    if skipped := losses.describe_skipped(losses.skipped_files(files)):
+    skipped = losses.describe_skipped(losses.skipped_files(files))
+    if skipped:
         on_event(events.Complete(f"skipped: {skipped}"))
-    if replaced := losses.describe_replaced(found):
+    replaced = losses.describe_replaced(found)
+    if replaced:
         on_event(events.Complete(f"replaced: {replaced}"))
-    if unknown := losses.describe_unknown(run.info):
+    unknown = losses.describe_unknown(run.info)
+    if unknown:
         on_event(events.Warned(f"unknown: {unknown}"))
-    if lost := losses.describe(found):
+    lost = losses.describe(found)
+    if lost:
         on_event(events.Warned(f"lost: {lost}"))
 
 
 def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:
     """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
     q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
-    return tuple(NEVER if q3[k] is None else q3[k] for k in layers)
+    return tuple(NEVER if q3[layer] is None else q3[layer] for layer in layers)
 
 
 def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
@@ -334,11 +341,13 @@ def _working(on_event: OnEvent) -> dispatch.OnProgress:
 
     It reports each notice once, and warns once if the model needs padding.
     """
-    warned, num_reported = False, 0
+    warned = False
+    num_reported = 0
 
     def on_progress(progress: Progress) -> None:
         nonlocal warned, num_reported
-        if (reason := progress.work.why_padded) and not warned:
+        reason = progress.work.why_padded
+        if reason and not warned:
             warned = True
             on_event(events.Warned(f"sequences are padded, not packed, which is slower: {reason}"))
         for notice in progress.notices[num_reported:]:
@@ -368,18 +377,15 @@ def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:
 
 def _failed(state: dispatch.State, plan: plans.Plan) -> str:
     """Message for a run with too many quarantined shards."""
-    where = {s.id: s.slices[0].uri for s in plan.shards}
-    lines = [
-        f"  shard {shard} ({where[shard]}): {why}"
-        for shard, why in sorted(state.failures.items())[:MOST_SHARDS]
-    ]
-    if (more := len(state.failures) - MOST_SHARDS) > 0:
-        lines.append(f"  and {count(more, 'more shard')}")
-    stopped = (
-        f"the run was stopped, since {state.stopped}: is it one fault of all? "
-        if state.stopped
-        else ""
-    )
+    where = {shard.id: shard.slices[0].uri for shard in plan.shards}
+    listed = sorted(state.failures.items())[:MOST_SHARDS]
+    lines = [f"  shard {shard} ({where[shard]}): {why}" for shard, why in listed]
+    num_more = len(state.failures) - MOST_SHARDS
+    if num_more > 0:
+        lines.append(f"  and {count(num_more, 'more shard')}")
+    stopped = ""
+    if state.stopped:
+        stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? "
     return (
         f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; "
         "what is done is "
@@ -393,11 +399,9 @@ def _failed(state: dispatch.State, plan: plans.Plan) -> str:
 def _lacking(config: RunConfig, measure_id: str, plan: plans.Plan, num_there: int) -> str:
     """Message for a reduce alone with too few commits."""
     num_shards = len(plan.shards)
-    none = (
-        ""
-        if num_there
-        else f"; of measure {measure_id} it has none: is the config the one that measured?"
-    )
+    none = ""
+    if not num_there:
+        none = f"; of measure {measure_id} it has none: is the config the one that measured?"
     return (
         f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, "
         "and --reduce-only does "
@@ -412,18 +416,16 @@ def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
     reasons: list[str] = []
     for commit in commits:
         table = shard_files.read_shard_table(store, measure_id, commit, "documents")
-        rows = zip(*(table[name].to_pylist() for name in ("source", "status")), strict=True)
-        reasons += [
-            f"{source}: {why.removeprefix('quarantined: ')}"
-            for source, why in rows
-            if why != "empty"
-        ]
-        if len(reasons) >= MOST_REASONS_SAID:
+        sources = table["source"].to_pylist()
+        statuses = table["status"].to_pylist()
+        for source, status in zip(sources, statuses, strict=True):
+            if status != "empty":
+                reasons.append(f"{source}: {status.removeprefix('quarantined: ')}")
+        if len(reasons) >= MOST_DOCUMENTS:
             break
-    told = "".join(f"\n  {reason}" for reason in reasons[:MOST_REASONS_SAID])
-    totals = {k: sum(c.counts[k] for c in commits) for k in ("documents", "empty", "quarantined")}
+    lines = "".join(f"\n  {reason}" for reason in reasons[:MOST_DOCUMENTS])
+    totals = Counter(total_counts(commits))  # no commits: 0 of each
     return (
         f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} "
-        "empty, "
-        f"{totals['quarantined']} quarantined{':' if told else ''}{told}"
+        f"empty, {totals['quarantined']} quarantined{':' if lines else ''}{lines}"
     )

@@ -18,7 +18,7 @@ from afn_ray.schema import (
 from afn_ray.store import uris
 from afn_ray.store.checksums import IO_THREADS
 from afn_ray.store.manifest import run_names
-from afn_ray.store.plans import Plan, cuts_id, proved_rows, read_plan
+from afn_ray.store.plans import Plan, cuts_id, proved_rows, read_plan, slice_of
 
 MOST_SLICES = 10_000
 """Largest number of slices in one shard.
@@ -44,25 +44,23 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     options = config.read_options
     files, skipped = listing.list_files(config.corpus, options, config.store)
     listing.check_columns(files, options)
-    shard_bytes = (
-        listing.choose_shard_bytes(files) if config.shard_bytes is None else config.shard_bytes
-    )
+    shard_bytes = config.shard_bytes or listing.choose_shard_bytes(files)
     known = _remembered(config, shard_bytes)
-    missing = [f for f in files if f not in known]
+    missing = [file for file in files if file not in known]
     with ThreadPoolExecutor(IO_THREADS) as pool:
-        cuts = pool.map(lambda f: listing.cut(f, options, shard_bytes), missing)
+        cuts = pool.map(lambda file: listing.cut(file, options, shard_bytes), missing)
         for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
             known[file] = slices
             if on_file is not None:
                 on_file(done, len(missing))
-    slices = [s for file in files for s in known[file]]
+    slices = [piece for file in files for piece in known[file]]
     groups = group_slices(slices, shard_bytes)
     return Plan(
-        tuple(Shard.of(g, options) for g in groups),
-        tuple(files),
-        tuple(skipped),
-        len(missing),
-        shard_bytes,
+        shards=tuple(Shard.of(group, options) for group in groups),
+        files=tuple(files),
+        skipped=tuple(skipped),
+        num_hashed=len(missing),
+        shard_bytes=shard_bytes,
     )
 
 
@@ -93,17 +91,20 @@ def group_slices(slices: Sequence[FileSlice], shard_bytes: int) -> list[list[Fil
         current.append(piece)
         size += piece.num_bytes
         names += named
-        if piece.start or (
-            size >= shard_bytes // 4 and _share(piece.uri) * shard_bytes < 4 * piece.num_bytes
-        ):
+        is_quarter_full = size >= shard_bytes // 4
+        is_chosen = _share(piece.uri) * shard_bytes < 4 * piece.num_bytes
+        if piece.start or (is_quarter_full and is_chosen):
             groups.append(current)
             current, size, names = [], 0, 0
-    return [*groups, current] if current else groups
+    if current:
+        groups.append(current)
+    return groups
 
 
 def _share(text: str) -> float:
     """A number from 0 to 1 that depends on ``text`` alone."""
-    return int.from_bytes(sha256(text.encode()).digest()[:6]) / 2**48
+    digest = sha256(text.encode()).digest()
+    return int.from_bytes(digest[:6]) / 2**48
 
 
 def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[FileSlice]]:
@@ -116,14 +117,18 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
     names = run_names(config.store)
     for name in itertools.islice(reversed(names), LOOK_BACK):
         plan = read_plan(config.store, name)
-        if plan is None or plan[1].get("cuts") != cuts:
+        if plan is None:
             continue
         table, begun = plan
+        if begun.get("cuts") != cuts:
+            continue
+        uri = uris.join(config.store, "runs", name, "plan.parquet")
         of_plan: dict[FileInfo, list[FileSlice]] = {}
-        for row in proved_rows(uris.join(config.store, "runs", name, "plan.parquet"), table, begun):
-            piece = FileSlice(**{k: v for k, v in row.items() if k not in ("ordinal", "shard")})
+        for row in proved_rows(uri, table, begun):
+            piece = slice_of(row)
             if is_trusted(piece.version, begun["begun_ns"]):
-                of_plan.setdefault(FileInfo(piece.uri, piece.size, piece.version), []).append(piece)
+                file = FileInfo(piece.uri, piece.size, piece.version)
+                of_plan.setdefault(file, []).append(piece)
         known = of_plan | known
         if begun["config"]["corpus"] == list(config.corpus):
             break
@@ -133,6 +138,6 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
 def is_trusted(version: str, hashed_ns: int) -> bool:
     """Whether a file's ``version`` proves that the file is the one hashed at ``hashed_ns``."""
     kind, _, value = version.partition(":")
-    return kind == "etag" or (
-        kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS
-    )
+    if kind == "etag":
+        return True
+    return kind == "time" and value.isdigit() and int(value) < hashed_ns - RACY_NS

@@ -54,7 +54,8 @@ class Reporter:
         }
         self._shards: Sequence[Shard] = ()
         self._reused: dict[str, int] = {}
-        self._changed, self._over = threading.Event(), threading.Event()
+        self._changed = threading.Event()
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._write_often, name="afn-status", daemon=True)
         self._thread.start()
 
@@ -91,22 +92,25 @@ class Reporter:
         self._best_effort.call(self._working, progress)
 
     def _working(self, progress: Progress) -> None:
-        before, num_before = self._body, self._body["shards"].get("done", 0)
+        before = self._body
         shards = self._shard_counts(progress)
-        is_newer = shards["done"] > num_before
+        workers = {
+            "wanted": progress.num_workers,
+            "ready": progress.num_ready,
+            "lost": progress.num_lost,
+        }
+        last_commit_at = before["last_commit_at"]
+        if shards["done"] > before["shards"].get("done", 0):
+            last_commit_at = _now()
         self._set(
             phase="working" if progress.has_begun else "starting",
             doing="",
             shards=shards,
-            workers={
-                "wanted": progress.num_workers,
-                "ready": progress.num_ready,
-                "lost": progress.num_lost,
-            },
+            workers=workers,
             retries=progress.retries,
             tokens_per_s=round(progress.tokens_per_s, 1),
             left_s=progress.left_s,
-            last_commit_at=_now() if is_newer else before["last_commit_at"],
+            last_commit_at=last_commit_at,
             waits_for=progress.capacity_notice or progress.loading_text or progress.work.bottleneck,
             num_failures=len(progress.failures),
             documents_measured=progress.num_measured,
@@ -133,13 +137,15 @@ class Reporter:
         listed: list[dict[str, str]] = self._body["failures"]
         if len(listed) == min(len(progress.failures), MOST_LISTED):
             return listed
-        first = progress.failures[:MOST_LISTED]
-        wanted = {shard for shard, _ in first}
-        files = {s.id: s.slices[0].uri for s in self._shards if s.id in wanted}
-        return [
-            {"shard": shard, "uri": files[shard], "reason": reason[:MOST_CHARS]}
-            for shard, reason in first
-        ]
+        first = dict(progress.failures[:MOST_LISTED])
+        files = {}
+        for shard in self._shards:
+            if shard.id in first:
+                files[shard.id] = shard.slices[0].uri
+        failures = []
+        for name, reason in first.items():
+            failures.append({"shard": name, "uri": files[name], "reason": reason[:MOST_CHARS]})
+        return failures
 
     def end(self, phase: str, exit_code: int, reason: str) -> None:
         """Record the last phase: "complete", "stopped" (resumable) or "failed".
@@ -181,7 +187,8 @@ class Reporter:
 
     def _write(self, uri: str) -> None:
         body = {**self._body, "written_at": _now()}
-        storage.write_over(uri, (json.dumps(body, indent=1) + "\n").encode())
+        text = json.dumps(body, indent=1) + "\n"
+        storage.write_over(uri, text.encode())
 
 
 @contextlib.contextmanager
@@ -198,7 +205,9 @@ def reported(config: RunConfig, *, planning: bool = True) -> Iterator[Reporter]:
         code = Interrupted.exit_code if stopped else 1
         if isinstance(error, AfnError):
             code = error.exit_code
-        reason = "" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+        reason = ""
+        if not isinstance(error, KeyboardInterrupt):
+            reason = str(error) or type(error).__name__
         reporter.end("stopped" if stopped else "failed", code, reason)
         raise
     reporter.end("complete", 0, "")
@@ -213,7 +222,9 @@ def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str
 
     Bytes read and written are those of this call alone.
     """
-    total = {k: n + counts.get(k, 0) for k, n in reused.items()}
+    total = {name: number + counts.get(name, 0) for name, number in reused.items()}
     total["documents_quarantined"] = total.pop("quarantined")
     total["bytes_lost"] = total.pop("lost_bytes")
-    return total | {k: counts.get(k, 0) for k in ("bytes_read", "bytes_written")}
+    total["bytes_read"] = counts.get("bytes_read", 0)
+    total["bytes_written"] = counts.get("bytes_written", 0)
+    return total

@@ -41,11 +41,10 @@ NOTHING: dict[str, Any] = {
     "notices": [], "exit_code": None, "reason": "",
 }  # fmt: skip
 """An empty status: every key, with a value of its type."""
-SHARDS, WORKERS = (
-    ("planned", "reused", "done", "running", "quarantined"),
-    ("wanted", "ready", "lost"),
-)
-"""Keys of ``shards`` and of ``workers`` in a status."""
+SHARDS = ("planned", "reused", "done", "running", "quarantined")
+"""Keys of ``shards`` in a status."""
+WORKERS = ("wanted", "ready", "lost")
+"""Keys of ``workers`` in a status."""
 MOST_BYTES = 1 << 20
 """Largest status that is read, in bytes; it lists ``MOST_LISTED`` failures."""
 
@@ -73,7 +72,9 @@ class Status:
     @property
     def exit_code(self) -> int:
         """Exit code of ``afn status`` for this run."""
-        return EXIT_CODES.get(self.state, STOPPED if self.state == "begun" else UNDER_WAY)
+        if self.state == "begun":
+            return STOPPED
+        return EXIT_CODES.get(self.state, UNDER_WAY)
 
 
 def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
@@ -84,10 +85,11 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     """
     uri = uris.absolute(uri).rstrip("/")
     store, name = manifest.split_uri(uri)
-    if name and {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
+    if name and {"plan.parquet", "run.json"} & set(storage.list_names(uri)):
         found = _Reader(store).status_of_run(name)
-        return (found,) if found is not None else ()
-    names = manifest.run_names(uri)[: -last - 1 : -1]
+        return () if found is None else (found,)
+    newest_first = manifest.run_names(uri)[::-1]
+    names = newest_first[:last]
     planning = uris.join(uri, PLANNING)
     body = _read(planning)
     if not names and body is None:
@@ -95,17 +97,11 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
             f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
         )
     reader = _Reader(uri)
-    with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
-        found_of_runs = list(pool.map(reader.status_of_run, names))
-    runs: list[Status] = []
-    for name, status in zip(names, found_of_runs, strict=True):
-        # a status with another run's name was copied there
-        if status is not None and status.body.get("run", name) == name:
-            runs.append(status)
+    runs = reader.statuses_of_runs(names)
     if body is not None:
         unnamed = reader.status(planning, planning, body)
         has_ended = unnamed.state in ("silent", *EXIT_CODES)
-        is_newest = all(r.last_write <= unnamed.last_write for r in runs)
+        is_newest = all(status.last_write <= unnamed.last_write for status in runs)
         # A driver that died before its run had a name is not reported once a run has a newer
         # status.
         if is_newest or not has_ended:
@@ -130,17 +126,20 @@ def _is_status(body: Any) -> bool:
     for name, like in NOTHING.items():
         if name not in body or not _is_like(body[name], like):
             return False
-    left_s, num_planned = body["left_s"], body["documents_planned"]
+    if body["schema_version"] != NOTHING["schema_version"]:
+        return False
+    if not _are_counts(body["shards"], SHARDS) or not _are_counts(body["workers"], WORKERS):
+        return False
+    left_s = body["left_s"]
+    if left_s is not None and not isinstance(left_s, int | float):
+        return False
+    num_planned = body["documents_planned"]
+    if num_planned is not None and type(num_planned) is not int:
+        return False
     texts = [*body["corpus"], *body["notices"]]
-    return (
-        body["schema_version"] == NOTHING["schema_version"]
-        and _are_counts(body["shards"], SHARDS)
-        and _are_counts(body["workers"], WORKERS)
-        and (left_s is None or isinstance(left_s, int | float))
-        and (num_planned is None or type(num_planned) is int)
-        and all(isinstance(text, str) for text in texts)
-        and all(map(_is_failure, body["failures"]))
-    )
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    return all(_is_failure(failure) for failure in body["failures"])
 
 
 def _is_like(value: Any, like: Any) -> bool:
@@ -166,7 +165,20 @@ class _Reader:
     """Reads the statuses of a store and asks for the store's time at most once."""
 
     def __init__(self, store: str) -> None:
-        self._store, self._now_s, self._lock = store, 0.0, threading.Lock()
+        self._store = store
+        self._now_s = 0.0
+        self._lock = threading.Lock()
+
+    def statuses_of_runs(self, names: Sequence[str]) -> list[Status]:
+        """Statuses of the runs ``names``, in that order, without those that ``status_of_run`` lacks."""
+        with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
+            found = list(pool.map(self.status_of_run, names))
+        statuses: list[Status] = []
+        for name, status in zip(names, found, strict=True):
+            # a status with another run's name was copied there
+            if status is not None and status.body.get("run", name) == name:
+                statuses.append(status)
+        return statuses
 
     def status_of_run(self, name: str) -> Status | None:
         """Status of the run ``name``; None: there is no such run, or a gc has removed it."""
@@ -177,7 +189,8 @@ class _Reader:
             with checksums.named_damage(uris.join(folder.uri, "run.json")):
                 return Status(folder.uri, "complete", None, _body_of(folder.info))
         uri = uris.join(folder.uri, STATUS)
-        if (body := _read(uri)) is not None:
+        body = _read(uri)
+        if body is not None:
             return self.status(folder.uri, uri, body)
         plan = uris.join(folder.uri, "plan.parquet")
         if storage.modified_s(plan) is None:
@@ -192,9 +205,11 @@ class _Reader:
         if body["phase"] in EXIT_CODES:
             return Status(run_uri, body["phase"], None, body)
         modified_s = storage.modified_s(uri)
-        # no such file any more: its run has a name now
-        age_s = 0.0 if modified_s is None else max(0.0, self._now() - modified_s)
-        return Status(run_uri, "silent" if age_s > SILENT_S else body["phase"], age_s, body)
+        age_s = 0.0
+        if modified_s is not None:  # else the file is gone, because its run has a name now
+            age_s = max(0.0, self._now() - modified_s)
+        state = "silent" if age_s > SILENT_S else body["phase"]
+        return Status(run_uri, state, age_s, body)
 
     def _now(self) -> float:
         with self._lock:
@@ -208,18 +223,21 @@ class _Reader:
 
 def _body_of(info: dict[str, Any]) -> dict[str, Any]:
     """The run.json of a complete run, with the keys of a status."""
-    counts, quarantined = info["counts"], info.get("quarantined", [])
+    counts = info["counts"]
+    config = info["config"]
+    quarantined = info.get("quarantined", [])
+    num_done = counts.get("shards", 0)
     return {
         "run": info["id"],
         "phase": "complete",
         "began_at": info["created_at"],
         "written_at": info["finished_at"],
-        "corpus": list(info["config"].get("corpus", []))[:MOST_LISTED],
-        "model": info["config"].get("model", ""),
+        "corpus": list(config.get("corpus", []))[:MOST_LISTED],
+        "model": config.get("model", ""),
         "shards": {
-            "planned": counts.get("shards", 0) + len(quarantined),
+            "planned": num_done + len(quarantined),
             "reused": counts.get("shards_reused", 0),
-            "done": counts.get("shards", 0),
+            "done": num_done,
             "running": 0,
             "quarantined": len(quarantined),
         },
@@ -237,6 +255,3 @@ def to_json(status: Status) -> dict[str, Any]:
     """``status`` for machines."""
     age_s = None if status.age_s is None else round(status.age_s, 1)
     return {"uri": status.uri, "state": status.state, "age_s": age_s, **status.body}
-
-
-# --- for people

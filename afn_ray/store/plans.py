@@ -167,6 +167,12 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
     return shards, header
 
 
+def slice_of(row: dict[str, Any]) -> FileSlice:
+    """The slice in a ``row`` of a plan, whose other columns say to which shard it belongs."""
+    values = {key: value for key, value in row.items() if key not in ("ordinal", "shard")}
+    return FileSlice(**values)
+
+
 def _shards_of(rows: Iterable[dict[str, Any]], options: ReadOptions, uri: str) -> list[Shard]:
     """The shards in the ``rows`` of the plan at ``uri``, whose files are read with ``options``.
 
@@ -174,10 +180,7 @@ def _shards_of(rows: Iterable[dict[str, Any]], options: ReadOptions, uri: str) -
     """
     shards = []
     for (_, name), group in itertools.groupby(rows, itemgetter("ordinal", "shard")):
-        slices = []
-        for row in group:
-            piece = {key: value for key, value in row.items() if key not in ("ordinal", "shard")}
-            slices.append(FileSlice(**piece))
+        slices = [slice_of(row) for row in group]
         shard = Shard.of(slices, options)
         if name != shard.id:
             raise StoreError(

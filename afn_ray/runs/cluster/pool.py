@@ -125,7 +125,8 @@ class RayPool:
             has = self._ray.cluster_resources()
             raise ConfigError(f"a worker needs one {name}, and this Ray has none; it has {has}")
         needs = 1 + self._config.tokenizer_workers
-        cpus = [n["Resources"].get("CPU", 0) for n in self._ray.nodes() if n["Alive"]]
+        nodes = [node for node in self._ray.nodes() if node["Alive"]]
+        cpus = [node["Resources"].get("CPU", 0) for node in nodes]
         if max(cpus, default=0) < needs:
             raise ConfigError(
                 f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of "
@@ -135,16 +136,19 @@ class RayPool:
     def grow(self, num_useful: int) -> int:
         if time.monotonic() >= self._next_count:
             self._next_count = time.monotonic() + UNITS_S
-            self._num_wanted = self._config.workers or max(
-                1, units_for_workers(self._config, num_units(self._task.device), self._task.device)
-            )
+            self._num_wanted = self._config.workers or self._num_places()
         while len(self._actors) < min(self._num_wanted, num_useful):
             self._last += 1
-            self._actors[self._last] = actor = _Actor(
-                self._class.remote(replace(self._task, worker=self._last))
-            )
+            task = replace(self._task, worker=self._last)
+            actor = _Actor(self._class.remote(task))
+            self._actors[self._last] = actor
             self._send_poll(actor)
         return len(self._actors)
+
+    def _num_places(self) -> int:
+        """Number of workers for which the cluster has resources; at least 1."""
+        device = self._task.device
+        return max(1, units_for_workers(self._config, num_units(device), device))
 
     def _send_poll(self, actor: _Actor) -> None:
         """Poll ``actor``."""
@@ -160,25 +164,42 @@ class RayPool:
         end = time.monotonic() + timeout_s
         while True:
             events = [*self._verdicts(), *self._find_leaving()]
-            polls = {a.poll: n for n, a in self._actors.items() if a.poll is not None}
-            # A ready worker's answer to a poll is no event, and must not end the wait.
-            waited = [*self._in_flight, *(r for r, n in polls.items() if not self._actors[n].ready)]
-            left = 0.0 if events else max(0.0, min(end - time.monotonic(), POLL_S))
+            polls: dict[Any, int] = {}  # poll -> worker
+            waited = list(self._in_flight)
+            for worker, actor in self._actors.items():
+                if actor.poll is None:
+                    continue
+                polls[actor.poll] = worker
+                if (
+                    not actor.ready
+                ):  # a ready worker's answer is no event, and must not end the wait
+                    waited.append(actor.poll)
+            left_s = 0.0
+            if not events:
+                left_s = max(0.0, min(end - time.monotonic(), POLL_S))
             if waited:
-                self._ray.wait(waited, num_returns=1, timeout=left)
+                self._ray.wait(waited, num_returns=1, timeout=left_s)
             else:
-                time.sleep(left)
-            # Ask for all finished refs: ray.wait returns one of them in no order, and frequent ones
-            # would starve the others.
-            refs = [*self._in_flight, *polls]
-            done = self._ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
-            for ref in done:
+                time.sleep(left_s)
+            for ref in self._finished([*self._in_flight, *polls]):
                 if ref in polls:
                     events += self._handle_poll(polls[ref], ref)
                 elif ref in self._in_flight:  # else an earlier ref has shown its worker's death
                     events += self._handle_result(ref)
             if events or time.monotonic() >= end:
                 return events
+
+    def _finished(self, refs: list[Any]) -> list[Any]:
+        """All of ``refs`` that have finished.
+
+        With ``num_returns=1``, ray.wait returns one of them in no order, and frequent ones would
+        starve the others.
+        """
+        if not refs:
+            return []
+        done, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
+        finished: list[Any] = done
+        return finished
 
     def _handle_result(self, ref: Any) -> Iterator[PoolEvent]:
         """Events of a task that has ended."""
@@ -220,8 +241,12 @@ class RayPool:
             self._ray.kill(actor.handle, no_restart=False)
             return
         if actor.dead_since is not None:
-            yield self._verdict(worker, Cause.CRASH if actor.node in self._alive() else Cause.NODE)
-        actor.ready, actor.node, actor.process, actor.counters = True, node, process, counters
+            cause = Cause.CRASH if actor.node in self._alive() else Cause.NODE
+            yield self._verdict(worker, cause)
+        actor.ready = True
+        actor.node = node
+        actor.process = process
+        actor.counters = counters
         actor.restarts = _restarts(actor.handle)
         yield Ready(worker)
 
@@ -232,8 +257,10 @@ class RayPool:
         if not self._will_restart(error):
             self._ray.kill(self._actors.pop(worker).handle)
             yield Gone(worker, Cause.START, start_error(error))
-        elif (restarts := _restarts(actor.handle)) > actor.restarts:
-            actor.restarts = restarts
+            return
+        num_restarts = _restarts(actor.handle)
+        if num_restarts > actor.restarts:
+            actor.restarts = num_restarts
             if actor.nodes <= self._alive():  # else its node may be gone
                 message = _died_while_loading(self._config, error)
                 yield Gone(worker, Cause.LOADING, ModelError(message))
@@ -253,16 +280,18 @@ class RayPool:
         Ray calls a preempted actor dead until its restart.
         """
         exceptions = self._ray.exceptions
-        return isinstance(error, exceptions.ActorUnavailableError) or (
-            isinstance(error, exceptions.RayActorError) and error.preempted
-        )
+        if isinstance(error, exceptions.ActorUnavailableError):
+            return True
+        return isinstance(error, exceptions.RayActorError) and error.preempted
 
     def _handle_death(self, worker: int, error: Any) -> None:
         """Handle a dead process: drop its tasks, keep its counters, poll its successor."""
-        for ref in [r for r, (w, _) in self._in_flight.items() if w == worker]:
-            del self._in_flight[ref]
+        for ref, (owner, _) in list(self._in_flight.items()):
+            if owner == worker:
+                del self._in_flight[ref]
         actor = self._actors[worker]
-        actor.ready, actor.dead_since = False, time.monotonic()
+        actor.ready = False
+        actor.dead_since = time.monotonic()
         actor.restarts += 1
         self._released = total([self._released, actor.counters])
         actor.counters = Counters()  # the next process counts from 0
@@ -275,9 +304,10 @@ class RayPool:
 
         After ``VERDICT_S`` Ray would know of a dead node, so the cause is then a crash.
         """
-        dead = {n: a for n, a in self._actors.items() if a.dead_since is not None}
+        actors = list(self._actors.items())
+        dead = [(worker, actor) for worker, actor in actors if actor.dead_since is not None]
         alive = self._alive() if dead else frozenset()
-        for worker, actor in dead.items():
+        for worker, actor in dead:
             assert actor.dead_since is not None
             if actor.node not in alive:
                 yield self._verdict(worker, Cause.NODE)
@@ -292,7 +322,7 @@ class RayPool:
 
     def _alive(self) -> frozenset[str]:
         """Ids of the nodes that are alive."""
-        return frozenset(n["NodeID"] for n in self._ray.nodes() if n["Alive"])
+        return frozenset(node["NodeID"] for node in self._ray.nodes() if node["Alive"])
 
     def _find_leaving(self) -> Iterator[PoolEvent]:
         """Events for workers on nodes that will stop soon."""
@@ -320,17 +350,19 @@ class RayPool:
         for actor in self._actors.values():
             if actor.poll is None and now >= actor.next_poll:
                 self._send_poll(actor)
-        return total([self._released, *(a.counters for a in self._actors.values())])
+        current = [actor.counters for actor in self._actors.values()]
+        return total([self._released, *current])
 
     def num_tokens(self, worker: int) -> int:
         return self._actors[worker].counters.tokens
 
     def lack(self) -> str:
-        num_waiting = sum(not a.ready for a in self._actors.values())
+        num_waiting = sum(not actor.ready for actor in self._actors.values())
         return lack(num_waiting, self._config, self._task.device, self.num_loading())
 
     def num_loading(self) -> int:
-        return sum(_has_place(a.handle) for a in self._actors.values() if not a.ready)
+        waiting = [actor for actor in self._actors.values() if not actor.ready]
+        return sum(_has_place(actor.handle) for actor in waiting)
 
     def close(self) -> None:
         self._close(list(self._actors.values()))
@@ -370,7 +402,8 @@ def _ran_out_of_memory(process: str) -> bool:
     from ray._private.state import state
     from ray.core.generated import common_pb2, gcs_pb2
 
-    data = state._connect_and_get_accessor().get_worker_info(WorkerID(bytes.fromhex(process)))
+    worker_id = WorkerID(bytes.fromhex(process))
+    data = state._connect_and_get_accessor().get_worker_info(worker_id)
     if data is None:
         return False
     found = gcs_pb2.WorkerTableData.FromString(data)
