@@ -175,17 +175,20 @@ def _add_feed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     feed = commands.add_parser(
         "feed",
         allow_abbrev=False,
-        help="tokens per second of a worker whose model answers at once",
-        description="Whole shards from JSONL to committed Parquet, by a worker with 0, 1, 2 ... tokenizer "
-        "processes, and the CPU time per token of each stage around the model. No GPU is used.",
+        help="measure the speed of a worker whose model answers at once",
+        description="A worker with 0, 1, 2 ... tokenizer processes takes whole shards from JSONL to committed "
+        "Parquet. The figures are its tokens per second, and the CPU time per token of each stage around the "
+        "model. No GPU is used.",
     )
-    feed.add_argument("--model", help=f"whose tokenizer is used (default: {BUILT_IN_TOKENIZER})")
+    feed.add_argument(
+        "--model", help=f"model whose tokenizer is used (default: {BUILT_IN_TOKENIZER})"
+    )
     feed.add_argument(
         "--corpus",
         nargs="+",
         default=[],
         metavar="URI",
-        help="files, folders or globs of texts in the column text (default: texts are made up)",
+        help="files, folders or globs with texts in the column text (default: made-up texts)",
     )
     feed.add_argument(
         "--processes",
@@ -195,8 +198,10 @@ def _add_feed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="numbers of tokenizer processes to measure (default: 0,1,2)",
     )
     tokens = TOKENS_PER_WORKER["cuda"]
-    feed.add_argument("--tokens", type=int, metavar="N", help=f"about (default: {tokens:,})")
-    feed.add_argument("--repeat", type=int, default=3, metavar="N", help="turns (default: 3)")
+    feed.add_argument(
+        "--tokens", type=int, metavar="N", help=f"tokens to measure, about (default: {tokens:,})"
+    )
+    feed.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     add_json_flag(feed)
 
 
