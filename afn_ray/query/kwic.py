@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from afn_ray.query.expressions import File, Recorded, is_high, rows_of
 from afn_ray.schema import SPECIAL, WORD_START
@@ -56,109 +57,18 @@ def kwic_macro(files: Sequence[File], recorded: Recorded) -> str:
     by row numbers. The first ``20 * most + 1000`` heads are nearly always enough for ``most``. Only
     if too many of them begin other words, all heads are read.
     """
-    offsets = recorded.offsets
-    rows, portable = rows_of(files), files[0].folder is not None
+    rows = rows_of(files)
     some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
     every = _occurrences(
         rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", ""
     )
-    words = "greatest(n, 0)::BIGINT"
-    # Most tokens of the word: a byte tokenizer may need four for one character.
-    most_tokens = "4 * length(word)"
-    places = ', min(start) AS start, max("end") AS "end"' if offsets else ""
-    strengths = "".join(
-        f", max(strength_{k}) AS max_strength_{k}, avg(strength_{k}) AS mean_strength_{k}"
-        f", arg_min(strength_{k}, position) AS first_strength_{k}"
-        f", {is_high(f'max(strength_{k})', recorded.quartile('q3', k))} AS high_{k}"
-        for k in recorded.layers
-    )
-    names = ["n_tokens", *(["start", '"end"'] if offsets else [])]
-    names += [
-        f"{x}_{k}"
-        for k in recorded.layers
-        for x in ("max_strength", "mean_strength", "first_strength", "high")
-    ]
-    also = f", min(position) AS position, count(*) AS n_tokens{places}{strengths}"
-    place = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
-
-    def near(heads: str, beside: str, ends: str = "") -> str:
-        """SQL of the tokens up to ``beside`` before and after the words at ``heads``."""
-        around = (
-            f"SELECT file, row AS head, row + unnest(range(-{beside}, {most_tokens} + {beside} + "  # noqa: S608
-            "1)) AS near "
-            f"FROM {heads}"
-        )
-        return f"""
-            SELECT f.head, t.*, s.text, s.is_spaced{ends}
-            FROM {rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
-            JOIN internal.types s USING (token_id)"""  # noqa: S608
-
-    def numbered(heads: str, beside: str) -> str:
-        """SQL of the words in the ``beside`` tokens on both sides of ``heads``.
-
-        ``place`` is the number of a word relative to the head's word, which has 0.
-        """
-        of_ends = {
-            "first_row": "min(t.row)",
-            "first_position": "min(t.position)",
-            "end_row": "max(t.row)",
-        }
-        window = "OVER (PARTITION BY t.file, f.head, t.doc)"
-        tokens = near(
-            heads, beside, "".join(f", {sql} {window} AS {name}" for name, sql in of_ends.items())
-        )
-        spelled = _spelled(
-            tokens,
-            "file, head, doc",
-            offsets,
-            also + "".join(f", any_value({name}) AS {name}" for name in of_ends),
-        )
-        return f"""
-            SELECT *, first_row = head - {beside} AND first_position > 0 AS begins_before,
-                end_row = head + {most_tokens} + {beside} AS ends_behind,
-                begins_before AND number = 0 AS is_cut_before, ends_behind AND last_row = end_row AS is_cut_behind
-            FROM (SELECT *, {place} FROM ({spelled})) WHERE place IS NOT NULL"""  # noqa: S608
-
-    def side(which: str, cut: str) -> str:
-        """SQL of the context on one side, shortened by ``cut`` if it is too long."""
-        text = (
-            f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), "
-            "'')"
-        )
-        return f"CASE WHEN length({text}) > {chars} THEN {cut.format(f'({text})')} ELSE {text} END"
-
-    chars = f"greatest({CONTEXT_CHARS}, 100 * {words})"
-    found = f"""
-            SELECT doc, any_value(COLUMNS([{", ".join(repr(c.strip(chr(34))) for c in ("position", "text", *names))}]))
-                    FILTER (place = 0),
-                {side("<", f"'…' || right({{}}, {chars})")} AS left_context,
-                {side(">", f"left({{}}, {chars}) || '…'")} AS right_context
-            FROM chosen WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
-    far = f"least(256 * {words} + 1024, {FAR_TOKENS})"
-    whole = (
-        "CASE WHEN is_cut_before THEN '…' ELSE '' END || text "
-        "|| CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
-    )
+    context = _Context(rows, recorded.offsets, _word_values(recorded))
     # Read few tokens first, and more only for occurrences that lack words. A catalog reads once:
     # before DuckDB 1.4 the plan of two steps takes half a minute.
-    beside = f"least(64 * {words} + 256, {FAR_TOKENS})"
-    chosen = f"""
-        chosen AS (
-            SELECT *, {place} FROM ({_spelled(near("found", beside), "file, head, doc", offsets, also)})
-            WHERE number > 0 AND last_row < head + {most_tokens} + {beside}
-        )"""  # noqa: S608
-    if not portable:
-        chosen = f"""
-        close AS MATERIALIZED ({numbered("found", f"least(4 * {words} + 16, {FAR_TOKENS})")}),
-        lacking AS MATERIALIZED (
-            SELECT file, head AS row FROM close GROUP BY file, head
-            HAVING count(*) FILTER (place < 0 AND NOT is_cut_before) < n AND bool_or(begins_before)
-                OR count(*) FILTER (place > 0 AND NOT is_cut_behind) < n AND bool_or(ends_behind)
-        ),
-        chosen AS (
-            SELECT c.* FROM close c ANTI JOIN lacking l ON c.file = l.file AND c.head = l.row
-            UNION ALL SELECT * REPLACE ({whole}) FROM ({numbered("lacking", far)})
-        )"""  # noqa: S608
+    is_portable = files[0].folder is not None
+    chosen = context.read_once() if is_portable else context.read_twice()
+    names = _value_names(recorded)
+    found = _with_sides(names)
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
@@ -167,6 +77,134 @@ def kwic_macro(files: Sequence[File], recorded: Recorded) -> str:
         {chosen}
         SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)}
         FROM (SELECT doc, doc_id, source FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
+
+
+WORDS = "greatest(n, 0)::BIGINT"
+"""SQL of the number of words on each side."""
+MOST_TOKENS = "4 * length(word)"
+"""SQL of the most tokens of the word: a byte tokenizer may need four for one character."""
+PLACE = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
+"""SQL of the number of a word relative to the head's word, which has 0."""
+
+
+def _value_names(recorded: Recorded) -> list[str]:
+    """Names of the columns with the values of an occurrence."""
+    names = ["n_tokens"]
+    if recorded.offsets:
+        names += ["start", '"end"']
+    for k in recorded.layers:
+        names += [f"max_strength_{k}", f"mean_strength_{k}", f"first_strength_{k}", f"high_{k}"]
+    return names
+
+
+def _word_values(recorded: Recorded) -> str:
+    """SQL of the position and the values of a word, from those of its tokens."""
+    values = ["min(position) AS position", "count(*) AS n_tokens"]
+    if recorded.offsets:
+        values += ["min(start) AS start", 'max("end") AS "end"']
+    for k in recorded.layers:
+        condition = is_high(f"max(strength_{k})", recorded.quartile("q3", k))
+        values += [
+            f"max(strength_{k}) AS max_strength_{k}",
+            f"avg(strength_{k}) AS mean_strength_{k}",
+            f"arg_min(strength_{k}, position) AS first_strength_{k}",
+            f"{condition} AS high_{k}",
+        ]
+    return "".join(f", {value}" for value in values)
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """The words around occurrences, as SQL."""
+
+    rows: str
+    """SQL of the run's tokens."""
+    offsets: bool
+    values: str
+    """SQL of the values of a word, as ``_word_values`` returns it."""
+
+    def read_once(self) -> str:
+        """SQL of ``chosen``: the words around ``found``, all read at once."""
+        beside = f"least(64 * {WORDS} + 256, {FAR_TOKENS})"
+        tokens = self._near("found", beside)
+        spelled = _spelled(tokens, "file, head, doc", self.offsets, self.values)
+        return f"""
+        chosen AS (
+            SELECT *, {PLACE} FROM ({spelled})
+            WHERE number > 0 AND last_row < head + {MOST_TOKENS} + {beside}
+        )"""  # noqa: S608
+
+    def read_twice(self) -> str:
+        """SQL of ``chosen``: the words around ``found``, more tokens where few lack words."""
+        close = self._numbered("found", f"least(4 * {WORDS} + 16, {FAR_TOKENS})")
+        far = self._numbered("lacking", f"least(256 * {WORDS} + 1024, {FAR_TOKENS})")
+        whole = (
+            "CASE WHEN is_cut_before THEN '…' ELSE '' END || text "
+            "|| CASE WHEN is_cut_behind THEN '…' ELSE '' END AS text"
+        )
+        return f"""
+        close AS MATERIALIZED ({close}),
+        lacking AS MATERIALIZED (
+            SELECT file, head AS row FROM close GROUP BY file, head
+            HAVING count(*) FILTER (place < 0 AND NOT is_cut_before) < n AND bool_or(begins_before)
+                OR count(*) FILTER (place > 0 AND NOT is_cut_behind) < n AND bool_or(ends_behind)
+        ),
+        chosen AS (
+            SELECT c.* FROM close c ANTI JOIN lacking l ON c.file = l.file AND c.head = l.row
+            UNION ALL SELECT * REPLACE ({whole}) FROM ({far})
+        )"""  # noqa: S608
+
+    def _near(self, heads: str, beside: str, ends: str = "") -> str:
+        """SQL of the tokens up to ``beside`` before and after the words at ``heads``."""
+        around = (
+            f"SELECT file, row AS head, row + unnest(range(-{beside}, {MOST_TOKENS} + {beside} + "  # noqa: S608
+            "1)) AS near "
+            f"FROM {heads}"
+        )
+        return f"""
+            SELECT f.head, t.*, s.text, s.is_spaced{ends}
+            FROM {self.rows} t JOIN {_few(around)} f ON t.file = f.file AND t.row = f.near
+            JOIN internal.types s USING (token_id)"""  # noqa: S608
+
+    def _numbered(self, heads: str, beside: str) -> str:
+        """SQL of the words in the ``beside`` tokens on both sides of ``heads``."""
+        of_ends = {
+            "first_row": "min(t.row)",
+            "first_position": "min(t.position)",
+            "end_row": "max(t.row)",
+        }
+        window = "OVER (PARTITION BY t.file, f.head, t.doc)"
+        ends = "".join(f", {sql} {window} AS {name}" for name, sql in of_ends.items())
+        kept = "".join(f", any_value({name}) AS {name}" for name in of_ends)
+        tokens = self._near(heads, beside, ends)
+        spelled = _spelled(tokens, "file, head, doc", self.offsets, self.values + kept)
+        return f"""
+            SELECT *, first_row = head - {beside} AND first_position > 0 AS begins_before,
+                end_row = head + {MOST_TOKENS} + {beside} AS ends_behind,
+                begins_before AND number = 0 AS is_cut_before, ends_behind AND last_row = end_row AS is_cut_behind
+            FROM (SELECT *, {PLACE} FROM ({spelled})) WHERE place IS NOT NULL"""  # noqa: S608
+
+
+def _with_sides(names: Sequence[str]) -> str:
+    """SQL of each occurrence in ``chosen``, with its columns ``names`` and its context."""
+    columns = [repr(name.strip('"')) for name in ("position", "text", *names)]
+    chars = f"greatest({CONTEXT_CHARS}, 100 * {WORDS})"
+    left = _side("<", chars, f"'…' || right({{}}, {chars})")
+    right = _side(">", chars, f"left({{}}, {chars}) || '…'")
+    return f"""
+            SELECT doc, any_value(COLUMNS([{", ".join(columns)}]))
+                    FILTER (place = 0),
+                {left} AS left_context,
+                {right} AS right_context
+            FROM chosen WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
+
+
+def _side(which: str, chars: str, cut: str) -> str:
+    """SQL of the context on one side, shortened by ``cut`` if it is longer than ``chars``."""
+    text = (
+        f"coalesce(ltrim(string_agg(gap || text, '' ORDER BY place) FILTER (place {which} 0)), '')"
+    )
+    return f"CASE WHEN length({text}) > {chars} THEN {cut.format(f'({text})')} ELSE {text} END"
 
 
 def _few(rows: str) -> str:
