@@ -59,10 +59,11 @@ class Outcome:
 def _joined(texts: Sequence[Text], norms: Sequence[Norms]) -> list[Norms]:
     """Strengths of each text, joined from those of its windows, in order."""
     rest = iter(norms)
-    return [
-        np.concatenate([next(rest)[p.keep_start : p.keep_end] for p in text.pieces])
-        for text in texts
-    ]
+    strengths: list[Norms] = []
+    for text in texts:
+        kept = [next(rest)[piece.keep_start : piece.keep_end] for piece in text.pieces]
+        strengths.append(np.concatenate(kept))
+    return strengths
 
 
 def _pieces(texts: Sequence[Text]) -> list[Piece]:
@@ -111,14 +112,16 @@ class Loop:
             encoded = time.monotonic()
             with torch.no_grad():
                 states = self._model(**inputs, output_hidden_states=True).hidden_states
-            chosen, final = (states[k].norm(dim=-1).cpu().numpy() for k in (self._spec.layer, -1))
+            chosen = states[self._spec.layer].norm(dim=-1).cpu().numpy()
+            final = states[-1].norm(dim=-1).cpu().numpy()
             lengths = inputs["attention_mask"].sum(dim=1).tolist()
             norms += [row[:n] for row, n in zip(chosen, lengths, strict=True)]
             last += [row[:n] for row, n in zip(final, lengths, strict=True)]
             outcome.forward_tokens += inputs["input_ids"].numel()
             outcome.stages["tokenize_s"] += encoded - began
             outcome.stages["model_s"] += time.monotonic() - encoded
-        outcome.strengths, self.last = _joined(texts, norms), _joined(texts, last)
+        outcome.strengths = _joined(texts, norms)
+        self.last = _joined(texts, last)
         return outcome
 
 
@@ -286,13 +289,12 @@ class RayData:
         # padding and the least overhead of Ray, as batches of thousands of texts do in a long run.
         warm_up = [p.text for p in pieces[:: 4 * self._spec.workers]]
         shares = share(texts, self._spec.workers)
-        first = np.cumsum([0, *(len(t.pieces) for t in texts)])
-        items = [
-            {"piece": i, "text": pieces[i].text}
-            for s in shares
-            for t in s
-            for i in range(first[t], first[t + 1])
-        ]
+        first = np.cumsum([0, *(len(text.pieces) for text in texts)])
+        items: list[dict[str, Any]] = []
+        for part in shares:
+            for at in part:
+                for i in range(first[at], first[at + 1]):
+                    items.append({"piece": i, "text": pieces[i].text})
         norms_of = ray.data.from_items(items, override_num_blocks=self._spec.workers).map_batches(
             _Mapped,
             fn_constructor_args=(self._spec, warm_up),
@@ -303,25 +305,20 @@ class RayData:
         )
         found = list(norms_of.iter_batches(batch_size=None, batch_format="numpy"))
         ended = time.monotonic()
-        piece_of = np.concatenate([b["piece"] for b in found])
-        values = np.concatenate([b["strength"] for b in found])
+        piece_of = np.concatenate([batch["piece"] for batch in found])
+        values = np.concatenate([batch["strength"] for batch in found])
         order = np.argsort(piece_of, kind="stable")
-        norms = np.split(values[order], np.cumsum([p.length for p in pieces])[:-1])
-        lines = [
-            json.loads(x)
-            for f in Path(self._spec.folder).glob("*.jsonl")
-            for x in f.read_text().splitlines()
-        ]
-        stages = {
-            name: sum(line["stages"][name] for line in lines) for name in ("tokenize_s", "model_s")
-        }
+        ends = np.cumsum([piece.length for piece in pieces])
+        norms = np.split(values[order], ends[:-1])
+        lines: list[dict[str, Any]] = []
+        for log in Path(self._spec.folder).glob("*.jsonl"):
+            lines += [json.loads(line) for line in log.read_text().splitlines()]
+        stages = {}
+        for name in ("tokenize_s", "model_s"):
+            stages[name] = sum(line["stages"][name] for line in lines)
         forward_tokens = sum(line["forward_tokens"] for line in lines)
-        return Outcome(
-            _joined(texts, norms),
-            forward_tokens,
-            stages,
-            ended - min(line["began"] for line in lines),
-        )
+        seconds = ended - min(line["began"] for line in lines)
+        return Outcome(_joined(texts, norms), forward_tokens, stages, seconds)
 
 
 class _Mapped:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,16 @@ GEMM_SHAPE_CUDA = (8192, 8192, 8192)
 
 def load_texts(file: str) -> list[Text]:
     """Read the texts that ``dump_texts`` wrote."""
-    return [
-        Text(text, tuple(Piece(*p) for p in pieces))
-        for text, pieces in json.loads(Path(file).read_text("utf-8"))
-    ]
+    texts = []
+    for text, windows in json.loads(Path(file).read_text("utf-8")):
+        pieces = tuple(Piece(*window) for window in windows)
+        texts.append(Text(text, pieces))
+    return texts
 
 
 def dump_texts(texts: list[Text], file: Path) -> None:
     """Write ``texts`` with their windows to ``file`` as JSON."""
-    rows = [
-        [t.text, [[p.text, p.keep_start, p.keep_end, p.length] for p in t.pieces]] for t in texts
-    ]
+    rows = [[text.text, [astuple(piece) for piece in text.pieces]] for text in texts]
     file.write_text(json.dumps(rows), "utf-8")
 
 
@@ -51,22 +51,21 @@ class Gemm:
     def __init__(self, spec: peers.Spec) -> None:
         import torch
 
-        self._torch, self._device = torch, torch.device(spec.device)
+        self._torch = torch
+        self._device = torch.device(spec.device)
         dtype = getattr(torch, spec.dtype)
         shapes = (GEMM_SHAPE_CUDA,) if spec.device == "cuda" else GEMM_SHAPES
-        self._products = [
-            product
-            for m, k, n in shapes
-            for product in self._ways(
-                torch.randn(m, k, device=spec.device).to(dtype),
-                torch.randn(n, k, device=spec.device).to(dtype),
-            )
-        ]
+        self._products: list[tuple[float, Any]] = []
+        for m, k, n in shapes:
+            x = torch.randn(m, k, device=spec.device).to(dtype)
+            weight = torch.randn(n, k, device=spec.device).to(dtype)
+            self._products += self._ways(x, weight)
         self.flops_per_s()
         self._products = [max(self._products, key=lambda p: self._rate(p, GEMM_S / 4))]
 
     def _ways(self, x: Any, weight: Any) -> list[tuple[float, Any]]:
-        torch, flops = self._torch, 2.0 * x.shape[0] * x.shape[1] * weight.shape[0]
+        torch = self._torch
+        flops = 2.0 * x.shape[0] * x.shape[1] * weight.shape[0]
         ways = [(flops, lambda: torch.nn.functional.linear(x, weight))]
         if x.device.type == "cpu":
             try:
@@ -80,19 +79,22 @@ class Gemm:
 
     def _rate(self, product: tuple[float, Any], seconds: float) -> float:
         flops, multiply = product
-        n, began = 0, time.monotonic()
+        is_cuda = self._device.type == "cuda"
+        n = 0
+        began = time.monotonic()
         with self._torch.inference_mode():
             while time.monotonic() - began < seconds:
-                for _ in range(10 if self._device.type == "cuda" else 1):
+                for _ in range(10 if is_cuda else 1):
                     multiply()
                     n += 1
-                if self._device.type == "cuda":
+                if is_cuda:
                     self._torch.cuda.synchronize()
         return flops * n / (time.monotonic() - began)
 
     def flops_per_s(self) -> float:
         """Rate of the fastest product, in floating-point operations per second."""
-        return max(self._rate(product, GEMM_S / len(self._products)) for product in self._products)
+        seconds = GEMM_S / len(self._products)
+        return max(self._rate(product, seconds) for product in self._products)
 
 
 def _load(spec: peers.Spec) -> Any:
@@ -133,16 +135,17 @@ class Worker:
     def run(self, profile: str) -> dict[str, Any]:
         """Run the profile once and return its figures; keep the strengths for ``save``."""
         began = time.monotonic()
-        job = self._spec.variant == "job"
-        outcome = (
-            self._variant.run_profile(profile) if job else self._variant.run(self._texts[profile])
-        )
+        if self._spec.variant == "job":
+            outcome = self._variant.run_profile(profile)
+        else:
+            outcome = self._variant.run(self._texts[profile])
         self._strengths = outcome.strengths
-        seconds = time.monotonic() - began if outcome.seconds is None else outcome.seconds
-        own_clock = outcome.seconds is not None
+        seconds = outcome.seconds
+        if seconds is None:
+            seconds = time.monotonic() - began
         return {
             "seconds": seconds,
-            "own_clock": own_clock,
+            "own_clock": outcome.seconds is not None,
             "forward_tokens": outcome.forward_tokens,
             "stages": outcome.stages,
             "device_bytes": self._device_bytes(),
@@ -192,11 +195,10 @@ def serve(spec: peers.Spec, answers: Any) -> None:
         answer({"ready": True})
         for line in sys.stdin:
             request = json.loads(line)
-            answer(
-                worker.run(request["run"])
-                if "run" in request
-                else worker.save(request["save"], request["file"])
-            )
+            if "run" in request:
+                answer(worker.run(request["run"]))
+            else:
+                answer(worker.save(request["save"], request["file"]))
     except ImportError as error:
         answer({"missing": f"{error}"})
     except AfnError as error:
