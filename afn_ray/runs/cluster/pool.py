@@ -170,9 +170,8 @@ class RayPool:
                 if actor.poll is None:
                     continue
                 polls[actor.poll] = worker
-                if (
-                    not actor.ready
-                ):  # a ready worker's answer is no event, and must not end the wait
+                # A ready worker's answer to a poll is no event, and must not end the wait.
+                if not actor.ready:
                     waited.append(actor.poll)
             left_s = 0.0
             if not events:
