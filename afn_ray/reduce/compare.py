@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce import losses
 from afn_ray.reduce.drift import (
+    Sources,
+    SourceStrengths,
     class_rows,
     drift_row,
     histogram_of,
@@ -99,30 +100,22 @@ def compare(
 def _compared(
     a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_measure: bool
 ) -> Comparison:
-    histograms, vocabularies, sources = (
-        [table_by_layer(run, name) for run in (a, b)]
-        for name in ("histogram", "vocabulary", "sources")
-    )
+    tables = [_Tables.of(run) for run in (a, b)]
     drift: list[dict[str, Any]] = []
     classes: list[dict[str, Any]] = []
     movers = []
     for layer in layers:
-        types = [without_special(by_layer[layer]) for by_layer in vocabularies]
-        whole = [
-            (histogram_of(by_layer[layer]), int(pc.sum(words["n_high"]).as_py() or 0))
-            for by_layer, words in zip(histograms, types, strict=True)
-        ]
-        drift.append(drift_row(layer, None, *whole, ranks_only=ranks_only))
-        if all(sources):
-            of_a, of_b = matched_sources(
-                *(histograms_by_source(by_layer[layer]) for by_layer in sources)
-            )
-            nothing = (Histogram.of(np.empty(0, np.int64)), 0)
-            for name in sorted({*of_a, *of_b}):
-                in_a, in_b = of_a.get(name, nothing), of_b.get(name, nothing)
-                drift.append(drift_row(layer, name, in_a, in_b, ranks_only=ranks_only))
-        classes += class_rows(layer, *types)
-        movers.append(movers_table(layer, *types, by_id=same_measure, ranks_only=ranks_only))
+        types_a, types_b = (without_special(of_run.vocabulary[layer]) for of_run in tables)
+        whole_a = _strengths(tables[0].histogram[layer], types_a)
+        whole_b = _strengths(tables[1].histogram[layer], types_b)
+        drift.append(drift_row(layer, None, whole_a, whole_b, ranks_only=ranks_only))
+        if all(of_run.sources for of_run in tables):
+            sources = (histograms_by_source(of_run.sources[layer]) for of_run in tables)
+            drift += _rows_by_source(layer, *matched_sources(*sources), ranks_only=ranks_only)
+        classes += class_rows(layer, types_a, types_b)
+        movers.append(
+            movers_table(layer, types_a, types_b, by_id=same_measure, ranks_only=ranks_only)
+        )
     return Comparison(
         a,
         b,
@@ -131,6 +124,34 @@ def _compared(
         pa.concat_tables(movers),
         tuple(_notes(a, b, layers, ranks_only)),
     )
+
+
+class _Tables(NamedTuple):
+    """Tables of a run that are compared, by layer."""
+
+    histogram: dict[int, pa.Table]
+    vocabulary: dict[int, pa.Table]
+    sources: dict[int, pa.Table]  # empty for an older run, which has no such table
+
+    @classmethod
+    def of(cls, run: RunFolder) -> _Tables:
+        return cls(*(table_by_layer(run, name) for name in cls._fields))
+
+
+def _strengths(histogram: pa.Table, types: pa.Table) -> SourceStrengths:
+    """Strengths of a whole run at a layer, from its rows of ``HISTOGRAM_SCHEMA`` and its types."""
+    n_high = pc.sum(types["n_high"]).as_py() or 0
+    return SourceStrengths(histogram_of(histogram), int(n_high))
+
+
+def _rows_by_source(
+    layer: int, a: Sources, b: Sources, *, ranks_only: bool
+) -> Iterator[dict[str, Any]]:
+    """Rows of ``DRIFT_SCHEMA`` for each source of either run."""
+    nothing = SourceStrengths(Histogram.empty(), 0)
+    for name in sorted({*a, *b}):
+        in_a, in_b = a.get(name, nothing), b.get(name, nothing)
+        yield drift_row(layer, name, in_a, in_b, ranks_only=ranks_only)
 
 
 def _complete(run: str | RunFolder) -> RunFolder:
@@ -148,11 +169,9 @@ def _complete(run: str | RunFolder) -> RunFolder:
 
 def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Keys of two measures with different values, with both values."""
-    return [
-        f"{key}: {_short(a.get(key))} against {_short(b.get(key))}"
-        for key in sorted({*a, *b} - {"id"})
-        if a.get(key) != b.get(key)
-    ]
+    keys = sorted({*a, *b} - {"id"})
+    differing = [key for key in keys if a.get(key) != b.get(key)]
+    return [f"{key}: {_short(a.get(key))} against {_short(b.get(key))}" for key in differing]
 
 
 def _short(value: object) -> str:
@@ -204,9 +223,7 @@ def _notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
         )
     tags_a, tags_b = (run.info["measure"].get("labels") for run in (a, b))
     if tags_a != tags_b:
-        of_a, of_b = (
-            "guessed" if tags is None else f"the tags in {tags!r}" for tags in (tags_a, tags_b)
-        )
+        of_a, of_b = _origin_of_classes(tags_a), _origin_of_classes(tags_b)
         yield f"Classes are {of_a} in A and {of_b} in B, so they differ by that too."
     words_a, words_b = (run.info.get("function_words") for run in (a, b))
     if words_a != words_b:
@@ -216,14 +233,15 @@ def _notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
         )
 
 
+def _origin_of_classes(tags: str | None) -> str:
+    return "guessed" if tags is None else f"the tags in {tags!r}"
+
+
 def _labels_by_layer(run: RunFolder, layers: list[int]) -> dict[int, float | None]:
     """Q3 of the thresholds that label tokens of ``run``, at each of ``layers``."""
     rows = label_thresholds.labels(run).to_pylist()
-    return {
-        row["layer"]: row["q3"]
-        for row in rows
-        if row["population"] == "tokens" and row["layer"] in layers
-    }
+    q3 = {row["layer"]: row["q3"] for row in rows if row["population"] == "tokens"}
+    return {layer: q3[layer] for layer in layers}
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
@@ -234,38 +252,46 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     deepest layer.
     """
     drift, movers = comparison.drift, comparison.movers
-    whole = pc.is_null(drift["source"])
-    sources = drift.filter(pc.invert(whole)).sort_by(
-        [("ks", "descending"), ("layer", "descending")]
-    )
-    unknown = pc.is_null(sources["ks"])  # new and vanished sources come first
-    sources = pa.concat_tables([sources.filter(unknown), sources.filter(pc.invert(unknown))])
-    of_status = {
-        s: movers.filter(pc.equal(movers["status"], s)) for s in ("both", "new", "vanished")
-    }
-    both = of_status["both"].append_column("size", pc.abs(of_status["both"]["z"]))
-    surest = both.sort_by([("q", "ascending"), ("size", "descending")]).drop_columns("size")
     deepest = max(drift["layer"].to_pylist())
+    is_whole = pc.is_null(drift["source"])
+    sources = _largest_distance_first(drift.filter(pc.invert(is_whole)))
+    both = _surest_first(_of_status(movers, "both"))
     body: dict[str, Any] = {
         "schema_version": JSON_VERSION,
-        **{name: describe(run) for name, run in (("a", comparison.a), ("b", comparison.b))},
+        "a": describe(comparison.a),
+        "b": describe(comparison.b),
         "notes": list(comparison.notes),
-        "drift": drift.filter(whole).to_pylist(),
+        "drift": drift.filter(is_whole).to_pylist(),
         "sources": sources.slice(0, JSON_ROWS).to_pylist(),
         "classes": comparison.classes.to_pylist(),
-        "movers": surest.slice(0, JSON_ROWS).to_pylist(),
+        "movers": both.slice(0, JSON_ROWS).to_pylist(),
         "n_sources": len(_at(sources, deepest)),
-        "n_types": len(_at(surest, deepest)),
+        "n_types": len(_at(both, deepest)),
         "n_moved": num_moved(_at(movers, deepest)),
     }
     for status in ("new", "vanished"):  # the same types in every layer
-        rows = of_status[status].filter(pc.equal(of_status[status]["layer"], deepest))
-        body[status] = [
-            {k: r[k] for k in ("token_id", "token", "text", "class", "n_a", "n_b")}
-            for r in rows.slice(0, JSON_ROWS).to_pylist()
-        ]
+        rows = _at(_of_status(movers, status), deepest)
+        listed = rows.select(["token_id", "token", "text", "class", "n_a", "n_b"])
+        body[status] = listed.slice(0, JSON_ROWS).to_pylist()
         body[f"n_{status}"] = len(rows)
     return body
+
+
+def _largest_distance_first(sources: pa.Table) -> pa.Table:
+    """``sources`` by KS distance; new and vanished sources, which have none, come first."""
+    ordered = sources.sort_by([("ks", "descending"), ("layer", "descending")])
+    is_unknown = pc.is_null(ordered["ks"])
+    return pa.concat_tables([ordered.filter(is_unknown), ordered.filter(pc.invert(is_unknown))])
+
+
+def _surest_first(movers: pa.Table) -> pa.Table:
+    """``movers`` by q; of equal q, those with the largest absolute z first."""
+    with_size = movers.append_column("size", pc.abs(movers["z"]))
+    return with_size.sort_by([("q", "ascending"), ("size", "descending")]).drop_columns("size")
+
+
+def _of_status(movers: pa.Table, status: str) -> pa.Table:
+    return movers.filter(pc.equal(movers["status"], status))
 
 
 def _at(table: pa.Table, layer: int) -> pa.Table:
@@ -290,12 +316,14 @@ def describe(run: RunFolder) -> dict[str, Any]:
 
 def whole_words(types: pa.Table) -> pa.Table:
     """Rows of ``types`` that may stand in a list of words: their ``class`` is no part of a word."""
-    return types.filter(pc.invert(pc.is_in(types["class"], pa.array(PARTS_OF_WORDS))))
+    is_part = pc.is_in(types["class"], pa.array(PARTS_OF_WORDS))
+    return types.filter(pc.invert(is_part))
 
 
 def moved(movers: pa.Table) -> pa.Table:
     """Rows of ``movers`` whose HIGH share moved: their q is below ``SIGNIFICANT``."""
-    return movers.filter(pc.fill_null(pc.less(movers["q"], SIGNIFICANT), False))
+    is_significant = pc.less(movers["q"], SIGNIFICANT)
+    return movers.filter(pc.fill_null(is_significant, False))
 
 
 def num_moved(movers: pa.Table) -> int:

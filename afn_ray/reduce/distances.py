@@ -26,8 +26,9 @@ def psi(a: Histogram, b: Histogram) -> float:
     """
     ends = np.unique([a.quantile_key(i, NUM_BINS) for i in range(1, NUM_BINS)])
     in_a, in_b = _binned(a, ends), _binned(b, ends)
-    some = (in_a > 0) | (in_b > 0)
-    p, q = np.maximum(in_a[some], 0.5) / a.n, np.maximum(in_b[some], 0.5) / b.n
+    occupied = (in_a > 0) | (in_b > 0)
+    p = np.maximum(in_a[occupied], 0.5) / a.n
+    q = np.maximum(in_b[occupied], 0.5) / b.n
     return math.fsum((q - p) * np.log(q / p))
 
 
@@ -37,7 +38,9 @@ def kolmogorov_smirnov(a: Histogram, b: Histogram) -> float:
     Neither histogram may be empty.
     """
     keys = _keys_of(a, b)
-    return float(np.abs(_at_or_below(a, keys) / a.n - _at_or_below(b, keys) / b.n).max())
+    cdf_a = _at_or_below(a, keys) / a.n
+    cdf_b = _at_or_below(b, keys) / b.n
+    return float(np.abs(cdf_a - cdf_b).max())
 
 
 def jensen_shannon(a: Histogram, b: Histogram) -> float:
@@ -47,6 +50,15 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
     the two, whatever their sizes. Without bins it would be near 1 for any two small samples,
     because small samples share hardly any value. Neither histogram may be empty.
     """
+    ends = _deciles_of_mixture(a, b)
+    p, q = _binned(a, ends) / a.n, _binned(b, ends) / b.n
+    middle = (p + q) / 2
+    bits = _divergence(p, middle) + _divergence(q, middle)
+    return math.sqrt(min(1.0, max(0.0, bits / 2)))
+
+
+def _deciles_of_mixture(a: Histogram, b: Histogram) -> Ints:
+    """Distinct deciles of the even mixture of ``a`` and ``b``, whatever their sizes; ascending."""
     keys, n_a, n_b = _keys_of(a, b), a.n, b.n
     below_a, below_b = _at_or_below(a, keys), _at_or_below(b, keys)
 
@@ -54,14 +66,17 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
         # Python integers: the product may exceed 64 bits.
         return NUM_BINS * (int(below_a[at]) * n_b + int(below_b[at]) * n_a)
 
-    deciles = [
-        bisect_left(range(len(keys)), 2 * i * n_a * n_b, key=mixture) for i in range(1, NUM_BINS)
-    ]
-    ends = keys[np.unique(deciles)]
-    p, q = _binned(a, ends) / n_a, _binned(b, ends) / n_b
-    middle = (p + q) / 2
-    bits = (math.fsum(s[s > 0] * np.log2(s[s > 0] / middle[s > 0])) for s in (p, q))
-    return math.sqrt(min(1.0, max(0.0, sum(bits) / 2)))
+    indices = range(len(keys))
+    ranks = (2 * i * n_a * n_b for i in range(1, NUM_BINS))
+    deciles = [bisect_left(indices, rank, key=mixture) for rank in ranks]
+    return keys[np.unique(deciles)]
+
+
+def _divergence(p: Floats, q: Floats) -> float:
+    """Kullback-Leibler divergence of ``p`` from ``q``, in bits."""
+    occupied = p > 0
+    p, q = p[occupied], q[occupied]
+    return math.fsum(p * np.log2(p / q))
 
 
 def _keys_of(a: Histogram, b: Histogram) -> Ints:
@@ -92,17 +107,29 @@ def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[F
     pooled = (high_a + high_b) / (n_a + n_b)
     sd = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
     z = np.divide(high_b / n_b - high_a / n_a, sd, out=np.zeros(len(sd)), where=sd > 0)
-    few = (sd > 0) & (np.minimum(pooled, 1 - pooled) * np.minimum(n_a, n_b) < LEAST_EXPECTED)
-    p, runs = pooled[few], ((high_a[few], n_a[few]), (high_b[few], n_b[few]))
-    odds = [np.log(high + p) - np.log(n - high + 1 - p) for high, n in runs]
-    variance = sum(1 / (high + p) + 1 / (n - high + 1 - p) for high, n in runs)
-    z[few] = (odds[1] - odds[0]) / np.sqrt(variance)
-    return z, np.array([math.erfc(abs(value) / math.sqrt(2)) for value in z.tolist()])
+    least_expected = np.minimum(pooled, 1 - pooled) * np.minimum(n_a, n_b)
+    few = (sd > 0) & (least_expected < LEAST_EXPECTED)
+    prior = pooled[few]
+    odds_a, variance_a = _log_odds(high_a[few], n_a[few], prior)
+    odds_b, variance_b = _log_odds(high_b[few], n_b[few], prior)
+    z[few] = (odds_b - odds_a) / np.sqrt(variance_a + variance_b)
+    p = [math.erfc(abs(value) / math.sqrt(2)) for value in z.tolist()]
+    return z, np.array(p)
+
+
+def _log_odds(high: Ints, n: Ints, prior: Floats) -> tuple[Floats, Floats]:
+    """Log odds of being HIGH and their variance, with one token of the share ``prior`` added."""
+    high_and_prior = high + prior
+    low_and_prior = n - high + 1 - prior
+    odds = np.log(high_and_prior) - np.log(low_and_prior)
+    return odds, 1 / high_and_prior + 1 / low_and_prior
 
 
 def benjamini_hochberg(p: Floats) -> Floats:
     """q of each test with the given ``p``: the lowest false discovery rate that selects it."""
-    order = np.argsort(p, kind="stable")[::-1]
+    descending = np.argsort(p, kind="stable")[::-1]
+    ranks = np.arange(len(p), 0, -1)
+    rates = np.minimum(1.0, p[descending] * len(p) / ranks)
     q = np.empty(len(p))
-    q[order] = np.minimum.accumulate(np.minimum(1.0, p[order] * len(p) / np.arange(len(p), 0, -1)))
+    q[descending] = np.minimum.accumulate(rates)
     return q

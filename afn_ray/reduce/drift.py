@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,9 +23,6 @@ from afn_ray.reduce.stats import Ints, wilson
 from afn_ray.schema import MOVERS_SCHEMA, in_order
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
-
-Sources = dict[str, tuple[Histogram, int]]
-"""Histogram and number of HIGH tokens by source."""
 
 
 def table_by_layer(run: RunFolder, name: str) -> dict[int, pa.Table]:
@@ -52,98 +49,117 @@ def histogram_of(table: pa.Table) -> Histogram:
     return Histogram.of(to_bins(normal["strength"].to_numpy()), normal["n"].to_numpy())
 
 
+class SourceStrengths(NamedTuple):
+    """Strengths of the tokens of one source or of a whole run, special tokens left out."""
+
+    histogram: Histogram
+    n_high: int  # tokens that are HIGH
+
+
+Sources = dict[str, SourceStrengths]
+"""Strengths by source."""
+
+
 def histograms_by_source(table: pa.Table) -> Sources:
     """Histogram and number of HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``."""
+    by_source = {}
     columns = (table[name] for name in ("source", "bins", "counts", "n_high"))
-    return {
-        name.as_py(): (
-            Histogram(
-                bins.values.to_numpy().astype(np.int64), counts.values.to_numpy().astype(np.int64)
-            ),
-            n_high.as_py(),
-        )
-        for name, bins, counts, n_high in zip(*columns, strict=True)
-    }
+    for name, bins, counts, n_high in zip(*columns, strict=True):
+        keys = bins.values.to_numpy().astype(np.int64)
+        n = counts.values.to_numpy().astype(np.int64)
+        by_source[name.as_py()] = SourceStrengths(Histogram(keys, n), n_high.as_py())
+    return by_source
 
 
-def matched_sources(*sides: Sources) -> Iterator[Sources]:
+def matched_sources(a: Sources, b: Sources) -> tuple[Sources, Sources]:
     """The sources of both sides that have tokens, matched by name.
 
     A run with many files has folders as sources. Files of one side are added up into the folders
     that the other side has for them.
     """
-    names = [{name for name, (histogram, _) in side.items() if histogram.n} for side in sides]
-    for side, own, others in zip(sides, names, reversed(names), strict=True):
-        groups: dict[str, list[str]] = {}
-        for name in sorted(own):
-            above = (name.rsplit("/", depth)[0] for depth in range(1, name.count("/") + 1))
-            known = (
-                name
-                if name in others
-                else next((folder for folder in above if folder in others), name)
-            )
-            groups.setdefault(known, []).append(name)
-        yield {
-            known: (
-                Histogram.merge(side[name][0] for name in group),
-                sum(side[name][1] for name in group),
-            )
-            for known, group in groups.items()
-        }
+    with_tokens_a = {name: source for name, source in a.items() if source.histogram.n}
+    with_tokens_b = {name: source for name, source in b.items() if source.histogram.n}
+    return _grouped_as(with_tokens_b, with_tokens_a), _grouped_as(with_tokens_a, with_tokens_b)
+
+
+def _grouped_as(others: Collection[str], sources: Sources) -> Sources:
+    """``sources`` added up into the folders that are among ``others``."""
+    groups: dict[str, list[SourceStrengths]] = {}
+    for name in sorted(sources):
+        groups.setdefault(_name_among(others, name), []).append(sources[name])
+    return {
+        name: SourceStrengths(
+            Histogram.merge(source.histogram for source in group),
+            sum(source.n_high for source in group),
+        )
+        for name, group in groups.items()
+    }
+
+
+def _name_among(others: Collection[str], name: str) -> str:
+    """``name`` or its nearest folder that is among ``others``; ``name`` itself if none is."""
+    folder = name
+    while folder not in others:
+        if "/" not in folder:
+            return name
+        folder, _, _ = folder.rpartition("/")
+    return folder
 
 
 def drift_row(
-    layer: int,
-    source: str | None,
-    of_a: tuple[Histogram, int],
-    of_b: tuple[Histogram, int],
-    *,
-    ranks_only: bool,
+    layer: int, name: str | None, a: SourceStrengths, b: SourceStrengths, *, ranks_only: bool
 ) -> dict[str, Any]:
-    """A row of ``DRIFT_SCHEMA``; each side is a histogram and its number of HIGH tokens."""
-    row: dict[str, Any] = {"layer": layer, "source": source}
-    for run, (histogram, n_high) in (("a", of_a), ("b", of_b)):
+    """A row of ``DRIFT_SCHEMA`` for the source ``name``; None is the whole run."""
+    row: dict[str, Any] = {"layer": layer, "source": name}
+    for run, (histogram, n_high) in (("a", a), ("b", b)):
         row[f"n_{run}"] = histogram.n
-        if histogram.n:
-            row[f"share_high_{run}"] = n_high / histogram.n
-            if not ranks_only:
-                keys = np.array([histogram.quantile_key(i, 4) for i in (1, 2, 3)])
-                row |= {f"q{i}_{run}": float(value) for i, value in enumerate(to_values(keys), 1)}
-    a, b = of_a[0], of_b[0]
-    if a.n and b.n and not ranks_only:
-        row |= {"psi": psi(a, b), "ks": kolmogorov_smirnov(a, b), "js": jensen_shannon(a, b)}
+        if not histogram.n:
+            continue
+        row[f"share_high_{run}"] = n_high / histogram.n
+        if not ranks_only:
+            row |= _quartiles(histogram, run)
+    if a.histogram.n and b.histogram.n and not ranks_only:
+        row["psi"] = psi(a.histogram, b.histogram)
+        row["ks"] = kolmogorov_smirnov(a.histogram, b.histogram)
+        row["js"] = jensen_shannon(a.histogram, b.histogram)
     return row
 
 
-def class_rows(layer: int, *types: pa.Table) -> Iterator[dict[str, Any]]:
+def _quartiles(histogram: Histogram, run: str) -> dict[str, float]:
+    """Quartiles of ``histogram`` as the columns q1 to q3 of ``run``."""
+    keys = np.array([histogram.quantile_key(i, 4) for i in (1, 2, 3)])
+    q1, q2, q3 = to_values(keys).tolist()
+    return {f"q1_{run}": q1, f"q2_{run}": q2, f"q3_{run}": q3}
+
+
+def class_rows(layer: int, types_a: pa.Table, types_b: pa.Table) -> Iterator[dict[str, Any]]:
     """Rows of ``CLASS_DRIFT_SCHEMA``.
 
     A class without tokens in a run has a HIGH share of 0 there, with the interval 0 to 1.
     """
-    of_run = {}
-    for run, words in zip("ab", types, strict=True):
-        sums = pa.TableGroupBy(words, "class").aggregate([("n", "sum"), ("n_high", "sum")])
-        of_run[run] = {
-            name: (n, high)
-            for n, high, name in zip(
-                *(sums[c].to_pylist() for c in ("n_sum", "n_high_sum", "class")), strict=True
-            )
-        }
-    for name in in_order(itertools.chain(*of_run.values())):
+    counts_a, counts_b = _counts_by_class(types_a), _counts_by_class(types_b)
+    for name in in_order([*counts_a, *counts_b]):
         row: dict[str, Any] = {"layer": layer, "class": name}
-        for run, sums_of in of_run.items():
-            n, high = sums_of.get(name, (0, 0))
-            low, upper = wilson(high, n) if n else (0.0, 1.0)
-            total = sum(n for n, _ in sums_of.values())
+        for run, counts in (("a", counts_a), ("b", counts_b)):
+            n, n_high = counts.get(name, (0, 0))
+            total = sum(n for n, _ in counts.values())
+            low, upper = wilson(n_high, n) if n else (0.0, 1.0)
             row |= {
                 f"n_{run}": n,
                 f"share_{run}": n / total if total else 0.0,
-                f"n_high_{run}": high,
-                f"share_high_{run}": high / n if n else 0.0,
+                f"n_high_{run}": n_high,
+                f"share_high_{run}": n_high / n if n else 0.0,
                 f"share_high_low_{run}": float(low),
                 f"share_high_high_{run}": float(upper),
             }
         yield row
+
+
+def _counts_by_class(types: pa.Table) -> dict[str, tuple[int, int]]:
+    """Number of tokens and of HIGH tokens of each class."""
+    sums = types.group_by("class").aggregate([("n", "sum"), ("n_high", "sum")])
+    rows = sums.to_pylist()
+    return {row["class"]: (row["n_sum"], row["n_high_sum"]) for row in rows}
 
 
 def movers_table(
@@ -153,48 +169,73 @@ def movers_table(
 
     Types are matched by their ids with ``by_id``, otherwise by their pieces.
     """
-    keys_a, keys_b = (
-        (t["token_id"].to_numpy() for t in (types_a, types_b))
-        if by_id
-        else _pieces(types_a, types_b)
-    )
+    if by_id:
+        keys_a, keys_b = types_a["token_id"].to_numpy(), types_b["token_id"].to_numpy()
+    else:
+        keys_a, keys_b = _pieces(types_a, types_b)
     keys = np.union1d(keys_a, keys_b)
-    at_a, at_b = np.full(len(keys), -1), np.full(len(keys), -1)
-    at_a[np.searchsorted(keys, keys_a)] = np.arange(len(keys_a))
-    at_b[np.searchsorted(keys, keys_b)] = np.arange(len(keys_b))
-    in_a, in_b = at_a >= 0, at_b >= 0
-    both = in_a & in_b
-    named = pa.concat_tables([types_b, types_a]).take(
-        pa.array(np.where(in_b, at_b, len(types_b) + at_a))
-    )
-    columns: dict[str, Any] = {
-        n: named[n].combine_chunks() for n in ("token_id", "token", "text", "class")
-    }
-    columns["layer"] = np.full(len(keys), layer)
-    columns["status"] = np.where(both, "both", np.where(in_b, "new", "vanished"))
-    number: dict[tuple[str, str], Any] = {}
-    for run, types, at, there in (("a", types_a, at_a, in_a), ("b", types_b, at_b, in_b)):
-        for name in ("n", "n_high", "q2"):
-            number[name, run] = np.zeros(len(keys), types[name].to_numpy().dtype)
-            number[name, run][there] = types[name].to_numpy()[at[there]]
-        columns[f"n_{run}"] = number["n", run]
-        share = number["n_high", run] / np.maximum(1, number["n", run])
-        columns[f"share_high_{run}"] = pa.array(share, mask=~there)
-        columns[f"median_{run}"] = pa.array(number["q2", run], mask=~there | ranks_only)
+    a, b = _Side.of(types_a, keys_a, keys), _Side.of(types_b, keys_b, keys)
+    both = a.has_type & b.has_type
+    status = np.where(both, "both", np.where(b.has_type, "new", "vanished"))
     z, p, q = np.zeros(len(keys)), np.ones(len(keys)), np.ones(len(keys))
-    z[both], p[both] = two_proportions(
-        *(number[name, run][both] for run in "ab" for name in ("n_high", "n"))
-    )
+    z[both], p[both] = two_proportions(a.n_high[both], a.n[both], b.n_high[both], b.n[both])
     q[both] = benjamini_hochberg(p[both])
-    columns |= {
-        name: pa.array(values, mask=~both) for name, values in (("z", z), ("p", p), ("q", q))
+    # Texts and classes are those of B, or of A for a type that only A has.
+    row_of_type = np.where(b.has_type, b.row, len(types_b) + a.row)
+    named = pa.concat_tables([types_b, types_a]).take(pa.array(row_of_type))
+    token_ids = named["token_id"].combine_chunks()
+    columns = {
+        "layer": np.full(len(keys), layer),
+        "token_id": token_ids,
+        "token": named["token"].combine_chunks(),
+        "text": named["text"].combine_chunks(),
+        "class": named["class"].combine_chunks(),
+        "status": status,
+        **a.columns("a", ranks_only=ranks_only),
+        **b.columns("b", ranks_only=ranks_only),
+        "z": pa.array(z, mask=~both),
+        "p": pa.array(p, mask=~both),
+        "q": pa.array(q, mask=~both),
     }
-    table = pa.Table.from_arrays(
-        [pa.array(columns[f.name], f.type) for f in MOVERS_SCHEMA], schema=MOVERS_SCHEMA
-    )
-    tokens = number["n", "a"] + number["n", "b"]
-    ids = table["token_id"].to_numpy()
-    return table.take(pa.array(np.lexsort((ids, -tokens, -np.abs(z), q, columns["status"]))))
+    arrays = [pa.array(columns[field.name], field.type) for field in MOVERS_SCHEMA]
+    table = pa.Table.from_arrays(arrays, schema=MOVERS_SCHEMA)
+    num_tokens = a.n + b.n
+    order = np.lexsort((token_ids.to_numpy(), -num_tokens, -np.abs(z), q, status))
+    return table.take(pa.array(order))
+
+
+class _Side(NamedTuple):
+    """The types of one run, at the places of the types of both runs; all [n_types]."""
+
+    row: Ints  # row in the run's table of types; -1 if the run does not have the type
+    has_type: npt.NDArray[np.bool_]
+    n: Ints  # this and the following are 0 where the run does not have the type
+    n_high: Ints
+    median: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, types: pa.Table, keys: Ints, all_keys: Ints) -> _Side:
+        """``types`` with the given ``keys`` [len(types)]; ``all_keys`` [n_types] are ascending."""
+        row = np.full(len(all_keys), -1)
+        row[np.searchsorted(all_keys, keys)] = np.arange(len(keys))
+        has_type = row >= 0
+
+        def placed(name: str) -> npt.NDArray[Any]:
+            values = types[name].to_numpy()
+            column = np.zeros(len(all_keys), values.dtype)
+            column[has_type] = values[row[has_type]]
+            return column
+
+        return cls(row, has_type, placed("n"), placed("n_high"), placed("q2"))
+
+    def columns(self, run: str, *, ranks_only: bool) -> dict[str, Any]:
+        """The columns of ``MOVERS_SCHEMA`` that describe ``run``."""
+        share_high = self.n_high / np.maximum(1, self.n)
+        return {
+            f"n_{run}": self.n,
+            f"share_high_{run}": pa.array(share_high, mask=~self.has_type),
+            f"median_{run}": pa.array(self.median, mask=~self.has_type | ranks_only),
+        }
 
 
 def _pieces(*types: pa.Table) -> Iterator[Ints]:

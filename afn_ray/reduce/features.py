@@ -29,10 +29,6 @@ from afn_ray.schema import (
 )
 from afn_ray.store import parquet, records
 
-BIN_MASK = (1 << BIN_BITS) - 1
-"""Mask of the bin in a key of a source and a bin."""
-
-
 Sums = tuple[Histogram, ...]
 """Histograms that are added one by one."""
 
@@ -89,7 +85,7 @@ def _scan_shard(
     source = sources.index_of(uris)
     n = np.zeros(len(source), np.int64)
     features = [np.zeros(len(source), np.float32) for _ in FEATURES]
-    pieces: list[Sums] = [tuple(Histogram.of(np.empty(0, np.int64)) for _ in layers)]
+    pieces: list[Sums] = [tuple(Histogram.empty() for _ in layers)]
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     columns = ["token_id", "flags", *map(strength_column, layers)]

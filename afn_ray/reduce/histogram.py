@@ -8,7 +8,7 @@ order statistic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,8 +27,12 @@ DEFINITION = "inverse CDF: the smallest recorded value with at least q*n values 
 
 BIN_BITS = 24
 """Bits of a bin in a key."""
+BIN_MASK = (1 << BIN_BITS) - 1
+"""Mask of the bin in a key."""
 TYPE_BITS = 31
 """Bits of a token id in a key, above those of the bin."""
+TYPE_MASK = (1 << TYPE_BITS) - 1
+"""Mask of the token id in a key without a bin."""
 SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
 """Bit of a key that marks a special token."""
 COUNTED_IDS = 1 << 18
@@ -48,15 +52,17 @@ def round_strengths(values: Floats) -> Floats:
     The relative error is at most 2^-16. -0 becomes +0; values that are not finite stay the same.
     """
     bits = np.asarray(values, np.float32).view(np.uint32)
-    finite = np.isfinite(values)
-    rounded = (bits + np.uint32(0x7F) + ((bits >> 8) & 1)) & np.uint32(0xFFFFFF00)
+    is_odd = (bits >> 8) & 1
+    rounded = (bits + np.uint32(0x7F) + is_odd) & np.uint32(0xFFFFFF00)
+    recorded = np.where(np.isfinite(values), rounded, bits)
     # Adding 0 turns -0 into +0.
-    return np.where(finite, rounded, bits).astype(np.uint32).view(np.float32) + np.float32(0)
+    return recorded.astype(np.uint32).view(np.float32) + np.float32(0)
 
 
 def to_bins(values: Floats) -> Ints:
     """Bins of rounded, finite, non-negative strengths."""
-    return (np.ascontiguousarray(values, np.float32).view(np.uint32) >> 8).astype(np.int64)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return (bits >> 8).astype(np.int64)
 
 
 def to_values(bins: Ints) -> Floats:
@@ -88,7 +94,14 @@ class Histogram:
         order = np.argsort(keys, kind="stable")
         keys, counts = keys[order], counts[order]
         first = starts(keys)
-        return cls(keys[first], np.add.reduceat(counts, first) if len(first) else counts)
+        if not len(first):
+            return cls(keys, counts)
+        return cls(keys[first], np.add.reduceat(counts, first))
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        """The histogram of no keys."""
+        return cls(np.empty(0, np.int64), np.empty(0, np.int64))
 
     @classmethod
     def of_types(cls, types: Ints, size: int) -> Histogram:
@@ -108,25 +121,40 @@ class Histogram:
 
         It is made one range of keys at a time, so it needs little memory beside parts and sum.
         """
-        parts = [p for p in parts if len(p.keys)] or [cls.of(np.empty(0, np.int64))]
+        parts = [part for part in parts if len(part.keys)]
+        if not parts:
+            return cls.empty()
         if len(parts) == 1:
             return parts[0]
-        longest = max((p.keys for p in parts), key=len)
-        step = max(1, MERGE_KEYS * len(longest) // sum(len(p.keys) for p in parts))
-        ends = [np.append(np.searchsorted(p.keys, longest[step::step]), len(p.keys)) for p in parts]
-        begins = [np.append(0, e[:-1]) for e in ends]
-        sums = []
-        for at in range(len(ends[0])):
-            ranges = [slice(b[at], e[at]) for b, e in zip(begins, ends, strict=True)]
-            keys = np.concatenate([p.keys[r] for p, r in zip(parts, ranges, strict=True)])
-            counts = np.concatenate([p.counts[r] for p, r in zip(parts, ranges, strict=True)])
-            sums.append(cls.of(keys, counts))
-        return cls(np.concatenate([s.keys for s in sums]), np.concatenate([s.counts for s in sums]))
+        sums = [cls._concatenated(pieces) for pieces in _cut_alike(parts)]
+        keys = np.concatenate([one.keys for one in sums])
+        counts = np.concatenate([one.counts for one in sums])
+        return cls(keys, counts)
+
+    @classmethod
+    def _concatenated(cls, parts: Sequence[Histogram]) -> Histogram:
+        """The sum of ``parts``, made by one sort of all their keys."""
+        keys = np.concatenate([part.keys for part in parts])
+        counts = np.concatenate([part.counts for part in parts])
+        return cls.of(keys, counts)
+
+    def slice(self, begin: int, end: int) -> Histogram:
+        """The keys at the indices ``begin`` to ``end``, without copying them."""
+        return Histogram(self.keys[begin:end], self.counts[begin:end])
 
     @property
     def n(self) -> int:
         """Sum of the counts."""
         return int(self.counts.sum())
+
+    def counts_of(self, keys: Ints) -> Ints:
+        """Counts of ``keys``, in any order; 0 for keys that do not occur."""
+        if not len(self.keys):
+            return np.zeros(len(keys), np.int64)
+        last = len(self.keys) - 1
+        at = np.minimum(np.searchsorted(self.keys, keys), last)
+        occurs = self.keys[at] == keys
+        return np.where(occurs, self.counts[at], 0)
 
     def quantile_key(self, numerator: int, denominator: int) -> int:
         """The exact key at the quantile ``numerator/denominator`` (inverse CDF).
@@ -143,6 +171,20 @@ def _type_keys(types: Ints, size: int) -> Ints:
     return keys
 
 
+def _cut_alike(parts: Sequence[Histogram]) -> Iterator[list[Histogram]]:
+    """``parts`` cut at the same keys: one piece of each, about ``MERGE_KEYS`` keys together."""
+    lengths = [len(part.keys) for part in parts]
+    longest = parts[int(np.argmax(lengths))].keys
+    step = max(1, MERGE_KEYS * len(longest) // sum(lengths))
+    limits = longest[step::step]
+    cuts = [np.searchsorted(part.keys, limits).tolist() for part in parts]
+    begins = [0] * len(parts)
+    for ends in [*zip(*cuts, strict=True), lengths]:
+        ranges = zip(parts, begins, ends, strict=True)
+        yield [part.slice(begin, end) for part, begin, end in ranges]
+        begins = list(ends)
+
+
 class Summary:
     """Statistics of one shard, collected chunk by chunk.
 
@@ -155,9 +197,7 @@ class Summary:
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
         self._whole_words: list[Histogram] = []
-        self._tags = (
-            [TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))] if tagged else None
-        )
+        self._tags = [TypeTags.empty()] if tagged else None
 
     def add(
         self,
@@ -174,20 +214,24 @@ class Summary:
         """
         size = int(token_ids.max(initial=0)) + 1
         types = token_ids + size * (flags & SPECIAL).astype(np.int64)
+        starts_word = (flags & WORD_START) > 0
+        is_whole = whole_words(docs, flags)
         # Documents come one after the other, and a stable sort is fast on keys in such an order.
         in_docs = np.sort(docs.astype(np.int64) * (2 * size) + types, kind="stable")
         in_docs = in_docs[starts(in_docs)]
         self._docs.append(Histogram.of_types(in_docs % (2 * size), size))
-        self._word_starts.append(Histogram.of_types(types[(flags & WORD_START) > 0], size))
-        self._whole_words.append(Histogram.of_types(types[whole_words(docs, flags)], size))
+        self._word_starts.append(Histogram.of_types(types[starts_word], size))
+        self._whole_words.append(Histogram.of_types(types[is_whole], size))
         keys = _type_keys(types, size)
         for series, parts in self._values.items():
             parts.append(Histogram.of(keys + to_bins(values[series])))
-            if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS:
+            unmerged = sum(len(part.keys) for part in parts[1:])
+            if unmerged > COMPACT_KEYS:
                 parts[:] = [Histogram.merge(parts)]
         if self._tags is not None:
             self._tags.append(TypeTags.of(token_ids, tags))
-            if sum(len(part.table) for part in self._tags[1:]) > COMPACT_KEYS:
+            unmerged = sum(len(part.table) for part in self._tags[1:])
+            if unmerged > COMPACT_KEYS:
                 self._tags[:] = [TypeTags.merge(self._tags)]
 
     def tables(self) -> Iterable[pa.Table]:
@@ -195,17 +239,17 @@ class Summary:
 
         With tags the schema is ``TAGGED_SUMMARY_SCHEMA``, and the table of the tags comes last.
         """
-        counts = (self._docs, self._word_starts, self._whole_words)
-        docs, starts, wholes = (Histogram.merge(parts) for parts in counts)
+        docs = Histogram.merge(self._docs)
+        word_starts = Histogram.merge(self._word_starts)
+        whole_words = Histogram.merge(self._whole_words)
         for series, parts in self._values.items():
-            table = SeriesSummary(Histogram.merge(parts), docs, starts, wholes).to_table(series)
-            yield (
-                table
-                if self._tags is None
-                else table.append_column(
-                    TAGGED_SUMMARY_SCHEMA.field("tag"), pa.nulls(len(table), pa.string())
-                )
-            )
+            values = Histogram.merge(parts)
+            summary = SeriesSummary(values, docs, word_starts, whole_words)
+            table = summary.to_table(series)
+            if self._tags is not None:
+                no_tags = pa.nulls(len(table), pa.string())
+                table = table.append_column(TAGGED_SUMMARY_SCHEMA.field("tag"), no_tags)
+            yield table
         if self._tags is not None:
             yield TypeTags.merge(self._tags).to_table()
 
@@ -217,11 +261,15 @@ class TypeTags:
     table: pa.Table  # token_id, tag, n; distinct pairs in order
 
     @classmethod
+    def empty(cls) -> TypeTags:
+        """Counts of no tokens."""
+        return cls.of(np.empty(0, np.int32), pa.array([], pa.string()))
+
+    @classmethod
     def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
         """Counts of tokens; tokens whose tag is null are left out."""
-        return cls._sum(
-            pa.table({"token_id": token_ids, "tag": tags, "n": np.ones(len(token_ids), np.int64)})
-        )
+        once = np.ones(len(token_ids), np.int64)
+        return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": once}))
 
     @classmethod
     def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:
@@ -230,17 +278,11 @@ class TypeTags:
 
     @classmethod
     def _sum(cls, table: pa.Table) -> TypeTags:
-        sums = (
-            table.filter(pc.is_valid(table["tag"]))
-            .group_by(["token_id", "tag"])
-            .aggregate([("n", "sum")])
-        )
-        order = [("token_id", "ascending"), ("tag", "ascending")]
-        return cls(
-            sums.select(["token_id", "tag", "n_sum"])
-            .rename_columns(["token_id", "tag", "n"])
-            .sort_by(order)
-        )
+        tagged = table.filter(pc.is_valid(table["tag"]))
+        groups = tagged.group_by(["token_id", "tag"]).aggregate([("n", "sum")])
+        sums = groups.select(["token_id", "tag", "n_sum"])
+        named = sums.rename_columns(["token_id", "tag", "n"])
+        return cls(named.sort_by([("token_id", "ascending"), ("tag", "ascending")]))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TypeTags:
@@ -253,33 +295,35 @@ class TypeTags:
 
         Beside the type and the tag, only ``counts`` has a meaning; the other numbers are 0.
         """
-        zeros, ends = (
-            np.zeros(len(self.table), np.int64),
-            np.arange(len(self.table) + 1, dtype=np.int32),
-        )
+        num_rows = len(self.table)
+        zeros = np.zeros(num_rows, np.int64)
+        ends = np.arange(num_rows + 1, dtype=np.int32)  # each list has one element
+        n = self.table["n"].combine_chunks()
         columns = {
-            "signal": pa.array(["tag"] * len(zeros), pa.string()),
+            "signal": pa.array(["tag"] * num_rows, pa.string()),
             "layer": zeros,
             "special": zeros,
             "n_docs": zeros,
             "n_word_start": zeros,
             "n_whole": zeros,
             "bins": pa.ListArray.from_arrays(ends, zeros),
-            "counts": pa.ListArray.from_arrays(ends, self.table["n"].combine_chunks()),
+            "counts": pa.ListArray.from_arrays(ends, n),
             "token_id": self.table["token_id"],
             "tag": self.table["tag"],
         }
-        return pa.table(
-            [columns[name] for name in TAGGED_SUMMARY_SCHEMA.names], TAGGED_SUMMARY_SCHEMA.names
-        ).cast(TAGGED_SUMMARY_SCHEMA)
+        names = TAGGED_SUMMARY_SCHEMA.names
+        in_order = [columns[name] for name in names]
+        return pa.table(in_order, names).cast(TAGGED_SUMMARY_SCHEMA)
 
     def most_frequent(self) -> dict[int, str]:
         """The most frequent tag of each type; for equal counts, the first by name."""
         best: dict[int, tuple[int, str]] = {}
-        for token_id, tag, n in zip(
-            *(self.table[c].to_pylist() for c in ("token_id", "tag", "n")), strict=True
-        ):
-            if n > best.get(token_id, (0, ""))[0]:
+        token_ids, tags, counts = (
+            self.table[name].to_pylist() for name in ("token_id", "tag", "n")
+        )
+        for token_id, tag, n in zip(token_ids, tags, counts, strict=True):
+            best_n, _ = best.get(token_id, (0, ""))
+            if n > best_n:
                 best[token_id] = (n, tag)
         return {token_id: tag for token_id, (_, tag) in best.items()}
 
@@ -290,18 +334,12 @@ def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> np
     A whole word starts a word, and the next token of the document does not continue it. ``docs``
     and ``flags`` [n] belong to the tokens of whole documents.
     """
+    continues_word = flags & (SPECIAL | WORD_START) == 0
+    same_doc = docs[1:] == docs[:-1]
     goes_on = np.zeros(len(flags), np.bool_)
-    goes_on[:-1] = (flags[1:] & (SPECIAL | WORD_START) == 0) & (docs[1:] == docs[:-1])
-    is_whole: npt.NDArray[np.bool_] = ((flags & WORD_START) != 0) & ~goes_on
-    return is_whole
-
-
-def _look_up(histogram: Histogram, keys: Ints) -> Ints:
-    """Counts of ``keys``; 0 for keys that do not occur."""
-    if not len(histogram.keys):
-        return np.zeros(len(keys), np.int64)
-    at = np.minimum(np.searchsorted(histogram.keys, keys), len(histogram.keys) - 1)
-    return np.where(histogram.keys[at] == keys, histogram.counts[at], 0)
+    goes_on[:-1] = continues_word[1:] & same_doc
+    starts_word: npt.NDArray[np.bool_] = (flags & WORD_START) != 0
+    return starts_word & ~goes_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,20 +355,26 @@ class SeriesSummary:
     whole_words: Histogram
 
     @classmethod
+    def empty(cls) -> SeriesSummary:
+        """The summary of no tokens."""
+        nothing = Histogram.empty()
+        return cls(nothing, nothing, nothing, nothing)
+
+    @classmethod
     def from_table(cls, table: pa.Table) -> SeriesSummary:
         """From the rows of one series in ``SUMMARY_SCHEMA``."""
+        if not len(table):
+            return cls.empty()
         table = table.combine_chunks()
-        types = table["special"].to_numpy().astype(np.int64) * SPECIAL_KEY
-        types += table["token_id"].to_numpy().astype(np.int64) << BIN_BITS
-        if not len(types):
-            empty = Histogram(np.empty(0, np.int64), np.empty(0, np.int64))
-            return cls(empty, empty, empty, empty)
+        special = table["special"].to_numpy().astype(np.int64)
+        token_ids = table["token_id"].to_numpy().astype(np.int64)
+        types = special * SPECIAL_KEY + (token_ids << BIN_BITS)
         lists = table["bins"].chunk(0)
-        lengths = np.diff(lists.offsets.to_numpy())
+        num_bins = np.diff(lists.offsets.to_numpy())
         bins = lists.flatten().to_numpy().astype(np.int64)
         counts = table["counts"].chunk(0).flatten().to_numpy()
         return cls(
-            Histogram(np.repeat(types, lengths) + bins, counts),
+            Histogram(np.repeat(types, num_bins) + bins, counts),
             Histogram(types, table["n_docs"].to_numpy()),
             Histogram(types, table["n_word_start"].to_numpy()),
             Histogram(types, table["n_whole"].to_numpy()),
@@ -344,20 +388,23 @@ class SeriesSummary:
         types = self.values.keys >> BIN_BITS
         first = starts(types)
         keys = types[first] << BIN_BITS
+        num_rows = len(keys)
+        token_ids = (keys % SPECIAL_KEY) >> BIN_BITS
         ends = pa.array(np.append(first, len(types)).astype(np.int32))
-        bins = pa.array((self.values.keys & ((1 << BIN_BITS) - 1)).astype(np.int32))
+        bins = pa.array((self.values.keys & BIN_MASK).astype(np.int32))
+        counts = pa.array(self.values.counts)
+        type_of_bins = SUMMARY_SCHEMA.field("bins").type
+        type_of_counts = SUMMARY_SCHEMA.field("counts").type
         columns = [
-            pa.array([series.signal] * len(first), pa.string()),
-            pa.array(np.full(len(first), series.layer, np.int16)),
+            pa.array([series.signal] * num_rows, pa.string()),
+            pa.array(np.full(num_rows, series.layer, np.int16)),
             pa.array(keys >= SPECIAL_KEY),
-            pa.array(((keys % SPECIAL_KEY) >> BIN_BITS).astype(np.int32)),
-            pa.array(_look_up(self.docs, keys)),
-            pa.array(_look_up(self.word_starts, keys)),
-            pa.array(_look_up(self.whole_words, keys)),
-            pa.ListArray.from_arrays(ends, bins, type=SUMMARY_SCHEMA.field("bins").type),
-            pa.ListArray.from_arrays(
-                ends, pa.array(self.values.counts), type=SUMMARY_SCHEMA.field("counts").type
-            ),
+            pa.array(token_ids.astype(np.int32)),
+            pa.array(self.docs.counts_of(keys)),
+            pa.array(self.word_starts.counts_of(keys)),
+            pa.array(self.whole_words.counts_of(keys)),
+            pa.ListArray.from_arrays(ends, bins, type=type_of_bins),
+            pa.ListArray.from_arrays(ends, counts, type=type_of_counts),
         ]
         return pa.Table.from_arrays(columns, schema=SUMMARY_SCHEMA)
 
@@ -369,19 +416,22 @@ class SeriesSummary:
         not n squared. Peak memory is four times the result: 64 bytes for each distinct pair of a
         type and a strength.
         """
-        total, waiting, num_keys = cls._add([]), [], 0
+        total = cls.empty()
+        waiting: list[SeriesSummary] = []
+        waiting_keys = 0
         for part in parts:
             waiting.append(part)
-            num_keys += len(part.values.keys)
-            if num_keys > max(MERGE_KEYS, len(total.values.keys)):
-                total, waiting, num_keys = cls._add([total, *waiting]), [], 0
+            waiting_keys += len(part.values.keys)
+            if waiting_keys > max(MERGE_KEYS, len(total.values.keys)):
+                total = cls._add([total, *waiting])
+                waiting, waiting_keys = [], 0
         return cls._add([total, *waiting])
 
     @classmethod
-    def _add(cls, parts: list[SeriesSummary]) -> SeriesSummary:
+    def _add(cls, parts: Sequence[SeriesSummary]) -> SeriesSummary:
         return cls(
-            Histogram.merge(p.values for p in parts),
-            Histogram.merge(p.docs for p in parts),
-            Histogram.merge(p.word_starts for p in parts),
-            Histogram.merge(p.whole_words for p in parts),
+            Histogram.merge(part.values for part in parts),
+            Histogram.merge(part.docs for part in parts),
+            Histogram.merge(part.word_starts for part in parts),
+            Histogram.merge(part.whole_words for part in parts),
         )

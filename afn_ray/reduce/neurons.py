@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.reduce.histogram import COMPACT_KEYS, TYPE_BITS, starts
+from afn_ray.reduce.histogram import COMPACT_KEYS, TYPE_BITS, TYPE_MASK, starts
 from afn_ray.schema import (
     NEURON_LIST,
     NEURON_TYPES_SCHEMA,
@@ -26,6 +27,7 @@ from afn_ray.schema import (
 )
 
 Floats = npt.NDArray[np.float32]
+Floats64 = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SCALE = 1 << 20
@@ -61,12 +63,12 @@ class Pairs:
         first = starts(keys)
         if not len(first):
             return cls(keys, n, totals, largest)
-        sums = (
+        return cls(
+            keys[first],
             np.add.reduceat(n, first),
             np.add.reduceat(totals, first),
             np.maximum.reduceat(largest, first),
         )
-        return cls(keys[first], *sums)
 
     @classmethod
     def merge(cls, parts: Iterable[Pairs]) -> Pairs:
@@ -84,23 +86,35 @@ class Pairs:
     @classmethod
     def from_table(cls, table: pa.Table) -> Pairs:
         """From rows of ``PAIRS_SCHEMA`` of one layer."""
-        keys = (table["neuron"].to_numpy().astype(np.int64) << TYPE_BITS) + table[
-            "token_id"
-        ].to_numpy()
-        return cls(keys, *(table[name].to_numpy() for name in ("n", "total", "largest")))
+        neurons = table["neuron"].to_numpy().astype(np.int64)
+        token_ids = table["token_id"].to_numpy()
+        return cls(
+            (neurons << TYPE_BITS) + token_ids,
+            table["n"].to_numpy(),
+            table["total"].to_numpy(),
+            table["largest"].to_numpy(),
+        )
 
     def to_table(self, layer: int) -> pa.Table:
         """As rows of ``PAIRS_SCHEMA``; the inverse of ``from_table``."""
-        columns = (
-            np.full(len(self.keys), layer, np.int16),
-            self.keys >> TYPE_BITS,
-            self.keys & ((1 << TYPE_BITS) - 1),
-            self.n,
-            self.totals,
-            self.largest,
-        )
-        arrays = [pa.array(c).cast(f.type) for c, f in zip(columns, PAIRS_SCHEMA, strict=True)]
+        columns = {
+            "layer": np.full(len(self.keys), layer, np.int16),
+            "neuron": self.neurons,
+            "token_id": self.token_ids,
+            "n": self.n,
+            "total": self.totals,
+            "largest": self.largest,
+        }
+        arrays = [pa.array(columns[field.name]).cast(field.type) for field in PAIRS_SCHEMA]
         return pa.Table.from_arrays(arrays, schema=PAIRS_SCHEMA)
+
+    @property
+    def neurons(self) -> Ints:
+        return self.keys >> TYPE_BITS
+
+    @property
+    def token_ids(self) -> Ints:
+        return self.keys & TYPE_MASK
 
 
 _NONE = np.empty(0, np.int64)
@@ -118,18 +132,22 @@ class PairSummary:
         self, token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], lists: pa.Table
     ) -> None:
         """Add tokens; ``lists`` has their neurons in the same order (``token_neurons_schema``)."""
-        normal = (flags & SPECIAL) == 0
+        is_normal = (flags & SPECIAL) == 0
+        most_unmerged = COMPACT_KEYS // len(self._parts)
         for layer, parts in self._parts.items():
             column = lists[neurons_column(layer)].combine_chunks()
             lengths = np.diff(column.offsets.to_numpy())
-            here = column.flatten()  # nulls have no elements
-            counted = np.repeat(normal, lengths)
-            neurons = here.field("neuron").to_numpy().astype(np.int64)[counted]
-            values = here.field("value").to_numpy()[counted]
-            keys = (neurons << TYPE_BITS) + np.repeat(token_ids.astype(np.int64), lengths)[counted]
+            items = column.flatten()  # nulls have no elements
+            counted = np.repeat(is_normal, lengths)
+            types = np.repeat(token_ids.astype(np.int64), lengths)[counted]
+            neurons = items.field("neuron").to_numpy().astype(np.int64)[counted]
+            values = items.field("value").to_numpy()[counted]
+            keys = (neurons << TYPE_BITS) + types
+            once = np.ones(len(keys), np.int64)
             totals = np.rint(values.astype(np.float64) * SCALE).astype(np.int64)
-            parts.append(Pairs.of(keys, np.ones(len(keys), np.int64), totals, values))
-            if sum(len(p.keys) for p in parts[1:]) > COMPACT_KEYS // len(self._parts):
+            parts.append(Pairs.of(keys, once, totals, values))
+            unmerged = sum(len(part.keys) for part in parts[1:])
+            if unmerged > most_unmerged:
                 parts[:] = [Pairs.merge(parts)]
 
     def tables(self) -> Iterable[pa.Table]:
@@ -147,19 +165,23 @@ def lists_of(
     values, the largest absolute value first. Values of 0 are left out. Tokens that are not ``kept``
     [n_tokens] have null.
     """
-    which, values = which.T, values.T
-    there = values != 0
+    which, values = which.T, values.T  # both [n_tokens, top]
+    is_listed = values != 0
+    is_null = None
     if kept is not None:
-        there &= kept[:, None]
-    offsets = pa.array(
-        np.append(0, np.cumsum(there.sum(axis=1))).astype(np.int32),
-        mask=None if kept is None else np.append(~kept, False),
-    )
+        is_listed &= kept[:, None]
+        is_null = np.append(~kept, False)  # one for each offset
+    neurons = which[is_listed].astype(np.uint16)
     items = pa.StructArray.from_arrays(
-        [pa.array(which[there].astype(np.uint16)), pa.array(values[there])],
-        fields=list(NEURON_LIST.value_type),
+        [pa.array(neurons), pa.array(values[is_listed])], fields=list(NEURON_LIST.value_type)
     )
+    offsets = pa.array(_offsets(is_listed.sum(axis=1)), mask=is_null)
     return pa.ListArray.from_arrays(offsets, items, type=NEURON_LIST)
+
+
+def _offsets(lengths: Ints) -> npt.NDArray[np.int32]:
+    """Offsets of lists of the given ``lengths`` [n]; int32 [n + 1]."""
+    return np.append(0, np.cumsum(lengths)).astype(np.int32)
 
 
 def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[pa.Table, pa.Table]:
@@ -170,75 +192,101 @@ def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[
     """
     if not len(pairs.keys):
         return NEURONS_SCHEMA.empty_table(), NEURON_TYPES_SCHEMA.empty_table()
-    neurons, ids = pairs.keys >> TYPE_BITS, pairs.keys & ((1 << TYPE_BITS) - 1)
-    n_tokens = int(types["n"].sum())
-    of_type = types["n"][np.searchsorted(types["token_id"], ids)]
-    first = starts(neurons)
-    rows = np.diff(np.append(first, len(neurons)))
-    n = np.add.reduceat(pairs.n, first)
-    of_neuron = np.repeat(n, rows)
-    lift = (pairs.n / of_neuron) / (of_type / n_tokens)
-    information = pairs.n / of_neuron * np.log2(lift)
-    order = np.lexsort((ids, -information, neurons))
-    place = np.arange(len(neurons)) - np.repeat(first, rows)
-    top = order[place < TOP_TYPES]
-    listed = np.minimum(rows, TOP_TYPES)
-    named = NEURONS_SCHEMA.field("types").type
-    items = pa.StructArray.from_arrays(
-        [
-            pa.array(ids[top].astype(np.int32)),
-            pa.array([""] * len(top), pa.string()),
-            pa.array(pairs.n[top]),
-            pa.array(lift[top]),
-        ],
-        fields=list(named.value_type),
-    )
-    by_neuron = {
+    shares = _Shares.of(pairs, types)
+    return _neurons_table(pairs, layer, shares), _neuron_types_table(pairs, layer, shares)
+
+
+class _Shares(NamedTuple):
+    """How much each pair and each neuron occurs, in tokens with recorded neurons."""
+
+    n_tokens: int  # all these tokens
+    of_type: Ints  # those of the pair's type, [n_pairs]
+    first: Ints  # index of the first pair of each neuron, [n_neurons]
+    n_pairs: Ints  # number of pairs of each neuron, [n_neurons]
+    of_neuron: Ints  # tokens with the neuron, [n_neurons]
+    share: Floats64  # of the neuron's tokens that are of the pair's type, [n_pairs]
+    lift: Floats64  # that share over the type's share of all tokens, [n_pairs]
+
+    @classmethod
+    def of(cls, pairs: Pairs, types: Mapping[str, Ints]) -> _Shares:
+        n_tokens = int(types["n"].sum())
+        of_type = types["n"][np.searchsorted(types["token_id"], pairs.token_ids)]
+        first = starts(pairs.neurons)
+        n_pairs = np.diff(np.append(first, len(pairs.keys)))
+        of_neuron = np.add.reduceat(pairs.n, first)
+        share = pairs.n / np.repeat(of_neuron, n_pairs)
+        lift = share / (of_type / n_tokens)
+        return cls(n_tokens, of_type, first, n_pairs, of_neuron, share, lift)
+
+
+def _neurons_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
+    """Rows of ``NEURONS_SCHEMA`` without texts."""
+    first, n = shares.first, shares.of_neuron
+    information = shares.share * np.log2(shares.lift)
+    columns = {
         "layer": np.full(len(first), layer),
-        "neuron": neurons[first],
+        "neuron": pairs.neurons[first],
         "n": n,
-        "share": n / n_tokens,
+        "share": n / shares.n_tokens,
         "mean": np.add.reduceat(pairs.totals, first) / SCALE / n,
         "largest": np.maximum.reduceat(pairs.largest, first),
-        "n_types": rows,
+        "n_types": shares.n_pairs,
         "selectivity": np.add.reduceat(information, first),
+        "types": _top_types(pairs, shares, information),
     }
-    columns = [pa.array(by_neuron[f.name], f.type) for f in NEURONS_SCHEMA if f.name in by_neuron]
-    offsets = pa.array(np.append(0, np.cumsum(listed)).astype(np.int32))
-    columns.append(pa.ListArray.from_arrays(offsets, items, type=named))
-    often = pairs.n >= MIN_N
-    by_pair = {
-        "layer": np.full(int(often.sum()), layer),
-        "neuron": neurons[often],
-        "token_id": ids[often],
-        "n": pairs.n[often],
-        "share": (pairs.n / of_type)[often],
-        "mean": (pairs.totals / SCALE / pairs.n)[often],
-        "largest": pairs.largest[often],
-        "lift": lift[often],
-    }
-    return (
-        pa.Table.from_arrays(columns, schema=NEURONS_SCHEMA),
-        pa.Table.from_arrays(
-            [pa.array(by_pair[f.name], f.type) for f in NEURON_TYPES_SCHEMA],
-            schema=NEURON_TYPES_SCHEMA,
-        ),
+    arrays = [pa.array(columns[field.name], field.type) for field in NEURONS_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=NEURONS_SCHEMA)
+
+
+def _top_types(pairs: Pairs, shares: _Shares, information: Floats64) -> pa.ListArray:
+    """Column ``types``: of each neuron, the types with most ``information`` [n_pairs]."""
+    token_ids = pairs.token_ids
+    order = np.lexsort((token_ids, -information, pairs.neurons))
+    place = np.arange(len(order)) - np.repeat(shares.first, shares.n_pairs)
+    top = order[place < TOP_TYPES]
+    kind = NEURONS_SCHEMA.field("types").type
+    items = pa.StructArray.from_arrays(
+        [
+            pa.array(token_ids[top].astype(np.int32)),
+            pa.array([""] * len(top), pa.string()),
+            pa.array(pairs.n[top]),
+            pa.array(shares.lift[top]),
+        ],
+        fields=list(kind.value_type),
     )
+    offsets = pa.array(_offsets(np.minimum(shares.n_pairs, TOP_TYPES)))
+    return pa.ListArray.from_arrays(offsets, items, type=kind)
+
+
+def _neuron_types_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
+    """Rows of ``NEURON_TYPES_SCHEMA``: the pairs of at least ``MIN_N`` tokens."""
+    often = pairs.n >= MIN_N
+    n = pairs.n[often]
+    columns = {
+        "layer": np.full(len(n), layer),
+        "neuron": pairs.neurons[often],
+        "token_id": pairs.token_ids[often],
+        "n": n,
+        "share": n / shares.of_type[often],
+        "mean": pairs.totals[often] / SCALE / n,
+        "largest": pairs.largest[often],
+        "lift": shares.lift[often],
+    }
+    arrays = [pa.array(columns[field.name], field.type) for field in NEURON_TYPES_SCHEMA]
+    return pa.Table.from_arrays(arrays, schema=NEURON_TYPES_SCHEMA)
 
 
 def with_texts(table: pa.Table, readable: Sequence[str]) -> pa.Table:
     """``table`` of ``NEURONS_SCHEMA`` with the texts of its types; ``readable`` is by token id."""
+    field = NEURONS_SCHEMA.field("types")
     types = table["types"].combine_chunks()
     types = types.chunk(0) if isinstance(types, pa.ChunkedArray) else types
     items = types.flatten()
-    texts = pa.array([readable[i] for i in items.field("token_id").to_pylist()], pa.string())
-    kind = NEURONS_SCHEMA.field("types").type
-    fields = [texts if f.name == "text" else items.field(f.name) for f in kind.value_type]
-    named = pa.StructArray.from_arrays(fields, fields=list(kind.value_type))
-    offsets = pa.array(
-        np.append(0, np.cumsum(pc.list_value_length(types).to_numpy())).astype(np.int32)
-    )
-    at = table.column_names.index("types")
-    return table.set_column(
-        at, NEURONS_SCHEMA.field("types"), pa.ListArray.from_arrays(offsets, named, type=kind)
-    )
+    texts = [readable[token_id] for token_id in items.field("token_id").to_pylist()]
+    members = list(field.type.value_type)
+    columns = {member.name: items.field(member.name) for member in members}
+    columns["text"] = pa.array(texts, pa.string())
+    named = pa.StructArray.from_arrays(list(columns.values()), fields=members)
+    offsets = pa.array(_offsets(pc.list_value_length(types).to_numpy()))
+    lists = pa.ListArray.from_arrays(offsets, named, type=field.type)
+    return table.set_column(table.column_names.index("types"), field, lists)

@@ -17,12 +17,13 @@ Ints = npt.NDArray[np.int64]
 def wilson(k: Ints | int, n: Ints | int) -> tuple[Floats, Floats]:
     """Lower and upper end of Wilson's 95 % interval of the share ``k / n``, n > 0 (Wilson 1927)."""
     k, n = np.asarray(k, np.float64), np.asarray(n, np.float64)
-    p, z2 = k / n, Z_95**2
+    p = k / n
+    z2 = Z_95**2
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z_95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return np.where(k == 0, 0.0, np.maximum(0, centre - half)), np.where(
-        k == n, 1.0, np.minimum(1, centre + half)
-    )
+    lower = np.where(k == 0, 0.0, np.maximum(0, centre - half))
+    upper = np.where(k == n, 1.0, np.minimum(1, centre + half))
+    return lower, upper
 
 
 def quantile_rank(n: Any, numerator: int, denominator: int) -> Any:
@@ -50,7 +51,8 @@ def mean_and_variance(values: Floats, counts: Ints) -> tuple[float, float]:
     """
     n = int(counts.sum())
     mean = math.fsum(values * counts) / n
-    return mean, math.fsum((values - mean) ** 2 * counts) / n
+    variance = math.fsum((values - mean) ** 2 * counts) / n
+    return mean, variance
 
 
 def auc(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
@@ -60,7 +62,8 @@ def auc(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
     """
     smaller = np.cumsum(below, axis=-1) - below
     wins = (above * (smaller + below / 2)).sum(axis=-1)
-    return np.asarray(wins / (above.sum(axis=-1) * below.sum(axis=-1)))
+    num_pairs = above.sum(axis=-1) * below.sum(axis=-1)
+    return np.asarray(wins / num_pairs)
 
 
 def midranks(values: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None) -> Floats:
@@ -70,14 +73,16 @@ def midranks(values: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None) -
     """
     _, level = np.unique(values, return_inverse=True)
     size = np.bincount(level, counts)
-    return np.asarray((np.cumsum(size) - size / 2)[level])
+    rank_of_level = np.cumsum(size) - size / 2
+    return np.asarray(rank_of_level[level])
 
 
 def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
     """Rank correlation of ``a`` and ``b`` [n], ties averaged; None where either is constant."""
     if len(np.unique(a)) < 2 or len(np.unique(b)) < 2:
         return None
-    return float(np.corrcoef(midranks(a), midranks(b))[0, 1])
+    correlations = np.corrcoef(midranks(a), midranks(b))
+    return float(correlations[0, 1])
 
 
 def is_high(strengths: npt.NDArray[Any], q3: float | None) -> npt.NDArray[np.bool_]:
@@ -86,4 +91,5 @@ def is_high(strengths: npt.NDArray[Any], q3: float | None) -> npt.NDArray[np.boo
     Without a Q3, as in a run without tokens, none is. ``query.expressions.is_high`` is the same
     rule in SQL.
     """
-    return np.asarray(strengths >= np.float32(np.inf if q3 is None else q3))
+    limit = np.float32(np.inf if q3 is None else q3)
+    return np.asarray(strengths >= limit)

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray.reduce.features import BIN_MASK
 from afn_ray.reduce.histogram import (
     BIN_BITS,
+    BIN_MASK,
     Histogram,
     to_values,
 )
@@ -62,25 +62,16 @@ def describe(
     read: Mapping[str, Mapping[str, Any]],
 ) -> tuple[Spread, pa.Table]:
     """Spread of each source, and the ``sources`` table; ``read`` is the result of ``sums_by_source``."""
-    strengths, of_docs, documents = sums[: len(layers)], sums[len(layers) : -1], sums[-1]
-    n_documents = np.zeros(len(names), np.int64)
+    num_layers, num_sources = len(layers), len(names)
+    strengths, features, documents = sums[:num_layers], sums[num_layers:-1], sums[-1]
+    spread = _spread(strengths[-1], features, num_sources)
+    n_documents = np.zeros(num_sources, np.int64)
     n_documents[documents.keys] = documents.counts
-    spreads = [
-        [*_by_source(h, len(names)), Histogram.of(h.keys & BIN_MASK, h.counts)] for h in of_docs
-    ]
-    deepest = [*_by_source(strengths[-1], len(names))]
-    deepest.append(Histogram.of(strengths[-1].keys & BIN_MASK, strengths[-1].counts))
-    spread = Spread(
-        np.array([[_median(to_values(h.keys), h.counts) for h in row] for row in spreads]),
-        np.array([[_mad(h) for h in row] for row in spreads]),
-        np.array([_variance(h) for h in deepest]),
-        np.array([h.n for h in spreads[0]]),
-    )
     q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
     rows = []
     for layer, histogram in zip(layers, strengths, strict=True):
-        for at, h in enumerate(_by_source(histogram, len(names))):
-            high = is_high(to_values(h.keys), q3[layer])
+        for at, of_source in enumerate(_by_source(histogram, num_sources)):
+            high = is_high(to_values(of_source.keys), q3[layer])
             rows.append(
                 {
                     **read[names[at]],
@@ -88,20 +79,45 @@ def describe(
                     "source": names[at],
                     "n_documents": int(n_documents[at]),
                     "n_docs": int(spread.n_docs[at]),
-                    "n": h.n,
-                    "n_high": int(h.counts[high].sum()),
-                    "bins": h.keys,
-                    "counts": h.counts,
+                    "n": of_source.n,
+                    "n_high": int(of_source.counts[high].sum()),
+                    "bins": of_source.keys,
+                    "counts": of_source.counts,
                 }
             )
     return spread, pa.Table.from_pylist(rows, SOURCES_SCHEMA)
 
 
+def _spread(strengths: Histogram, features: Sequence[Histogram], num_sources: int) -> Spread:
+    """Spread of each source; ``strengths`` are those of the deepest layer."""
+    of_features = [_by_source_and_all(histogram, num_sources) for histogram in features]
+    of_strengths = _by_source_and_all(strengths, num_sources)
+    return Spread(
+        median=np.array([[_median_of(one) for one in row] for row in of_features]),
+        mad=np.array([[_mad(one) for one in row] for row in of_features]),
+        variance=np.array([_variance(one) for one in of_strengths]),
+        n_docs=np.array([one.n for one in of_features[0]]),
+    )
+
+
 def _by_source(histogram: Histogram, num_sources: int) -> Iterator[Histogram]:
     """The histogram of each source, from keys of a source and a bin."""
-    ends = np.searchsorted(histogram.keys, np.arange(num_sources + 1) << BIN_BITS)
-    for begin, end in pairwise(ends.tolist()):
-        yield Histogram(histogram.keys[begin:end] & BIN_MASK, histogram.counts[begin:end])
+    limits = np.arange(num_sources + 1) << BIN_BITS
+    ends = np.searchsorted(histogram.keys, limits).tolist()
+    for begin, end in pairwise(ends):
+        part = histogram.slice(begin, end)
+        yield Histogram(part.keys & BIN_MASK, part.counts)
+
+
+def _by_source_and_all(histogram: Histogram, num_sources: int) -> list[Histogram]:
+    """The histogram of each source, and that of all sources together."""
+    together = Histogram.of(histogram.keys & BIN_MASK, histogram.counts)
+    return [*_by_source(histogram, num_sources), together]
+
+
+def _median_of(h: Histogram) -> float:
+    """Median (inverse CDF); nan if there are no values."""
+    return _median(to_values(h.keys), h.counts)
 
 
 def _median(values: npt.NDArray[Any], counts: Ints) -> float:
@@ -114,16 +130,18 @@ def _median(values: npt.NDArray[Any], counts: Ints) -> float:
 def _mad(h: Histogram) -> float:
     """Median absolute deviation from the median; nan if there are no values."""
     values = to_values(h.keys).astype(np.float64)
-    away = np.abs(values - _median(values, h.counts))
-    order = np.argsort(away, kind="stable")
-    return _median(away[order], h.counts[order])
+    deviations = np.abs(values - _median(values, h.counts))
+    order = np.argsort(deviations, kind="stable")
+    return _median(deviations[order], h.counts[order])
 
 
 def _variance(h: Histogram) -> float:
     """Population variance; nan if there are no values."""
     if not h.n:
         return float("nan")
-    return mean_and_variance(to_values(h.keys).astype(np.float64), h.counts)[1]
+    values = to_values(h.keys).astype(np.float64)
+    _, variance = mean_and_variance(values, h.counts)
+    return variance
 
 
 def rank(
@@ -135,24 +153,20 @@ def rank(
     *repeated: Histogram,
 ) -> list[pa.Table]:
     """The ``worst`` strangest of ``documents``, as in ``RANKED``."""
-    own = sources.index_of(documents["source"].combine_chunks())
-    corpus = len(sources.names)  # index of all sources together
-    against = np.where(spread.n_docs[own] < LEAST_DOCS, corpus, own)
+    if not len(documents):
+        return [RANKED.empty_table()]
     n = documents["n_tokens"].to_numpy().astype(np.float64)
-    values = np.array([documents[name].to_numpy() for name in FEATURES], np.float64)
-    median = spread.median[:, against]
-    z = _z(values, median, spread, against, n)
     hashes = documents["hash"].to_numpy()
+    distances = _Distances.of(documents, n, sources, spread)
     copies = _copies(hashes, repeated)
-    shared = np.log2(copies) * np.log2(n) / 2
-    score = np.maximum(np.abs(z).max(axis=0), shared) if len(n) else np.empty(0)
+    z_of_copies = np.log2(copies) * np.log2(n) / 2
+    score = np.maximum(np.abs(distances.z).max(axis=0), z_of_copies)
     chosen = _first_of_each_text(score, documents["doc"].to_numpy(), hashes)[:worst]
     reasons = []
     for at in chosen.tolist():
-        of = "the corpus" if against[at] == corpus else "its source"
-        found = _reasons_by_feature(z[:, at], values[:, at], median[:, at], of)
+        found = distances.reasons(at)
         if copies[at] > 1:
-            found.append((shared[at], f"{copies[at]:,} documents have this text"))
+            found.append((z_of_copies[at], f"{copies[at]:,} documents have this text"))
         reasons.append(_strongest(found))
     columns = {
         "layer": pa.array(np.full(len(chosen), layer, np.int16)),
@@ -166,25 +180,50 @@ def rank(
     return [table.select(RANKED.names).cast(RANKED)]
 
 
-def _z(values: Floats, median: Floats, spread: Spread, against: Ints, n: Floats) -> Floats:
-    """Distance of each feature from its ``median``, in robust standard deviations.
+class _Distances(NamedTuple):
+    """Distances of documents from their source, or from the corpus if it is small."""
 
-    ``values`` and ``median`` are [n_features, n_docs], ``against`` (the source compared with) and
-    ``n`` (tokens) [n_docs].
-    """
-    variance = spread.variance[against]
-    noise = np.array([_noise(name, median[at], variance, n) for at, name in enumerate(FEATURES)])
-    scale = np.sqrt((MAD_TO_SD * spread.mad[:, against]) ** 2 + noise)
-    return np.asarray((values - median) / np.maximum(scale, LEAST_SCALE))
+    values: Floats  # of the features, [n_features, n_docs]
+    median: Floats  # of the features in the source compared with, [n_features, n_docs]
+    z: Floats  # distances in robust standard deviations, [n_features, n_docs]
+    with_corpus: npt.NDArray[np.bool_]  # compared with all sources together, [n_docs]
+
+    @classmethod
+    def of(cls, documents: pa.Table, n: Floats, sources: Sources, spread: Spread) -> _Distances:
+        """Distances of ``documents`` with ``n`` [n_docs] tokens each."""
+        own = sources.index_of(documents["source"].combine_chunks())
+        with_corpus = spread.n_docs[own] < LEAST_DOCS
+        all_sources = len(sources.names)  # index of all sources together
+        against = np.where(with_corpus, all_sources, own)
+        values = np.array([documents[name].to_numpy() for name in FEATURES], np.float64)
+        median = spread.median[:, against]
+        sd = MAD_TO_SD * spread.mad[:, against]
+        variance = spread.variance[against]
+        noise = [_noise(name, median[at], variance, n) for at, name in enumerate(FEATURES)]
+        scale = np.sqrt(sd**2 + np.array(noise))
+        z = (values - median) / np.maximum(scale, LEAST_SCALE)
+        return cls(values, median, z, with_corpus)
+
+    def reasons(self, at: int) -> list[tuple[float, str]]:
+        """The absolute z of each feature of the document ``at``, and a sentence on it."""
+        source = "the corpus" if self.with_corpus[at] else "its source"
+        reasons = []
+        for feature, name in enumerate(FEATURES):
+            value, median, z = (
+                self.values[feature, at],
+                self.median[feature, at],
+                self.z[feature, at],
+            )
+            text = f"{name} {value:.4g}, median of {source} {median:.4g} (z {z:+.1f})"
+            reasons.append((float(abs(z)), text))
+        return reasons
 
 
 def _copies(hashes: Ints, repeated: Sequence[Histogram]) -> Ints:
     """Number of documents with each text; ``repeated`` counts the hashes that occur twice."""
     copies = np.ones(len(hashes), np.int64)
     for part in repeated:
-        if len(part.keys):
-            at = np.minimum(np.searchsorted(part.keys, hashes), len(part.keys) - 1)
-            copies = np.where(part.keys[at] == hashes, part.counts[at], copies)
+        copies = np.maximum(copies, part.counts_of(hashes))
     return copies
 
 
@@ -201,20 +240,10 @@ def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
         return variance / n
     if feature == "share_distinct":
         p = np.clip(n ** (median - 1), 1 / (n + 2), 1 - 1 / (n + 2))
-        return np.asarray(p * (1 - p) / n / np.log(np.maximum(n, 2)) ** 2)
+        log_n = np.log(np.maximum(n, 2))
+        return np.asarray(p * (1 - p) / n / log_n**2)
     p = (median * n + 1) / (n + 2)
     return np.asarray(p * (1 - p) / n)
-
-
-def _reasons_by_feature(
-    z: Floats, values: Floats, medians: Floats, of: str
-) -> list[tuple[float, str]]:
-    """The distance of each feature of a document, and a sentence on it."""
-    reasons = []
-    for at, name in enumerate(FEATURES):
-        text = f"{name} {values[at]:.4g}, median of {of} {medians[at]:.4g} (z {z[at]:+.1f})"
-        reasons.append((float(abs(z[at])), text))
-    return reasons
 
 
 def _strongest(reasons: list[tuple[float, str]]) -> str:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.histogram import (
     BIN_BITS,
+    BIN_MASK,
     DEFINITION,
     SPECIAL_KEY,
     Histogram,
@@ -191,7 +192,7 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     first = starts(types)
     if not len(first):
         return STATISTICS_SCHEMA.empty_table()
-    values = to_values(keys & ((1 << BIN_BITS) - 1))
+    values = to_values(keys & BIN_MASK)
     n = np.add.reduceat(counts, first)
     wide = values.astype(np.float64)
     mean = np.add.reduceat(wide * counts, first) / n

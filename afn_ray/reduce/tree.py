@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from afn_ray.errors import StoreError
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import (
-    BIN_BITS,
+    BIN_MASK,
     SPECIAL_KEY,
     Histogram,
     SeriesSummary,
@@ -281,7 +281,7 @@ def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
     for some in _slices(part):
         keys, counts = some.values.keys, some.values.counts
         for which, histograms in ((keys < SPECIAL_KEY, normal), (keys >= SPECIAL_KEY, special)):
-            histograms.append(Histogram.of(keys[which] & ((1 << BIN_BITS) - 1), counts[which]))
+            histograms.append(Histogram.of(keys[which] & BIN_MASK, counts[which]))
     return [(Histogram.merge(normal), Histogram.merge(special))]
 
 

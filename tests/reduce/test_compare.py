@@ -142,7 +142,9 @@ def test_types_that_are_rare_in_one_run_do_not_move_by_chance() -> None:
 
 def test_files_of_one_night_are_held_against_the_folders_of_another() -> None:
     def side(*names: str) -> drift.Sources:
-        return {name: (Histogram.of(np.array([len(name)])), 1) for name in names}
+        return {
+            name: drift.SourceStrengths(Histogram.of(np.array([len(name)])), 1) for name in names
+        }
 
     few, many = (
         side("/c/a/1.txt", "/c/a/2.txt", "/c/b/3.txt", "/d/4.txt"),
@@ -150,7 +152,7 @@ def test_files_of_one_night_are_held_against_the_folders_of_another() -> None:
     )
     a, b = drift.matched_sources(few, many)
     assert a.keys() == {"/c/a", "/c/b", "/d/4.txt"} and b.keys() == many.keys()
-    assert a["/c/a"][0].n == a["/c/a"][1] == 2
+    assert a["/c/a"].histogram.n == a["/c/a"].n_high == 2
     assert [side.keys() for side in drift.matched_sources(many, few)] == [b.keys(), a.keys()]
 
 
