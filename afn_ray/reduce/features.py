@@ -29,6 +29,7 @@ from afn_ray.schema import (
 )
 from afn_ray.store import parquet, records
 
+Floats32 = npt.NDArray[np.float32]
 Sums = tuple[Histogram, ...]
 """Histograms that are added one by one."""
 
@@ -67,13 +68,12 @@ def scan(
     the index of the source above the bin.
     """
     scanned = [_scan_shard(place, sources, layers, limits) for place in places]
+    (sums,) = add(*(sums_of_shard for sums_of_shard, _ in scanned))
     table = pa.concat_tables([table for _, table in scanned]).unify_dictionaries()
-    keys = table["hash"].to_numpy()
-    return [
-        add(*(sums for sums, _ in scanned))[0],
-        table,
-        *((Histogram.of(keys[keys % num_parts == part]),) for part in range(num_parts)),
-    ]
+    hashes = table["hash"].to_numpy()
+    part_of = hashes % num_parts
+    parts = [(Histogram.of(hashes[part_of == part]),) for part in range(num_parts)]
+    return [sums, table, *parts]
 
 
 def _scan_shard(
@@ -83,67 +83,80 @@ def _scan_shard(
     documents = read_columns(place.documents, ["source", "n_tokens", "text_sha256"])
     uris = documents["source"].combine_chunks()
     source = sources.index_of(uris)
+    n, features, strengths = _scan_tokens(place, documents, source, layers, limits)
+    has_tokens = np.flatnonzero(n)
+    hashes = _hashes(documents["text_sha256"])
+    in_one_shard = np.zeros(len(has_tokens), np.int32)
+    columns = {
+        "doc": has_tokens + place.doc_offset,
+        "in_shard": has_tokens.astype(np.int32),
+        "shard": pa.DictionaryArray.from_arrays(in_one_shard, [place.shard]),
+        "source": uris.take(has_tokens),
+        "n_tokens": n[has_tokens].astype(np.int32),
+        "hash": hashes[has_tokens],
+    }
+    prefix = source[has_tokens] << BIN_BITS
+    of_features = []
+    for name, values in zip(FEATURES, features, strict=True):
+        columns[name] = values[has_tokens]
+        of_features.append(Histogram.of(prefix + to_bins(values[has_tokens])))
+    sums = (*strengths, *of_features, Histogram.of(source))
+    return sums, pa.table(columns)
+
+
+def _scan_tokens(
+    place: Place, documents: pa.Table, source: Ints, layers: Sequence[int], limits: Limits
+) -> tuple[Ints, list[Floats32], Sums]:
+    """One pass over the shard's normal tokens.
+
+    Returns the number of tokens of each document, its ``FEATURES``, and the strengths of each layer
+    by source. ``source`` [n_docs] has the index of each document's source.
+    """
     n = np.zeros(len(source), np.int64)
     features = [np.zeros(len(source), np.float32) for _ in FEATURES]
-    pieces: list[Sums] = [tuple(Histogram.empty() for _ in layers)]
+    sums: list[Sums] = [tuple(Histogram.empty() for _ in layers)]
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     columns = ["token_id", "flags", *map(strength_column, layers)]
     for _, tokens in records.whole_documents(file, ends, columns):
-        flags, rows = tokens["flags"].to_numpy(), tokens["doc"].to_numpy()
-        normal = flags & SPECIAL == 0
-        docs = rows[normal]
-        by_layer = [tokens[strength_column(k)].to_numpy()[normal] for k in layers]
-        piece = slice(int(rows[0]), int(rows[-1]) + 1)
-        n[piece], some = _features(
-            docs - rows[0],
-            tokens["token_id"].to_numpy()[normal],
-            flags[normal],
-            by_layer[-1],
-            piece.stop - piece.start,
-            limits,
-        )
-        for feature, values in zip(features, some, strict=True):
-            feature[piece] = values
+        rows = tokens["doc"].to_numpy()
+        flags = tokens["flags"].to_numpy()
+        is_normal = flags & SPECIAL == 0
+        docs = rows[is_normal]
+        types = tokens["token_id"].to_numpy()[is_normal]
+        by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        normal = _Tokens(docs - begin, types, flags[is_normal], by_layer[-1])
+        n[begin:end], found = _features(normal, end - begin, limits)
+        for feature, values in zip(features, found, strict=True):
+            feature[begin:end] = values
         prefix = source[docs] << BIN_BITS
-        pieces.append(tuple(Histogram.of(prefix + to_bins(values)) for values in by_layer))
-        if _num_keys(pieces[1:]) > COMPACT_KEYS:
-            pieces = add(*pieces)
-    has_tokens = np.flatnonzero(n)
-    prefix = source[has_tokens] << BIN_BITS
-    of_features = [Histogram.of(prefix + to_bins(values[has_tokens])) for values in features]
-    sums = (*add(*pieces)[0], *of_features, Histogram.of(source))
-    in_one_shard = np.zeros(len(has_tokens), np.int32)
-    table = pa.table(
-        {
-            "doc": has_tokens + place.doc_offset,
-            "in_shard": has_tokens.astype(np.int32),
-            "shard": pa.DictionaryArray.from_arrays(in_one_shard, [place.shard]),
-            "source": uris.take(has_tokens),
-            "n_tokens": n[has_tokens].astype(np.int32),
-            "hash": _hashes(documents["text_sha256"])[has_tokens],
-            **{name: x[has_tokens] for name, x in zip(FEATURES, features, strict=True)},
-        }
-    )
-    return sums, table
+        sums.append(tuple(Histogram.of(prefix + to_bins(values)) for values in by_layer))
+        if _num_keys(sums[1:]) > COMPACT_KEYS:
+            sums = add(*sums)
+    (total,) = add(*sums)
+    return n, features, total
+
+
+class _Tokens(NamedTuple):
+    """Tokens of some documents that are not special, all [n]."""
+
+    docs: Ints  # from 0
+    types: Ints
+    flags: npt.NDArray[np.uint8]
+    strengths: Floats32
 
 
 def _num_keys(sums: Sequence[Sums]) -> int:
     return sum(len(histogram.keys) for histogram in itertools.chain(*sums))
 
 
-def _features(
-    docs: Ints,
-    types: Ints,
-    flags: npt.NDArray[np.uint8],
-    strengths: npt.NDArray[np.float32],
-    num_docs: int,
-    limits: Limits,
-) -> tuple[Ints, list[npt.NDArray[np.float32]]]:
+def _features(tokens: _Tokens, num_docs: int, limits: Limits) -> tuple[Ints, list[Floats32]]:
     """Number of tokens of each document, and its ``FEATURES``, rounded as strengths are.
 
-    Both are 0 for a document without tokens. Special tokens are left out by the caller.
+    Both are 0 for a document without tokens.
     """
+    docs, types, flags, strengths = tokens
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)
     wide = strengths.astype(np.float64)
@@ -152,27 +165,28 @@ def _features(
         return np.asarray(np.bincount(docs[which], minlength=num_docs) / least)
 
     pairs = np.unique((docs.astype(np.int64) << 32) + types)
-    distinct = np.maximum(np.bincount(pairs >> 32, minlength=num_docs), 1)
-    logs = np.log(np.maximum(n, 2))
-    features = [
-        np.bincount(docs, wide, num_docs) / least,
-        share(is_high(strengths, limits.q3)),
-        share(limits.rare[types]),
-        share(wide > limits.sink),
-        share(flags & WORD_START == 0),
-        np.where(n > 1, np.log(distinct) / logs, np.minimum(n, 1)),
-    ]
-    return n, [round_strengths(x.astype(np.float32)) for x in features]
+    num_types = np.maximum(np.bincount(pairs >> 32, minlength=num_docs), 1)
+    herdan = np.log(num_types) / np.log(np.maximum(n, 2))
+    features = {
+        "mean_strength": np.bincount(docs, wide, num_docs) / least,
+        "share_high": share(is_high(strengths, limits.q3)),
+        "share_rare": share(limits.rare[types]),
+        "share_sinks": share(wide > limits.sink),
+        "share_fragments": share(flags & WORD_START == 0),
+        "share_distinct": np.where(n > 1, herdan, np.minimum(n, 1)),
+    }
+    return n, [round_strengths(features[name].astype(np.float32)) for name in FEATURES]
 
 
 def _hashes(column: pa.ChunkedArray) -> Ints:
     """63 bits of each text's SHA-256; 0 for a document without a hash, which has no tokens."""
     values = pc.fill_null(column.combine_chunks(), bytes(32))
-    raw = np.frombuffer(values.buffers()[1], np.uint8).reshape(-1, 32)[
-        values.offset : values.offset + len(values)
-    ]
-    return (np.ascontiguousarray(raw[:, :8]).view(">u8").ravel() >> np.uint64(1)).astype(np.int64)
+    all_bytes = np.frombuffer(values.buffers()[1], np.uint8).reshape(-1, 32)
+    digests = all_bytes[values.offset : values.offset + len(values)]
+    first_64_bits = np.ascontiguousarray(digests[:, :8]).view(">u8").ravel()
+    return (first_64_bits >> np.uint64(1)).astype(np.int64)
 
 
 def add(*sums: Sums) -> list[Sums]:
-    return [tuple(Histogram.merge(part) for part in zip(*sums, strict=True))]
+    of_part = zip(*sums, strict=True)
+    return [tuple(Histogram.merge(parts) for parts in of_part)]

@@ -57,7 +57,9 @@ class Losses:
     @property
     def share(self) -> float:
         """Share of the planned bytes that were lost, 0 to 1."""
-        return min(1.0, self.lost_bytes / self.num_bytes) if self.num_bytes else float(self.any)
+        if not self.num_bytes:
+            return float(self.any)
+        return min(1.0, self.lost_bytes / self.num_bytes)
 
 
 # --- the table ---
@@ -81,11 +83,11 @@ def files_table(
         done.add(commit.shard)
         if any(commit.counts[name] for name in COUNTED):
             files.append(committed.file(commit, "documents"))
-    handles = [tasks.submit(_losses, some)[0] for some in batches(files)]
-    if handles:
-        handles = [merged(tasks, _add, handles)]
-    found = pa.concat_tables([_planned(planned, done), *map(tasks.result, handles)])
-    read = add_files(found)
+    parts = [_planned(planned, done)]
+    if files:
+        handles = [tasks.submit(_losses, some)[0] for some in batches(files)]
+        parts.append(tasks.result(merged(tasks, _add, handles)))
+    read = add_files(pa.concat_tables(parts))
     read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))
     read = read.select(FILES_SCHEMA.names).cast(FILES_SCHEMA)
     return pa.concat_tables([read, _not_read(skipped)]).sort_by("source").combine_chunks()
@@ -94,33 +96,42 @@ def files_table(
 def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[str, int]:
     """``counts``, the sums over commits, plus the losses of quarantined ``shards``."""
     planned = _planned(list(shards), set())
-    return {
-        name: n + (pc.sum(planned[name]).as_py() or 0 if name in LOST else 0)
-        for name, n in counts.items()
-    }
+    total = dict(counts)
+    for name in counts.keys() & set(LOST):
+        total[name] += _sum(planned[name])
+    return total
+
+
+def _sum(column: pa.ChunkedArray) -> int:
+    return int(pc.sum(column).as_py() or 0)
 
 
 def add_files(files: pa.Table) -> pa.Table:
     """Sums of the rows with equal ``source``, and the share of their bytes that was read."""
     (added,) = _add(files)
-    size, lost = (added[name].to_numpy().astype(np.float64) for name in ("num_bytes", "lost_bytes"))
-    empty = np.where(added["n_quarantined"].to_numpy() > 0, 0.0, 1.0)
+    num_bytes = added["num_bytes"].to_numpy().astype(np.float64)
+    lost_bytes = added["lost_bytes"].to_numpy().astype(np.float64)
     # A document that the model refused counts with the bytes of its text, and these may exceed
     # the compressed bytes of the file.
-    share = np.where(size > 0, np.clip(1 - lost / np.maximum(size, 1), 0, 1), empty)
-    return added.append_column("share_read", pa.array(share))
+    share = np.clip(1 - lost_bytes / np.maximum(num_bytes, 1), 0, 1)
+    share_of_empty = np.where(added["n_quarantined"].to_numpy() > 0, 0.0, 1.0)
+    share_read = np.where(num_bytes > 0, share, share_of_empty)
+    return added.append_column("share_read", pa.array(share_read))
 
 
 def _planned(shards: Sequence[Shard], done: set[str]) -> pa.Table:
     """One row for each slice; a slice is lost as a whole if its shard is not in ``done``."""
-    slices = [(piece, int(shard.id not in done)) for shard in shards for piece in shard.slices]
+    slices = [piece for shard in shards for piece in shard.slices]
+    is_lost = [shard.id not in done for shard in shards for _ in shard.slices]
+    num_bytes = np.array([piece.num_bytes for piece in slices], np.int64)
+    num_documents = np.array([piece.num_documents for piece in slices], np.int64)
     rows = {
-        "source": [piece.uri for piece, _ in slices],
-        "bytes": [piece.size if piece.start == 0 else 0 for piece, _ in slices],
-        "num_bytes": [piece.num_bytes for piece, _ in slices],
-        "lost_bytes": [piece.num_bytes * lost for piece, lost in slices],
-        "lost_documents": [max(0, piece.num_documents) * lost for piece, lost in slices],
-        "lost_unknown": [int(piece.num_documents < 0) * lost for piece, lost in slices],
+        "source": [piece.uri for piece in slices],
+        "bytes": [piece.size if piece.start == 0 else 0 for piece in slices],
+        "num_bytes": num_bytes,
+        "lost_bytes": np.where(is_lost, num_bytes, 0),
+        "lost_documents": np.where(is_lost, np.maximum(0, num_documents), 0),
+        "lost_unknown": np.where(is_lost, num_documents < 0, 0),
     }
     return _table(rows, len(slices))
 
@@ -146,27 +157,26 @@ def _losses(files: Sequence[CommittedFile]) -> list[pa.Table]:
 
 def _table(rows: Mapping[str, Any], num_rows: int) -> pa.Table:
     """``rows`` as a table of sums; missing columns are 0."""
+    zeros = np.zeros(num_rows, np.int64)
     columns = {"source": pa.array(rows["source"], pa.string())}
     for name in ("bytes", "num_bytes", *SUMS):
-        values = np.asarray(rows.get(name, np.zeros(num_rows)), np.int64)
+        values = np.asarray(rows.get(name, zeros), np.int64)
         columns[name] = pa.array(values)
     return pa.table(columns)
 
 
 def _add(*tables: pa.Table) -> list[pa.Table]:
     """The sum of ``tables``, one row for each file."""
-    rows = pa.concat_tables(tables).group_by("source", use_threads=False)
-    added = rows.aggregate([(name, "sum") for name in ("bytes", "num_bytes", *SUMS)])
-    return [added.rename_columns([name.removesuffix("_sum") for name in added.column_names])]
+    groups = pa.concat_tables(tables).group_by("source", use_threads=False)
+    added = groups.aggregate([(name, "sum") for name in ("bytes", "num_bytes", *SUMS)])
+    names = [name.removesuffix("_sum") for name in added.column_names]
+    return [added.rename_columns(names)]
 
 
 def _not_read(files: Iterable[FileInfo]) -> pa.Table:
     """Rows of ``FILES_SCHEMA`` for skipped files."""
-    nothing = dict.fromkeys(FILES_SCHEMA.names, 0)
-    rows = [
-        nothing | {"source": f.uri, "is_skipped": True, "bytes": f.size, "share_read": 0.0}
-        for f in files
-    ]
+    zeros = dict.fromkeys(FILES_SCHEMA.names, 0) | {"is_skipped": True, "share_read": 0.0}
+    rows = [zeros | {"source": file.uri, "bytes": file.size} for file in files]
     return pa.Table.from_pylist(rows, FILES_SCHEMA)
 
 
@@ -182,32 +192,34 @@ def skipped_files(table: pa.Table) -> list[FileInfo]:
 def total(files: pa.Table) -> Losses:
     """Total losses of ``files``, a table of ``FILES_SCHEMA``."""
     read = files.filter(pc.invert(files["is_skipped"]))
-    sums = {name: int(pc.sum(read[name]).as_py() or 0) for name in ("num_bytes", *SUMS)}
-    losers = read.filter(lost_something(read))
-    worst = losers.sort_by([("lost_bytes", "descending"), ("source", "ascending")]).slice(
-        0, NAMED_FILES
-    )
-    replaced = read.filter(pc.greater(read["n_replaced"], 0))
-    most = replaced.sort_by([("n_replaced", "descending"), ("source", "ascending")]).slice(
-        0, NAMED_FILES
-    )
+    with_loss = read.filter(lost_something(read))
+    worst = _largest(with_loss, "lost_bytes")
+    with_replaced = read.filter(pc.greater(read["n_replaced"], 0))
+    most_replaced = _largest(with_replaced, "n_replaced")
     return Losses(
-        sums["num_bytes"],
-        sums["lost_bytes"],
-        sums["lost_documents"],
-        sums["lost_unknown"],
-        sums["n_replaced"],
-        len(losers),
-        tuple(zip(worst["source"].to_pylist(), worst["share_read"].to_pylist(), strict=True)),
-        len(replaced),
-        tuple(most["source"].to_pylist()),
+        num_bytes=_sum(read["num_bytes"]),
+        lost_bytes=_sum(read["lost_bytes"]),
+        lost_documents=_sum(read["lost_documents"]),
+        lost_unknown=_sum(read["lost_unknown"]),
+        replaced=_sum(read["n_replaced"]),
+        num_files=len(with_loss),
+        worst=tuple((row["source"], row["share_read"]) for row in worst),
+        num_replaced_files=len(with_replaced),
+        most_replaced=tuple(row["source"] for row in most_replaced),
     )
+
+
+def _largest(files: pa.Table, column: str) -> list[dict[str, Any]]:
+    """The ``NAMED_FILES`` rows with the largest values of ``column``, the largest first."""
+    ordered = files.sort_by([(column, "descending"), ("source", "ascending")])
+    rows: list[dict[str, Any]] = ordered.slice(0, NAMED_FILES).to_pylist()
+    return rows
 
 
 def lost_something(files: pa.Table) -> pa.Array:
     """Whether each row has a loss."""
-    lost = [files[name].to_numpy() > 0 for name in ("lost_bytes", "lost_documents", "lost_unknown")]
-    return pa.array(np.any(lost, axis=0), pa.bool_())
+    has_loss = [files[name].to_numpy() > 0 for name in LOST]
+    return pa.array(np.any(has_loss, axis=0), pa.bool_())
 
 
 def of_run(run: manifest.RunFolder) -> Losses:
@@ -236,12 +248,11 @@ def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
     """Number of text tokens in a run's ``vocabulary`` with the id ``unknown``."""
     if unknown is None or not len(vocabulary):
         return 0
-    of_layer = pc.equal(vocabulary["layer"], pc.min(vocabulary["layer"]))
-    of_text = pc.not_equal(vocabulary["class"].cast(pa.string()), "special")
-    found = vocabulary.filter(
-        pc.and_(pc.and_(of_layer, of_text), pc.equal(vocabulary["token_id"], unknown))
-    )
-    return int(pc.sum(found["n"]).as_py() or 0)
+    first_layer = pc.min(vocabulary["layer"]).as_py()
+    is_unknown = (pc.field("layer") == first_layer) & (pc.field("token_id") == unknown)
+    found = vocabulary.filter(is_unknown)
+    of_text = pc.not_equal(found["class"].cast(pa.string()), "special")
+    return _sum(found.filter(of_text)["n"])
 
 
 def describe_unknown(info: Mapping[str, Any]) -> str:
@@ -279,11 +290,11 @@ def describe(found: Losses) -> str:
 
 def worst_files(found: Losses) -> str:
     """Names of the files with the largest losses, with the share of each that was read."""
-    names = _names([uri for uri, _ in found.worst])
-    files = [
-        f"{name} ({rounded_down(share)} read)"
-        for name, (_, share) in zip(names, found.worst, strict=True)
-    ]
+    uris = [uri for uri, _ in found.worst]
+    shares = [share for _, share in found.worst]
+    files = []
+    for name, share in zip(_names(uris), shares, strict=True):
+        files.append(f"{name} ({rounded_down(share)} read)")
     return _listed(files, found.num_files)
 
 
@@ -306,7 +317,8 @@ def describe_skipped(files: Sequence[FileInfo]) -> str:
     others = [file for file in files if not is_store_file(file.uri)]
     parts = []
     if others:
-        names = _listed(_names([file.uri for file in others[:NAMED_FILES]]), len(others))
+        uris = [file.uri for file in others[:NAMED_FILES]]
+        names = _listed(_names(uris), len(others))
         parts.append(f"{_sized(others)} with an ending that is no known format: {names}")
     if of_store:
         parts.append(f"{_sized(of_store)} of a store")
@@ -314,7 +326,8 @@ def describe_skipped(files: Sequence[FileInfo]) -> str:
 
 
 def _sized(files: Sequence[FileInfo]) -> str:
-    return f"{count(len(files), 'file')} ({said_bytes(sum(file.size for file in files))})"
+    num_bytes = sum(file.size for file in files)
+    return f"{count(len(files), 'file')} ({said_bytes(num_bytes)})"
 
 
 def said_documents(found: Losses) -> str:
@@ -333,7 +346,8 @@ def said_bytes(n: int) -> str:
     power = min(5, int(math.log10(n)) // 3)
     value = n / 1000**power
     unit = ("", "kB", "MB", "GB", "TB", "PB")[power]
-    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:,.0f} {unit}"
+    digits = f"{value:.1f}" if value < 9.95 else f"{value:,.0f}"
+    return f"{digits} {unit}"
 
 
 def rounded_down(share: float) -> str:
@@ -349,9 +363,12 @@ def rounded_up(share: float) -> str:
 def _names(uris: Sequence[str]) -> list[str]:
     """Names of the files, or their whole URIs if two names are equal."""
     names = [uri.rpartition("/")[2] for uri in uris]
-    return names if len({*names}) == len(names) else list(uris)
+    are_distinct = len(set(names)) == len(names)
+    return names if are_distinct else list(uris)
 
 
 def _listed(names: Sequence[str], num_files: int) -> str:
-    more = [f"and {num_files - len(names):,} more"] if num_files > len(names) else []
-    return ", ".join([*names, *more])
+    parts = list(names)
+    if num_files > len(names):
+        parts.append(f"and {num_files - len(names):,} more")
+    return ", ".join(parts)

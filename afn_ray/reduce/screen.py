@@ -89,46 +89,49 @@ def scan_run(
     files = reduced["files"].filter(pc.invert(reduced["files"]["is_skipped"]))
     sources = Sources.of(files["source"].to_pylist())
     layer = layers[-1]
-    n_docs = shards.n_docs
-    limits = _limits(layer, labels, reduced["vocabulary"], n_docs)
-    num_parts = 1 + n_docs // PART_DOCS
+    limits = _limits(layer, labels, reduced["vocabulary"], shards.n_docs)
+    num_parts = 1 + shards.n_docs // PART_DOCS
     places = list(_places(shards))
-    scanned = [
-        tasks.submit(scan, group, sources, layers, limits, num_parts, num_results=2 + num_parts)
-        for group in in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES)
-    ]
-    sums, *parts = (
-        merged(tasks, add, [s[at] for s in scanned]) for at in (0, *range(2, 2 + num_parts))
-    )
-    repeated = [tasks.submit(_repeated, part)[0] for part in parts]
+    scanned = []
+    for group in in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES):
+        args = (group, sources, layers, limits, num_parts)
+        scanned.append(tasks.submit(scan, *args, num_results=2 + num_parts))
+    of_sums, tables, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
+    sums = merged(tasks, add, of_sums)
+    read = sums_by_source(files, sources)
     spread, described = tasks.submit(
-        describe, sources.names, layers, labels, sums, sums_by_source(files, sources), num_results=2
+        describe, sources.names, layers, labels, sums, read, num_results=2
     )
-    ranked = [
-        tasks.submit(rank, layer, worst, s[1], sources, spread, *repeated)[0] for s in scanned
-    ]
-    table = tasks.result(merged(tasks, strangest_of, ranked, worst))
+    hashes = [merged(tasks, add, handles) for handles in of_parts]
+    repeated = [tasks.submit(_repeated, part)[0] for part in hashes]
+    ranked = []
+    for table in tables:
+        ranked += tasks.submit(rank, layer, worst, table, sources, spread, *repeated)
+    strangest = tasks.result(merged(tasks, strangest_of, ranked, worst))
     return {
         "sources": tasks.result(described),
-        "screened": _with_texts(places, table, readable, tasks),
+        "screened": _with_texts(places, strangest, readable, tasks),
     }
 
 
 def _places(shards: CommittedShards) -> Iterator[Place]:
     doc_offset = 0
     for commit in shards.commits:
-        tokens, documents = (shards.file(commit, table) for table in ("tokens", "documents"))
+        tokens = shards.file(commit, "tokens")
+        documents = shards.file(commit, "documents")
         yield Place(commit.shard, doc_offset, tokens, documents)
         doc_offset += commit.counts["documents"]
 
 
 def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> Limits:
     """Limits at ``layer``; infinite if the run has no normal tokens."""
-    (row,) = (r for r in labels.to_pylist() if r["layer"] == layer and r["population"] == "tokens")
+    is_label = (pc.field("layer") == layer) & (pc.field("population") == "tokens")
+    (row,) = labels.filter(is_label).to_pylist()
     here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
     ids, in_docs = here["token_id"].to_numpy(), here["n_docs"].to_numpy()
+    is_rare = in_docs <= max(1, RARE * n_docs)
     rare = np.zeros(int(ids.max(initial=0)) + 1, bool)
-    rare[ids[in_docs <= max(1, RARE * n_docs)]] = True
+    rare[ids[is_rare]] = True
     if row["q3"] is None:
         return Limits(np.inf, np.inf, rare)
     return Limits(row["q3"], row["sink_factor"] * row["q2"], rare)
@@ -136,40 +139,36 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
 
 def _repeated(part: tuple[Histogram]) -> list[Histogram]:
     """Hashes that occur in more than one document."""
-    (all_of,) = part
-    more = all_of.counts > 1
-    return [Histogram(all_of.keys[more], all_of.counts[more])]
+    (hashes,) = part
+    repeated = hashes.counts > 1
+    return [Histogram(hashes.keys[repeated], hashes.counts[repeated])]
 
 
 def _with_texts(
     places: Sequence[Place], table: pa.Table, readable: Sequence[str], tasks: Tasks
 ) -> pa.Table:
     """``table`` with ranks and the beginnings of the texts, as in ``SCREENED_SCHEMA``."""
+    shards, docs = table["shard"].to_pylist(), table["in_shard"].to_pylist()
     wanted: dict[str, list[int]] = {}
-    for row in table.select(["shard", "in_shard"]).to_pylist():
-        wanted.setdefault(row["shard"], []).append(row["in_shard"])
-    handles = {
-        place.shard: tasks.submit(_texts, place.tokens, wanted[place.shard], readable)[0]
-        for place in places
-        if place.shard in wanted
-    }
+    for shard, doc in zip(shards, docs, strict=True):
+        wanted.setdefault(shard, []).append(doc)
+    handles = {}
+    for place in places:
+        if place.shard in wanted:
+            args = (place.tokens, wanted[place.shard], readable)
+            (handles[place.shard],) = tasks.submit(_texts, *args)
     found = {shard: tasks.result(handle) for shard, handle in handles.items()}
-    texts = [
-        found[row["shard"]][row["in_shard"]]
-        for row in table.select(["shard", "in_shard"]).to_pylist()
-    ]
+    texts = [found[shard][doc] for shard, doc in zip(shards, docs, strict=True)]
+    ranks = np.arange(1, len(table) + 1, dtype=np.int32)
     table = table.append_column("text", pa.array(texts, pa.string()))
-    table = table.append_column("rank", pa.array(np.arange(1, len(table) + 1, dtype=np.int32)))
+    table = table.append_column("rank", pa.array(ranks))
     return table.select(SCREENED_SCHEMA.names).cast(SCREENED_SCHEMA)
 
 
 def _texts(
     file: CommittedFile, docs: Sequence[int], readable: Sequence[str]
 ) -> list[dict[int, str]]:
-    """Beginnings of the texts of ``docs``, joined from the tokens in ``file``.
-
-    Words are as written in the corpus, with one space between them.
-    """
+    """Beginnings of the texts of ``docs``, joined from the tokens in ``file``."""
     tokens = read_columns(file, ["doc", "token_id", "flags", "surface"])
     column = tokens["doc"].to_numpy()
     texts = {}
@@ -177,21 +176,23 @@ def _texts(
         begin, end = np.searchsorted(column, [doc, doc + 1])
         # Nearly every token has at least one character.
         rows = tokens.slice(begin, min(end - begin, TEXT_CHARS))
-        pieces: list[str] = []
-        written = False  # the whole current word is already in ``pieces``
-        for token, flags, surface in zip(
-            rows["token_id"].to_pylist(),
-            rows["flags"].to_pylist(),
-            rows["surface"].to_pylist(),
-            strict=True,
-        ):
-            if flags & SPECIAL:
-                continue
-            if flags & WORD_START:
-                pieces.append(" " + (readable[token] if surface is None else surface))
-                written = surface is not None
-            elif not written:
-                pieces.append(readable[token])
-        text = "".join(pieces).strip()
+        text = _joined(rows, readable)
         texts[doc] = text if len(text) <= TEXT_CHARS else text[: TEXT_CHARS - 3] + "..."
     return [texts]
+
+
+def _joined(tokens: pa.Table, readable: Sequence[str]) -> str:
+    """The text of ``tokens``: words as written in the corpus, with one space between them."""
+    pieces: list[str] = []
+    is_whole = False  # the whole current word is already in ``pieces``
+    columns = (tokens[name].to_pylist() for name in ("token_id", "flags", "surface"))
+    for token_id, flags, surface in zip(*columns, strict=True):
+        if flags & SPECIAL:
+            continue
+        if flags & WORD_START:
+            word = readable[token_id] if surface is None else surface
+            pieces.append(" " + word)
+            is_whole = surface is not None
+        elif not is_whole:
+            pieces.append(readable[token_id])
+    return "".join(pieces).strip()

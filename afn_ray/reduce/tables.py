@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from afn_ray.reduce import lexicon
@@ -53,55 +54,63 @@ def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence
     rows: list[dict[str, Any]] = []
     doc_offset = 0
     for ordinal, (commit, size) in enumerate(zip(commits, num_bytes, strict=True)):
-        counts, files = commit.counts, commit.files
-        folder = f"shards/{measure_id}/{commit.shard}"
-        forward = max(1, counts["forward_tokens"])
-        rows.append(
-            {
-                "ordinal": ordinal,
-                "shard": commit.shard,
-                "doc_offset": doc_offset,
-                "n_documents": counts["documents"],
-                "n_empty": counts["empty"],
-                "n_quarantined": counts["quarantined"],
-                "n_tokens": counts["tokens"],
-                "n_windows": counts["windows"],
-                "n_replaced": counts["replaced"],
-                **{name: counts[name] for name in ("lost_bytes", "lost_documents", "lost_unknown")},
-                "padding_share": max(0.0, 1 - counts["tokens"] / forward),
-                "num_bytes": size,
-                "token_bytes": files["tokens"]["bytes"],
-                "document_bytes": files["documents"]["bytes"],
-                "summary_bytes": files["summary"]["bytes"],
-                **{
-                    f"{t}_bytes": files[t]["bytes"] if t in files else 0
-                    for t in layout.NEURON_TABLES
-                },
-                "seconds": commit.seconds,
-                **{
-                    f"{t}_file": f"{folder}/{files[t]['name']}"
-                    for t in (*layout.TABLES, "neurons")
-                    if t in files
-                },
-            }
-        )
-        doc_offset += counts["documents"]
+        place = {"ordinal": ordinal, "doc_offset": doc_offset, "num_bytes": size}
+        rows.append(place | _shard_counts(commit) | _shard_files(commit, measure_id))
+        doc_offset += commit.counts["documents"]
         if len(rows) == checksums.AHEAD:
             tables.append(pa.Table.from_pylist(rows, SHARDS_SCHEMA))
             rows = []
-    return pa.concat_tables([*tables, pa.Table.from_pylist(rows, SHARDS_SCHEMA)]).combine_chunks()
+    tables.append(pa.Table.from_pylist(rows, SHARDS_SCHEMA))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def _shard_counts(commit: Commit) -> dict[str, Any]:
+    """Columns of ``SHARDS_SCHEMA`` on what the shard holds and how long it took."""
+    counts = commit.counts
+    forward_tokens = max(1, counts["forward_tokens"])
+    return {
+        "shard": commit.shard,
+        "n_documents": counts["documents"],
+        "n_empty": counts["empty"],
+        "n_quarantined": counts["quarantined"],
+        "n_tokens": counts["tokens"],
+        "n_windows": counts["windows"],
+        "n_replaced": counts["replaced"],
+        "lost_bytes": counts["lost_bytes"],
+        "lost_documents": counts["lost_documents"],
+        "lost_unknown": counts["lost_unknown"],
+        "padding_share": max(0.0, 1 - counts["tokens"] / forward_tokens),
+        "seconds": commit.seconds,
+    }
+
+
+def _shard_files(commit: Commit, measure_id: str) -> dict[str, Any]:
+    """Columns of ``SHARDS_SCHEMA`` on the shard's files: their bytes and their paths."""
+    files = commit.files
+    columns: dict[str, Any] = {
+        "token_bytes": files["tokens"]["bytes"],
+        "document_bytes": files["documents"]["bytes"],
+        "summary_bytes": files["summary"]["bytes"],
+    }
+    for table in layout.NEURON_TABLES:
+        columns[f"{table}_bytes"] = files[table]["bytes"] if table in files else 0
+    for table in (*layout.TABLES, "neurons"):
+        if table in files:
+            name = files[table]["name"]
+            columns[f"{table}_file"] = f"shards/{measure_id}/{commit.shard}/{name}"
+    return columns
 
 
 def histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table:
     """Rows of ``HISTOGRAM_SCHEMA`` for one layer, of special or of normal tokens."""
     n = len(histogram.keys)
     columns = [
-        np.full(n, layer, np.int16),
-        np.full(n, special),
-        to_values(histogram.keys),
-        histogram.counts,
+        pa.array(np.full(n, layer, np.int16)),
+        pa.array(np.full(n, special)),
+        pa.array(to_values(histogram.keys)),
+        pa.array(histogram.counts),
     ]
-    return pa.Table.from_arrays([pa.array(c) for c in columns], schema=HISTOGRAM_SCHEMA)
+    return pa.Table.from_arrays(columns, schema=HISTOGRAM_SCHEMA)
 
 
 def threshold_rows(
@@ -112,29 +121,34 @@ def threshold_rows(
     A sink is a token above ``sink_factor`` times the median of all normal tokens. HIGH is at or
     above Q3 of the same population. ``histogram`` holds the normal tokens.
     """
-    median = (
-        to_values(np.array([histogram.quantile_key(1, 2)]))[0] if histogram.n else np.float32(0)
-    )
-    kept = to_values(histogram.keys).astype(np.float64) <= sink_factor * float(median)
-    without = Histogram(histogram.keys[kept], histogram.counts[kept])
+    median = 0.0
+    if histogram.n:
+        median = float(to_values(np.array([histogram.quantile_key(1, 2)]))[0])
+    is_kept = to_values(histogram.keys).astype(np.float64) <= sink_factor * median
+    without_sinks = Histogram(histogram.keys[is_kept], histogram.counts[is_kept])
+    of_layer = {
+        "layer": layer,
+        "n_sinks": histogram.n - without_sinks.n,
+        "n_special": n_special,
+        "sink_factor": sink_factor,
+        "definition": DEFINITION,
+    }
+    populations = {"tokens": histogram, "tokens_without_sinks": without_sinks}
     rows = []
-    for population, h in (("tokens", histogram), ("tokens_without_sinks", without)):
-        row: dict[str, Any] = {
-            "layer": layer,
-            "population": population,
-            "n": h.n,
-            "n_high": 0,
-            "n_sinks": histogram.n - without.n,
-            "n_special": n_special,
-            "sink_factor": sink_factor,
-            "definition": DEFINITION,
-        }
-        if h.n:
-            keys = [h.quantile_key(i, 4) for i in (1, 2, 3)]
-            q1, q2, q3 = (float(v) for v in to_values(np.array(keys)))
-            row |= {"q1": q1, "q2": q2, "q3": q3, "n_high": int(h.counts[h.keys >= keys[2]].sum())}
-        rows.append(row | _moments(h))
-    return [{name: row.get(name) for name in THRESHOLDS_SCHEMA.names} for row in rows]
+    for population, h in populations.items():
+        row = {"population": population, **of_layer, **_quartiles(h), **_moments(h)}
+        rows.append({name: row.get(name) for name in THRESHOLDS_SCHEMA.names})
+    return rows
+
+
+def _quartiles(h: Histogram) -> dict[str, Any]:
+    """Quartiles and the number of HIGH tokens by them; no quartiles for an empty histogram."""
+    if not h.n:
+        return {"n_high": 0}
+    keys = np.array([h.quantile_key(i, 4) for i in (1, 2, 3)])
+    q1, q2, q3 = to_values(keys).tolist()
+    n_high = int(h.counts[h.keys >= keys[2]].sum())
+    return {"q1": q1, "q2": q2, "q3": q3, "n_high": n_high}
 
 
 def _moments(h: Histogram) -> dict[str, Any]:
@@ -155,30 +169,24 @@ def frozen_rows(
     """
     taken = {row["population"]: row for row in frozen}
     values = to_values(histogram.keys).astype(np.float64)
-    limit = (
-        taken["tokens"]["sink_factor"] * taken["tokens"]["q2"]
-        if taken["tokens"]["q2"] is not None
-        else np.inf
-    )
-    is_sink = values > limit
+    of_tokens = taken["tokens"]
+    is_sink = np.zeros(len(values), bool)
+    if of_tokens["q2"] is not None:
+        is_sink = values > of_tokens["sink_factor"] * of_tokens["q2"]
     rows = []
     for row in own:
-        theirs = taken[row["population"]]
-        which = (
-            ~is_sink if row["population"] == "tokens_without_sinks" else np.full(len(values), True)
-        )
-        part = Histogram(histogram.keys[which], histogram.counts[which])
-        high = is_high(values[which], theirs["q3"])
-        rows.append(
-            row
-            | _moments(part)
-            | theirs
-            | {
-                "n_high": int(part.counts[high].sum()),
-                "n_sinks": int(histogram.counts[is_sink].sum()),
-                "definition": f"taken from another run; there: {DEFINITION}",
-            }
-        )
+        quartiles = taken[row["population"]]
+        is_kept = np.ones(len(values), bool)
+        if row["population"] == "tokens_without_sinks":
+            is_kept = ~is_sink
+        part = Histogram(histogram.keys[is_kept], histogram.counts[is_kept])
+        is_high_here = is_high(values[is_kept], quartiles["q3"])
+        counted = {
+            "n_high": int(part.counts[is_high_here].sum()),
+            "n_sinks": int(histogram.counts[is_sink].sum()),
+            "definition": f"taken from another run; there: {DEFINITION}",
+        }
+        rows.append(row | _moments(part) | quartiles | counted)
     return rows
 
 
@@ -189,22 +197,25 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
     """
     keys, counts = merged.values.keys, merged.values.counts
     types = keys >> BIN_BITS
-    first = starts(types)
+    first = starts(types)  # [n_types], as all sums by type
     if not len(first):
         return STATISTICS_SCHEMA.empty_table()
+    last = np.append(first[1:], len(keys)) - 1
     values = to_values(keys & BIN_MASK)
-    n = np.add.reduceat(counts, first)
     wide = values.astype(np.float64)
+    n = np.add.reduceat(counts, first)
     mean = np.add.reduceat(wide * counts, first) / n
-    spread = wide - np.repeat(mean, np.diff(np.append(first, len(keys))))
-    sd = np.sqrt(np.add.reduceat(spread**2 * counts, first) / n)
+    deviations = wide - np.repeat(mean, last + 1 - first)
+    variance = np.add.reduceat(deviations**2 * counts, first) / n
+    high_counts = np.where(is_high(values, q3), counts, 0)
     cumulative = np.cumsum(counts)
     before = cumulative[first] - counts[first]
-    quartile = {
-        i: values[np.searchsorted(cumulative, before + quantile_rank(n, i, 4))] for i in (1, 2, 3)
-    }
-    high = is_high(values, q3)
-    columns: dict[str, Any] = {
+
+    def quartile(i: int) -> npt.NDArray[np.float32]:
+        rank: npt.NDArray[np.int64] = before + quantile_rank(n, i, 4)
+        return values[np.searchsorted(cumulative, rank)]
+
+    columns = {
         "special": types[first] >= SPECIAL_KEY >> BIN_BITS,
         "token_id": types[first] % (SPECIAL_KEY >> BIN_BITS),
         "n": n,
@@ -212,13 +223,13 @@ def type_statistics(merged: SeriesSummary, q3: float | None) -> pa.Table:
         "n_word_start": merged.word_starts.counts,
         "n_whole": merged.whole_words.counts,
         "mean": mean,
-        "sd": sd,
+        "sd": np.sqrt(variance),
         "min": values[first],
-        "q1": quartile[1],
-        "q2": quartile[2],
-        "q3": quartile[3],
-        "max": values[np.append(first[1:], len(keys)) - 1],
-        "n_high": np.add.reduceat(np.where(high, counts, 0), first),
+        "q1": quartile(1),
+        "q2": quartile(2),
+        "q3": quartile(3),
+        "max": values[last],
+        "n_high": np.add.reduceat(high_counts, first),
     }
     return _table(columns, STATISTICS_SCHEMA)
 
@@ -242,29 +253,12 @@ def vocabulary_table(
     }
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
     readable = [texts.readable[i] for i in ids]
-    if tags is not None:
-        is_special = columns["special"].tolist()
-        classes = [
-            "special" if s else tags.get(i, UNTAGGED) for i, s in zip(ids, is_special, strict=True)
-        ]
-    else:
-        kinds = [columns[name].tolist() for name in ("special", "n", "n_word_start", "n_whole")]
-        classes = [
-            lexicon.classify(
-                text,
-                special=s,
-                starts_word=2 * starts >= count,
-                is_whole=2 * whole >= starts,
-                language=language,
-            )
-            for text, s, count, starts, whole in zip(readable, *kinds, strict=True)
-        ]
     low, upper = wilson(n_high, n)
     columns |= {
         "layer": np.full(len(ids), layer),
         "token": [texts.pieces[i] for i in ids],
         "text": readable,
-        "class": classes,
+        "class": _classes(columns, readable, language, tags),
         "share_high": n_high / n,
         "share_high_low": low,
         "share_high_high": upper,
@@ -273,5 +267,36 @@ def vocabulary_table(
     return _table(columns, VOCABULARY_SCHEMA)
 
 
-def _table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
-    return pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in schema], schema=schema)
+def _classes(
+    columns: Mapping[str, npt.NDArray[Any]],
+    readable: Sequence[str],
+    language: str,
+    tags: Mapping[int, str] | None,
+) -> list[str]:
+    """The class of each type: its most frequent tag if the corpus is labelled, else a guess."""
+    if tags is None:
+        return _guessed_classes(columns, readable, language)
+    types = zip(columns["token_id"].tolist(), columns["special"].tolist(), strict=True)
+    return ["special" if special else tags.get(token_id, UNTAGGED) for token_id, special in types]
+
+
+def _guessed_classes(
+    columns: Mapping[str, npt.NDArray[Any]], readable: Sequence[str], language: str
+) -> list[str]:
+    """The class of each type, guessed from its text and from how often it is a word."""
+    n_starts = columns["n_word_start"]
+    starts_word = 2 * n_starts >= columns["n"]
+    is_whole = 2 * columns["n_whole"] >= n_starts
+    flags = zip(columns["special"].tolist(), starts_word.tolist(), is_whole.tolist(), strict=True)
+    classes = []
+    for text, (special, starts_it, whole) in zip(readable, flags, strict=True):
+        found = lexicon.classify(
+            text, special=special, starts_word=starts_it, is_whole=whole, language=language
+        )
+        classes.append(found)
+    return classes
+
+
+def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)

@@ -63,13 +63,15 @@ def in_groups(
     Yields one empty group if there are no items.
     """
     group: list[Item] = []
-    size = 0
+    group_bytes = 0
     for item in items:
-        if group and (len(group) == FAN_IN or size + num_bytes(item) > most_bytes):
+        item_bytes = num_bytes(item)
+        is_full = len(group) == FAN_IN or group_bytes + item_bytes > most_bytes
+        if group and is_full:
             yield tuple(group)
-            group, size = [], 0
+            group, group_bytes = [], 0
         group.append(item)
-        size += num_bytes(item)
+        group_bytes += item_bytes
     yield tuple(group)
 
 
@@ -78,7 +80,10 @@ def merged(
 ) -> Any:
     """Handle of ``merge(*first, *values)`` over all ``handles``, at least one of them."""
     while len(handles) > 1:
-        handles = [tasks.submit(merge, *first, *some)[0] for some in batches(handles)]
+        sums: list[Any] = []
+        for some in batches(handles):
+            sums += tasks.submit(merge, *first, *some)
+        handles = sums
     return handles[0]
 
 
@@ -93,15 +98,20 @@ def merge_parts(
     # At height h: sums of FAN_IN^h leaves, each as a list of handles of its parts.
     levels: list[list[list[Any]]] = [[]]
 
+    def add(sums: list[list[Any]]) -> list[Any]:
+        """Handles of the parts of the sum of ``sums``."""
+        parts: list[Any] = []
+        for handles in zip(*sums, strict=True):
+            parts += tasks.submit(merge, subject, *handles)
+        return parts
+
     def merge_level(height: int) -> None:
         """Replace the sums at ``height`` by one sum at the next height."""
         if height + 1 == len(levels):
             levels.append([])
-        if len(levels[height]) > 1:
-            of_part = zip(*levels[height], strict=True)
-            levels[height] = [[tasks.submit(merge, subject, *handles)[0] for handles in of_part]]
-        levels[height + 1] += levels[height]
+        sums = levels[height]
         levels[height] = []
+        levels[height + 1] += [add(sums)] if len(sums) > 1 else sums
 
     for leaf in leaves:
         levels[0].append(leaf)

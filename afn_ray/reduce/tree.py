@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -121,41 +121,59 @@ def reduce_run(
     series = recorded.series
     submitted = [_submit_series(tasks, shards, at, series, rules) for at in range(len(series))]
     tags = tasks.result(_submit_tags(tasks, shards, len(series))) if recorded.tagged else None
-    thresholds: list[dict[str, Any]] = []
-    labels: list[dict[str, Any]] = []
-    histograms, vocabularies = [], []
-    signals: list[dict[str, Any]] = []
-    signal_vocabularies = []
+    of_strength: list[_Reduced] = []
+    of_signals: list[_Reduced] = []
     for one, (total, types) in zip(series, submitted, strict=True):
-        rows, label_rows, histogram = map(tasks.result, total)
-        _check_total(shards, one, rows[0]["n"] + rows[0]["n_special"])
+        own, labels, histogram = map(tasks.result, total)
+        _check_total(shards, one, own[0]["n"] + own[0]["n_special"])
         statistics = pa.concat_tables([tasks.result(part) for part in types])
         vocabulary = vocabulary_table(
             one.layer, statistics, shards.n_docs, texts, rules.language, tags
         )
-        if one.signal == STRENGTH:
-            thresholds += rows
-            labels += label_rows
-            histograms.append(histogram)
-            vocabularies.append(vocabulary)
-        else:
-            row = {"signal": one.signal} | rows[0]
-            signals.append({name: row[name] for name in SIGNALS_SCHEMA.names})
-            signal_vocabularies.append(_signal_vocabulary(one.signal, vocabulary))
-    tables = {
-        "shards": shards_table(shards.measure_id, shards.commits, shards.num_bytes),
-        "thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA),
-    }
-    if rules.frozen:
-        tables["frozen"] = pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)
-    tables["histogram"] = pa.concat_tables(histograms)
-    tables["vocabulary"] = pa.concat_tables(vocabularies)
-    if signals:
-        tables["signals"] = pa.Table.from_pylist(signals, SIGNALS_SCHEMA)
-        tables["signal_vocabulary"] = pa.concat_tables(signal_vocabularies)
+        of_kind = of_strength if one.signal == STRENGTH else of_signals
+        of_kind.append(_Reduced(one, own, labels, histogram, vocabulary))
+    tables = {"shards": shards_table(shards.measure_id, shards.commits, shards.num_bytes)}
+    tables |= _strength_tables(of_strength, is_frozen=bool(rules.frozen))
+    if of_signals:
+        tables |= _signal_tables(of_signals)
     if recorded.neuron_layers:
         tables |= _neurons(tasks, shards, recorded, tables["vocabulary"], texts.readable)
     return tables
+
+
+class _Reduced(NamedTuple):
+    """Results of one series, as in ``THRESHOLDS_SCHEMA`` and so on."""
+
+    series: Series
+    thresholds: list[dict[str, Any]]  # the series' own
+    labels: list[dict[str, Any]]  # those that label tokens
+    histogram: pa.Table
+    vocabulary: pa.Table
+
+
+def _strength_tables(layers: Sequence[_Reduced], *, is_frozen: bool) -> dict[str, pa.Table]:
+    """Tables of strength at ``layers``; with ``is_frozen`` also of the thresholds that label."""
+    thresholds = [row for one in layers for row in one.thresholds]
+    tables = {"thresholds": pa.Table.from_pylist(thresholds, THRESHOLDS_SCHEMA)}
+    if is_frozen:
+        labels = [row for one in layers for row in one.labels]
+        tables["frozen"] = pa.Table.from_pylist(labels, THRESHOLDS_SCHEMA)
+    tables["histogram"] = pa.concat_tables([one.histogram for one in layers])
+    tables["vocabulary"] = pa.concat_tables([one.vocabulary for one in layers])
+    return tables
+
+
+def _signal_tables(signals: Sequence[_Reduced]) -> dict[str, pa.Table]:
+    """The tables ``signals`` and ``signal_vocabulary``."""
+    rows, vocabularies = [], []
+    for one in signals:
+        row = {"signal": one.series.signal} | one.thresholds[0]
+        rows.append({name: row[name] for name in SIGNALS_SCHEMA.names})
+        vocabularies.append(_signal_vocabulary(one.series.signal, one.vocabulary))
+    return {
+        "signals": pa.Table.from_pylist(rows, SIGNALS_SCHEMA),
+        "signal_vocabulary": pa.concat_tables(vocabularies),
+    }
 
 
 def _check_total(shards: CommittedShards, series: Series, n: int) -> None:
@@ -183,14 +201,13 @@ def _neurons(
 ) -> dict[str, pa.Table]:
     """The tables ``neurons`` and ``neuron_types``."""
     layers = recorded.neuron_layers
+    counted = "n_high" if recorded.high_neurons else "n"
+    num_parts = _num_parts(shards.files("pairs"), len(layers))
     submitted = []
     for layer in layers:
-        here = vocabulary.filter((pc.field("layer") == layer) & (pc.field("class") != "special"))
-        types = {
-            "token_id": here["token_id"].to_numpy(),
-            "n": here["n_high" if recorded.high_neurons else "n"].to_numpy(),
-        }
-        num_parts = _num_parts(shards.files("pairs"), len(layers))
+        is_normal = (pc.field("layer") == layer) & (pc.field("class") != "special")
+        here = vocabulary.filter(is_normal)
+        types = {"token_id": here["token_id"].to_numpy(), "n": here[counted].to_numpy()}
         leaves = (
             tasks.submit(_read_pairs, group, layer, num_parts, num_results=num_parts)
             for group in _groups(shards.files("pairs"), len(layers))
@@ -199,14 +216,13 @@ def _neurons(
         submitted.append(
             [tasks.submit(_neuron_tables, part, layer, types, num_results=2) for part in parts]
         )
+    order = [("layer", "ascending"), ("neuron", "ascending")]
     by_neuron, by_pair = [], []
-    for layer_parts in submitted:
-        tables = [[tasks.result(handle) for handle in part] for part in layer_parts]
-        order = [("layer", "ascending"), ("neuron", "ascending")]
-        by_neuron.append(pa.concat_tables([t for t, _ in tables]).sort_by(order))
-        by_pair.append(
-            pa.concat_tables([t for _, t in tables]).sort_by([*order, ("token_id", "ascending")])
-        )
+    for parts_of_layer in submitted:
+        neurons_here = [tasks.result(of_neurons) for of_neurons, _ in parts_of_layer]
+        pairs_here = [tasks.result(of_pairs) for _, of_pairs in parts_of_layer]
+        by_neuron.append(pa.concat_tables(neurons_here).sort_by(order))
+        by_pair.append(pa.concat_tables(pairs_here).sort_by([*order, ("token_id", "ascending")]))
     return {
         "neurons": neurons.with_texts(pa.concat_tables(by_neuron), readable),
         "neuron_types": pa.concat_tables(by_pair),
@@ -221,30 +237,39 @@ def _submit_series(
 ) -> tuple[list[Any], list[Any]]:
     """Handles of the results of ``_total`` for one series, and of ``_types`` for each part."""
     one = series[at]
-    frozen = [r for r in rules.frozen if r["layer"] == one.layer and one.signal == STRENGTH]
+    frozen = [row for row in rules.frozen if row["layer"] == one.layer]
+    if one.signal != STRENGTH:
+        frozen = []
     num_parts = _num_parts(shards.files("summary"), len(series))
     leaves = (
         tasks.submit(_read, group, at, one, num_parts, num_results=num_parts)
         for group in _groups(shards.files("summary"), len(series))
     )
     parts = merge_parts(tasks, leaves, _merge, one)
-    counts = [tasks.submit(_count, part)[0] for part in parts]
+    counts: list[Any] = []
+    for part in parts:
+        counts += tasks.submit(_count, part)
     total = tasks.submit(_total, one.layer, rules.sink_factor, frozen, *counts, num_results=3)
-    return total, [tasks.submit(_types, part, total[1])[0] for part in parts]
+    _, labels, _ = total
+    types: list[Any] = []
+    for part in parts:
+        types += tasks.submit(_types, part, labels)
+    return total, types
 
 
 def _submit_tags(tasks: Tasks, shards: CommittedShards, num_series: int) -> Any:
     """Handle of the most frequent tag of each type."""
-    leaves = (
-        tasks.submit(_tags, group, num_series)
-        for group in _groups(shards.files("summary"), num_series)
-    )
-    return tasks.submit(_most_frequent, *merge_parts(tasks, leaves, _add_tags, None))[0]
+    groups = _groups(shards.files("summary"), num_series)
+    leaves = (tasks.submit(_tags, group, num_series) for group in groups)
+    (total,) = merge_parts(tasks, leaves, _add_tags, None)
+    (most_frequent,) = tasks.submit(_most_frequent, total)
+    return most_frequent
 
 
 def _num_parts(files: Iterable[CommittedFile], num_series: int) -> int:
     """Number of parts into which the sum of one series over ``files`` is cut."""
-    return min(MAX_PARTS, 1 + sum(f.num_bytes for f in files) // (num_series * PART_BYTES))
+    num_bytes = sum(file.num_bytes for file in files)
+    return min(MAX_PARTS, 1 + num_bytes // (num_series * PART_BYTES))
 
 
 def _groups(files: Iterable[CommittedFile], num_series: int) -> Iterator[tuple[CommittedFile, ...]]:
@@ -258,20 +283,22 @@ def _read(files: Sequence[CommittedFile], at: int, series: Series, num_parts: in
     Part p has the types whose id modulo ``num_parts`` is p. Most vocabularies order ids by
     frequency, so the parts have about equal sizes.
     """
-    table = SeriesSummary.merge(_read_series(files, at, series)).to_table(series)
-    part_of = table["token_id"].to_numpy() % num_parts
-    return [_encode(table.filter(pa.array(part_of == part))) for part in range(num_parts)]
+    total = SeriesSummary.merge(_read_series(files, at, series))
+    return _encoded_parts(total.to_table(series), "token_id", num_parts)
+
+
+def _encoded_parts(table: pa.Table, column: str, num_parts: int) -> list[bytes]:
+    """``table`` in encoded parts; part p has the rows whose ``column`` modulo ``num_parts`` is p."""
+    part_of = table[column].to_numpy() % num_parts
+    parts = (table.filter(pa.array(part_of == part)) for part in range(num_parts))
+    return [_encode(part) for part in parts]
 
 
 def _merge(series: Series, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    return [
-        _encode(
-            SeriesSummary.merge(SeriesSummary.from_table(_decode(p)) for p in parts).to_table(
-                series
-            )
-        )
-    ]
+    summaries = (SeriesSummary.from_table(_decode(part)) for part in parts)
+    total = SeriesSummary.merge(summaries)
+    return [_encode(total.to_table(series))]
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
@@ -279,9 +306,10 @@ def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
     normal: list[Histogram] = []
     special: list[Histogram] = []
     for some in _slices(part):
-        keys, counts = some.values.keys, some.values.counts
-        for which, histograms in ((keys < SPECIAL_KEY, normal), (keys >= SPECIAL_KEY, special)):
-            histograms.append(Histogram.of(keys[which] & BIN_MASK, counts[which]))
+        bins, counts = some.values.keys & BIN_MASK, some.values.counts
+        is_special = some.values.keys >= SPECIAL_KEY
+        normal.append(Histogram.of(bins[~is_special], counts[~is_special]))
+        special.append(Histogram.of(bins[is_special], counts[is_special]))
     return [(Histogram.merge(normal), Histogram.merge(special))]
 
 
@@ -292,12 +320,14 @@ def _total(
     *counts: tuple[Histogram, Histogram],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table]:
     """Rows of the layer's own thresholds, rows of those that label tokens, and its histogram."""
-    normal, special = (Histogram.merge(of) for of in zip(*counts, strict=True))
+    normal = Histogram.merge(of_normal for of_normal, _ in counts)
+    special = Histogram.merge(of_special for _, of_special in counts)
+    own = threshold_rows(layer, normal, special.n, sink_factor)
+    labels = frozen_rows(own, normal, frozen) if frozen else own
     histogram = pa.concat_tables(
         [histogram_table(layer, False, normal), histogram_table(layer, True, special)]
     )
-    own = threshold_rows(layer, normal, special.n, sink_factor)
-    return own, frozen_rows(own, normal, frozen) if frozen else own, histogram
+    return own, labels, histogram
 
 
 def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
@@ -319,35 +349,32 @@ def _read_pairs(files: Sequence[CommittedFile], layer: int, num_parts: int) -> l
     total = neurons.EMPTY
     with ThreadPoolExecutor(READ_AHEAD) as pool:
         for begin in range(0, len(files), READ_AHEAD):
-            total = neurons.Pairs.merge([total, *pool.map(read, files[begin : begin + READ_AHEAD])])
-    table = total.to_table(layer)
-    part_of = table["neuron"].to_numpy() % num_parts
-    return [_encode(table.filter(pa.array(part_of == part))) for part in range(num_parts)]
+            found = pool.map(read, files[begin : begin + READ_AHEAD])
+            total = neurons.Pairs.merge([total, *found])
+    return _encoded_parts(total.to_table(layer), "neuron", num_parts)
 
 
 def _merge_pairs(layer: int, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    return [
-        _encode(
-            neurons.Pairs.merge(neurons.Pairs.from_table(_decode(p)) for p in parts).to_table(layer)
-        )
-    ]
+    pairs = (neurons.Pairs.from_table(_decode(part)) for part in parts)
+    total = neurons.Pairs.merge(pairs)
+    return [_encode(total.to_table(layer))]
 
 
 def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.Table]:
     """``neurons.neuron_tables`` of ``part``."""
-    return list(neurons.neuron_tables(neurons.Pairs.from_table(_decode(part)), layer, types))
+    pairs = neurons.Pairs.from_table(_decode(part))
+    return list(neurons.neuron_tables(pairs, layer, types))
 
 
 def _tags(files: Sequence[CommittedFile], num_series: int) -> list[TypeTags]:
     """The sum of the tag counts in ``files``; their row group follows those of the series."""
-    nothing = TypeTags.of(np.empty(0, np.int32), pa.array([], pa.string()))
-    found = (_read_group(file, num_series) for file in files)
-    return [
-        TypeTags.merge(
-            [nothing, *(TypeTags.from_table(table) for table in found if table is not None)]
-        )
-    ]
+    counts = [TypeTags.empty()]
+    for file in files:
+        table = _read_group(file, num_series)
+        if table is not None:
+            counts.append(TypeTags.from_table(table))
+    return [TypeTags.merge(counts)]
 
 
 def _add_tags(_: None, *parts: TypeTags) -> list[TypeTags]:
@@ -363,16 +390,17 @@ def _encode(table: pa.Table) -> bytes:
 
     A distinct pair of a type and a strength takes 2 to 4 bytes, against 16 in memory.
     """
+    encoding = {}
+    if "bins" in table.column_names:
+        encoding["bins.list.element"] = "DELTA_BINARY_PACKED"
+    if "total" in table.column_names:
+        encoding["total"] = "DELTA_BINARY_PACKED"
     return parquet.encode(
         table,
         row_group_size=max(1, len(table)),
         use_dictionary=["counts.list.element", "neuron", "n"],
         write_statistics=False,
-        column_encoding={
-            n: "DELTA_BINARY_PACKED"
-            for n in ("bins.list.element", "total")
-            if n.split(".")[0] in table.column_names
-        },
+        column_encoding=encoding,
     )
 
 
@@ -386,8 +414,10 @@ def _slices(part: bytes) -> Iterator[SeriesSummary]:
     if not len(table):
         return
     ends = table["bins"].chunk(0).offsets.to_numpy()
-    cuts = np.searchsorted(ends, np.arange(0, ends[-1], SLICE_PAIRS))
-    for begin, end in pairwise([*np.unique(cuts).tolist(), len(table)]):
+    num_pairs = int(ends[-1])
+    cuts = np.searchsorted(ends, np.arange(0, num_pairs, SLICE_PAIRS))
+    limits = [*np.unique(cuts).tolist(), len(table)]
+    for begin, end in pairwise(limits):
         yield SeriesSummary.from_table(table.slice(begin, end - begin))
 
 
@@ -421,4 +451,6 @@ def _read_series(
 def _read_group(file: CommittedFile, at: int) -> pa.Table | None:
     """Row group ``at`` of a summary; None if the shard has no tokens or no tags for it."""
     summary = parquet.open_file(file.read())
-    return summary.read_row_group(at, use_threads=False) if at < summary.num_row_groups else None
+    if at >= summary.num_row_groups:
+        return None
+    return summary.read_row_group(at, use_threads=False)
