@@ -115,9 +115,11 @@ class Draws:
         ``parts`` are sums by group, [num_groups, ...]. ``statistic`` maps their totals [n, ...] to
         [n].
         """
+        totals = [part.sum(axis=0, keepdims=True) for part in parts]  # each [1, ...]
         with np.errstate(invalid="ignore", divide="ignore"):
-            value = float(statistic(*(p.sum(axis=0, keepdims=True) for p in parts))[0])
-            return Drawn(value, statistic(*(np.tensordot(self._weights, p, axes=1) for p in parts)))
+            value = float(statistic(*totals)[0])
+            redrawn = [np.tensordot(self._weights, part, axes=1) for part in parts]
+            return Drawn(value, statistic(*redrawn))
 
 
 class Sample:
@@ -190,7 +192,8 @@ def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
 
     A row stands for ``counts`` tokens. Equal values get the middle of their ranks.
     """
-    return np.asarray(midranks(by, counts) / counts.sum() - 0.5)
+    share_below = midranks(by, counts) / counts.sum()
+    return np.asarray(share_below - 0.5)
 
 
 def by_number(keys: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -81,10 +81,12 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
     figures: list[Figure] = []
     for before, k in zip([None, *layers], layers, strict=False):
         figures += _of_layer(_Layer(sample, k, sums[k]), before, num_types)
-        figures += [] if tags is None else tags.figures(sample, k)
+        if tags is not None:
+            figures += tags.figures(sample, k)
     figures += _separation(sample, variables)
-    ordered = sorted(figures, key=lambda f: list(CLAIMS).index(f.claim))
-    return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(ordered))
+    order = list(CLAIMS)
+    figures.sort(key=lambda figure: order.index(figure.claim))
+    return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(figures))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,15 +140,18 @@ def _of_layer(here: _Layer, before: int | None, num_types: int) -> Iterator[Figu
 
 def _class_shares(here: _Layer) -> Iterator[Figure]:
     for kind in KINDS:
-        if total := here.total(kind):
-            what, share = f"share of {kind} that is HIGH", here.share(f"high_{kind}", kind)
+        num_tokens = here.total(kind)
+        if num_tokens:
+            what = f"share of {kind} that is HIGH"
+            share = here.share(f"high_{kind}", kind)
             is_control = here.layer == 0
-            yield here.figure("classes", what, "strength", share, total, is_control=is_control)
+            yield here.figure("classes", what, "strength", share, num_tokens, is_control=is_control)
 
 
 def _shares_of_shift(here: _Layer) -> Iterator[Figure]:
     what = "share that HIGH tokens hold"
-    of_shift, of_tokens = here.share("high_shift", "shift"), here.share("high", "n")
+    of_shift = here.share("high_shift", "shift")
+    of_tokens = here.share("high", "n")
     yield here.figure("shift", what, "of the shift", of_shift)
     yield here.figure("shift", what, "of the tokens", of_tokens, is_control=True)
     yield here.figure("shift", what, "the difference", of_shift.less(of_tokens))
@@ -176,11 +181,8 @@ def _variance_between_types(here: _Layer, num_types: int) -> Iterator[Figure]:
 
 
 def _rank_correlations(here: _Layer) -> Iterator[Figure]:
-    for key, name in (
-        ("frequency", "log frequency"),
-        ("place", "position"),
-        ("length", "document length"),
-    ):
+    rivals = {"frequency": "log frequency", "place": "position", "length": "document length"}
+    for key, name in rivals.items():
         rho = here.draw(_correlation, "n", "x", key, "xx", f"{key}_2", f"{key}_x")
         yield here.figure("frequency", "Spearman's rho with strength", name, rho)
     n = here.total("k_n")
@@ -198,20 +200,24 @@ def _rank_correlations(here: _Layer) -> Iterator[Figure]:
 
 def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
     """Pearson's correlation from sums."""
-    return np.asarray((n * xy - x * y) / np.sqrt((n * xx - x * x) * (n * yy - y * y)))
+    covariance = n * xy - x * y
+    variances = (n * xx - x * x) * (n * yy - y * y)
+    return np.asarray(covariance / np.sqrt(variances))
 
 
 def _partial(xy: Floats, xz: Floats, yz: Floats) -> Floats:
     """Partial correlation of x and y with z held constant, from their three correlations."""
-    return np.asarray((xy - xz * yz) / np.sqrt((1 - xz * xz) * (1 - yz * yz)))
+    unexplained = (1 - xz * xz) * (1 - yz * yz)
+    return np.asarray((xy - xz * yz) / np.sqrt(unexplained))
 
 
 def _dimensions(here: _Layer) -> Iterator[Figure]:
     info = here.sample.run.info
-    dims = len(info["measure"]["outliers"][list(info["layers"]).index(here.layer)])
-    what = f"share of the squared norm in {count(dims, 'dimension')}"
+    at = list(info["layers"]).index(here.layer)
+    num_dimensions = len(info["measure"]["outliers"][at])
+    what = f"share of the squared norm in {count(num_dimensions, 'dimension')}"
     yield here.figure("dimensions", what, "the largest", here.share("cut", "squares"))
-    alike = fixed(dims / info["model"]["hidden_size"])
+    alike = fixed(num_dimensions / info["model"]["hidden_size"])
     yield here.figure("dimensions", what, "were all alike", alike, is_control=True)
     what, of = "HIGH tokens in common (Jaccard)", "with and without these"
     yield here.figure("dimensions", what, of, here.share("trimmed_both", "trimmed_any"))
@@ -219,7 +225,9 @@ def _dimensions(here: _Layer) -> Iterator[Figure]:
 
 def _sinks(here: _Layer) -> Iterator[Figure]:
     def ratio_of_means(total: Floats, n: Floats, without: Floats, sinks: Floats) -> Floats:
-        return np.asarray(total / n / (without / (n - sinks)))
+        mean = total / n
+        mean_without = without / (n - sinks)
+        return np.asarray(mean / mean_without)
 
     yield here.figure("sinks", "share of the tokens", "sinks", here.share("sinks", "n"))
     what = "strength with sinks over strength without"
@@ -272,22 +280,25 @@ def _auc(sample: Sample, v: Variable) -> Drawn:
 
 def _shares_of_rival(sample: Sample, v: Variable) -> Iterator[Figure]:
     for at, kind in enumerate(KINDS):
-        if total := v.by_bin[:, at].sum():
-            share = sample.draw(np.divide, v.high[:, at], v.by_bin[:, at].sum(axis=1))
+        n = v.by_bin[:, at].sum(axis=1)  # by group
+        num_tokens = n.sum()
+        if num_tokens:
+            share = sample.draw(np.divide, v.high[:, at], n)
             quantity = Quantity("classes", f"share of {kind} that is HIGH", v.name, v.layer)
-            yield sample.figure(quantity, share, total, is_control=True)
+            yield sample.figure(quantity, share, num_tokens, is_control=True)
 
 
 def _best_layer(sample: Sample, by_layer: Mapping[int, Drawn], n: int) -> Iterator[Figure]:
     """Figures on the layer whose AUC is the largest; ``by_layer`` are the layers' AUCs."""
     best_first = sorted(by_layer, key=lambda k: -by_layer[k].value)
+    others = [k for k in best_first if k != 0]
     if 0 in by_layer:
-        for k in best_first:
-            if k != 0:
-                quantity = Quantity("layers", f"{AUC}, less that of layer 0", "strength", k)
-                yield sample.figure(quantity, by_layer[k].less(by_layer[0]), n)
+        for k in others:
+            quantity = Quantity("layers", f"{AUC}, less that of layer 0", "strength", k)
+            yield sample.figure(quantity, by_layer[k].less(by_layer[0]), n)
     replicates = np.array([by_layer[k].replicates for k in best_first])
-    replicates = replicates[:, np.isfinite(replicates).all(axis=0)]
+    is_complete = np.isfinite(replicates).all(axis=0)
+    replicates = replicates[:, is_complete]
     if not replicates.size:
         return
     best = np.argmax(replicates, axis=0)

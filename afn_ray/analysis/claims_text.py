@@ -30,37 +30,36 @@ def to_json(found: Claims) -> dict[str, Any]:
 def render(found: Claims, console: Console) -> None:
     """Print for each claim its question, a sentence on its controls, and its figures."""
     for claim, question in CLAIMS.items():
-        if not (mine := [f for f in found.figures if f.claim == claim]):
+        figures = [f for f in found.figures if f.claim == claim]
+        if not figures:
             continue
         console.print(Text(f"\n{question}", style="bold"))
-        if sentence := against_controls(mine):
+        if sentence := against_controls(figures):
             console.print(Text(printable(sentence)))
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        table.add_column("", overflow="fold", ratio=1)
-        table.add_column("layer", no_wrap=True)
-        for heading in ("value", "95 % interval"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for what in dict.fromkeys(f.what for f in mine):
-            of_this = [f for f in mine if f.what == what]
-            table.add_row(
-                Text(
-                    f"{what}, of {_amount([f.n for f in of_this], 'token')} in "
-                    f"{_amount([f.n_docs for f in of_this], 'document')}:"
-                )
-            )
-            for f in of_this:
-                name = f"  {f.of}{' (control)' if f.is_control else ''}"
-                interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
-                table.add_row(
-                    Text(printable(name)),
-                    "" if f.layer is None else str(f.layer),
-                    shown(f.value),
-                    interval,
-                )
-        console.print(table)
+        console.print(_table(figures))
     console.print()
     for note in found.notes:
         console.print(note, markup=False)
+
+
+def _table(figures: Sequence[Figure]) -> Table:
+    """The figures of one claim, below the quantity that they are values of."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("", overflow="fold", ratio=1)
+    table.add_column("layer", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("95 % interval", justify="right", no_wrap=True)
+    for what in dict.fromkeys(f.what for f in figures):
+        of_this = [f for f in figures if f.what == what]
+        tokens = _amount([f.n for f in of_this], "token")
+        documents = _amount([f.n_docs for f in of_this], "document")
+        table.add_row(Text(f"{what}, of {tokens} in {documents}:"))
+        for f in of_this:
+            name = f"  {f.of}{' (control)' if f.is_control else ''}"
+            layer = "" if f.layer is None else str(f.layer)
+            interval = "" if math.isnan(f.low) else f"{shown(f.low)} to {shown(f.high)}"
+            table.add_row(Text(printable(name)), layer, shown(f.value), interval)
+    return table
 
 
 def against_controls(figures: Sequence[Figure]) -> str:
@@ -75,8 +74,13 @@ def against_controls(figures: Sequence[Figure]) -> str:
     if main is None:
         return ""
     low, high = _interval(main)
-    beat = [f for f in controls if _interval(f)[0] > high]
-    equal = [f for f in controls if f not in beat and _interval(f)[1] >= low]
+    beat, equal = [], []
+    for control in controls:
+        control_low, control_high = _interval(control)
+        if control_low > high:
+            beat.append(control)
+        elif control_high >= low:
+            equal.append(control)
     parts = [f"{main.what[0].upper()}{main.what[1:]}: {_named([main])}."]
     if beat:
         parts.append(f"Beaten by: {_named(beat)}.")
@@ -99,7 +103,9 @@ def _main_and_controls(figures: Sequence[Figure]) -> tuple[Figure | None, list[F
         mine = [f for f in of_this if not f.is_control and f.layer == deepest]
         if not mine:
             continue
-        main = max(mine, key=lambda f: f.value) if mine[0].claim == "tags" else mine[0]
+        main = mine[0]
+        if main.claim == "tags":
+            main = max(mine, key=lambda f: f.value)
         # Controls are the same variable at layer 0, and controls that are no measure of a layer. A
         # different quantity at layer 0 is not a control of this figure.
         controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
@@ -109,7 +115,9 @@ def _main_and_controls(figures: Sequence[Figure]) -> tuple[Figure | None, list[F
 
 
 def _interval(figure: Figure) -> tuple[float, float]:
-    return (figure.value, figure.value) if math.isnan(figure.low) else (figure.low, figure.high)
+    if math.isnan(figure.low):
+        return figure.value, figure.value
+    return figure.low, figure.high
 
 
 def _named(figures: Sequence[Figure]) -> str:

@@ -102,11 +102,8 @@ def find_neuron(run: Run, layer: int, number: int) -> Neuron:
 
     Raises ``ConfigError`` for a neuron that no token has among its neurons.
     """
-    rows = (
-        run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number])
-        .to_arrow_table()
-        .to_pylist()
-    )
+    found = run.sql("FROM neurons WHERE layer = ? AND neuron = ?", [layer, number])
+    rows = found.to_arrow_table().to_pylist()
     if not rows:
         others = [str(k) for k in run.info["measure"]["neuron_layers"] if k != layer]
         hint = f"; --layer {' or '.join(others)} may be meant" if others else ""
@@ -142,9 +139,20 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
             f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
             f"WHERE layer = {layer} AND class <> 'special' AND lower(text) = lower($word))"
         )
+    query = _neurons_of_word_sql(layer, most, word_tokens)
+    concepts = []
+    for row in run.sql(query, {"word": word}).to_arrow_table().to_pylist():
+        shares = [row.pop(name) for name in ("in_share", "elsewhere", "mean_in_word")]
+        del row["all_tokens"]
+        concepts.append(Concept(_neuron(row), *shares))
+    return concepts, occurrences
+
+
+def _neurons_of_word_sql(layer: int, most: int, word_tokens: str) -> str:
+    """Query for the neurons of ``$word``; ``word_tokens`` is SQL for how many tokens the word has."""
     # DuckDB estimates one row for an unnested list, so the join builds its hash table from the list
     # and not from all tokens.
-    query = f"""
+    return f"""
         WITH places AS MATERIALIZED (
             SELECT doc, position + unnest(range(n_tokens))::INTEGER AS position
             FROM kwic($word, n := 0, most := {MOST_OCCURRENCES})
@@ -169,12 +177,6 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
         FROM counted WHERE in_share > elsewhere
         ORDER BY in_share * ln(in_share / greatest(elsewhere, 0.5 / all_tokens)) DESC, neuron LIMIT {most}
     """  # noqa: S608
-    concepts = []
-    for row in run.sql(query, {"word": word}).to_arrow_table().to_pylist():
-        shares = [row.pop(name) for name in ("in_share", "elsewhere", "mean_in_word")]
-        del row["all_tokens"]
-        concepts.append(Concept(_neuron(row), *shares))
-    return concepts, occurrences
 
 
 def contexts(run: Run, layer: int, number: int, most: int = CONTEXTS) -> list[Context]:
@@ -208,20 +210,20 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
         "BY position",
         [doc, position - TOKENS_BESIDE, position + TOKENS_BESIDE],
     ).fetchall()
-    words: list[
-        tuple[str, bool]
-    ] = []  # text, and whether it is a whole word: its other pieces then add nothing
+    words: list[str] = []
+    last_is_whole = False  # the last word is complete: its other pieces add nothing
     at = 0
     for place, text, is_word_start, is_whole in tokens:
         if is_word_start or not words:
-            words.append((text, is_whole))
-        elif not words[-1][1]:
-            words[-1] = (words[-1][0] + text, False)
+            words.append(text)
+            last_is_whole = is_whole
+        elif not last_is_whole:
+            words[-1] += text
         if place <= position:
             at = len(words) - 1
-    texts = [text for text, _ in words]
-    left, right = texts[max(0, at - WORDS_BESIDE) : at], texts[at + 1 : at + 1 + WORDS_BESIDE]
-    return Context(doc, position, value, " ".join(left), texts[at], " ".join(right))
+    left = words[max(0, at - WORDS_BESIDE) : at]
+    right = words[at + 1 : at + 1 + WORDS_BESIDE]
+    return Context(doc, position, value, " ".join(left), words[at], " ".join(right))
 
 
 # --- output
@@ -229,13 +231,14 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
 
 def said_layer(run: Run, layer: int) -> str:
     """Heading of every view: the layer, other recorded layers, and a note on HIGH-only neurons."""
-    others = ", ".join(str(k) for k in run.info["measure"]["neuron_layers"] if k != layer)
-    high_only = "; neurons of HIGH tokens alone were recorded: all figures are of these"
-    return (
-        f"Layer {layer}"
-        + (f" (--layer: {others})" if others else "")
-        + (high_only if "neurons_above" in run.info["measure"] else "")
-    )
+    measure = run.info["measure"]
+    heading = f"Layer {layer}"
+    others = [str(k) for k in measure["neuron_layers"] if k != layer]
+    if others:
+        heading += f" (--layer: {', '.join(others)})"
+    if "neurons_above" in measure:
+        heading += "; neurons of HIGH tokens alone were recorded: all figures are of these"
+    return heading
 
 
 def render_selective(found: Sequence[Neuron], console: Console) -> None:
@@ -270,14 +273,11 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
         return
     table = _headed_table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
     for x in found:
-        lift = (
-            "only here" if x.lift is None else f"{x.lift:,.0f}" if x.lift >= 10 else f"{x.lift:.1f}"
-        )
         table.add_row(
             str(x.neuron.neuron),
             f"{x.share:.1%}",
             f"{x.elsewhere:.2%}",
-            lift,
+            _shown_lift(x.lift),
             f"{x.mean:.2f}",
             _types(x.neuron),
         )
@@ -287,6 +287,12 @@ def render_word(word: str, found: Sequence[Concept], occurrences: int, console: 
         "in the word: share of its tokens that have the neuron among their neurons. lift: times "
         "as often as in all other tokens. mean: its value in the word.",
     )
+
+
+def _shown_lift(lift: float | None) -> str:
+    if lift is None:
+        return "only here"
+    return f"{lift:,.0f}" if lift >= 10 else f"{lift:.1f}"
 
 
 def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) -> None:
@@ -323,10 +329,9 @@ def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) ->
 def _headed_table(*heads: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in heads:
-        left = head in ("type", "answers to")
-        table.add_column(
-            head, justify="left" if left else "right", overflow="fold", no_wrap=not left
-        )
+        is_text = head in ("type", "answers to")
+        justify: JustifyMethod = "left" if is_text else "right"
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=not is_text)
     return table
 
 

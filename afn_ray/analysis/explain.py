@@ -180,32 +180,14 @@ def explain(
     plan = _with_signals(plan, question.signals, run.uri)
     cleaned = SURROGATES.sub("\ufffd", text)  # no surrogates, as in the corpus
     measured, pieces = measure_text(plan, cleaned, cleaned != text)
-    encoded, by_series = (
-        measured.encoded,
-        dict(zip(plan.measure.series, measured.values, strict=True)),
-    )
+    encoded = measured.encoded
+    by_series = dict(zip(plan.measure.series, measured.values, strict=True))
     is_special = (encoded.flags & SPECIAL) > 0
-    tables = _tables(run)
-    thresholds, readings = {}, {}
-    for k in plan.measure.layers:
-        strengths = by_series[Series(STRENGTH, k)]
-        thresholds[k], plain = _read_layer(tables, k, encoded.token_ids, is_special, strengths)
-        others = [s for s in plan.measure.series if s.layer == k and s.signal != STRENGTH]
-        values = [_read_signal(tables, s, is_special, by_series[s]) for s in others]
-        readings[k] = [
-            replace(reading, signals=tuple(of_signal[at] for of_signal in values))
-            for at, reading in enumerate(plain)
-        ]
+    thresholds, readings = _compare(_tables(run), encoded.token_ids, is_special, by_series)
     sweep: tuple[int, ...] = ()
     if question.layers is not None:
         sweep = resolve_layers(question.layers, run.info["model"]["depth"])
-    if elsewhere := tuple(k for k in sweep if k not in plan.measure.layers):
-        # In a pass of its own, so that the first one is exactly the run's.
-        other = worker.with_signals(
-            replace(plan, measure=replace(plan.measure, layers=elsewhere, outliers=()))
-        )
-        swept, _ = measure_text(other, cleaned, cleaned != text)
-        by_series |= zip(other.measure.series, swept.values, strict=True)
+        by_series |= _measure_elsewhere(plan, sweep, cleaned, cleaned != text)
     cells = []
     for k in sweep:
         quartiles = [r.quartile for r in readings[k]] if k in readings else None
@@ -217,23 +199,62 @@ def explain(
         strengths = by_series[Series(STRENGTH, layer)]
         decision = _decide(plan, layer, encoded.token_ids, strengths, is_special)
     return Explanation(
-        run.uri,
-        plan.config.model,
-        plan.measure.dtype,
-        plan.device,
-        cleaned,
-        plan.measure.layers,
-        tuple(thresholds.values()),
-        tokens,
-        notes_on(run.info["made_by"], plan.device, plan.measure.dtype),
-        sweep,
-        decision,
+        run=run.uri,
+        model=plan.config.model,
+        dtype=plan.measure.dtype,
+        device=plan.device,
+        text=cleaned,
+        layers=plan.measure.layers,
+        thresholds=tuple(thresholds),
+        tokens=tokens,
+        notes=notes_on(run.info["made_by"], plan.device, plan.measure.dtype),
+        sweep=sweep,
+        decision=decision,
     )
+
+
+def _compare(
+    tables: Mapping[str, pa.Table], token_ids: Any, special: Any, by_series: Mapping[Series, Any]
+) -> tuple[list[Thresholds], dict[int, list[Reading]]]:
+    """Thresholds of each recorded layer, and a reading per token by layer; arrays are [n_tokens]."""
+    thresholds: list[Thresholds] = []
+    readings: dict[int, list[Reading]] = {}
+    for series, strengths in by_series.items():
+        if series.signal != STRENGTH:
+            continue
+        k = series.layer
+        limits, plain = _read_layer(tables, k, token_ids, special, strengths)
+        others = [s for s in by_series if s.layer == k and s.signal != STRENGTH]
+        values = [_read_signal(tables, s, special, by_series[s]) for s in others]
+        thresholds.append(limits)
+        readings[k] = []
+        for at, reading in enumerate(plain):
+            of_token = tuple(of_signal[at] for of_signal in values)
+            readings[k].append(replace(reading, signals=of_token))
+    return thresholds, readings
+
+
+def _measure_elsewhere(
+    task: Task, layers: Sequence[int], text: str, is_replaced: bool
+) -> dict[Series, Any]:
+    """Strengths of ``text`` at those of ``layers`` that ``task`` does not measure.
+
+    They are measured in a pass of its own, so that the first one is exactly the run's.
+    """
+    elsewhere = tuple(k for k in layers if k not in task.measure.layers)
+    if not elsewhere:
+        return {}
+    measure = replace(task.measure, layers=elsewhere, outliers=())
+    other = worker.with_signals(replace(task, measure=measure))
+    swept, _ = measure_text(other, text, is_replaced)
+    return dict(zip(other.measure.series, swept.values, strict=True))
 
 
 def _with_signals(task: Task, signals: str, run_uri: str) -> Task:
     """``task`` that also measures ``signals``."""
-    if not_series := [s.name for s in find_signals(signals)[0] if not s.is_series]:
+    asked, _ = find_signals(signals)
+    not_series = [signal.name for signal in asked if not signal.is_series]
+    if not_series:
         raise ConfigError(
             f"signals has {not_series[0]}, which is no number a token; 'afn neurons' and --task "
             "show neurons"
@@ -271,15 +292,15 @@ def _tokens(
         is_special = bool(flags[at] & SPECIAL)
         tokens.append(
             Token(
-                "" if is_special else text[start:end],
-                pieces[ids[at]],
-                ids[at],
-                start,
-                end,
-                is_special,
-                bool(flags[at] & WORD_START),
-                tuple(of_layer[at] for of_layer in readings),
-                tuple(of_layer[at] for of_layer in cells),
+                text="" if is_special else text[start:end],
+                piece=pieces[ids[at]],
+                token_id=ids[at],
+                start=start,
+                end=end,
+                special=is_special,
+                word_start=bool(flags[at] & WORD_START),
+                readings=tuple(of_layer[at] for of_layer in readings),
+                cells=tuple(of_layer[at] for of_layer in cells),
             )
         )
     return tuple(tokens)
@@ -311,12 +332,11 @@ def _read_signal(
         here = (pc.field("signal") == series.signal) & (pc.field("layer") == series.layer)
         for row in tables["signals"].filter(here).to_pylist():
             quartiles = _quartiles(row, values)
-    return [
-        Value(series.signal, value, None if is_special else quartile)
-        for value, quartile, is_special in zip(
-            values.tolist(), quartiles, special.tolist(), strict=True
-        )
-    ]
+    found = []
+    by_token = zip(values.tolist(), quartiles, special.tolist(), strict=True)
+    for value, quartile, is_special in by_token:
+        found.append(Value(series.signal, value, None if is_special else quartile))
+    return found
 
 
 def _quartiles(thresholds: Mapping[str, Any], values: Any) -> list[Any]:
@@ -331,16 +351,17 @@ def _within_text(
 ) -> list[Cell]:
     """Each token's rank among the tokens of the text at ``layer``; the arrays are [n_tokens]."""
     others = np.sort(values[~special])
-    at_or_below, n = np.searchsorted(others, values, side="right").tolist(), len(others)
+    n = len(others)
+    at_or_below = np.searchsorted(others, values, side="right").tolist()
+    by_token = zip(values.tolist(), at_or_below, special.tolist(), strict=True)
     cells = []
-    for at, (value, k, is_special) in enumerate(
-        zip(values.tolist(), at_or_below, special.tolist(), strict=True)
-    ):
+    for at, (value, k, is_special) in enumerate(by_token):
         if is_special:
             cells.append(Cell(layer, value, None, None, None))
         else:
+            decile = (10 * k - 1) // n
             quartile = None if quartiles is None else quartiles[at]
-            cells.append(Cell(layer, value, k / n, (10 * k - 1) // n, quartile))
+            cells.append(Cell(layer, value, k / n, decile, quartile))
     return cells
 
 
@@ -349,19 +370,21 @@ def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> 
     if not (np.isfinite(decided.tokens).all() and np.isfinite(decided.neurons).all()):
         raise ModelError("the gradient of the classifier's answer is not finite for this text")
     totals = decided.neurons.sum(axis=0, dtype=np.float64)
+    largest = np.argsort(-np.abs(totals), kind="stable")[:TOP]
     neurons = []
-    for neuron in np.argsort(-np.abs(totals), kind="stable")[:TOP].tolist():
+    for neuron in largest.tolist():
         parts = decided.neurons[:, neuron]
         token = int(np.abs(parts).argmax())
         neurons.append(Neuron(neuron, float(totals[neuron]), token, float(parts[token])))
+    attributions = np.abs(decided.tokens[~special])
     return Decision(
-        layer,
-        decided.kind,
-        tuple(map(Label, decided.labels, decided.values)),
-        decided.chosen,
-        tuple(decided.tokens.tolist()),
-        tuple(neurons),
-        spearman(values[~special], np.abs(decided.tokens[~special])),
+        layer=layer,
+        kind=decided.kind,
+        labels=tuple(map(Label, decided.labels, decided.values)),
+        chosen=decided.chosen,
+        attributions=tuple(decided.tokens.tolist()),
+        neurons=tuple(neurons),
+        spearman=spearman(values[~special], attributions),
     )
 
 
@@ -370,27 +393,23 @@ def _read_layer(
 ) -> tuple[Thresholds, list[Reading]]:
     """Thresholds of ``layer`` and a reading per token, from ``tables``; arrays are [n_tokens]."""
     here = pc.field("layer") == layer
-    row = tables["labels"].filter(here & (pc.field("population") == "tokens")).to_pylist()[0]
+    row, *_ = tables["labels"].filter(here & (pc.field("population") == "tokens")).to_pylist()
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
     histogram = tables["histogram"].filter(here & ~pc.field("special"))
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))
     below = np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")
     ranks = at_or_below[below] / limits.n
-    quartiles = _quartiles(row, strengths)
-    ours = pc.field("token_id").isin(np.unique(token_ids).tolist())
-    usual = {
-        (r["token_id"], r["class"] == "special"): Usual(r["n"], r["q2"], r["share_high"])
-        for r in tables["vocabulary"].filter(here & ours).to_pylist()
-    }
-    readings = []
-    for token_id, is_special, strength, quartile, rank in zip(
+    usual = _usual(tables["vocabulary"].filter(here), token_ids)
+    by_token = zip(
         token_ids.tolist(),
         special.tolist(),
         strengths.tolist(),
-        quartiles,
+        _quartiles(row, strengths),
         ranks.tolist(),
         strict=True,
-    ):
+    )
+    readings = []
+    for token_id, is_special, strength, quartile, rank in by_token:
         of_type = usual.get((token_id, is_special))
         if is_special:
             readings.append(Reading(layer, strength, None, None, None, of_type))
@@ -399,14 +418,23 @@ def _read_layer(
     return limits, readings
 
 
+def _usual(vocabulary: pa.Table, token_ids: Any) -> dict[tuple[int, bool], Usual]:
+    """Figures of the types of ``token_ids``, by id and whether the type is special."""
+    ours = pc.field("token_id").isin(np.unique(token_ids).tolist())
+    usual = {}
+    for row in vocabulary.filter(ours).to_pylist():
+        is_special = row["class"] == "special"
+        usual[row["token_id"], is_special] = Usual(row["n"], row["q2"], row["share_high"])
+    return usual
+
+
 def index_of(layers: tuple[int, ...], layer: int | None) -> int:
     """Index of ``layer`` among the recorded ``layers``; None means the deepest."""
     if layer is None:
         return len(layers) - 1
     if layer not in layers:
-        raise ConfigError(
-            f"layer {layer} was not recorded; the run has {', '.join(map(str, layers))}"
-        )
+        recorded = ", ".join(map(str, layers))
+        raise ConfigError(f"layer {layer} was not recorded; the run has {recorded}")
     return layers.index(layer)
 
 

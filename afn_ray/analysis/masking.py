@@ -22,6 +22,7 @@ from afn_ray.model.signals import States
 from afn_ray.query.database import Run
 from afn_ray.runs import worker
 from afn_ray.runs.measurer import Measurer
+from afn_ray.runs.task import Task
 from afn_ray.schema import strengths, upos_classes
 from afn_ray.store import manifest
 from afn_ray.text import count
@@ -81,16 +82,11 @@ def check(
     vocabulary has none of ``STAND_INS``, or where no document has both HIGH and LOW tokens.
     """
     task = recorded_task(manifest.find_run(run.uri), local)
-    last, layer = (run.info["model"]["depth"],), run.info["layers"][-1]
-    task = worker.with_signals(task)
-    measure = replace(
-        task.measure, layers=last, series=strengths(last), dtype="float32", outliers=()
-    )
-    task = replace(task, measure=measure)
+    depth, layer = run.info["model"]["depth"], run.info["layers"][-1]
+    measurer = Measurer(_at_output(task, depth))
+    name, stand_in = _stand_in(measurer)
     changes = np.full((num_documents, len(KINDS), len(CHANGES)), np.nan)
     replaced = np.zeros((num_documents, len(KINDS)))
-    measurer = Measurer(task)
-    name, stand_in = _stand_in(measurer)
     window = run.info["measure"]["window_tokens"]
     texts = _texts(run, layer, num_documents, window, measurer)
     for at, text in enumerate(texts):
@@ -99,22 +95,35 @@ def check(
             of_kind = KINDS.index(kind)
             changes[at, of_kind] = change
             replaced[at, of_kind] = len(chosen[kind])
-    there = ~np.isnan(changes[:, 0, 0])
-    changes, replaced = changes[there], replaced[there]
+    was_masked = ~np.isnan(changes[:, 0, 0])
+    changes, replaced = changes[was_masked], replaced[was_masked]
     if not len(changes):
         raise ConfigError(
             f"none of the documents drawn from {run.uri} has both HIGH and LOW tokens that may be "
             "masked"
         )
-    figures = [
-        figure
-        for of, what in enumerate(CHANGES)
-        for figure in _figures(what, layer, changes[:, :, of], replaced)
-    ]
+    figures: list[Figure] = []
+    for of, what in enumerate(CHANGES):
+        figures += _figures(what, layer, changes[:, :, of], replaced)
+    return figures, _note(run, len(changes), name, depth)
+
+
+def _at_output(task: Task, depth: int) -> Task:
+    """``task`` that measures strength at the output of the last block, in float32."""
+    last = (depth,)
+    task = worker.with_signals(task)
+    measure = replace(
+        task.measure, layers=last, series=strengths(last), dtype="float32", outliers=()
+    )
+    return replace(task, measure=measure)
+
+
+def _note(run: Run, num_documents: int, stand_in: str, depth: int) -> str:
+    """Sentences on how the figures were made."""
     note = (
-        f"Masking: {count(len(changes), 'document')} of the run, drawn by their hash, each in one "
+        f"Masking: {count(num_documents, 'document')} of the run, drawn by their hash, each in one "
         f"window. As many tokens of every kind, at most {SHARE:.0%} of a document's, became "
-        f"{name}. Only tokens that stayed are looked at, at the output of block {last[0]}, in "
+        f"{stand_in}. Only tokens that stayed are looked at, at the output of block {depth}, in "
         "float32."
     )
     if content_tags(run) == []:
@@ -122,7 +131,7 @@ def check(
             " Which of the corpus's tags are content words is not known, so these are not looked "
             "at apart."
         )
-    return figures, note
+    return note
 
 
 def _figures(what: str, layer: int, changes: Floats, replaced: Floats) -> Iterator[Figure]:
@@ -132,12 +141,14 @@ def _figures(what: str, layer: int, changes: Floats, replaced: Floats) -> Iterat
     """
     draw = Draws(len(changes)).draw
     means: dict[str, Drawn] = {}
-    num_replaced = dict(zip(KINDS, replaced.sum(axis=0).tolist(), strict=True))
-    num_docs = dict(zip(KINDS, (replaced > 0).sum(axis=0).tolist(), strict=True))
+    num_replaced: dict[str, float] = {}
+    num_docs: dict[str, int] = {}
     for at, kind in enumerate(KINDS):
-        if not num_docs[kind]:
-            continue
         has_kind = replaced[:, at] > 0
+        if not has_kind.any():
+            continue
+        num_replaced[kind] = float(replaced[:, at].sum())
+        num_docs[kind] = int(has_kind.sum())
         values = np.where(has_kind, changes[:, at], 0)
         means[kind] = draw(np.divide, values, has_kind.astype(np.float64))
         quantity = Quantity("masking", what, f"{kind} tokens masked", layer)
@@ -170,14 +181,12 @@ def _texts(
     A document longer than a window is cut to its beginning, and the template's suffix is restored.
     """
     suffix = list(measurer.preparer.encoder.template.suffix)
-    content = content_tags(run)
+    tags = content_tags(run)
     is_content = "coalesce(class, '') = 'content'"
     parameters: dict[str, Any] = {"n": num_documents, "window": window}
-    if content is not None:  # a token's own tag is more exact than its type's most frequent class
-        is_content, parameters["content"] = (
-            "coalesce(list_contains($content::VARCHAR[], tag), false)",
-            content,
-        )
+    if tags is not None:  # a token's own tag is more exact than its type's most frequent class
+        is_content = "coalesce(list_contains($content::VARCHAR[], tag), false)"
+        parameters["content"] = tags
     rows = run.sql(
         f"SELECT doc, token_id, NOT is_special AND NOT coalesce(sink_{layer}, false), "  # noqa: S608
         f"coalesce(high_{layer}, false), {is_content} FROM tokens "
@@ -188,14 +197,16 @@ def _texts(
         "AND position <= $window ORDER BY doc, position",
         parameters,
     ).to_arrow_table()
-    columns = [rows.column(i).to_numpy() for i in range(5)]
+    columns = [column.to_numpy() for column in rows.columns]
     ends = np.flatnonzero(np.diff(columns[0])) + 1
-    for doc, ids, free, high, content in zip(*(np.split(c, ends) for c in columns), strict=True):
+    by_doc = zip(*(np.split(column, ends) for column in columns), strict=True)
+    for doc, ids, free, high, content in by_doc:
         ids, free = ids.astype(np.int64), free.copy()
         if len(ids) > window:
             ids, free, high, content = ids[:window], free[:window], high[:window], content[:window]
             if suffix:
-                ids[-len(suffix) :], free[-len(suffix) :] = suffix, False
+                ids[-len(suffix) :] = suffix
+                free[-len(suffix) :] = False
         yield Text(int(doc[0]), ids, free, high, content)
 
 
@@ -237,7 +248,7 @@ def _changes(
     """Both ``CHANGES`` for each kind that leaves a token; text and variants form one batch."""
     if not chosen:
         return {}
-    variants = np.repeat(text.ids[None], 1 + len(chosen), axis=0)
+    variants = np.repeat(text.ids[None], 1 + len(chosen), axis=0)  # [1 + n_kinds, n_tokens]
     for row, at in zip(variants[1:], chosen.values(), strict=True):
         row[at] = stand_in
     lengths = [len(text.ids)] * len(variants)
@@ -249,11 +260,17 @@ def _changes(
     before, *after = states.astype(np.float64).reshape(*variants.shape, -1)
     found = {}
     for (kind, at), state in zip(chosen.items(), after, strict=True):
-        rest = text.free.copy()
-        rest[at] = False
-        if rest.any():
-            a, b = before[rest], state[rest]
-            means = a.mean(axis=0), b.mean(axis=0)
-            cosine = means[0] @ means[1] / (np.linalg.norm(means[0]) * np.linalg.norm(means[1]))
-            found[kind] = (1 - float(cosine), float(np.linalg.norm(b - a) / np.linalg.norm(a)))
+        stayed = text.free.copy()
+        stayed[at] = False
+        if stayed.any():
+            found[kind] = _change(before[stayed], state[stayed])
     return found
+
+
+def _change(before: Floats, after: Floats) -> tuple[float, float]:
+    """Both ``CHANGES`` between the states of the same tokens; arrays are [n_tokens, n_dims]."""
+    mean_before, mean_after = before.mean(axis=0), after.mean(axis=0)
+    norms = np.linalg.norm(mean_before) * np.linalg.norm(mean_after)
+    cosine = mean_before @ mean_after / norms
+    distance = np.linalg.norm(after - before) / np.linalg.norm(before)
+    return 1 - float(cosine), float(distance)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,31 +63,37 @@ def check_rows(
     documents = tables["documents"].read([*columns, *(f"mean_{s.name}" for s in series)])
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
     counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
-    if wrong := {k: commit.counts.get(k) for k, n in counts.items() if commit.counts.get(k) != n}:
+    _check_counts(counts, commit, read)
+    _check_summary(tables["summary"], summary)
+    if "neurons" in tables:
+        pairs = _check_neurons(tables["tokens"], tables["neurons"], known)
+        expected = pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])
+        if not tables["pairs"].read().equals(expected):
+            raise Wrong("pairs", "it is not the sum of the neurons beside it")
+
+
+def _check_counts(counts: Mapping[str, int], commit: Commit, read: Shard) -> None:
+    """Check the ``counts`` of the rows against the commit and against the slices read."""
+    wrong = differing(commit.counts, counts)
+    if wrong:
         raise Wrong("", f"its counts are {wrong}, but the rows give {only(counts, wrong)}")
     planned = [piece.num_documents for piece in read.slices]
-    if min(planned) >= 0 and not counts["quarantined"] and sum(planned) != counts["documents"]:
+    is_known = min(planned) >= 0 and not counts["quarantined"]
+    if is_known and sum(planned) != counts["documents"]:
         raise Wrong(
             "documents",
             f"it has {counts['documents']} documents, but the slices read hold {sum(planned)}",
         )
+
+
+def _check_summary(file: pq.ParquetFile, summary: Summary) -> None:
+    """Check that ``file`` holds ``summary``, with a row group for each table that has rows."""
     expected = list(summary.tables())
-    if not tables["summary"].read().equals(pa.concat_tables(expected)):
+    if not file.read().equals(pa.concat_tables(expected)):
         raise Wrong("summary", "it is not the summary of the tokens beside it")
-    groups = [part for part in expected if len(part)]
-    if tables["summary"].num_row_groups != len(groups):
-        raise Wrong(
-            "summary",
-            f"it has {tables['summary'].num_row_groups} row groups, expected {len(groups)}",
-        )
-    if "neurons" in tables:
-        pairs = _check_neurons(tables["tokens"], tables["neurons"], known)
-        if (
-            not tables["pairs"]
-            .read()
-            .equals(pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()]))
-        ):
-            raise Wrong("pairs", "it is not the sum of the neurons beside it")
+    num_groups = sum(len(table) > 0 for table in expected)
+    if file.num_row_groups != num_groups:
+        raise Wrong("summary", f"it has {file.num_row_groups} row groups, expected {num_groups}")
 
 
 def _check_schemas(
@@ -99,13 +105,13 @@ def _check_schemas(
     columns of the tokens decide.
     """
     names = tables["tokens"].schema_arrow.names
-    parts = [name.rpartition("_") for name in names]
-    series = tuple(Series(signal, int(layer)) for signal, _, layer in parts if layer.isdecimal())
-    offsets, tagged = "start" in names, "tag" in names
-    layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     if measure is not None:
-        series, tagged = measure.series, measure.tagged
-        offsets, layers = measure.offsets, list(measure.neuron_layers)
+        series, tagged, offsets = measure.series, measure.tagged, measure.offsets
+        layers = list(measure.neuron_layers)
+    else:
+        series = tuple(Series(signal, layer) for signal, layer in _by_layer(names))
+        tagged, offsets = "tag" in names, "start" in names
+        layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     schemas = {
         "tokens": tokens_schema(series, offsets, tagged),
         "documents": documents_schema(series),
@@ -116,43 +122,56 @@ def _check_schemas(
     if wrong := sorted(schemas.keys() ^ tables.keys()):
         raise Wrong("", f"its tables are not its measure's: {', '.join(wrong)}")
     for table, file in tables.items():
-        if not file.schema_arrow.equals(schemas[table]):
-            differs = sorted({*map(str, file.schema_arrow)} ^ {*map(str, schemas[table])})
-            raise Wrong(
-                table,
-                f"its schema is not its measure's: {', '.join(differs) or 'the order of columns'}",
-            )
-        if file.metadata.num_rows != (rows := commit.files[table].get("rows")):
-            raise Wrong(table, f"it has {file.metadata.num_rows} rows, but its commit says {rows}")
+        _check_schema(table, file, schemas[table])
+        num_rows = commit.files[table].get("rows")
+        if file.metadata.num_rows != num_rows:
+            message = f"it has {file.metadata.num_rows} rows, but its commit says {num_rows}"
+            raise Wrong(table, message)
     return series, tagged
 
 
+def _check_schema(table: str, file: pq.ParquetFile, expected: pa.Schema) -> None:
+    found = file.schema_arrow
+    if not found.equals(expected):
+        fields = sorted({*map(str, found)} ^ {*map(str, expected)})
+        differs = ", ".join(fields) or "the order of columns"
+        raise Wrong(table, f"its schema is not its measure's: {differs}")
+
+
+def _by_layer(columns: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Signal and layer of each of ``columns`` that has a layer."""
+    for column in columns:
+        signal, _, layer = column.rpartition("_")
+        if layer.isdecimal():
+            yield signal, int(layer)
+
+
 def _neuron_layers(file: pq.ParquetFile) -> list[int]:
-    parts = [name.rpartition("_") for name in file.schema_arrow.names]
-    return [int(layer) for _, _, layer in parts if layer.isdecimal()]
+    return [layer for _, layer in _by_layer(file.schema_arrow.names)]
 
 
 def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
     """Check ``documents`` and return the counts that they give."""
+    docs = documents["doc"].to_numpy()
     n_tokens = documents["n_tokens"].to_numpy()
     status = documents["status"].cast(pa.string())
-    quarantined = pc.starts_with(status, "quarantined").to_numpy()
-    empty = pc.equal(status, "empty").to_numpy()
-    if not np.array_equal(documents["doc"].to_numpy(), np.arange(len(documents))):
-        raise Wrong("documents", f"doc is not 0 to {len(documents) - 1}, each once and in order")
-    if (wrong := (n_tokens > 0) == (empty | quarantined)).any():
+    is_quarantined = pc.starts_with(status, "quarantined").to_numpy()
+    is_empty = pc.equal(status, "empty").to_numpy()
+    if not np.array_equal(docs, np.arange(len(docs))):
+        raise Wrong("documents", f"doc is not 0 to {len(docs) - 1}, each once and in order")
+    wrong = (n_tokens > 0) == (is_empty | is_quarantined)
+    if wrong.any():
         doc = int(np.argmax(wrong))
-        raise Wrong(
-            "documents", f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}"
-        )
-    if (total := int(n_tokens.sum())) != num_tokens:
-        raise Wrong(
-            "tokens", f"it has {num_tokens} rows, but the documents have {total} tokens together"
-        )
+        message = f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}"
+        raise Wrong("documents", message)
+    total = int(n_tokens.sum())
+    if total != num_tokens:
+        message = f"it has {num_tokens} rows, but the documents have {total} tokens together"
+        raise Wrong("tokens", message)
     return {
-        "documents": len(documents),
-        "empty": int(empty.sum()),
-        "quarantined": int(quarantined.sum()),
+        "documents": len(docs),
+        "empty": int(is_empty.sum()),
+        "quarantined": int(is_quarantined.sum()),
         "tokens": total,
         "windows": int(documents["n_windows"].to_numpy().sum()),
         "chars": int(documents["n_chars"].to_numpy().sum()),
@@ -162,25 +181,26 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
 
 def _check_losses(documents: pa.Table) -> dict[str, int]:
     """Check and count what was replaced and lost in ``documents``."""
-    replaced, lost_bytes = (documents[name].to_numpy() for name in ("n_replaced", "lost_bytes"))
-    unknown = pc.is_null(documents["lost_documents"]).to_numpy()
-    known = pc.fill_null(documents["lost_documents"], 0).to_numpy()
+    replaced = documents["n_replaced"].to_numpy()
+    lost_bytes = documents["lost_bytes"].to_numpy()
+    is_unknown = pc.is_null(documents["lost_documents"]).to_numpy()
+    lost_documents = pc.fill_null(documents["lost_documents"], 0).to_numpy()
     status = documents["status"].cast(pa.string())
-    whole = ~pc.starts_with(status, "quarantined").to_numpy() & (lost_bytes == 0)
-    wrong = (np.minimum(np.minimum(replaced, lost_bytes), known) < 0) | (
-        whole & (unknown | (known > 0))
-    )
+    is_quarantined = pc.starts_with(status, "quarantined").to_numpy()
+    is_whole = ~is_quarantined & (lost_bytes == 0)
+    is_negative = (replaced < 0) | (lost_bytes < 0) | (lost_documents < 0)
+    lost_without_bytes = is_whole & (is_unknown | (lost_documents > 0))
+    wrong = is_negative | lost_without_bytes
     if wrong.any():
         doc = int(np.argmax(wrong))
         names = ("status", "n_replaced", "lost_bytes", "lost_documents")
-        raise Wrong(
-            "documents", f"doc {doc} has {documents.slice(doc, 1).select(names).to_pylist()[0]}"
-        )
+        (row,) = documents.slice(doc, 1).select(names).to_pylist()
+        raise Wrong("documents", f"doc {doc} has {row}")
     return {
         "replaced": int(replaced.sum()),
         "lost_bytes": int(lost_bytes.sum()),
-        "lost_documents": int(known.sum()),
-        "lost_unknown": int(unknown.sum()),
+        "lost_documents": int(lost_documents.sum()),
+        "lost_unknown": int(is_unknown.sum()),
     }
 
 
@@ -190,18 +210,15 @@ def _check_tokens(
     """Check ``file``; return its number of special tokens and the summary of all tokens."""
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
+    begins = ends - n_tokens
     num_special, summary = 0, Summary(series, tagged)
-    columns = [
-        "position",
-        "token_id",
-        "flags",
-        *(["tag"] if tagged else []),
-        *(s.name for s in series),
-    ]
+    columns = ["position", "token_id", "flags", *(s.name for s in series)]
+    if tagged:
+        columns.append("tag")
     for first, part in records.whole_documents(file, ends, columns):
         rows = np.arange(first, first + len(part))
         docs = np.searchsorted(ends, rows, side="right")
-        _check_places(part, first, docs, rows - (ends - n_tokens)[docs])
+        _check_places(part, first, docs, rows - begins[docs])
         flags = part["flags"].to_numpy()
         is_special = (flags & SPECIAL) > 0
         num_special += int(is_special.sum())
@@ -209,8 +226,9 @@ def _check_tokens(
         for one, values in by_series.items():
             _check_values(one, values, first)
             _check_means(one, values[~is_special], docs, ~is_special, documents)
+        token_ids = part["token_id"].to_numpy()
         tags = part["tag"].cast(pa.string()) if tagged else None
-        summary.add(docs.astype(np.int32), part["token_id"].to_numpy(), flags, by_series, tags)
+        summary.add(docs.astype(np.int32), token_ids, flags, by_series, tags)
     return num_special, summary
 
 
@@ -218,7 +236,8 @@ def _check_places(part: pa.Table, first: int, docs: Ints, positions: Ints) -> No
     """Check that the rows from ``first`` on are the tokens at ``positions`` of ``docs``."""
     for column, expected in (("doc", docs), ("position", positions)):
         got = part[column].to_numpy()
-        if (wrong := got != expected).any():
+        wrong = got != expected
+        if wrong.any():
             row = int(np.argmax(wrong))
             raise Wrong(
                 "tokens",
@@ -229,10 +248,11 @@ def _check_places(part: pa.Table, first: int, docs: Ints, positions: Ints) -> No
 
 def _check_values(series: Series, values: npt.NDArray[np.float32], first: int) -> None:
     """Check that the values of the rows from ``first`` on are finite, positive and rounded."""
-    is_rounded = round_strengths(values).view(np.uint32) == values.view(np.uint32)
-    wrong = ~(np.isfinite(values) & (values >= 0) & is_rounded)
-    if wrong.any():
-        row = int(np.argmax(wrong))
+    rounded = round_strengths(values)
+    is_rounded = rounded.view(np.uint32) == values.view(np.uint32)
+    is_recordable = np.isfinite(values) & (values >= 0) & is_rounded
+    if not is_recordable.all():
+        row = int(np.argmin(is_recordable))
         message = f"row {first + row}: {series.name} is {values[row]}, which is never recorded"
         raise Wrong("tokens", message)
 
@@ -251,17 +271,16 @@ def _check_means(
     begin, end = int(docs[0]), int(docs[-1]) + 1
     docs_here, num_docs = docs[is_normal] - begin, end - begin
     sums = np.bincount(docs_here, values.astype(np.float64), num_docs)
+    n_tokens = np.bincount(docs_here, minlength=num_docs)
     with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
-        expected = sums / np.bincount(docs_here, minlength=num_docs)
-    means = documents[f"mean_{series.name}"][begin:end].to_numpy()
-    wrong = ~np.isclose(means, expected, rtol=1e-6, atol=0, equal_nan=True)
-    if wrong.any():
-        doc = int(np.argmax(wrong))
-        raise Wrong(
-            "documents",
-            f"doc {begin + doc}: mean_{series.name} is {means[doc]}, its tokens give "
-            f"{expected[doc]}",
-        )
+        expected = sums / n_tokens
+    column = f"mean_{series.name}"
+    means = documents[column][begin:end].to_numpy()
+    is_mean = np.isclose(means, expected, rtol=1e-6, atol=0, equal_nan=True)
+    if not is_mean.all():
+        doc = int(np.argmin(is_mean))
+        message = f"doc {begin + doc}: {column} is {means[doc]}, its tokens give {expected[doc]}"
+        raise Wrong("documents", message)
 
 
 def _check_neurons(
@@ -269,7 +288,8 @@ def _check_neurons(
 ) -> neurons.PairSummary:
     """Check that ``lists`` has rows for the right tokens, in order; return its pair sums."""
     layers = _neuron_layers(lists)
-    above, most = {}, MOST_NEURONS
+    above: dict[int, float] = {}
+    most = MOST_NEURONS
     if measure is not None:
         above = dict(zip(layers, measure.neurons_above, strict=False))
         most = measure.top_neurons
@@ -278,18 +298,14 @@ def _check_neurons(
     for batch in tokens.iter_batches(records.BATCH_ROWS, columns=columns):
         flags = batch["flags"].to_numpy()
         is_normal = (flags & SPECIAL) == 0
-        high = {
-            k: is_normal & is_high(batch[f"strength_{k}"].to_numpy(), q3) for k, q3 in above.items()
-        }
+        high = {}  # by layer, where only HIGH tokens have neurons
+        for k, q3 in above.items():
+            high[k] = is_normal & is_high(batch[f"strength_{k}"].to_numpy(), q3)
         which = np.arange(len(batch))
         if above:
             which = np.flatnonzero(np.any(list(high.values()), axis=0))
         part = rows.take(len(which))
-        for column in ("doc", "position"):
-            expected = batch[column].to_numpy()[which]
-            if len(part) < len(which) or (part[column].to_numpy() != expected).any():
-                message = f"its rows from {at} on are not of the tokens that should have neurons"
-                raise Wrong("neurons", message)
+        _check_tokens_of_lists(part, batch, which, at)
         for k in layers:
             lists_here = part[neurons_column(k)].combine_chunks()
             if k in above:
@@ -309,17 +325,26 @@ def _check_neurons(
     return pairs
 
 
+def _check_tokens_of_lists(part: pa.Table, batch: pa.RecordBatch, which: Ints, at: int) -> None:
+    """Check that ``part``, the rows from ``at`` on, has the tokens ``which`` of ``batch``."""
+    for column in ("doc", "position"):
+        expected = batch[column].to_numpy()[which]
+        if not np.array_equal(part[column].to_numpy(), expected):
+            message = f"its rows from {at} on are not of the tokens that should have neurons"
+            raise Wrong("neurons", message)
+
+
 def _are_recordable(lists: pa.ListArray, most: int) -> bool:
     """Whether each list has at most ``most`` values, finite, not 0, in descending order."""
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     if lengths.max(initial=0) > most:
         return False
     values = np.abs(lists.flatten().field("value").to_numpy())
+    is_value = (values > 0) & (values < neurons.LIMIT)
     rises = np.diff(values, prepend=np.inf) > 0
     begins = np.cumsum(lengths) - lengths
     rises[begins[lengths > 0]] = False
-    wrong = ~(values < neurons.LIMIT) | (values == 0) | rises
-    return not wrong.any()
+    return bool((is_value & ~rises).all())
 
 
 class _Rows:
@@ -331,10 +356,18 @@ class _Rows:
 
     def take(self, n: int) -> pa.Table:
         """The next ``n`` rows; fewer at the end of the file."""
-        while len(self._held) < n and (batch := next(self._batches, None)) is not None:
+        while len(self._held) < n:
+            batch = next(self._batches, None)
+            if batch is None:
+                break
             self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
         taken, self._held = self._held.slice(0, n), self._held.slice(n)
         return taken.combine_chunks()
+
+
+def differing(stored: Mapping[str, Any], expected: Mapping[str, int]) -> dict[str, Any]:
+    """The ``stored`` values that are not as ``expected``; None for a missing one."""
+    return {key: stored.get(key) for key, n in expected.items() if stored.get(key) != n}
 
 
 def only(values: Mapping[str, int], keys: Iterable[str]) -> dict[str, int]:

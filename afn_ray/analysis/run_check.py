@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from afn_ray.analysis import recount, rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
@@ -19,7 +20,7 @@ from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts, shards_table
-from afn_ray.schema import Shard, fingerprint
+from afn_ray.schema import FileSlice, Shard, fingerprint
 from afn_ray.store import (
     blocks,
     checksums,
@@ -56,7 +57,8 @@ class RunCheck:
         uri = self.folder.uri
         self._redo = f"delete {uri}/run.json and give its 'afn run' command again: it reduces anew"
         self._begin_again = f"delete {uri} and give 'afn run' again"
-        self._run_json, self._plan = (uris.join(uri, file) for file in ("run.json", "plan.parquet"))
+        self._run_json = uris.join(uri, "run.json")
+        self._plan = uris.join(uri, "plan.parquet")
         self.complete = storage.exists(self._run_json)
         if not storage.exists(self._plan):
             if self.complete:
@@ -87,20 +89,24 @@ class RunCheck:
             if not isinstance(file, str) or "/" in file:
                 self._find("damaged", self._run_json, f"its table {name} is {entry!r}")
                 continue
-            uri, advice = self._table_uri(name), self._redo
-            if name == "plan":
-                advice = self._begin_again
-            data, finding = read_listed(uri, entry, advice)
-            if finding is None and blocks.checksums(data) != entry.get("crc32"):
-                message = f"its blocks do not have the CRC-32 that {self._run_json} lists; {advice}"
-                finding = Finding("damaged", uri, message)
-            self.num_files += 1
-            self.num_bytes += len(data)
+            is_plan = name == "plan"
+            advice = self._begin_again if is_plan else self._redo
+            finding = self._check_file(self._table_uri(name), entry, advice)
             if finding is not None:
                 self.findings.append(finding)
-                if name == "plan":
+                if is_plan:
                     return False
         return True
+
+    def _check_file(self, uri: str, entry: Mapping[str, Any], advice: str) -> Finding | None:
+        """Check and count the file at ``uri``; ``entry`` is what run.json has on it."""
+        data, finding = read_listed(uri, entry, advice)
+        self.num_files += 1
+        self.num_bytes += len(data)
+        if finding is None and blocks.checksums(data) != entry.get("crc32"):
+            message = f"its blocks do not have the CRC-32 that {self._run_json} lists; {advice}"
+            return Finding("damaged", uri, message)
+        return finding
 
     def _read_plan(self) -> None:
         try:
@@ -116,30 +122,17 @@ class RunCheck:
         self.findings.append(Finding(kind, uri, f"{message}; {advice or self._redo}"))
 
     def _check_plan(self) -> None:
-        for shard, times in Counter(s.id for s in self.shards).items():
+        times_listed = Counter(shard.id for shard in self.shards)
+        for shard_id, times in times_listed.items():
             if times > 1:
-                self._find(
-                    "plan", self._plan, f"it lists shard {shard} {times} times", self._begin_again
-                )
+                message = f"it lists shard {shard_id} {times} times"
+                self._find("plan", self._plan, message, self._begin_again)
         if self.findings:
             return
-        slices = sorted((p for s in self.shards for p in s.slices), key=lambda p: (p.uri, p.start))
-        for uri, pieces in itertools.groupby(slices, key=lambda p: p.uri):
-            end = 0
-            for piece in pieces:
-                if piece.start != end:
-                    what = "twice" if piece.start < end else "never"
-                    message = (
-                        f"it reads part of {uri} {what}: a slice starts at {piece.start}, expected "
-                        f"{end}"
-                    )
-                    self._find("plan", self._plan, message, self._begin_again)
-                end = piece.end
-            if piece.format != "parquet" and end != piece.size:
-                message = (
-                    f"it reads part of {uri} never: its last slice ends at {end}, the file at "
-                    f"{piece.size}"
-                )
+        slices = [piece for shard in self.shards for piece in shard.slices]
+        slices.sort(key=lambda piece: (piece.uri, piece.start))
+        for _, pieces in itertools.groupby(slices, key=lambda piece: piece.uri):
+            for message in _gaps(pieces):
                 self._find("plan", self._plan, message, self._begin_again)
 
     def orphans(self, files: Iterable[storage.StoredFile], age: Age) -> Iterator[Orphan]:
@@ -183,19 +176,27 @@ class RunCheck:
             return
         if totals := _wrong_totals(info["counts"], commits, given_up):
             self._find("tables", self._run_json, totals)
-        num_bytes = [shard.num_bytes for shard in kept]
         try:
-            stored = {name: manifest.read_table(self.folder, name) for name in info["tables"]}
-            shards = shards_table(self.measure_id, commits, num_bytes)
-            self._compare({"shards": shards}, stored)
-            if not self.findings:
-                self._ask_duckdb(memory_limit, sum(c.counts["tokens"] for c in commits))
-            if not self.findings:
-                vocabulary, files = stored["vocabulary"], stored["files"]
-                self._compare(self._reduced(commits, num_bytes, vocabulary, files), stored)
+            num_bytes = [shard.num_bytes for shard in kept]
+            self._check_tables(commits, num_bytes, memory_limit)
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
+
+    def _check_tables(
+        self, commits: Sequence[Commit], num_bytes: Sequence[int], memory_limit: str
+    ) -> None:
+        """Compare the stored tables with recomputed ones, until there is a finding."""
+        names = self.folder.info["tables"]
+        stored = {name: manifest.read_table(self.folder, name) for name in names}
+        shards = shards_table(self.measure_id, commits, num_bytes)
+        self._compare({"shards": shards}, stored)
+        if not self.findings:
+            num_tokens = sum(commit.counts["tokens"] for commit in commits)
+            self._ask_duckdb(memory_limit, num_tokens)
+        if not self.findings:
+            reduced = self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"])
+            self._compare(reduced, stored)
 
     def _check_run_json(self) -> None:
         """Check what run.json repeats of its plan."""
@@ -324,10 +325,29 @@ class RunCheck:
             self._find("tables", self._table_uri(table), message)
 
 
+def _gaps(pieces: Iterable[FileSlice]) -> Iterator[str]:
+    """Sentences on parts of one file that ``pieces``, by their starts, read twice or never."""
+    end = 0
+    for piece in pieces:
+        if piece.start != end:
+            what = "twice" if piece.start < end else "never"
+            yield (
+                f"it reads part of {piece.uri} {what}: a slice starts at {piece.start}, expected "
+                f"{end}"
+            )
+        end = piece.end
+    if piece.format != "parquet" and end != piece.size:
+        yield (
+            f"it reads part of {piece.uri} never: its last slice ends at {end}, the file at "
+            f"{piece.size}"
+        )
+
+
 def _texts_of(vocabulary: pa.Table) -> Texts:
     """Texts by token id, as the stored ``vocabulary`` has them."""
     ids, tokens, texts = (vocabulary[n].to_pylist() for n in ("token_id", "token", "text"))
-    pieces, readable = ([""] * (max(ids, default=0) + 1) for _ in range(2))
+    num_ids = max(ids, default=0) + 1
+    pieces, readable = [""] * num_ids, [""] * num_ids
     for at, token, text in zip(ids, tokens, texts, strict=True):
         pieces[at], readable[at] = token, text
     return Texts(pieces, readable)
@@ -335,16 +355,24 @@ def _texts_of(vocabulary: pa.Table) -> Texts:
 
 def _with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[str, pa.Table]:
     """The tables of types in ``tables``, with the classes of the stored ``vocabulary``."""
-    at = tables["vocabulary"].column_names.index("class")
-    found = {"vocabulary": tables["vocabulary"].set_column(at, "class", vocabulary["class"])}
-    if (others := tables.get("signal_vocabulary")) is not None:
-        ids, classes = (vocabulary[name].to_pylist() for name in ("token_id", "class"))
-        known = {(i, c == "special"): c for i, c in zip(ids, classes, strict=True)}
-        ids, classes = (others[name].to_pylist() for name in ("token_id", "class"))
-        column = [known[i, c == "special"] for i, c in zip(ids, classes, strict=True)]
-        at = others.column_names.index("class")
-        found["signal_vocabulary"] = others.set_column(at, "class", pa.array(column, pa.string()))
-    return found
+    named = {"vocabulary": _with_column(tables["vocabulary"], "class", vocabulary["class"])}
+    of_signals = tables.get("signal_vocabulary")
+    if of_signals is not None:
+        known = dict(zip(_types_of(vocabulary), vocabulary["class"].to_pylist(), strict=True))
+        classes = [known[of_type] for of_type in _types_of(of_signals)]
+        column = pa.array(classes, pa.string())
+        named["signal_vocabulary"] = _with_column(of_signals, "class", column)
+    return named
+
+
+def _types_of(vocabulary: pa.Table) -> Iterator[tuple[int, bool]]:
+    """The token id of each row, and whether its tokens are special."""
+    is_special = pc.equal(vocabulary["class"].cast(pa.string()), "special")
+    return zip(vocabulary["token_id"].to_pylist(), is_special.to_pylist(), strict=True)
+
+
+def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, column)
 
 
 def _wrong_totals(
@@ -354,9 +382,10 @@ def _wrong_totals(
 
     Empty where there is none.
     """
-    totals = {k: sum(c.counts[k] for c in commits) for k in commits[0].counts} if commits else {}
+    names = commits[0].counts if commits else ()
+    totals = {name: sum(commit.counts[name] for commit in commits) for name in names}
     expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
-    wrong = {k: stored.get(k) for k, n in expected.items() if stored.get(k) != n}
+    wrong = rows.differing(stored, expected)
     if not wrong:
         return ""
     return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
@@ -370,17 +399,20 @@ def _difference(stored: pa.Table, expected: pa.Table) -> str:
         return f"it has {len(stored)} rows, expected {len(expected)}"
     for name in expected.column_names:
         ours, theirs = expected[name], stored[name]
-        if pa.types.is_floating(ours.type) and ours.null_count == theirs.null_count:
-            wrong = ~np.isclose(
-                theirs.to_numpy(), ours.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True
-            )
-        elif theirs.equals(ours):
-            continue
-        else:
-            wrong = np.array(
-                [a != b for a, b in zip(theirs.to_pylist(), ours.to_pylist(), strict=True)]
-            )
-        if wrong.any():
-            row = int(np.argmax(wrong))
+        row = _first_difference(theirs, ours)
+        if row is not None:
             return f"row {row}: {name} is {theirs[row]}, but its shards give {ours[row]}"
     return ""
+
+
+def _first_difference(stored: pa.ChunkedArray, expected: pa.ChunkedArray) -> int | None:
+    """The first row in which two columns differ, beyond rounding of floats; None without one."""
+    if pa.types.is_floating(expected.type) and expected.null_count == stored.null_count:
+        is_equal = np.isclose(
+            stored.to_numpy(), expected.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True
+        )
+        return None if is_equal.all() else int(np.argmin(is_equal))
+    if stored.equals(expected):
+        return None
+    pairs = zip(stored.to_pylist(), expected.to_pylist(), strict=True)
+    return next((row for row, (a, b) in enumerate(pairs) if a != b), None)

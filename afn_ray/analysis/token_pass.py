@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis.bootstrap import Figure, Quantity, Sample, by_number, ranks
+from afn_ray.query.database import Run
 from afn_ray.reduce.stats import Floats, Ints, is_high, quantile_index
 from afn_ray.schema import UNTAGGED, in_order, upos_classes
 from afn_ray.text import count
@@ -41,22 +42,27 @@ class Variable:
         """``values`` [n_values] are distinct and ascending; ``counts`` are their token counts."""
         self.name, self.layer, self.column = name, layer, column
         self.q3 = values[quantile_index(counts, 3, 4)]
-        self._values, self._ranks = values, ranks(values, counts)
-        self._bins = np.minimum(BINS - 1, (self._ranks + 0.5) * BINS).astype(np.int64)
-        self.by_value = np.zeros((len(KINDS) + 1, len(values)))  # the last kind is everything else
-        self.by_bin = np.zeros((groups, len(KINDS) + 1, BINS))
-        self.high = np.zeros((groups, len(KINDS) + 1))
+        self._values = values
+        self._ranks = ranks(values, counts)
+        bins = (self._ranks + 0.5) * BINS
+        self._bins = np.minimum(BINS - 1, bins).astype(np.int64)
+        num_kinds = len(KINDS) + 1  # the last kind is everything else
+        self.by_value = np.zeros((num_kinds, len(values)))
+        self.by_bin = np.zeros((groups, num_kinds, BINS))
+        self.high = np.zeros((groups, num_kinds))
         self.separates = len(values) > 1  # False: all values are equal and separate nothing
 
     def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Floats:
         """Count tokens, all arrays [n_tokens]; return their ranks."""
         at = np.searchsorted(self._values, values)
         row = g * (len(KINDS) + 1) + kind
-        np.add.at(
-            self.by_value.ravel(), kind * len(self._values) + at, 1.0
-        )  # on a flat view: tens of times faster
-        np.add.at(self.by_bin.ravel(), row * BINS + self._bins[at], 1.0)
-        self.high += np.bincount(row, values >= self.q3, self.high.size).reshape(self.high.shape)
+        cell_by_value = kind * len(self._values) + at
+        cell_by_bin = row * BINS + self._bins[at]
+        # On a flat view: tens of times faster.
+        np.add.at(self.by_value.ravel(), cell_by_value, 1.0)
+        np.add.at(self.by_bin.ravel(), cell_by_bin, 1.0)
+        high = np.bincount(row, values >= self.q3, self.high.size)
+        self.high += high.reshape(self.high.shape)
         return self._ranks[at]
 
 
@@ -65,24 +71,29 @@ class TagCounts:
 
     def __init__(self, sample: Sample, layers: Sequence[int]) -> None:
         tag = f"coalesce(tag, '{UNTAGGED}')"
-        tags = sample.ask(
+        (tags,) = sample.ask(
             f"SELECT {tag} FROM {sample.tokens} GROUP BY 1 ORDER BY count(*) DESC, 1"  # noqa: S608
-        )[0]
-        self._tags, kinds = pa.array(tags, pa.string()), upos_classes(tags)
-        self._kinds = np.array([KINDS.index(kinds[t]) if t in kinds else len(KINDS) for t in tags])
-        self._names = in_order(tags[:MOST_TAGS])
-        self._columns = np.full(len(tags), len(self._names))
-        self._columns[: len(self._names)] = [self._names.index(t) for t in tags[:MOST_TAGS]]
-        if rest := len(tags) - len(self._names):
-            self._names.append(f"{count(rest, 'rarer tag')} together")
-        shape = (len(layers), 2, sample.num_groups, len(self._names))
-        self._high, self._n = (
-            dict(zip(layers, part, strict=True)) for part in np.zeros(shape).swapaxes(0, 1)
         )
+        self._tags = pa.array(tags, pa.string())
+        classes = upos_classes(tags)
+        kind_of = {kind: at for at, kind in enumerate(KINDS)}
+        kinds = [kind_of[classes[tag]] if tag in classes else len(KINDS) for tag in tags]
+        self._kinds = np.array(kinds)
+        frequent = tags[:MOST_TAGS]
+        self._names = in_order(frequent)
+        rarer = len(self._names)  # column of the tags that share a figure
+        self._columns = np.full(len(tags), rarer)
+        self._columns[:rarer] = [self._names.index(tag) for tag in frequent]
+        if len(tags) > rarer:
+            self._names.append(f"{count(len(tags) - rarer, 'rarer tag')} together")
+        shape = (sample.num_groups, len(self._names))
+        self._high = {layer: np.zeros(shape) for layer in layers}
+        self._n = {layer: np.zeros(shape) for layer in layers}
 
     def read(self, tags: pa.Array) -> tuple[Ints, Ints]:
         """Index of the name under which each token's tag is counted, and its index in ``KINDS``."""
-        found = pc.index_in(pc.fill_null(tags.cast(pa.string()), UNTAGGED), self._tags).to_numpy()
+        known = pc.fill_null(tags.cast(pa.string()), UNTAGGED)
+        found = pc.index_in(known, self._tags).to_numpy()
         return self._columns[found], self._kinds[found]
 
     def add(self, layer: int, g: Ints, tags: Ints, high: npt.NDArray[np.bool_]) -> None:
@@ -135,10 +146,7 @@ def read_sums(
     run = sample.run
     types = _read_types(sample, layers)
     variables = _read_variables(sample, layers, recorded, types)
-    trimmed_q3 = dict(
-        run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'").fetchall()
-    )
-    q3 = dict(run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'").fetchall())
+    limits = _high_limits(run)
     names = _columns(layers, recorded, variables)
     selected = ", ".join(names if tags is None else [*names, "tag"])
     sums: dict[int, Sums] = {k: {} for k in layers}
@@ -147,11 +155,8 @@ def read_sums(
         sample.check_time()
         columns = {name: read.column(name).to_numpy(zero_copy_only=False) for name in names}
         columns["idf"] = types.idf[columns["token_id"]]
-        for k in layers:
-            columns[f"high_{k}"] = is_high(columns[f"strength_{k}"], q3[k])
-        for k in trimmed_q3:
-            trimmed = columns[f"strength_trimmed_{k}"]
-            columns[f"high_trimmed_{k}"] = is_high(trimmed, trimmed_q3[k])
+        for name, q3 in limits.items():
+            columns[f"high_{name}"] = is_high(columns[f"strength_{name}"], q3)
         group, kind = sample.group_of[columns["doc"]], types.kind[columns["token_id"]]
         if tags is not None:
             tag, kind = tags.read(read.column("tag"))
@@ -170,26 +175,38 @@ def read_sums(
     return variables, sums, len(types.ids)
 
 
+def _high_limits(run: Run) -> dict[str, float | None]:
+    """Q3 of each column ``strength_*``, by the rest of its name."""
+    of_strength = run.sql("SELECT layer, q3 FROM thresholds WHERE population = 'tokens'")
+    limits = {f"{layer}": q3 for layer, q3 in of_strength.fetchall()}
+    of_trimmed = run.sql("SELECT layer, q3 FROM signals WHERE signal = 'strength_trimmed'")
+    return limits | {f"trimmed_{layer}": q3 for layer, q3 in of_trimmed.fetchall()}
+
+
 def _read_types(sample: Sample, layers: Sequence[int]) -> _Types:
     mean_columns = ", ".join(f"avg(strength_{k}::DOUBLE)" for k in layers)
     ids, n_of, *means = sample.ask(
         f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1"  # noqa: S608
     )
-    known = sample.ask(
+    known_ids, *known = sample.ask(
         f"SELECT token_id, coalesce(list_position({list(KINDS)}, class) - 1, {len(KINDS)}), n, idf "  # noqa: S608
         f"FROM vocabulary WHERE layer = {layers[-1]} AND class <> 'special'"
     )
-    kind, n_in_run, idf = (by_number(known[0], column) for column in known[1:])
+    kind, n_in_run, idf = (by_number(known_ids, column) for column in known)
     places, num_there = sample.ask(f"SELECT position, count(*) FROM {sample.tokens} GROUP BY 1")  # noqa: S608
+    mean, centre = {}, {}
+    for k, mean_of_type in zip(layers, means, strict=True):
+        mean[k] = by_number(ids, mean_of_type)
+        centre[k] = float(mean_of_type @ n_of) / sample.n
     return _Types(
-        ids,
-        n_of,
-        kind,
-        idf,
-        by_number(ids, ranks(n_in_run[ids], n_of)),
-        by_number(places, ranks(places, num_there)),
-        {k: by_number(ids, mean) for k, mean in zip(layers, means, strict=True)},
-        {k: float(mean @ n_of) / sample.n for k, mean in zip(layers, means, strict=True)},
+        ids=ids,
+        n_of=n_of,
+        kind=kind,
+        idf=idf,
+        frequency=by_number(ids, ranks(n_in_run[ids], n_of)),
+        place=by_number(places, ranks(places, num_there)),
+        mean=mean,
+        centre=centre,
     )
 
 
@@ -210,13 +227,12 @@ def _read_variables(
     rarity = Variable("rarity (idf)", None, "idf", values, counts, sample.num_groups)
     if rarity.separates:
         variables.append(rarity)
-    for signal, name in (
-        ("attention", "attention received"),
-        ("attention_norm", "norm-weighted attention"),
-    ):
+    rivals = {"attention": "attention received", "attention_norm": "norm-weighted attention"}
+    for signal, name in rivals.items():
         for k in layers:
-            if f"{signal}_{k}" in recorded:
-                variables.append(variable(name, k, f"{signal}_{k}"))
+            column = f"{signal}_{k}"
+            if column in recorded:
+                variables.append(variable(name, k, column))
     return variables
 
 
@@ -225,7 +241,8 @@ def _columns(layers: Sequence[int], recorded: set[str], variables: Sequence[Vari
     columns = ["doc", "position", "token_id"]
     columns += [v.column for v in variables if v.column != "idf"]
     for name in ("sink", "shift", "strength_trimmed"):
-        columns += [f"{name}_{k}" for k in layers if f"{name}_{k}" in recorded]
+        wanted = [f"{name}_{k}" for k in layers]
+        columns += [column for column in wanted if column in recorded]
     return columns
 
 
@@ -236,13 +253,14 @@ Terms = dict[str, npt.NDArray[Any]]
 def _strength_terms(batch: _Batch, k: int, types: _Types) -> Terms:
     strength = batch.columns[f"strength_{k}"].astype(np.float64)
     is_sink = batch.columns[f"sink_{k}"]
+    mean_of_type = types.mean[k][batch.columns["token_id"]]
     off = strength - types.centre[k]
     return {
         "n": np.ones(len(strength)),
         "sinks": is_sink,
         "sum": strength,
         "sum_without": strength * ~is_sink,
-        "within": (strength - types.mean[k][batch.columns["token_id"]]) ** 2,
+        "within": (strength - mean_of_type) ** 2,
         "off": off,
         "off_2": off**2,
     }
@@ -250,15 +268,15 @@ def _strength_terms(batch: _Batch, k: int, types: _Types) -> Terms:
 
 def _rank_terms(batch: _Batch, k: int, types: _Types, length_of: Floats) -> Terms:
     """Products of ranks: x of strength, c 1 for content, f of frequency; k_ for ``KINDS`` only."""
-    x, frequency = batch.ranks[f"strength_{k}"], types.frequency[batch.columns["token_id"]]
+    x = batch.ranks[f"strength_{k}"]
+    frequency = types.frequency[batch.columns["token_id"]]
+    place = types.place[batch.columns["position"]]
+    length = length_of[batch.columns["doc"]]
     terms = {"x": x, "xx": x * x}
-    for name, y in (
-        ("frequency", frequency),
-        ("place", types.place[batch.columns["position"]]),
-        ("length", length_of[batch.columns["doc"]]),
-    ):
+    for name, y in (("frequency", frequency), ("place", place), ("length", length)):
         terms |= {name: y, f"{name}_2": y * y, f"{name}_x": x * y}
-    is_compared, is_content = batch.kind < len(KINDS), batch.kind == KINDS.index("content")
+    is_compared = batch.kind < len(KINDS)
+    is_content = batch.kind == KINDS.index("content")
     return terms | {
         "k_n": is_compared,
         "k_c": is_content,
@@ -287,10 +305,12 @@ def _high_terms(batch: _Batch, k: int, before: int | None) -> Terms:
 def _signal_terms(batch: _Batch, k: int) -> Terms:
     """Terms of the signals that the layer has: shift and trimmed strength."""
     high = batch.columns[f"high_{k}"]
+    shift = batch.columns.get(f"shift_{k}")
+    trimmed = batch.columns.get(f"strength_trimmed_{k}")
     terms: Terms = {}
-    if (shift := batch.columns.get(f"shift_{k}")) is not None:
+    if shift is not None:
         terms |= {"shift": shift, "high_shift": shift * high}
-    if (trimmed := batch.columns.get(f"strength_trimmed_{k}")) is not None:
+    if trimmed is not None:
         high_trimmed = batch.columns[f"high_trimmed_{k}"]
         squares = batch.columns[f"strength_{k}"].astype(np.float64) ** 2
         terms |= {

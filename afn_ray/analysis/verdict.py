@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,22 +62,31 @@ def judge(
             f"the policy limits sources, but run {run.uri} has no table of them: run it with its "
             "screening (--screen)"
         )
-    alone = dict(_of_run(run, lost))
-    moved = {} if comparison is None else dict(_of_comparison(comparison, layer))
+    measured = dict(_of_run(run, lost))
+    if comparison is not None:
+        measured = dict(_of_comparison(comparison, layer)) | measured
+    meanings = RUN_LIMITS | DRIFT_LIMITS
     for key, limit in policy.limits.items():
-        value, where = alone[key] if key in alone else moved.get(key, (None, None))
-        yield _rule(key, limit, value, where, (RUN_LIMITS | DRIFT_LIMITS)[key])
+        value, where = measured.get(key, (None, None))
+        yield _rule(key, limit, value, where, meanings[key])
     for key, limit in policy.source_limits.items():
         value, where = None, None
-        if comparison is not None and key == "min_tokens_ratio":
-            rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
-            ratios = [(row["n_b"] / row["n_a"], row["source"]) for row in rows]
-            value, where = min(ratios, default=(None, None))
-        elif comparison is not None:
-            rows = _judged_sources(comparison, layer, policy.min_tokens)
-            distances = [(_distance(row, key), row["source"]) for row in rows]
-            value, where = max(distances, default=(None, None))
+        if comparison is not None:
+            value, where = _worst_source(policy, key, comparison, layer, sources)
         yield _rule(f"source.{key}", limit, value, where, SOURCE_LIMITS[key])
+
+
+def _worst_source(
+    policy: Policy, key: str, comparison: Comparison, layer: int, sources: Collection[str]
+) -> tuple[float | None, str | None]:
+    """The worst value of a ``SOURCE_LIMITS`` key, and its source; None where no source is judged."""
+    if key == "min_tokens_ratio":
+        rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
+        ratios = [(row["n_b"] / row["n_a"], row["source"]) for row in rows]
+        return min(ratios, default=(None, None))
+    rows = _judged_sources(comparison, layer, policy.min_tokens)
+    distances = [(_distance(row, key), row["source"]) for row in rows]
+    return max(distances, default=(None, None))
 
 
 def unjudged_sources(
@@ -90,18 +99,18 @@ def unjudged_sources(
         rows += _shrinkable(comparison, layer, policy.min_tokens, sources)
     judged = {row["source"] for row in rows}
     unjudged = [row for row in _sources_at(comparison, layer) if row["source"] not in judged]
+    gone = [row for row in unjudged if not row["n_b"]]
     in_run = [row for row in unjudged if row["n_b"]]
-    new = [f"{r['source']} ({count(r['n_b'], 'token')})" for r in in_run if not r["n_a"]]
-    gone = [f"{r['source']} ({count(r['n_a'], 'token')})" for r in unjudged if not r["n_b"]]
+    new = [row for row in in_run if not row["n_a"]]
     if new:
         yield (
             f"[source] judged nothing of {count(len(new), 'new source')}, which have nothing to be "
-            f"held against: {_first(new)}; max_new_sources limits them."
+            f"held against: {_named(new, 'n_b')}; max_new_sources limits them."
         )
     if gone:
         yield (
             f"[source] judged nothing of {count(len(gone), 'source')} of the baseline without a "
-            f"token in this run: {_first(gone)}; max_vanished_sources limits them."
+            f"token in this run: {_named(gone, 'n_a')}; max_vanished_sources limits them."
         )
     if small := len(in_run) - len(new):
         yield (
@@ -110,9 +119,13 @@ def unjudged_sources(
         )
 
 
-def _first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN_SOURCES:,} more" if len(names) > SHOWN_SOURCES else ""
-    return f"{', '.join(names[:SHOWN_SOURCES])}{more}"
+def _named(rows: Sequence[Mapping[str, Any]], tokens: str) -> str:
+    """The first sources of ``rows`` by name, with their tokens; ``tokens`` is the column."""
+    shown = rows[:SHOWN_SOURCES]
+    names = ", ".join(f"{row['source']} ({count(row[tokens], 'token')})" for row in shown)
+    if len(rows) > SHOWN_SOURCES:
+        names += f" and {len(rows) - SHOWN_SOURCES:,} more"
+    return names
 
 
 def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
@@ -130,7 +143,8 @@ def _rule(key: str, limit: float, value: float | None, where: str | None, meanin
     if value is None:
         return Rule(key, limit, None, None, where, meaning)
     passed = value >= limit if is_minimum(key) else value <= limit
-    return Rule(key, limit, value if math.isfinite(value) else None, passed, where, meaning)
+    finite = value if math.isfinite(value) else None
+    return Rule(key, limit, finite, passed, where, meaning)
 
 
 def is_minimum(key: str) -> bool:
@@ -143,37 +157,35 @@ Measured = tuple[str, tuple[float | None, str | None]]
 def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
     """Values of ``RUN_LIMITS``; losses come with the worst files."""
     counts = run.info["counts"]
-    missing = len(run.info["quarantined"])
-    yield "quarantined_documents", (counts["quarantined"] / max(1, counts["documents"]), None)
-    yield "quarantined_shards", (missing / max(1, counts["shards"] + missing), None)
-    yield "empty_documents", (counts["empty"] / max(1, counts["documents"]), None)
-    files, replaced = losses.worst_files(lost) or None, losses.replaced_files(lost) or None
+    num_documents = max(1, counts["documents"])
+    num_quarantined = len(run.info["quarantined"])
+    num_shards = max(1, counts["shards"] + num_quarantined)
+    yield "quarantined_documents", (counts["quarantined"] / num_documents, None)
+    yield "quarantined_shards", (num_quarantined / num_shards, None)
+    yield "empty_documents", (counts["empty"] / num_documents, None)
+    files = losses.worst_files(lost) or None
     yield "lost_bytes", (lost.lost_bytes, files)
     yield "lost_share", (lost.share, files)
-    unknown = None if files is None else f"{losses.said_documents(lost)}: {files}"
-    yield "lost_documents", (math.inf if lost.lost_unknown else lost.lost_documents, unknown)
-    yield "replaced_characters", (lost.replaced, replaced)
-    yield "replaced_share", (min(1.0, lost.replaced / max(1, counts["chars"])), replaced)
+    documents = None if files is None else f"{losses.said_documents(lost)}: {files}"
+    lost_documents = math.inf if lost.lost_unknown else lost.lost_documents
+    yield "lost_documents", (lost_documents, documents)
+    replaced_files = losses.replaced_files(lost) or None
+    replaced_share = min(1.0, lost.replaced / max(1, counts["chars"]))
+    yield "replaced_characters", (lost.replaced, replaced_files)
+    yield "replaced_share", (replaced_share, replaced_files)
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
     """Values of ``DRIFT_LIMITS`` at ``layer``; of sources only where both runs have their table."""
     drift = _at(comparison.drift, layer).to_pylist()
     whole = next(row for row in drift if row["source"] is None)
-    for key in DISTANCE_LIMITS if whole["n_a"] and whole["n_b"] else ():
-        yield key, (_distance(whole, key), None)
+    if whole["n_a"] and whole["n_b"]:
+        for key in DISTANCE_LIMITS:
+            yield key, (_distance(whole, key), None)
     ratio = _ratio(whole["n_b"], whole["n_a"])
     yield "min_tokens_ratio", (ratio, None)
     yield "max_tokens_ratio", (ratio, None)
-    classes = _at(comparison.classes, layer).to_pylist()
-    shares = [(abs(c["share_b"] - c["share_a"]), c["class"]) for c in classes]
-    highs = [
-        (abs(c["share_high_b"] - c["share_high_a"]), c["class"])
-        for c in classes
-        if c["n_a"] and c["n_b"]
-    ]
-    yield "class_share_shift", max(shares, default=(0.0, None))
-    yield "class_high_shift", max(highs, default=(0.0, None))
+    yield from _of_classes(_at(comparison.classes, layer).to_pylist())
     movers = _at(comparison.movers, layer)
     yield "max_moved_types", (compare.num_moved(movers), None)
     for status in ("new", "vanished"):
@@ -182,6 +194,17 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
     if sources := _sources_at(comparison, layer):
         yield "max_new_sources", (sum(not row["n_a"] for row in sources), None)
         yield "max_vanished_sources", (sum(not row["n_b"] for row in sources), None)
+
+
+def _of_classes(rows: Sequence[Mapping[str, Any]]) -> Iterator[Measured]:
+    """Largest shifts over classes, from rows of ``CLASS_DRIFT_SCHEMA``."""
+    shares, high_shares = [], []
+    for row in rows:
+        shares.append((abs(row["share_b"] - row["share_a"]), row["class"]))
+        if row["n_a"] and row["n_b"]:
+            high_shares.append((abs(row["share_high_b"] - row["share_high_a"]), row["class"]))
+    yield "class_share_shift", max(shares, default=(0.0, None))
+    yield "class_high_shift", max(high_shares, default=(0.0, None))
 
 
 def _at(table: pa.Table, layer: int) -> pa.Table:
@@ -197,7 +220,8 @@ def _sources_at(comparison: Comparison, layer: int) -> list[dict[str, Any]]:
 def _judged_sources(comparison: Comparison, layer: int, min_tokens: int) -> list[dict[str, Any]]:
     """Sources with ``min_tokens`` in both runs."""
     least = max(1, min_tokens)
-    return [row for row in _sources_at(comparison, layer) if min(row["n_a"], row["n_b"]) >= least]
+    rows = _sources_at(comparison, layer)
+    return [row for row in rows if min(row["n_a"], row["n_b"]) >= least]
 
 
 def _shrinkable(

@@ -77,43 +77,57 @@ def verify_store(
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     began = time.monotonic()
     uri = uris.absolute(uri).rstrip("/")
+    contents = _read_contents(uri)
+    store, runs = contents.store, contents.runs
+    age = Age(probes.clock_s(store) if clean else time.time(), min_age_h)
+    checked = _check_shards(contents, on_progress)
+    for run in runs:
+        on_progress(f"recomputing {run.folder.uri}")
+        run.check(checked, memory_limit)
+    findings = _all_findings(contents, checked)
+    found = _find_orphans(contents, checked, age, clean=clean)
+    committed = [one for one in checked.values() if one.commits]
+    complete = [run for run in runs if run.complete]
+    return Verification(
+        uri=uri,
+        findings=tuple(sorted(findings, key=lambda finding: finding.uri)),
+        orphans=tuple(found),
+        foreign=tuple(contents.files.foreign),
+        incomplete=tuple(run.folder.uri for run in runs if not run.complete),
+        condemned=tuple(sorted(contents.condemned)),
+        unproved=tuple(run.folder.uri for run in complete if not run.proved),
+        num_shards=len(committed),
+        num_files=sum(one.num_files for one in committed) + sum(run.num_files for run in runs),
+        num_bytes=sum(one.num_bytes for one in committed) + sum(run.num_bytes for run in runs),
+        num_rows=sum(one.num_rows for one in committed),
+        num_runs=sum(run.proved for run in runs),
+        seconds=time.monotonic() - began,
+    )
+
+
+def _read_contents(uri: str) -> _Contents:
+    """The contents of the store or the run at ``uri``; raises ``StoreError`` if it is neither."""
     store, name = manifest.split_uri(uri)
-    if name and not {"plan.parquet", "run.json"} & {*storage.list_names(uri)}:
-        store = uri
-    if store == uri and not {"runs", "shards"} & {*storage.list_names(uri)}:
+    names = {*storage.list_names(uri)}
+    if name and names & {"plan.parquet", "run.json"}:
+        return _read_run(store, name)
+    if not names & {"runs", "shards"}:
         raise StoreError(
             f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
         )
-    contents = _read_store(store) if store == uri else _read_run(store, name)
-    age = Age(probes.clock_s(store) if clean else time.time(), min_age_h)
-    checked = _check_shards(contents, on_progress)
-    findings = contents.findings
+    return _read_store(uri)
+
+
+def _all_findings(contents: _Contents, checked: Mapping[Place, CheckedShard]) -> list[Finding]:
+    """Findings of the store, its shards, its pilots and its runs."""
+    findings = list(contents.findings)
     for one in checked.values():
         findings += one.findings
     for pilot in contents.files.pilots:
-        findings += _check_pilot(store, pilot)
+        findings += _check_pilot(contents.store, pilot)
     for run in contents.runs:
-        on_progress(f"recomputing {run.folder.uri}")
-        run.check(checked, memory_limit)
         findings += run.findings
-    found = _find_orphans(contents, checked, age, clean=clean)
-    committed = [one for one in checked.values() if one.commits]
-    runs = contents.runs
-    return Verification(
-        uri,
-        tuple(sorted(findings, key=lambda f: f.uri)),
-        tuple(found),
-        tuple(contents.files.foreign),
-        tuple(run.folder.uri for run in runs if not run.complete),
-        tuple(sorted(contents.condemned)),
-        tuple(run.folder.uri for run in runs if run.complete and not run.proved),
-        len(committed),
-        sum(one.num_files for one in committed) + sum(run.num_files for run in runs),
-        sum(one.num_bytes for one in committed) + sum(run.num_bytes for run in runs),
-        sum(one.num_rows for one in committed),
-        sum(run.proved for run in runs),
-        time.monotonic() - began,
-    )
+    return findings
 
 
 @dataclass(slots=True)

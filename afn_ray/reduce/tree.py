@@ -237,9 +237,9 @@ def _submit_series(
 ) -> tuple[list[Any], list[Any]]:
     """Handles of the results of ``_total`` for one series, and of ``_types`` for each part."""
     one = series[at]
-    frozen = [row for row in rules.frozen if row["layer"] == one.layer]
-    if one.signal != STRENGTH:
-        frozen = []
+    frozen: list[dict[str, Any]] = []
+    if one.signal == STRENGTH:
+        frozen = [row for row in rules.frozen if row["layer"] == one.layer]
     num_parts = _num_parts(shards.files("summary"), len(series))
     leaves = (
         tasks.submit(_read, group, at, one, num_parts, num_results=num_parts)
