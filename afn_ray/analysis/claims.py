@@ -274,7 +274,8 @@ def _auc(sample: Sample, v: Variable) -> Drawn:
     """
     content, others = v.by_value[0], v.by_value[1] + v.by_value[2]
     exact = float(auc(content[None], others[None])[0])
-    binned = sample.draw(auc, v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2])
+    binned_content, binned_others = v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2]
+    binned = sample.draw(auc, binned_content, binned_others)
     return Drawn(exact, binned.replicates + exact - binned.value)
 
 

@@ -115,8 +115,9 @@ def find_neuron(run: Run, layer: int, number: int) -> Neuron:
 
 
 def _neuron(row: dict[str, Any]) -> Neuron:
-    types = tuple((t["text"], t["n"], t["lift"]) for t in row.pop("types"))
-    return Neuron(**row, types=types)
+    types = row.pop("types")
+    named = tuple((kind["text"], kind["n"], kind["lift"]) for kind in types)
+    return Neuron(**row, types=named)
 
 
 def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Concept], int]:

@@ -239,7 +239,7 @@ def _measure_elsewhere(
 ) -> dict[Series, Any]:
     """Strengths of ``text`` at those of ``layers`` that ``task`` does not measure.
 
-    They are measured in a pass of its own, so that the first one is exactly the run's.
+    They are measured in a pass of their own, so that the first one is exactly the run's.
     """
     elsewhere = tuple(k for k in layers if k not in task.measure.layers)
     if not elsewhere:

@@ -106,7 +106,9 @@ def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[F
     """
     pooled = (high_a + high_b) / (n_a + n_b)
     sd = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
-    z = np.divide(high_b / n_b - high_a / n_a, sd, out=np.zeros(len(sd)), where=sd > 0)
+    z = np.zeros(len(sd))
+    difference = high_b / n_b - high_a / n_a
+    np.divide(difference, sd, out=z, where=sd > 0)
     least_expected = np.minimum(pooled, 1 - pooled) * np.minimum(n_a, n_b)
     few = (sd > 0) & (least_expected < LEAST_EXPECTED)
     prior = pooled[few]

@@ -19,7 +19,7 @@ from afn_ray.reduce.distances import (
     two_proportions,
 )
 from afn_ray.reduce.histogram import Histogram, to_bins, to_values
-from afn_ray.reduce.stats import Ints, wilson
+from afn_ray.reduce.stats import Floats, Ints, wilson
 from afn_ray.schema import MOVERS_SCHEMA, in_order
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
@@ -127,8 +127,7 @@ def drift_row(
 
 def _quartiles(histogram: Histogram, run: str) -> dict[str, float]:
     """Quartiles of ``histogram`` as the columns q1 to q3 of ``run``."""
-    keys = np.array([histogram.quantile_key(i, 4) for i in (1, 2, 3)])
-    q1, q2, q3 = to_values(keys).tolist()
+    q1, q2, q3 = to_values(histogram.quartile_keys()).tolist()
     return {f"q1_{run}": q1, f"q2_{run}": q2, f"q3_{run}": q3}
 
 
@@ -177,9 +176,7 @@ def movers_table(
     a, b = _Side.of(types_a, keys_a, keys), _Side.of(types_b, keys_b, keys)
     both = a.has_type & b.has_type
     status = np.where(both, "both", np.where(b.has_type, "new", "vanished"))
-    z, p, q = np.zeros(len(keys)), np.ones(len(keys)), np.ones(len(keys))
-    z[both], p[both] = two_proportions(a.n_high[both], a.n[both], b.n_high[both], b.n[both])
-    q[both] = benjamini_hochberg(p[both])
+    z, p, q = _tests_of_shares(a, b, both)
     # Texts and classes are those of B, or of A for a type that only A has.
     row_of_type = np.where(b.has_type, b.row, len(types_b) + a.row)
     named = pa.concat_tables([types_b, types_a]).take(pa.array(row_of_type))
@@ -202,6 +199,17 @@ def movers_table(
     num_tokens = a.n + b.n
     order = np.lexsort((token_ids.to_numpy(), -num_tokens, -np.abs(z), q, status))
     return table.take(pa.array(order))
+
+
+def _tests_of_shares(
+    a: _Side, b: _Side, both: npt.NDArray[np.bool_]
+) -> tuple[Floats, Floats, Floats]:
+    """z, p and q of each type's HIGH share; 0, 1 and 1 for a type that is not in ``both``."""
+    z, p, q = np.zeros(len(both)), np.ones(len(both)), np.ones(len(both))
+    of_a, of_b = (a.n_high[both], a.n[both]), (b.n_high[both], b.n[both])
+    z[both], p[both] = two_proportions(*of_a, *of_b)
+    q[both] = benjamini_hochberg(p[both])
+    return z, p, q
 
 
 class _Side(NamedTuple):

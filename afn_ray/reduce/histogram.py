@@ -163,6 +163,10 @@ class Histogram:
         """
         return int(self.keys[quantile_index(self.counts, numerator, denominator)])
 
+    def quartile_keys(self) -> Ints:
+        """The keys at Q1, Q2 and Q3 (inverse CDF), [3]. The histogram must not be empty."""
+        return np.array([self.quantile_key(i, 4) for i in (1, 2, 3)])
+
 
 def _type_keys(types: Ints, size: int) -> Ints:
     """Keys of ``types`` with bin 0; special types are from ``size`` on."""

@@ -150,8 +150,9 @@ def _losses(files: Sequence[CommittedFile]) -> list[pa.Table]:
             "lost_unknown": pc.is_null(documents["lost_documents"]).to_numpy(),
             "n_replaced": documents["n_replaced"].to_numpy(),
         }
-        some = np.any([rows[name] for name in SUMS], axis=0)
-        tables.append(_table(rows, len(documents)).filter(pa.array(some, pa.bool_())))
+        has_loss = np.any([rows[name] for name in SUMS], axis=0)
+        table = _table(rows, len(documents))
+        tables.append(table.filter(pa.array(has_loss, pa.bool_())))
     return _add(*tables)
 
 

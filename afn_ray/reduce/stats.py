@@ -19,8 +19,9 @@ def wilson(k: Ints | int, n: Ints | int) -> tuple[Floats, Floats]:
     k, n = np.asarray(k, np.float64), np.asarray(n, np.float64)
     p = k / n
     z2 = Z_95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z_95 / (1 + z2 / n) * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    scale = 1 + z2 / n
+    centre = (p + z2 / (2 * n)) / scale
+    half = Z_95 / scale * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     lower = np.where(k == 0, 0.0, np.maximum(0, centre - half))
     upper = np.where(k == n, 1.0, np.minimum(1, centre + half))
     return lower, upper

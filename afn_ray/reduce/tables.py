@@ -145,7 +145,7 @@ def _quartiles(h: Histogram) -> dict[str, Any]:
     """Quartiles and the number of HIGH tokens by them; no quartiles for an empty histogram."""
     if not h.n:
         return {"n_high": 0}
-    keys = np.array([h.quantile_key(i, 4) for i in (1, 2, 3)])
+    keys = h.quartile_keys()
     q1, q2, q3 = to_values(keys).tolist()
     n_high = int(h.counts[h.keys >= keys[2]].sum())
     return {"q1": q1, "q2": q2, "q3": q3, "n_high": n_high}
