@@ -199,6 +199,8 @@ def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[
 class _Shares(NamedTuple):
     """How much each pair and each neuron occurs, in tokens with recorded neurons."""
 
+    neurons: Ints  # of the pairs, [n_pairs]
+    token_ids: Ints  # of the pairs, [n_pairs]
     n_tokens: int  # all these tokens
     of_type: Ints  # those of the pair's type, [n_pairs]
     first: Ints  # index of the first pair of each neuron, [n_neurons]
@@ -209,14 +211,15 @@ class _Shares(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Pairs, types: Mapping[str, Ints]) -> _Shares:
+        neurons, token_ids = pairs.neurons, pairs.token_ids
         n_tokens = int(types["n"].sum())
-        of_type = types["n"][np.searchsorted(types["token_id"], pairs.token_ids)]
-        first = starts(pairs.neurons)
-        n_pairs = np.diff(np.append(first, len(pairs.keys)))
+        of_type = types["n"][np.searchsorted(types["token_id"], token_ids)]
+        first = starts(neurons)
+        n_pairs = np.diff(np.append(first, len(neurons)))
         of_neuron = np.add.reduceat(pairs.n, first)
         share = pairs.n / np.repeat(of_neuron, n_pairs)
         lift = share / (of_type / n_tokens)
-        return cls(n_tokens, of_type, first, n_pairs, of_neuron, share, lift)
+        return cls(neurons, token_ids, n_tokens, of_type, first, n_pairs, of_neuron, share, lift)
 
 
 def _neurons_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
@@ -225,7 +228,7 @@ def _neurons_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
     information = shares.share * np.log2(shares.lift)
     columns = {
         "layer": np.full(len(first), layer),
-        "neuron": pairs.neurons[first],
+        "neuron": shares.neurons[first],
         "n": n,
         "share": n / shares.n_tokens,
         "mean": np.add.reduceat(pairs.totals, first) / SCALE / n,
@@ -240,14 +243,13 @@ def _neurons_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
 
 def _top_types(pairs: Pairs, shares: _Shares, information: Floats64) -> pa.ListArray:
     """Column ``types``: of each neuron, the types with most ``information`` [n_pairs]."""
-    token_ids = pairs.token_ids
-    order = np.lexsort((token_ids, -information, pairs.neurons))
+    order = np.lexsort((shares.token_ids, -information, shares.neurons))
     place = np.arange(len(order)) - np.repeat(shares.first, shares.n_pairs)
     top = order[place < TOP_TYPES]
     kind = NEURONS_SCHEMA.field("types").type
     items = pa.StructArray.from_arrays(
         [
-            pa.array(token_ids[top].astype(np.int32)),
+            pa.array(shares.token_ids[top].astype(np.int32)),
             pa.array([""] * len(top), pa.string()),
             pa.array(pairs.n[top]),
             pa.array(shares.lift[top]),
@@ -264,8 +266,8 @@ def _neuron_types_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
     n = pairs.n[often]
     columns = {
         "layer": np.full(len(n), layer),
-        "neuron": pairs.neurons[often],
-        "token_id": pairs.token_ids[often],
+        "neuron": shares.neurons[often],
+        "token_id": shares.token_ids[often],
         "n": n,
         "share": n / shares.of_type[often],
         "mean": pairs.totals[often] / SCALE / n,
