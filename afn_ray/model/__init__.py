@@ -9,13 +9,12 @@ from afn_ray.model.files import (
     choose_device,
     count_devices,
     find_model,
-    free_memory,
     identity,
     is_device_fault,
-    is_out_of_memory,
     load_tokenizer,
 )
 from afn_ray.model.linear import has_fast_products
+from afn_ray.model.memory import free_memory, is_out_of_memory
 from afn_ray.model.prove import prepare
 from afn_ray.model.task import Decided, decide
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as functional
 import transformers
 
-from afn_ray.model.files import is_device_fault, is_out_of_memory
+from afn_ray.model.files import is_device_fault
+from afn_ray.model.memory import is_out_of_memory
 
 NAME = "afn_packed"
 """Name of the attention function in transformers' registry.

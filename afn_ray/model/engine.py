@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from afn_ray.errors import ModelError
-from afn_ray.model import attention
+from afn_ray.model import attention, memory
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Cast, Product
 from afn_ray.model.signals import Attention, Signal, Site, Strength, measured, numbered
@@ -136,7 +136,8 @@ class Model:
             k: torch.tensor(dims, device=self.device)
             for k, dims in zip(layers, outliers, strict=False)
         }
-        self.module: Any = load_weights(files)
+        with memory.needed(self.name, torch.device("cpu"), lambda: files.weights_bytes):
+            self.module: Any = load_weights(files)
         if self.device.type == "cuda":
             # The text model of a larger one has its own flag. A cache makes its attention float32.
             config: Any = self.module.config
@@ -164,6 +165,14 @@ class Model:
     def num_embeddings(self) -> int:
         """Number of token ids that have an embedding; the ids count from 0."""
         return int(self.module.get_input_embeddings().weight.shape[0])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights that run: those of products in ``dtype``, the others in float32."""
+        total: int = 4 * sum(p.numel() for p in self.module.parameters())
+        in_blocks = {p for block in self.blocks for p in block.parameters() if p.dim() > 1}
+        saved: int = (4 - self.dtype.itemsize) * sum(p.numel() for p in in_blocks)
+        return total - saved
 
     @property
     def name(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import os
 import warnings
@@ -18,6 +17,7 @@ import transformers
 from afn_ray import cgroup
 from afn_ray.errors import ModelError
 from afn_ray.model import parts
+from afn_ray.model.memory import is_out_of_memory
 from afn_ray.tokens.culprits import is_of_input
 
 # With one worker per core, more threads would only compete for it.
@@ -78,6 +78,14 @@ class ModelFiles:
     trust_remote_code: bool
     allow_pickle: bool
     identity: dict[str, str] = field(repr=False)  # file of the config, weights or code -> SHA-256
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the files of weights, in bytes."""
+        if self.gguf is not None:
+            return (self.folder / self.gguf).stat().st_size
+        names = [n for n in self.identity if n.endswith((".safetensors", ".bin"))]
+        return sum((self.folder / name).stat().st_size for name in names)
 
 
 def find_model(
@@ -304,29 +312,12 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     return made
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` means that the device or this process ran out of memory."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
-
-
 def is_device_fault(error: BaseException) -> bool:
     """Whether ``error`` comes from an accelerator, which may be unusable afterwards."""
     kind = getattr(torch, "AcceleratorError", None)
     return (kind is not None and isinstance(error, kind)) or any(
         name in str(error) for name in ACCELERATORS
     )
-
-
-def free_memory() -> None:
-    """Free the memory of models that are no longer in use.
-
-    A model and its hooks refer to each other, so only a garbage collection frees them.
-    """
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def choose_device(device: str) -> str:
@@ -373,6 +364,8 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # transformers raises nearly any error for unusable files
+        if is_out_of_memory(error):
+            raise
         raise ModelError(_loading_failed(files.name, error)) from error
     finally:
         transformers.utils.logging.set_verbosity(level)

@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from afn_ray import logs
 from afn_ray.errors import ModelError
-from afn_ray.model import attention
+from afn_ray.model import attention, memory
 from afn_ray.model.engine import Model, Norms, Place
-from afn_ray.model.files import is_device_fault, is_out_of_memory
+from afn_ray.model.files import is_device_fault
 from afn_ray.model.linear import replace_linear_layers, restore
 from afn_ray.model.signals import Centred, States, norm
 from afn_ray.schema import MOST_NEURONS, Series
@@ -89,9 +89,15 @@ def prepare(
     ``signals.NEEDS``; this function finds their place in each block.
 
     Sets the model's ``packed``, ``why_padded``, ``attention``, ``why_slow`` and ``causal``, and
-    logs what was chosen. Raises ``ModelError`` with the difference and the tolerance. Errors of
-    memory and of the device are raised as they are: they say nothing about the model.
+    logs what was chosen. Raises ``ModelError`` with the difference and the tolerance, or with the
+    sizes where the model does not fit into the memory. Errors of the device are raised as they are:
+    they say nothing about the model.
     """
+    with memory.needed(model.name, model.device, lambda: model.num_bytes):
+        _prepare(model, sequences, needs)
+
+
+def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[str]) -> None:
     probes = [Probe(ids, _plain_norms(model, ids)) for ids in sequences]
     model.module.to(device=model.device)
     _choose_attention(model, probes)
@@ -267,7 +273,7 @@ def _choose_products(model: Model, probes: Sequence[Probe]) -> None:
 
 def _is_refusal(error: BaseException) -> bool:
     """Whether ``error`` says something about the model, and not about memory or the device."""
-    return not is_out_of_memory(error) and not is_device_fault(error)
+    return not memory.is_out_of_memory(error) and not is_device_fault(error)
 
 
 def _is_of_dtype(error: BaseException) -> bool:
