@@ -32,7 +32,7 @@ from typing import Any
 from afn_ray import logs, model
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.corpus import reading
-from afn_ray.errors import ConfigError, ModelError, ShardError
+from afn_ray.errors import ConfigError, ModelError, OutOfMemory, ShardError
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
 from afn_ray.runs import scratch
@@ -53,6 +53,11 @@ A chunk of a quarter of a million tokens then takes 0.6 GB, and a few chunks are
 """
 WRITTEN_BEHIND = 2
 """Largest number of chunks that wait for the writing thread; bounds memory."""
+LASTING_HALVINGS = 2
+"""Largest number of halvings of the token budget that a worker keeps for later shards.
+
+A shard that never fits must not slow down the others much.
+"""
 NONE_MEASURED = 5
 """Fewest failed documents that fail the shard when it has no measured token.
 
@@ -143,6 +148,7 @@ class Processor:
         self.measurer = Measurer(task)
         self.counters = self.measurer.counters
         self.feed = Feed(self.measurer.preparer, task.config.tokenizer_workers)
+        self._halvings = 0  # of the token budget of every shard, since a larger one did not fit
         self._device = threading.Lock()  # held by the shard that uses the model
         self._counting = threading.Lock()
 
@@ -159,11 +165,13 @@ class Processor:
 
         Another attempt may have committed the shard first; its commit is then returned.
         ``oom_retries``: how often the token budget is halved, for a shard that ran out of memory.
-        Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its file has
+        After such a failure, later shards begin with the smaller budget. All batches of a shard
+        have the same. Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its file has
         changed), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus
         does not answer, and ``StoreError`` where the store fails.
         """
         attempt = uuid.uuid4().hex[:16]
+        oom_retries = max(oom_retries, self._halvings)
         known: dict[str, Any] = {"run": self.task.run, "worker": self.task.worker}
         known |= {"shard": shard.id, "attempt": attempt}
         logs.tell(
@@ -178,6 +186,8 @@ class Processor:
         try:
             commit = self._process(shard, oom_retries, attempt)
         except BaseException as error:
+            if isinstance(error, OutOfMemory):
+                self._remember_halvings(oom_retries + 1)
             logs.tell(
                 _log,
                 "attempt_failed",
@@ -200,6 +210,11 @@ class Processor:
             seconds=round(time.monotonic() - began, 3),
         )
         return commit
+
+    def _remember_halvings(self, halvings: int) -> None:
+        """Halve the token budget of later shards at least this often, up to a limit."""
+        with self._counting:
+            self._halvings = max(self._halvings, min(halvings, LASTING_HALVINGS))
 
     def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
         """Return the shard's commit, which the store has or this attempt makes."""

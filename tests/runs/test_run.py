@@ -671,6 +671,31 @@ def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
     assert len(again) > 2 and not set(again) & set(done)
 
 
+def test_a_worker_keeps_the_token_budget_that_fitted(
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
+    right = measurer.Measurer._values
+    walls: list[int] = []
+    largest: set[int] = set()
+
+    def small(self: Any, prepared: Any) -> Any:
+        most = max(batch.forward_tokens for batch in prepared.batches)
+        if most > 128:
+            walls.append(most)
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
+        largest.add(most)
+        return right(self, prepared)
+
+    monkeypatch.setattr(measurer.Measurer, "_values", small)
+    config = make_config(corpus=(str(corpus),), batch_tokens=256)
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["shards"] > 6
+        assert {d["status"] for d in all_rows(run, "documents")} == {"ok"}
+    assert 1 <= len(walls) <= 3  # one for each shard in process at the time
+    assert largest == {128}
+
+
 def test_rows_do_not_depend_on_the_order_of_shards(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
