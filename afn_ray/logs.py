@@ -17,7 +17,7 @@ ROOT = "afn_ray"
 """Name of the package's top logger."""
 
 
-def tell(
+def report(
     log: logging.Logger, event: str, message: str, *, level: int = logging.INFO, **fields: Any
 ) -> None:
     """Log ``message`` as ``event``, a name for machines, with ``fields`` that JSON can hold.
@@ -62,7 +62,7 @@ class Lines(logging.Formatter):
         return json.dumps(line)  # ASCII alone: terminal control characters are escaped
 
 
-class Bystander:
+class BestEffort:
     """Make best-effort calls: log the first exception and suppress all of them."""
 
     def __init__(self, log: logging.Logger, what: str) -> None:

@@ -351,14 +351,14 @@ def rewrite(uri: str, data: bytes) -> None:
     write_new(uri, data)
 
 
-def edit_sealed(uri: str, edit: Callable[[dict[str, Any]], object]) -> None:
+def edit_checksummed(uri: str, edit: Callable[[dict[str, Any]], object]) -> None:
     """``edit`` the JSON file at ``uri`` and make its checksum right again, as one who knows how
     would.
     """
     body = json.loads(storage.read_bytes(uri))
     del body["sha256"]
     edit(body)
-    rewrite(uri, checksums.sealed(body))
+    rewrite(uri, checksums.checksummed(body))
 
 
 def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) -> None:
@@ -368,7 +368,7 @@ def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) ->
     pq.write_table(edit(pq.read_table(io.BytesIO(storage.read_bytes(uri)))), sink)
     data = sink.getvalue()
     rewrite(uri, data)
-    edit_sealed(
+    edit_checksummed(
         f"{run_uri}/run.json",
         lambda info: info["tables"].update({name: listed(f"{name}.parquet", data)}),
     )
@@ -395,7 +395,7 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
         entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} | changes
         commit["crc32"][table] = blocks.checksums(data)
 
-    edit_sealed(f"{folder}/commit.json", edit)
+    edit_checksummed(f"{folder}/commit.json", edit)
 
 
 def afn(

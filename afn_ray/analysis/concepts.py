@@ -230,7 +230,7 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
 # --- output
 
 
-def said_layer(run: Run, layer: int) -> str:
+def layer_text(run: Run, layer: int) -> str:
     """Heading of every view: the layer, other recorded layers, and a note on HIGH-only neurons."""
     measure = run.info["measure"]
     heading = f"Layer {layer}"

@@ -42,14 +42,13 @@ def check_rows(
     tables: Mapping[str, pq.ParquetFile],
     commit: Commit,
     read: Shard,
-    measure: Mapping[str, Any] | None,
+    measure: Measure | None,
 ) -> None:
     """Check the rows of a shard; raise ``Wrong`` at the first error.
 
-    ``measure`` is the stored measure; None where no run has it.
+    ``measure`` is None where no run has it.
     """
-    known = None if measure is None else Measure.of_dict(measure)
-    series, tagged = _check_schemas(tables, commit, known)
+    series, tagged = _check_schemas(tables, commit, measure)
     columns = [
         "doc",
         "n_tokens",
@@ -66,7 +65,7 @@ def check_rows(
     _check_counts(counts, commit, read)
     _check_summary(tables["summary"], summary)
     if "neurons" in tables:
-        pairs = _check_neurons(tables["tokens"], tables["neurons"], known)
+        pairs = _check_neurons(tables["tokens"], tables["neurons"], measure)
         expected = pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])
         if not tables["pairs"].read().equals(expected):
             raise Wrong("pairs", "it is not the sum of the neurons beside it")
@@ -247,7 +246,7 @@ def _check_places(part: pa.Table, first: int, docs: Ints, positions: Ints) -> No
 
 
 def _check_values(series: Series, values: npt.NDArray[np.float32], first: int) -> None:
-    """Check that the values of the rows from ``first`` on are finite, positive and rounded."""
+    """Check that the values of the rows from ``first`` on are finite, 0 or more, and rounded."""
     rounded = round_strengths(values)
     is_rounded = rounded.view(np.uint32) == values.view(np.uint32)
     is_recordable = np.isfinite(values) & (values >= 0) & is_rounded

@@ -50,8 +50,9 @@ class RunCheck:
         self.folder = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
         self.findings: list[Finding] = []
         self.shards: list[Shard] = []
-        self.measure: dict[str, Any] = {}
+        self.measure: Measure | None = None  # None: its plan cannot be read, or is no measure
         self.measure_id = ""
+        self._stored_measure: dict[str, Any] = {}
         self.num_files = self.num_bytes = 0
         self.proved = False
         uri = self.folder.uri
@@ -114,8 +115,14 @@ class RunCheck:
         except StoreError as error:
             self._find("damaged", self._plan, without_uri(error, self._plan), self._begin_again)
             return
-        self.measure, self.measure_id = header["measure"], fingerprint(header["measure"])
+        self._stored_measure = header["measure"]
+        self.measure_id = fingerprint(self._stored_measure)
         self._config, self._frozen = header["config"], header.get("frozen", [])
+        try:
+            self.measure = Measure.of_dict(self._stored_measure)
+        except checksums.DAMAGES as error:
+            message = f"its measure is not what afn-ray writes: {error!r}"
+            self._find("damaged", self._plan, message, self._begin_again)
         self._check_plan()
 
     def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
@@ -174,17 +181,22 @@ class RunCheck:
         commits = self._commits_of(kept, found)
         if self.findings or any(one is None or one.findings for one in found):
             return
+        assert self.measure is not None  # else there is a finding
         if totals := _wrong_totals(info["counts"], commits, given_up):
             self._find("tables", self._run_json, totals)
         try:
             num_bytes = [shard.num_bytes for shard in kept]
-            self._check_tables(commits, num_bytes, memory_limit)
+            self._check_tables(self.measure, commits, num_bytes, memory_limit)
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
 
     def _check_tables(
-        self, commits: Sequence[Commit], num_bytes: Sequence[int], memory_limit: str
+        self,
+        measure: Measure,
+        commits: Sequence[Commit],
+        num_bytes: Sequence[int],
+        memory_limit: str,
     ) -> None:
         """Compare the stored tables with recomputed ones, until there is a finding."""
         names = self.folder.info["tables"]
@@ -193,9 +205,10 @@ class RunCheck:
         self._compare({"shards": shards}, stored)
         if not self.findings:
             num_tokens = sum(commit.counts["tokens"] for commit in commits)
-            self._ask_duckdb(memory_limit, num_tokens)
+            self._ask_duckdb(measure, memory_limit, num_tokens)
         if not self.findings:
-            reduced = self._reduced(commits, num_bytes, stored["vocabulary"], stored["files"])
+            vocabulary, files = stored["vocabulary"], stored["files"]
+            reduced = self._reduced(measure, commits, num_bytes, vocabulary, files)
             self._compare(reduced, stored)
 
     def _check_run_json(self) -> None:
@@ -208,10 +221,10 @@ class RunCheck:
         if given_up - {shard.id for shard in self.shards}:
             message = "it names quarantined shards that its plan does not have"
             self._find("tables", self._run_json, message)
-        if measure != self.measure or info["measure"].get("id") != self.measure_id:
+        if measure != self._stored_measure or info["measure"].get("id") != self.measure_id:
             message = f"its measure is not {self.measure_id} of its plan"
             self._find("misplaced", self._run_json, message)
-        if info["layers"] != self.measure["layers"]:
+        if info["layers"] != self._stored_measure["layers"]:
             message = f"layers are {info['layers']}, not those of its measure"
             self._find("tables", self._run_json, message)
 
@@ -256,6 +269,7 @@ class RunCheck:
 
     def _reduced(
         self,
+        measure: Measure,
         commits: Sequence[Commit],
         num_bytes: Sequence[int],
         vocabulary: pa.Table,
@@ -270,7 +284,6 @@ class RunCheck:
         """
         texts = _texts_of(vocabulary)
         shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
-        measure = Measure.of_dict(self.measure)
         recorded = tree.Recorded(
             measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
         )
@@ -283,7 +296,7 @@ class RunCheck:
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, worst)
         return tables
 
-    def _ask_duckdb(self, memory_limit: str, n_tokens: int) -> None:
+    def _ask_duckdb(self, measure: Measure, memory_limit: str, n_tokens: int) -> None:
         """Recompute thresholds and counts from the rows, in SQL independent of ``reduce``."""
         with database.open_run(
             self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
@@ -293,7 +306,6 @@ class RunCheck:
                 message = f"DuckDB reads {got} tokens of {n_tokens}"
                 self._find("tables", self._table_uri("shards"), message)
                 return
-            measure = Measure.of_dict(self.measure)
             for layer in measure.layers:
                 self._recount_layer(run, layer)
             for layer in measure.neuron_layers:

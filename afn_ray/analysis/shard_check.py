@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 from afn_ray.analysis import rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.errors import StoreError
+from afn_ray.measure import Measure
 from afn_ray.schema import Shard
 from afn_ray.store import (
     blocks,
@@ -54,7 +54,7 @@ def check_shard(
     store: str,
     place: Place,
     files: Sequence[storage.StoredFile],
-    measure: Mapping[str, Any] | None,
+    measure: Measure | None,
     generation: int,
     redo: str,
 ) -> CheckedShard:
@@ -104,7 +104,7 @@ def _read_commit(store: str, place: Place, number: int, uri: str) -> _Committed 
 def _check_commit(
     checked: CheckedShard,
     committed: _Committed,
-    of: tuple[str, Mapping[str, Any] | None],
+    of: tuple[str, Measure | None],
     redo: str,
 ) -> None:
     """Check one commit and its files; add findings to ``checked``.

@@ -166,7 +166,7 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
     files = losses.worst_files(lost) or None
     yield "lost_bytes", (lost.lost_bytes, files)
     yield "lost_share", (lost.share, files)
-    documents = None if files is None else f"{losses.said_documents(lost)}: {files}"
+    documents = None if files is None else f"{losses.documents_text(lost)}: {files}"
     lost_documents = math.inf if lost.lost_unknown else lost.lost_documents
     yield "lost_documents", (lost_documents, documents)
     replaced_files = losses.replaced_files(lost) or None

@@ -260,7 +260,7 @@ def _redo_shard(folder: str, runs: Sequence[str]) -> str:
 def _check_pilot(store: str, name: str) -> Iterator[Finding]:
     uri = uris.join(store, "pilots", name)
     try:
-        calibrations.read_pilot(store, name.removesuffix(".json"))
+        calibrations.read_calibration(store, name.removesuffix(".json"))
     except StoreError as error:
         yield Finding(
             "damaged", uri, f"{without_uri(error, uri)}; delete it, and the next run decides anew"
@@ -302,4 +302,4 @@ def _state_of(orphan: Orphan) -> str:
         return "removed"
     if orphan.removable:
         return "nothing names it; --clean removes it"
-    return "somebody may be at work on it"
+    return "another process may be working on it"

@@ -265,7 +265,7 @@ def _audit(args: argparse.Namespace) -> int:
     # The exit code is the verdict even if a notification fails.
     for failure in failures:
         if failure is not None:
-            logs.tell(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
+            logs.report(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
     _print_lines(audit.lines(found))
     # Last: without this mark, the next audit reports this run's drift again.
     manifest.mark_audited(found.run)

@@ -167,9 +167,9 @@ def log_json(lines: logs.Lines) -> OnEvent:
         match event:
             case events.Hashing(done, total):
                 files = {"files_done": done, "files": total}
-                logs.tell(log, event.name, event.message, counts=files)
+                logs.report(log, event.name, event.message, counts=files)
             case events.Working(progress):
-                logs.tell(
+                logs.report(
                     log,
                     event.name,
                     _note(progress),
@@ -178,9 +178,9 @@ def log_json(lines: logs.Lines) -> OnEvent:
                     left_s=progress.left_s and round(progress.left_s),
                 )
             case events.Warned(notice):
-                logs.tell(log, event.name, notice, level=logging.WARNING)
+                logs.report(log, event.name, notice, level=logging.WARNING)
             case _:
-                logs.tell(log, event.name, event.message)
+                logs.report(log, event.name, event.message)
 
     return on_event
 
@@ -228,7 +228,7 @@ def _note(progress: Progress) -> str:
     if bottleneck := progress.work.bottleneck:
         parts.append(bottleneck)
     if lost := progress.counts["lost_bytes"]:
-        parts.append(f"{losses.said_bytes(lost)} lost")
+        parts.append(f"{losses.bytes_text(lost)} lost")
     if progress.retries:
         parts.append(f"{progress.retries} retried")
     if progress.failures:

@@ -341,7 +341,7 @@ def call_neurons(args: argparse.Namespace) -> None:
             found = concepts.selective_neurons(run, layer, args.top)
             value = {"layer": layer, "neurons": [asdict(n) for n in found]}
             render = partial(concepts.render_selective, found)
-        head = concepts.said_layer(run, layer)
+        head = concepts.layer_text(run, layer)
     if args.json:
         print(json.dumps(value, indent=1))
     else:

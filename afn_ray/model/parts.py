@@ -315,15 +315,17 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
 
 def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
     """Raise ``ModelError`` if tensors in the files have other shapes than the config gives."""
-    told = []
+    mismatches = []
     for key in mismatched:
         named = isinstance(key, tuple) and len(key) == 3
-        told.append(f"{key[0]} is {tuple(key[1])}, expected {tuple(key[2])}" if named else str(key))
-    if told:
+        mismatches.append(
+            f"{key[0]} is {tuple(key[1])}, expected {tuple(key[2])}" if named else str(key)
+        )
+    if mismatches:
         raise ModelError(
-            f"model {name}: {count(len(told), 'tensor')} of its files have other shapes than "
+            f"model {name}: {count(len(mismatches), 'tensor')} of its files have other shapes than "
             "config.json says: "
-            f"{'; '.join(sorted(told)[:MOST_NAMES])}. Is config.json another model's?"
+            f"{'; '.join(sorted(mismatches)[:MOST_NAMES])}. Is config.json another model's?"
         )
 
 

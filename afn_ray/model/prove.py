@@ -115,7 +115,7 @@ def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[
 def _log_choice(model: Model) -> None:
     """Log how the model attends, and why it does not attend faster."""
     dtype, why = str(model.dtype).removeprefix("torch."), model.why_slow or model.why_padded or ""
-    logs.tell(
+    logs.report(
         _log,
         "attention_chosen",
         f"{model.name} attends by {model.attention} in {dtype} on {model.device}"

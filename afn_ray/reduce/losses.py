@@ -283,9 +283,9 @@ def describe(found: Losses) -> str:
     if not found.any:
         return ""
     return (
-        f"{said_bytes(found.lost_bytes)} of {said_bytes(found.num_bytes)} "
+        f"{bytes_text(found.lost_bytes)} of {bytes_text(found.num_bytes)} "
         f"({rounded_up(found.share)}) in {count(found.num_files, 'file')}: {worst_files(found)}; "
-        f"{said_documents(found)}"
+        f"{documents_text(found)}"
     )
 
 
@@ -328,10 +328,10 @@ def describe_skipped(files: Sequence[FileInfo]) -> str:
 
 def _sized(files: Sequence[FileInfo]) -> str:
     num_bytes = sum(file.size for file in files)
-    return f"{count(len(files), 'file')} ({said_bytes(num_bytes)})"
+    return f"{count(len(files), 'file')} ({bytes_text(num_bytes)})"
 
 
-def said_documents(found: Losses) -> str:
+def documents_text(found: Losses) -> str:
     """Phrase for the number of lost documents, as far as it is known."""
     if not found.lost_unknown:
         return count(found.lost_documents, "document")
@@ -340,7 +340,7 @@ def said_documents(found: Losses) -> str:
     return f"{count(found.lost_documents, 'document')} or more"
 
 
-def said_bytes(n: int) -> str:
+def bytes_text(n: int) -> str:
     """``n`` bytes in decimal units with two or three digits: "43 kB"."""
     if n < 1000:
         return count(n, "byte")

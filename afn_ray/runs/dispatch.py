@@ -195,7 +195,7 @@ class Dispatcher:
         """Assign ``shard`` to ``worker``."""
         self._running[worker][shard.id] = Flight(shard, self._clock(), self._clock())
         self._tries[shard.id] += 1
-        logs.tell(
+        logs.report(
             _log,
             "shard_handed",
             f"shard {shard.id} goes to worker {worker}",
@@ -218,7 +218,7 @@ class Dispatcher:
     def _replace(self, worker: int) -> list[Shard]:
         """Restart the process of ``worker``; return its shards in flight."""
         self.state.num_lost += 1
-        logs.tell(_log, "worker_replaced", f"worker {worker} gets a new process", worker=worker)
+        logs.report(_log, "worker_replaced", f"worker {worker} gets a new process", worker=worker)
         shards = self._forget(worker)
         self._pool.replace(worker)
         return shards
@@ -249,7 +249,7 @@ class Dispatcher:
         self._running[worker] = {}
         self._room[worker] = None
         self._failed_starts = 0
-        logs.tell(_log, "worker_ready", f"worker {worker} has loaded the model", worker=worker)
+        logs.report(_log, "worker_ready", f"worker {worker} has loaded the model", worker=worker)
         if self._began is None:
             self._began = self._clock()
 
@@ -293,7 +293,7 @@ class Dispatcher:
         state.counts.update(commit.counts)
         num_written = sum(file["bytes"] for file in commit.files.values())
         state.counts.update(shards=1, bytes_read=shard.num_bytes, bytes_written=num_written)
-        logs.tell(
+        logs.report(
             _log,
             "shard_done",
             f"shard {shard.id} is committed",
@@ -339,7 +339,7 @@ class Dispatcher:
         """Decide on the shards of a worker that lost its process, by the cause."""
         shards = self._forget(event.worker)
         self.state.num_lost += 1
-        logs.tell(
+        logs.report(
             _log,
             "worker_gone",
             f"{event.cause.value}: worker {event.worker}",
@@ -394,7 +394,7 @@ class Dispatcher:
         """Queue ``shard`` for a retry; ``soon``: before the others."""
         self.state.retries += 1
         (queue.appendleft if soon else queue.append)(shard)
-        logs.tell(
+        logs.report(
             _log,
             "shard_retried",
             f"shard {shard.id} is tried again: {why}",
@@ -409,7 +409,7 @@ class Dispatcher:
         """Give up ``shard``."""
         self.state.failures[shard.id] = why
         self.state.counts["lost_bytes"] += shard.num_bytes
-        logs.tell(
+        logs.report(
             _log,
             "shard_quarantined",
             f"shard {shard.id} is quarantined: {why}",

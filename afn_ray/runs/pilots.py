@@ -42,7 +42,7 @@ class Pilots:
             ours = decided = self._measure(task, precision.decide)
             if self.keep:  # what another first run has decided in the meantime counts
                 decided = precision.from_json(
-                    calibrations.write_pilot(config.store, key, ours.to_json())
+                    calibrations.write_calibration(config.store, key, ours.to_json())
                 )
             text = precision.describe(decided)
             if text != precision.describe(ours):
@@ -76,12 +76,12 @@ class Pilots:
             self.on_event(events.Piloting("a pilot looks for outlier dimensions"))
             stored = {"outliers": self._measure(task, outliers.find_dimensions)}
             if self.keep:
-                stored = calibrations.write_pilot(store, key, stored)
+                stored = calibrations.write_calibration(store, key, stored)
         return tuple(tuple(dims) for dims in stored["outliers"])
 
     def _read(self, task: Task, key: str) -> dict[str, Any] | None:
         """The stored result of the pilot ``key``; None: it has to be measured."""
-        stored = calibrations.read_pilot(task.config.store, key)
+        stored = calibrations.read_calibration(task.config.store, key)
         if stored is None and self.reduce_only:
             raise StoreError(
                 f"no run in {task.config.store} has decided the precision or the outlier "

@@ -43,7 +43,7 @@ class Reporter:
         """``planning``: whether to write a status before the run has a name."""
         self._planning = uris.join(config.store, PLANNING)
         self._uri = self._planning if planning else ""
-        self._best_effort = logs.Bystander(_log, f"a status in {config.store}")
+        self._best_effort = logs.BestEffort(_log, f"a status in {config.store}")
         self._body: dict[str, Any] = {
             **NOTHING,
             "began_at": _now(),

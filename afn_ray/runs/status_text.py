@@ -25,7 +25,7 @@ def lines(s: Status) -> Iterator[str]:
         yield f"tokens   {_tokens_text(body)}"
     if lost := body["bytes_lost"]:
         yield (
-            f"lost     {losses.said_bytes(lost)} of the corpus; 'afn show' of the complete run "
+            f"lost     {losses.bytes_text(lost)} of the corpus; 'afn show' of the complete run "
             "names the files"
         )
     if live and body["documents_planned"]:
@@ -84,7 +84,7 @@ def _state_text(s: Status) -> str:
     if s.state == "complete":
         return f"complete since {body['written_at']}"
     if s.state == "begun":
-        return "begun, and no word since: killed? The same 'afn run' command resumes"
+        return "begun, and no update since: killed? The same 'afn run' command resumes"
     reason = f": {body['reason'].splitlines()[0]}" if body["reason"] else ""
     if s.state == "failed":
         return f"failed at {body['written_at']}, exit code {body['exit_code']}{reason}"
@@ -98,10 +98,10 @@ def _state_text(s: Status) -> str:
     if s.state == "silent":
         since = time_text(s.age_s)
         return (
-            f"silent: no word for {since}, while {body['phase']}{doing}: killed? "
+            f"silent: no update for {since}, while {body['phase']}{doing}: killed? "
             "The same command resumes"
         )
-    return f"{body['phase']}{doing}, told {time_text(s.age_s)} ago"
+    return f"{body['phase']}{doing}, last update {time_text(s.age_s)} ago"
 
 
 def time_text(seconds: float) -> str:

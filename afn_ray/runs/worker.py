@@ -148,7 +148,7 @@ class Processor:
         self.measurer = Measurer(task)
         self.counters = self.measurer.counters
         self.feed = Feed(self.measurer.preparer, task.config.tokenizer_workers)
-        self._halvings = 0  # of the token budget of every shard, since a larger one did not fit
+        self._oom_retries = 0  # of the token budget of every shard, since a larger one did not fit
         self._device = threading.Lock()  # held by the shard that uses the model
         self._counting = threading.Lock()
 
@@ -171,10 +171,10 @@ class Processor:
         does not answer, and ``StoreError`` where the store fails.
         """
         attempt = uuid.uuid4().hex[:16]
-        oom_retries = max(oom_retries, self._halvings)
+        oom_retries = max(oom_retries, self._oom_retries)
         known: dict[str, Any] = {"run": self.task.run, "worker": self.task.worker}
         known |= {"shard": shard.id, "attempt": attempt}
-        logs.tell(
+        logs.report(
             _log,
             "attempt_began",
             f"reads {shard.slices[0].uri}",
@@ -188,7 +188,7 @@ class Processor:
         except BaseException as error:
             if isinstance(error, OutOfMemory):
                 self._remember_halvings(oom_retries + 1)
-            logs.tell(
+            logs.report(
                 _log,
                 "attempt_failed",
                 f"{type(error).__name__}: {error}",
@@ -201,7 +201,7 @@ class Processor:
         message = (
             "is committed" if ours else f"attempt {commit.attempt} had committed the shard before"
         )
-        logs.tell(
+        logs.report(
             _log,
             "attempt_committed" if ours else "attempt_lost",
             message,
@@ -214,7 +214,7 @@ class Processor:
     def _remember_halvings(self, halvings: int) -> None:
         """Halve the token budget of later shards at least this often, up to a limit."""
         with self._counting:
-            self._halvings = max(self._halvings, min(halvings, LASTING_HALVINGS))
+            self._oom_retries = max(self._oom_retries, min(halvings, LASTING_HALVINGS))
 
     def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
         """Return the shard's commit, which the store has or this attempt makes."""

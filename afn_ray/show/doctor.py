@@ -262,7 +262,7 @@ def _ray(address: str | None) -> Check:
             return Check(
                 "Ray",
                 False,
-                f"the cluster at {address} answers without a token: whoever reaches it can run "
+                f"the cluster at {address} answers without a token: anyone who reaches it can run "
                 "code there",
                 access.HOW_TO_CLOSE,
             )

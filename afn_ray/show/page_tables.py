@@ -44,8 +44,8 @@ def glance(summary: Summary, comparison: compare.Comparison | None) -> list[tupl
         ),
     ]
     if (lost := summary.losses).any:
-        against = f"{losses.rounded_up(lost.share)} of the corpus: {losses.said_documents(lost)}"
-        cards.append((losses.said_bytes(lost.lost_bytes), "lost", against))
+        against = f"{losses.rounded_up(lost.share)} of the corpus: {losses.documents_text(lost)}"
+        cards.append((losses.bytes_text(lost.lost_bytes), "lost", against))
     for share, control in list(zip(main.classes, first.classes, strict=True))[
         :1
     ]:  # content, where there are content words
@@ -162,10 +162,10 @@ def files_table(run: manifest.RunFolder) -> Table | None:
     cells = (
         (
             row["source"],
-            losses.said_bytes(row["num_bytes"]),
-            losses.said_bytes(row["lost_bytes"]),
+            losses.bytes_text(row["num_bytes"]),
+            losses.bytes_text(row["lost_bytes"]),
             losses.rounded_down(row["share_read"]),
-            _said_lost_documents(row),
+            _lost_documents_text(row),
             f"{row['n_replaced']:,}",
         )
         for row in rows.slice(0, MAX_ROWS).to_pylist()
@@ -174,7 +174,7 @@ def files_table(run: manifest.RunFolder) -> Table | None:
     return Table(caption, heads, tuple(cells))
 
 
-def _said_lost_documents(row: Mapping[str, Any]) -> str:
+def _lost_documents_text(row: Mapping[str, Any]) -> str:
     known = f"{row['lost_documents']:,}"
     if not row["lost_unknown"]:
         return known

@@ -102,14 +102,14 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
             "wrote it, or measure the corpus anew in another --store"
         )
     value.pop("sha256", None)
-    if data != sealed(value):
+    if data != checksummed(value):
         raise StoreError(
             f"{uri} is damaged: its bytes do not have the checksum that it carries{ASK_VERIFY}"
         )
     return value
 
 
-def sealed(body: dict[str, Any]) -> bytes:
+def checksummed(body: dict[str, Any]) -> bytes:
     """``body`` as a JSON file whose last entry is the SHA-256 of the same file without that entry.
 
     The checksum covers every byte. Raises ``StoreError`` if the file would be larger than

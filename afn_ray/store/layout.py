@@ -17,7 +17,7 @@ Layout of a store::
     gc/<epoch>.parquet                          what garbage collections condemned (``epochs``)
 
 Nothing depends on the two progress files. Each other file can be verified: a JSON file carries a
-checksum of all its other bytes (``sealed``), and the size and checksum of a Parquet file are listed
+checksum of all its other bytes (``checksummed``), and the size and checksum of a Parquet file are listed
 in the commit.json or run.json that names it.
 """
 

@@ -18,10 +18,10 @@ from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     ASK_VERIFY,
     DAMAGES,
+    checksummed,
     entry_of,
     parse_table,
     read_json,
-    sealed,
     short,
 )
 from afn_ray.store.layout import PLANNING, RAY_IGNORE, StoreFiles, is_run_name
@@ -229,7 +229,7 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     tables = {"plan": entry_of("plan.parquet", plan), **info["tables"]}
     body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
     try:
-        storage.write_once(uris.join(run.uri, "run.json"), sealed(body))
+        storage.write_once(uris.join(run.uri, "run.json"), checksummed(body))
     except storage.AlreadyWritten:
         # Another process finished the same run with the same tables, or a gc condemned it.
         theirs = open_folder(run.store, run.id)
@@ -252,10 +252,10 @@ def condemn_run(run: RunFolder, epoch: int, *, complete: bool) -> bool:
     uri = uris.join(run.uri, "run.json")
     body = {"schema_version": SCHEMA_VERSION, "id": run.id, "condemned": epoch}
     if complete:
-        storage.write_over(uri, sealed(body), retry_for_s=None)
+        storage.write_over(uri, checksummed(body), retry_for_s=None)
         return True
     try:
-        storage.write_once(uri, sealed(body))
+        storage.write_once(uri, checksummed(body))
     except storage.AlreadyWritten:
         return open_folder(run.store, run.id).condemned
     return True
@@ -269,7 +269,7 @@ def mark_audited(run: RunFolder) -> None:
             "run": run.id,
             "audited_at": datetime.now(UTC).isoformat(),
         }
-        storage.write_once(uris.join(run.uri, "audited.json"), sealed(body))
+        storage.write_once(uris.join(run.uri, "audited.json"), checksummed(body))
 
 
 def is_audited(run: RunFolder) -> bool:

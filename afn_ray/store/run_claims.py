@@ -15,7 +15,7 @@ from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
 from afn_ray.schema import SCHEMA_VERSION, Shard
 from afn_ray.store import epochs, manifest, parquet, plans, storage, uris
-from afn_ray.store.checksums import sealed
+from afn_ray.store.checksums import checksummed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences
 from afn_ray.store.layout import HEX, LATEST, STAMP
 from afn_ray.store.plans import Plan
@@ -92,7 +92,7 @@ def begin_run(
         # The name is unique, so AlreadyWritten means that the answer to our own first try was lost.
         body = {"schema_version": SCHEMA_VERSION, "run": run.id}
         with contextlib.suppress(storage.AlreadyWritten):
-            storage.write_once(lease, sealed(body))
+            storage.write_once(lease, checksummed(body))
     else:
         run = _new_run(config, measure, plan, begun_ns, frozen, newest)
     epoch = epochs.newest(config.store)

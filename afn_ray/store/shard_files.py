@@ -20,9 +20,9 @@ from afn_ray.store.checksums import (
     AHEAD,
     ASK_VERIFY,
     IO_THREADS,
+    checksummed,
     parse_table,
     read_json,
-    sealed,
     short,
 )
 from afn_ray.store.commits import Commit, Commits
@@ -270,7 +270,7 @@ def _commit_once(
         "committed_at": datetime.now(UTC).isoformat(),
     }
     try:
-        storage.write_once(uri, sealed(body))
+        storage.write_once(uri, checksummed(body))
         return commit
     except storage.AlreadyWritten:  # by a rival, or by our own request whose answer was lost
         winner = read_commit(store, measure_id, shard.id, shard.generation)

@@ -285,7 +285,7 @@ class Chunks:
     """
 
     def __init__(self, feed: Feed, documents: Iterable[Document], oom_retries: int) -> None:
-        self._feed, self._executors, self._halvings = feed, feed.executors, oom_retries
+        self._feed, self._executors, self._oom_retries = feed, feed.executors, oom_retries
         # items: (documents, seconds, work), or an error, or None at the end
         self._ready: Queue[Any] = Queue(feed.ahead)
         self._stopped = threading.Event()
@@ -372,7 +372,7 @@ class Chunks:
                 seconds = time.monotonic() - began
                 if self._stopped.is_set():
                     return
-                self._ready.put((chunk, seconds, self._feed.submit(chunk, self._halvings)))
+                self._ready.put((chunk, seconds, self._feed.submit(chunk, self._oom_retries)))
                 began = time.monotonic()
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken

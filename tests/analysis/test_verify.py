@@ -26,13 +26,14 @@ from afn_ray import verify_store
 from afn_ray.analysis.findings import Finding
 from afn_ray.analysis.verify import Verification, lines
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.measure import Measure
 from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import calibrations, layout, manifest, plans, shard_files, storage, uris
 from afn_ray.store.layout import RAY_IGNORE
 from conftest import (
     afn,
     config_of,
-    edit_sealed,
+    edit_checksummed,
     edit_table,
     recommit,
     rewrite,
@@ -176,7 +177,7 @@ def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str
     forged = pa.Table.from_pylist(rows, table.schema).replace_schema_metadata(
         {"afn": json.dumps(header)}
     )
-    edit_sealed(f"{uri}/run.json", lambda info: info.update(id=name))
+    edit_checksummed(f"{uri}/run.json", lambda info: info.update(id=name))
     edit_table(uri, "plan", lambda _: forged)
     assert len(shards) > 3
     return f"{uri}/plan.parquet"
@@ -364,7 +365,7 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
     assert (
         kinds(v) == [("damaged", commit)] and "it is the commit of shard" in v.findings[0].message
     )
-    edit_sealed(commit, lambda c: c.update(shard=name))
+    edit_checksummed(commit, lambda c: c.update(shard=name))
     assert ("misplaced", commit) in kinds(store.verify())
     body = json.loads(storage.read_bytes(commit))
     body["slices"][0]["uri"] += "2"
@@ -375,7 +376,7 @@ def test_a_copied_shard_is_found_however_well_it_is_disguised(store: Copy) -> No
             f"{disguised}/{file.uri.rpartition('/')[2]}", storage.read_bytes(file.uri)
         )
         storage.delete([file.uri])
-    edit_sealed(
+    edit_checksummed(
         f"{disguised}/commit.json", lambda c: c.update(shard=shard.id, slices=body["slices"])
     )
     found = kinds(store.verify())
@@ -407,7 +408,7 @@ def test_a_file_from_elsewhere_is_found_behind_an_edited_commit(
 
 
 def test_a_commit_that_takes_the_name_of_another_attempt_is_found(store: Copy) -> None:
-    edit_sealed(store.commit, lambda c: c.update(attempt="f" * 16))
+    edit_checksummed(store.commit, lambda c: c.update(attempt="f" * 16))
     assert {k for k, _ in kinds(store.verify())} == {"misplaced"}
 
 
@@ -430,12 +431,12 @@ def test_an_edited_commit_is_found(store: Copy, edit: str) -> None:
     rewrite(store.commit, (json.dumps(body, indent=1, ensure_ascii=False) + "\n").encode())
     assert kinds(store.verify()) == [("damaged", store.commit)]
     rewrite(store.commit, before)
-    edit_sealed(store.commit, change)
+    edit_checksummed(store.commit, change)
     assert kinds(store.verify()) == [(kind, store.commit)]
 
 
 def test_row_counts_of_a_commit_are_those_of_its_files(store: Copy) -> None:
-    edit_sealed(store.commit, lambda c: c["files"]["summary"].update(rows=1))
+    edit_checksummed(store.commit, lambda c: c["files"]["summary"].update(rows=1))
     assert kinds(store.verify()) == [("rows", store.file("summary"))]
 
 
@@ -596,7 +597,7 @@ INFO_EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
 def test_an_edited_run_json_is_found(made: Path, tmp_path: Path, edit: str) -> None:
     store = copy(made, str(tmp_path / "store"))
     kind, change = INFO_EDITS[edit]
-    edit_sealed(f"{store.run}/run.json", change)
+    edit_checksummed(f"{store.run}/run.json", change)
     assert kinds(store.verify()) == [(kind, f"{store.run}/run.json")]
 
 
@@ -623,6 +624,20 @@ def test_a_plan_that_ends_before_its_file_does_is_found(made: Path, tmp_path: Pa
     assert "its last slice ends at" in store.verify().findings[0].message
 
 
+def test_a_measure_that_lacks_a_key_is_damage_of_the_plan_and_not_of_its_shards(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copy(made, str(tmp_path / "store"))
+
+    def of_dict(stored: dict[str, Any]) -> Measure:
+        raise KeyError("dtype")
+
+    monkeypatch.setattr(Measure, "of_dict", of_dict)
+    (finding,) = store.verify().findings
+    assert (finding.kind, finding.uri) == ("damaged", f"{store.run}/plan.parquet")
+    assert "its measure is not what afn-ray writes: KeyError('dtype')" in finding.message
+
+
 def test_a_run_without_one_of_its_shards_says_so_unless_it_gave_it_up(
     made: Path, tmp_path: Path
 ) -> None:
@@ -631,7 +646,7 @@ def test_a_run_without_one_of_its_shards_says_so_unless_it_gave_it_up(
     storage.delete([f.uri for f in storage.list_below(gone)])
     assert kinds(store.verify()) == [("missing", f"{gone}/commit.json")]
     given_up = {"shard": gone.rpartition("/")[2], "uri": "a.jsonl", "reason": "it hangs"}
-    edit_sealed(f"{store.run}/run.json", lambda info: info.update(quarantined=[given_up]))
+    edit_checksummed(f"{store.run}/run.json", lambda info: info.update(quarantined=[given_up]))
     assert "missing" not in {
         f.kind for f in store.verify().findings
     }  # its counts and tables still include it
@@ -656,7 +671,7 @@ def test_two_measures_and_runs_in_one_store_are_told_apart(
 
 
 def test_a_damaged_pilot_is_named(store: Copy) -> None:
-    calibrations.write_pilot(store.uri, "abc", {"dtype": "float32"})
+    calibrations.write_calibration(store.uri, "abc", {"dtype": "float32"})
     assert not store.verify().findings
     uri = uris.absolute(f"{store.uri}/pilots/abc.json")
     flip(uri, 0.7)

@@ -28,7 +28,7 @@ from afn_ray.reduce import compare
 from afn_ray.runs import status, status_text
 from afn_ray.show import overview, report, run_facts, summary
 from afn_ray.store import garbage, gc_report, manifest
-from conftest import config_of, edit_sealed, listed, recommit, rewrite, write_jsonl
+from conftest import config_of, edit_checksummed, listed, recommit, rewrite, write_jsonl
 
 NUM_STORES = {"short": 4, "long": 1000}
 
@@ -186,13 +186,13 @@ def alter(store: Path, dice: random.Random) -> str:
     )
     if kind.endswith(".json"):
         path = (run if kind == "run.json" else shard) / kind
-        edit_sealed(str(path), lambda body: what.append(alter_json(body, dice)))
+        edit_checksummed(str(path), lambda body: what.append(alter_json(body, dice)))
     elif kind == "run table":
         path = dice.choice(sorted(run.glob("*.parquet")))
         table, done = alter_table(pq.read_table(path), dice)
         data = parquet_of(table)
         rewrite(str(path), data)
-        edit_sealed(
+        edit_checksummed(
             str(run / "run.json"),
             lambda i: i["tables"].update({path.stem: listed(path.name, data)}),
         )
@@ -306,7 +306,7 @@ def test_a_plan_whose_header_is_no_object_is_a_finding(
     table = pq.read_table(run / "plan.parquet")
     data = parquet_of(table.replace_schema_metadata({"afn": json.dumps(header)}))
     rewrite(str(run / "plan.parquet"), data)
-    edit_sealed(
+    edit_checksummed(
         str(run / "run.json"), lambda i: i["tables"].update(plan=listed("plan.parquet", data))
     )
     assert any(
@@ -319,6 +319,6 @@ def test_a_plan_whose_header_is_no_object_is_a_finding(
 def test_a_measure_whose_model_is_no_object_is_refused_by_name(made: Path, tmp_path: Path) -> None:
     store = shutil.copytree(made, tmp_path / "store")
     run = max((store / "runs").iterdir())
-    edit_sealed(str(run / "run.json"), lambda body: body["measure"].update(model="x"))
+    edit_checksummed(str(run / "run.json"), lambda body: body["measure"].update(model="x"))
     with pytest.raises(StoreError, match=r"run\.json is damaged: measure"):
         manifest.find_run(str(store))

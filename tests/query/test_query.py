@@ -50,7 +50,7 @@ from afn_ray.schema import (
 )
 from afn_ray.store import blocks, checksums, corpus_files, manifest, storage, uris
 from afn_ray.store.manifest import RunFolder
-from conftest import RUN_INFO, edit_sealed, edit_table
+from conftest import RUN_INFO, edit_checksummed, edit_table
 
 LAYERS = (0, 8)
 RUN = "20260102T030405.000Z-0123456789ab"
@@ -97,7 +97,9 @@ def write_run(
             row[f"{kind[:-1]}_bytes"] = size
             commit["files"][kind] = {"name": f"a-{kind}.parquet", "bytes": size}
             commit["crc32"][kind] = blocks.checksums(storage.read_bytes(uri))
-        storage.write_over(uris.join(store, f"shards/m/s{i}/commit.json"), checksums.sealed(commit))
+        storage.write_over(
+            uris.join(store, f"shards/m/s{i}/commit.json"), checksums.checksummed(commit)
+        )
         rows.append(row)
         offset += len(documents)
     tokens = pa.concat_tables([t for t, _ in shards]).unify_dictionaries()
@@ -846,7 +848,7 @@ def test_a_name_that_is_no_shards_file_is_refused(tmp_path: Path, name: str) -> 
 
 def test_layers_and_offsets_cannot_carry_sql(tmp_path: Path) -> None:
     folder = Path(write_run(str(tmp_path), SHARDS, LAYERS))
-    edit_sealed(
+    edit_checksummed(
         f"{folder}/run.json",
         lambda info: info.update(layers=["8 FROM read_text('/etc/passwd') --"]),
     )

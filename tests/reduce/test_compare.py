@@ -31,7 +31,7 @@ from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOUR
 from afn_ray.show import comparison_tables
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
-from conftest import config_of, edit_sealed, write_jsonl
+from conftest import config_of, edit_checksummed, write_jsonl
 
 LAYERS = (0, 2)
 DISTANCES = ("psi", "ks", "js")
@@ -83,7 +83,7 @@ def add_sources(uri: str, granularity: Callable[[str], str] = lambda source: sou
     nothing = dict.fromkeys(SOURCES_SCHEMA.names, 0)
     table = pa.Table.from_pylist([nothing | row for row in rows], SOURCES_SCHEMA)
     entry = manifest.write_table(run, "sources", table)
-    edit_sealed(f"{run.uri}/run.json", lambda info: info["tables"].update(sources=entry))
+    edit_checksummed(f"{run.uri}/run.json", lambda info: info["tables"].update(sources=entry))
     return manifest.find_run(uri)
 
 

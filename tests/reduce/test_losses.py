@@ -220,7 +220,7 @@ def test_a_run_json_holds_whatever_number_of_shards_was_given_up() -> None:
     found = results.given_up(shards, {s.id: "\U0001f600" * 5000 for s in shards})
     assert [f["shard"] for f in found] == [s.id for s in shards]
     assert all(f["uri"] == piece.uri and f["reason"] for f in found[: results.MOST_REASONS])
-    assert len(checksums.sealed({"quarantined": found})) < checksums.JSON_BYTES // 2
+    assert len(checksums.checksummed({"quarantined": found})) < checksums.JSON_BYTES // 2
 
 
 def test_a_comparison_says_which_run_lost_what(lossy: tuple[RunConfig, list[str]]) -> None:
@@ -300,4 +300,4 @@ def test_files_of_one_name_are_told_apart() -> None:
      (1_234_567, "1.2 MB"), (5 * 10**15, "5.0 PB"), (5 * 10**19, "50,000 PB")],
 )  # fmt: skip
 def test_bytes_in_words(n: int, said: str) -> None:
-    assert losses.said_bytes(n) == said
+    assert losses.bytes_text(n) == said

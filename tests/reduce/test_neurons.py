@@ -29,7 +29,7 @@ from afn_ray.model.signals import Neurons, Strength
 from afn_ray.reduce import neurons
 from afn_ray.schema import neurons_column
 from afn_ray.store import manifest
-from conftest import edit_sealed, edit_table, recommit, save_model, write_jsonl
+from conftest import edit_checksummed, edit_table, recommit, save_model, write_jsonl
 from families import PACKED, PADDED, SMALL
 from test_families import documents, family  # noqa: F401
 from test_signals import load
@@ -363,10 +363,12 @@ def test_the_name_of_a_run_is_no_sql(made: RunConfig, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=said):
             afn_ray.write_catalog(str(uri), tmp_path / "catalog.duckdb")
 
-    edit_sealed(str(run / "run.json"), lambda info: info["tables"]["neuron_types"].update(name=sql))
+    edit_checksummed(
+        str(run / "run.json"), lambda info: info["tables"]["neuron_types"].update(name=sql)
+    )
     is_refused(store, "is not the name of a run's table")
     run = run.rename(run.with_name(sql))
-    edit_sealed(str(run / "run.json"), lambda info: info.update(id=sql))
+    edit_checksummed(str(run / "run.json"), lambda info: info.update(id=sql))
     is_refused(
         store, "is neither a store nor a run"
     )  # which has no run of a name that afn-ray gives

@@ -153,13 +153,13 @@ def test_an_open_cluster_is_refused_and_joined_only_by_a_flag_that_says_so(
     said = capsys.readouterr().err
     assert left.value.code == 2
     assert (
-        f"the cluster at {open_head} asks for no token: whoever reaches it can run code there"
+        f"the cluster at {open_head} asks for no token: anyone who reaches it can run code there"
         in said
     )
     assert "RAY_AUTH_MODE=token" in said and "--allow-open-cluster" in said
     access.check(open_head, allow_open=True)
     assert caplog.messages[-1].startswith(
-        f"the cluster at {open_head} asks for no token: whoever reaches it can run"
+        f"the cluster at {open_head} asks for no token: anyone who reaches it can run"
     )
 
 

@@ -220,7 +220,7 @@ def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
     config = make_config(corpus=(str(corpus),), dtype="auto")
     ours = precision.Precision("bfloat16", "auto", "cpu", "safe on the pilot", 9999, ())
     rivals = replace(ours, dtype="float32", why="bfloat16 is not safe")
-    write = calibrations.write_pilot
+    write = calibrations.write_calibration
 
     def second(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
         assert value["dtype"] == "bfloat16"
@@ -228,7 +228,7 @@ def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
         return write(store, key, value)
 
     monkeypatch.setattr(precision, "decide", lambda task, texts: ours)
-    monkeypatch.setattr(calibrations, "write_pilot", second)
+    monkeypatch.setattr(calibrations, "write_calibration", second)
     events: list[str] = []
     with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         info = manifest.find_run(run.uri).info

@@ -219,7 +219,7 @@ def test_a_driver_without_a_word_is_thought_dead_by_the_clock_of_the_store(
     os.utime(file, (now - 200, now - 200))
     found = read(config)
     assert (found.state, found.exit_code) == ("silent", status.STOPPED)
-    assert "silent: no word for 3 min, while working: killed?" in "\n".join(
+    assert "silent: no update for 3 min, while working: killed?" in "\n".join(
         status_text.lines(found)
     )
     file.unlink()
@@ -381,7 +381,7 @@ def test_what_watches_a_run_never_ends_it(
         if "goes on without" in r.getMessage()
     ] == ["TypeError: no number"]
     told = metrics.Published.__new__(metrics.Published)
-    told._bystander = logs.Bystander(logging.getLogger("afn_ray"), "metrics")
+    told._best_effort = logs.BestEffort(logging.getLogger("afn_ray"), "metrics")
     told.publish(Progress(1))  # it has no gauges at all
 
 

@@ -34,7 +34,7 @@ from afn_ray.show.screened import MAX_SCREENED_CHARS, bounded, pieces_by_offset,
 from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
 from afn_ray.store.settings import config_from
-from conftest import edit_sealed, write_jsonl
+from conftest import edit_checksummed, write_jsonl
 
 MAX_PAGE_BYTES = 3_000_000
 EVIL = "<script>window.ran = 1</script>"
@@ -49,7 +49,7 @@ FILE = "<img src=x onerror='window.ran = 5'>\u202e.jsonl"
 def _add_tables(run: manifest.RunFolder, **tables: pa.Table) -> manifest.RunFolder:
     """The run with more tables, as those that make them do."""
     entries = {name: manifest.write_table(run, name, table) for name, table in tables.items()}
-    edit_sealed(f"{run.uri}/run.json", lambda info: info["tables"].update(entries))
+    edit_checksummed(f"{run.uri}/run.json", lambda info: info["tables"].update(entries))
     return manifest.find_run(run.uri)
 
 

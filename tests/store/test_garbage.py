@@ -238,7 +238,7 @@ def test_young_shards_stay(made: Made, store: str) -> None:
 
 
 def test_pilots_and_what_is_not_ours_stay(made: Made, store: str) -> None:
-    calibrations.write_pilot(store, "abc", {"dtype": "float32"})
+    calibrations.write_calibration(store, "abc", {"dtype": "float32"})
     garbage = collect(store)
     foreign = [
         f"{garbage.runs[0].uri}/report.html",

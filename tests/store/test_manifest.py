@@ -55,7 +55,7 @@ from afn_ray.store.manifest import RunFolder, find_run, finish_run
 from afn_ray.store.plans import Plan
 from afn_ray.store.run_claims import begin_run
 from afn_ray.store.shard_files import find_commits
-from conftest import RUN_INFO, edit_sealed, make_measure, rewrite, write_new
+from conftest import RUN_INFO, edit_checksummed, make_measure, rewrite, write_new
 
 MEASURE = make_measure([8])
 MEASURE_ID = MEASURE.id
@@ -514,9 +514,9 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
             b'{"schema_version": 5}',
             "is damaged: its bytes do not have the checksum that it carries",
         ),
-        (checksums.sealed({"schema_version": 5}), "is damaged: id is null"),
+        (checksums.checksummed({"schema_version": 5}), "is damaged: id is null"),
         (
-            checksums.sealed({"schema_version": 5}) + b" ",
+            checksums.checksummed({"schema_version": 5}) + b" ",
             "is damaged: its bytes do not have the checksum",
         ),
         (
@@ -710,8 +710,8 @@ def test_what_was_written_with_its_answer_lost_is_known_for_ours(
     other = manifest.write_table(run, "thresholds", pa.table({"x": [3]}))
     assert other["name"].startswith("thresholds-")
     assert manifest.read_table(run, "thresholds") == table
-    assert calibrations.write_pilot(liar, "key", {"dtype": "float32"})["dtype"] == "float32"
-    assert calibrations.write_pilot(liar, "key", {"dtype": "float16"})["dtype"] == "float32"
+    assert calibrations.write_calibration(liar, "key", {"dtype": "float32"})["dtype"] == "float32"
+    assert calibrations.write_calibration(liar, "key", {"dtype": "float16"})["dtype"] == "float32"
     done = finish_run(run, RUN_INFO)
     assert done == find_run(liar) and done.info["layers"] == RUN_INFO["layers"]
 
@@ -759,7 +759,9 @@ DAMAGES: dict[str, Damage] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_commit_is_refused(store: str, tmp_path: Path, name: str) -> None:
     _publish(store, SHARD, "a" * 16, tmp_path)
-    edit_sealed(shard_files.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json", DAMAGES[name])
+    edit_checksummed(
+        shard_files.shard_uri(store, MEASURE_ID, SHARD.id) + "/commit.json", DAMAGES[name]
+    )
     with pytest.raises(StoreError, match=r"commit\.json (is damaged|has schema version 99)"):
         find_commits(store, MEASURE_ID, [SHARD])
 
@@ -902,7 +904,7 @@ def test_a_shard_has_a_bounded_number_of_slices_and_bytes_of_names() -> None:
     assert [s for g in groups for s in g] == long
     assert all(sum(len(json.dumps(s.uri)) for s in g) <= MOST_NAMES_BYTES for g in groups)
     body = {"slices": [asdict(s) for s in groups[0]]}
-    assert len(checksums.sealed(body)) < checksums.JSON_BYTES
+    assert len(checksums.checksummed(body)) < checksums.JSON_BYTES
 
 
 def test_nothing_is_written_that_no_reader_takes(
@@ -912,7 +914,7 @@ def test_nothing_is_written_that_no_reader_takes(
     with pytest.raises(
         StoreError, match=r"of 1,\d\d\d bytes was not written: .* its longest entry is long"
     ):
-        calibrations.write_pilot(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
+        calibrations.write_calibration(config.store, "0" * 32, {"short": 1, "long": "x" * 1000})
     with pytest.raises(
         ConfigError, match=r"corpus names 100,000 places in .* bytes; expected at most"
     ):

@@ -93,13 +93,13 @@ def check(where: str | None, allow_open: bool) -> None:
         what, how = f"the cluster at {where} asks", HOW_TO_CLOSE
     if is_refused and not allow_open:
         raise ConfigError(
-            f"{what} for no token: whoever reaches it can run code there; {how}, or go on all the "
+            f"{what} for no token: anyone who reaches it can run code there; {how}, or go on all the "
             "same "
             "with --allow-open-cluster"
         )
     if is_refused:
         _log.warning(
-            "%s for no token: whoever reaches it can run code there, with what this run may read "
+            "%s for no token: anyone who reaches it can run code there, with what this run may read "
             "and write",
             what,
         )

@@ -57,25 +57,27 @@ class Published:
     def __init__(self, run: str) -> None:
         from ray.util import metrics
 
-        def make(kind: Any, name: str, told: str, **more: Any) -> Any:
-            return kind(name, description=told, tag_keys=("run",), **more).set_default_tags(
+        def make(kind: Any, name: str, description: str, **more: Any) -> Any:
+            return kind(name, description=description, tag_keys=("run",), **more).set_default_tags(
                 {"run": run}
             )
 
         self._counters = {
-            name: make(metrics.Counter, name, told) for name, told in COUNTERS.items()
+            name: make(metrics.Counter, name, description) for name, description in COUNTERS.items()
         }
-        self._gauges = {name: make(metrics.Gauge, name, told) for name, told in GAUGES.items()}
+        self._gauges = {
+            name: make(metrics.Gauge, name, description) for name, description in GAUGES.items()
+        }
         self._seconds = make(
             metrics.Histogram, SHARD_SECONDS, SHARD_SECONDS_HELP, boundaries=list(BOUNDS_S)
         )
         self._sums: dict[str, float] = dict.fromkeys(COUNTERS, 0)
         self._last_commit = time.time()
-        self._bystander = logs.Bystander(_log, "metrics")
+        self._best_effort = logs.BestEffort(_log, "metrics")
 
     def publish(self, progress: Progress) -> None:
         """Publish the changes in ``progress``; a failure is logged once and ignored."""
-        self._bystander.call(self._publish, progress)
+        self._best_effort.call(self._publish, progress)
 
     def _publish(self, progress: Progress) -> None:
         if progress.shard_s:
@@ -116,4 +118,4 @@ class Published:
         """Set the gauges of workers to 0: the run has no workers any more."""
         for name, gauge in self._gauges.items():
             if name not in LASTING:
-                self._bystander.call(gauge.set, 0)
+                self._best_effort.call(gauge.set, 0)
