@@ -119,12 +119,12 @@ def _read_contents(uri: str) -> _Contents:
 
 
 def _all_findings(contents: _Contents, checked: Mapping[Place, CheckedShard]) -> list[Finding]:
-    """Findings of the store, its shards, its pilots and its runs."""
+    """Findings of the store, its shards, its calibrations and its runs."""
     findings = list(contents.findings)
     for one in checked.values():
         findings += one.findings
-    for pilot in contents.files.pilots:
-        findings += _check_pilot(contents.store, pilot)
+    for name in contents.files.pilots:
+        findings += _check_calibration(contents.store, name)
     for run in contents.runs:
         findings += run.findings
     return findings
@@ -257,7 +257,7 @@ def _redo_shard(folder: str, runs: Sequence[str]) -> str:
     )
 
 
-def _check_pilot(store: str, name: str) -> Iterator[Finding]:
+def _check_calibration(store: str, name: str) -> Iterator[Finding]:
     uri = uris.join(store, "pilots", name)
     try:
         calibrations.read_calibration(store, name.removesuffix(".json"))

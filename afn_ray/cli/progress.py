@@ -114,7 +114,12 @@ def _live(console: Console) -> Iterator[OnEvent]:
                     bar.update(
                         task, description=what, completed=done, total=total, note=_note(progress)
                     )
-                case events.Piloting() | events.Starting() | events.Reducing() | events.Screening():
+                case (
+                    events.Calibrating()
+                    | events.Starting()
+                    | events.Reducing()
+                    | events.Screening()
+                ):
                     bar.update(task, description=event.message, completed=0, total=None, note="")
                 case _:
                     bar.console.print(printable(event.message), markup=False, soft_wrap=True)

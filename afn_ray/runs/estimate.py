@@ -28,7 +28,7 @@ from afn_ray.tokens import counting
 
 SAMPLE_DOCUMENTS = 200
 """Largest number of documents in the sample that is measured here."""
-PILOT_S = 2.0
+TIMED_S = 2.0
 """Time after which the measurement of the sample ends, in seconds."""
 BYTES_PER_TOKEN = 6.0
 """Upper estimate of the store's size for a token of one series with offsets, in bytes."""
@@ -200,11 +200,11 @@ def dry_run(
     sample: list[Document] = []
     if todo:
         sample = listing.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)
-    pilot = _pilot(task, [document.text for document in sample])
+    timed = _time_sample(task, [document.text for document in sample])
     workers = min(cluster.count_workers(config, device), max(1, len(todo)))
     here = cluster.local_device(device)
     if known is None and here == device and todo:
-        known = pilot.rate()
+        known = timed.rate()
     reduce_s = 0.0
     if not stock.complete:
         reduce_s = reduce_core_s(tokens, num_series, screened=config.screen > 0) / workers
@@ -255,7 +255,7 @@ def dry_run(
         window_tokens=measure.window_tokens,
         overlap_tokens=measure.overlap_tokens,
         measure=measure.id,
-        signal_costs=pilot.signal_costs if here == device else {},
+        signal_costs=timed.signal_costs if here == device else {},
         prices=money,
         costs=costs,
         monthly=monthly,
@@ -353,7 +353,7 @@ def _no_rate(device: str, here: str) -> str:
 
 
 @dataclass(slots=True)
-class _Pilot:
+class _TimedSample:
     """Measurements of a sample in this process."""
 
     load_s: float
@@ -367,22 +367,22 @@ class _Pilot:
         return Rate(tokens_per_second, self.load_s, "measured here")
 
 
-def _pilot(task: Task, texts: Sequence[str]) -> _Pilot:
+def _time_sample(task: Task, texts: Sequence[str]) -> _TimedSample:
     if not texts:
-        return _Pilot(0.0)
+        return _TimedSample(0.0)
     began = time.monotonic()
     measurer = Measurer(replace(task, device=cluster.local_device(task.device)))
-    pilot = _Pilot(time.monotonic() - began)
+    timed = _TimedSample(time.monotonic() - began)
     alone, *others = measurer.signals
     taken: dict[str, float] = dict.fromkeys((s.name for s in (alone, *others)), 0.0)
     num_read = 0
-    while num_read < len(texts) and pilot.seconds <= PILOT_S:
+    while num_read < len(texts) and timed.seconds <= TIMED_S:
         some = list(texts[num_read : num_read + 32])
         num_read += len(some)
         began = time.monotonic()
         measured = measurer.measure(some, [False] * len(some))
-        pilot.seconds += time.monotonic() - began
-        pilot.num_tokens += len(measured.encoded.token_ids)
+        timed.seconds += time.monotonic() - began
+        timed.num_tokens += len(measured.encoded.token_ids)
         if others:
             prepared = measurer.preparer.prepare(
                 some, [False] * len(some), refused=measured.encoded.problems
@@ -393,10 +393,10 @@ def _pilot(task: Task, texts: Sequence[str]) -> _Pilot:
             for name, seconds in zip(taken, map(min, *turns), strict=True):
                 taken[name] += seconds
     # A signal cannot save time: a negative cost is noise and counts as 0.
-    pilot.signal_costs = {
+    timed.signal_costs = {
         s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]
     }
-    return pilot
+    return timed
 
 
 # --- files of rates and prices

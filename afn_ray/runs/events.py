@@ -24,8 +24,8 @@ class Hashing:
 
 
 @dataclass(frozen=True, slots=True)
-class Piloting:
-    """A pilot starts."""
+class Calibrating:
+    """A calibration starts."""
 
     name: ClassVar[str] = "pilot"
     message: str
@@ -103,7 +103,7 @@ class Complete:
 
 Event = (
     Hashing
-    | Piloting
+    | Calibrating
     | PrecisionDecided
     | Planned
     | Starting

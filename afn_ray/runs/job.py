@@ -20,8 +20,8 @@ from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import Texts
 from afn_ray.reduce.tree import Recorded, Rules, reduce_run
 from afn_ray.runs import cluster, dispatch, events, measurer, worker
+from afn_ray.runs.calibrator import Calibrator
 from afn_ray.runs.events import Event, OnEvent, on_warning
-from afn_ray.runs.pilots import Pilots
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import Reporter, reported
@@ -56,8 +56,8 @@ def prepare(
 ) -> Preparation:
     """Plan the corpus of a normalised config and decide what to measure.
 
-    ``keep`` writes the results of pilots into the store for later runs. With ``reduce_only`` no
-    pilot runs.
+    ``keep`` writes the results of calibrations into the store for later runs. With ``reduce_only`` no
+    calibration runs.
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = measurer.find_model(config)
@@ -65,10 +65,10 @@ def prepare(
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
     measure = replace(task.measure, labels=plan.labels)
-    pilots = Pilots(plan, on_event, keep=keep, reduce_only=reduce_only)
-    decided = pilots.decide_precision(replace(task, measure=measure))
+    calibrator = Calibrator(plan, on_event, keep=keep, reduce_only=reduce_only)
+    decided = calibrator.decide_precision(replace(task, measure=measure))
     measure = replace(measure, dtype=decided.dtype)
-    outliers = pilots.find_outliers(replace(task, measure=measure))
+    outliers = calibrator.find_outliers(replace(task, measure=measure))
     measure = replace(measure, outliers=outliers)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
@@ -147,7 +147,7 @@ def run(
     """Measure every token of ``config.corpus`` and return the complete run, ready for queries.
 
     A shard that the store has is not processed again. The same call thus resumes after a crash and
-    does nothing after success. With ``reduce_only`` no shard is processed and no pilot runs; the
+    does nothing after success. With ``reduce_only`` no shard is processed and no calibration runs; the
     store must have the measure, and all shards except ``allow_quarantined``. Raises ``ConfigError``
     before any work, ``IncompleteRun`` when shards are quarantined or missing (the others are
     committed), and ``Interrupted`` when the same call resumes the run.
@@ -329,7 +329,7 @@ def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
                 reporter.notice(notice)
             case events.Hashing(num_read, num_files):
                 reporter.phase("planning", f"read {num_read:,} of {num_files:,} files")
-            case events.Piloting() | events.Starting() | events.Reducing() | events.Screening():
+            case events.Calibrating() | events.Starting() | events.Reducing() | events.Screening():
                 reporter.phase(event.name, event.message)
         on_event(event)
 

@@ -1,4 +1,4 @@
-"""Find outlier dimensions of the hidden state: the largest of each layer, on a pilot sample."""
+"""Find outlier dimensions of the hidden state: the largest of each layer, on a sample."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from afn_ray.runs.measurer import Measurer
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import with_signals
 
-PILOT_CHARS = 16_384
-"""Text that the pilot measures, in characters: outlier dimensions are the same in any text."""
+CALIBRATION_CHARS = 16_384
+"""Text that the calibration measures, in characters: outlier dimensions are the same in any text."""
 
 
 def find_dimensions(task: Task, texts: Sequence[str]) -> list[list[int]]:
@@ -23,9 +23,9 @@ def find_dimensions(task: Task, texts: Sequence[str]) -> list[list[int]]:
     """
     sample, size = [], 0
     for text in texts:
-        sample.append(text[: PILOT_CHARS - size])
+        sample.append(text[: CALIBRATION_CHARS - size])
         size += len(sample[-1])
-        if size >= PILOT_CHARS:
+        if size >= CALIBRATION_CHARS:
             break
     task = with_signals(task)
     measurer = Measurer(replace(task, measure=replace(task.measure, dtype="float32")))

@@ -1,4 +1,4 @@
-"""Decide which precision is safe: compare half precision with float32 on a pilot sample."""
+"""Decide which precision is safe: compare half precision with float32 on a sample."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.schema import SPECIAL
 
-if TYPE_CHECKING:  # torch is loaded where a pilot runs, not where its decision is read
+if TYPE_CHECKING:  # torch is loaded where a calibration runs, not where its decision is read
     from afn_ray.runs.task import Task
 
-PILOT_TOKENS = 16_384
-"""Tokens that the pilot measures; 0.2 % of them is 33."""
+CALIBRATION_TOKENS = 16_384
+"""Tokens that the calibration measures; 0.2 % of them is 33."""
 LEAST_TOKENS = 1_000
 """Smallest usable sample, in tokens: a smaller one cannot show a change of one label in 500."""
-PILOT_S = 60.0
-"""Longest time that the pilot measures in float32, in seconds; it then uses the tokens so far."""
+CALIBRATION_S = 60.0
+"""Longest time that the calibration measures in float32, in seconds; it then uses the tokens so far."""
 MAX_FLIPS = 0.002
 """Share of changed HIGH labels from which on a precision is not safe."""
 MAX_MEDIAN_ERROR = 5e-4
@@ -27,13 +27,13 @@ MAX_MEDIAN_ERROR = 5e-4
 FLOAT16_RANGE = 65504 / 4
 """Largest safe magnitude of a float16 product, a quarter of its range.
 
-Other texts than the pilot's may have larger products.
+Other texts than the calibration's may have larger products.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One half precision compared with float32 on the pilot's tokens, special tokens apart."""
+    """One half precision compared with float32 on the calibration's tokens, special tokens apart."""
 
     dtype: str
     safe: bool
@@ -51,14 +51,14 @@ class Precision:
 
     dtype: str
     asked: str
-    device: str  # device of the pilot
+    device: str  # device of the calibration
     why: str
-    n_tokens: int  # tokens of the pilot; 0 where no pilot ran
+    n_tokens: int  # tokens of the calibration; 0 where no calibration ran
     trials: tuple[Trial, ...] = ()
 
     @property
     def against(self) -> str:
-        """Why the pilot finds the chosen precision unsafe; "" unless the config asked for it."""
+        """Why the calibration finds the chosen precision unsafe; "" unless the config asked for it."""
         return next((t.why for t in self.trials if t.dtype == self.dtype), "")
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def from_json(value: dict[str, Any]) -> Precision:
 
 
 def describe(precision: Precision) -> str:
-    """One line for people: the dtype, and the pilot's figures for it."""
+    """One line for people: the dtype, and the calibration's figures for it."""
     text = f"products in {precision.dtype} on {precision.device}: {precision.why}"
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
@@ -132,12 +132,12 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
         chunks.append(chunk)
         expected.append(measured.strengths[:, counted])
         n += int(counted.sum())
-        if n >= PILOT_TOKENS or measurer.counters.model_s > PILOT_S:
+        if n >= CALIBRATION_TOKENS or measurer.counters.model_s > CALIBRATION_S:
             break
     del measurer
     model.free_memory()
     if n < LEAST_TOKENS:
-        why = f"the pilot has {n:,} tokens, too few to tell"
+        why = f"the sample has {n:,} tokens, too few to decide"
         return Precision("float32" if asked == "auto" else asked, asked, task.device, why, n)
     reference = np.concatenate(expected, axis=1)
     trials: list[Trial] = []
@@ -152,7 +152,7 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
         return Precision(asked, asked, task.device, f"asked for{slow}", n, tuple(trials))
     if trials[-1].safe:
         return Precision(
-            trials[-1].dtype, asked, task.device, "safe on the pilot", n, tuple(trials)
+            trials[-1].dtype, asked, task.device, "safe on the sample", n, tuple(trials)
         )
     why = "; ".join(f"{t.dtype} is not safe: {t.why}" for t in trials)
     return Precision("float32", asked, task.device, why, n, tuple(trials))
@@ -163,17 +163,17 @@ def _in_dtype(task: Task, dtype: str) -> Task:
 
 
 def _groups(texts: Sequence[str]) -> list[list[str]]:
-    """The beginnings of ``texts`` in groups of about a quarter of the pilot.
+    """The beginnings of ``texts`` in groups of about a quarter of the calibration.
 
-    The pilot thus ends near its intended size.
+    The calibration thus ends near its intended size.
     """
     groups: list[list[str]] = [[]]
     size = 0
     for whole in texts:
-        text = whole[:PILOT_TOKENS]
+        text = whole[:CALIBRATION_TOKENS]
         groups[-1].append(text)
         size += len(text)
-        if size >= PILOT_TOKENS:  # four characters are about one token
+        if size >= CALIBRATION_TOKENS:  # four characters are about one token
             groups.append([])
             size = 0
     return [g for g in groups if g]

@@ -670,7 +670,7 @@ def test_two_measures_and_runs_in_one_store_are_told_apart(
     assert store.verify().unproved == (second,) and store.verify().num_runs == 1
 
 
-def test_a_damaged_pilot_is_named(store: Copy) -> None:
+def test_a_damaged_calibration_is_named(store: Copy) -> None:
     calibrations.write_calibration(store.uri, "abc", {"dtype": "float32"})
     assert not store.verify().findings
     uri = uris.absolute(f"{store.uri}/pilots/abc.json")

@@ -391,7 +391,7 @@ def test_outlier_dimensions_are_found_once_and_kept(
     assert [len(dims) for dims in kept] == [3, 3, 3]
 
     def fail(*args: Any) -> None:
-        raise AssertionError("a second pilot")
+        raise AssertionError("a second calibration")
 
     monkeypatch.setattr(outliers, "find_dimensions", fail)
     Path(made.corpus[0]).write_text(Path(made.corpus[0]).read_text() + '{"text": "one more"}\n')

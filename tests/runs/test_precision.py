@@ -1,4 +1,4 @@
-"""Half precision is taken where a pilot finds it safe, is refused where it is not, and the store
+"""Half precision is taken where a calibration finds it safe, is refused where it is not, and the store
 remembers.
 """
 
@@ -15,7 +15,7 @@ import afn_ray
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, StoreError
-from afn_ray.runs import measurer, pilots, precision, worker
+from afn_ray.runs import calibrator, measurer, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
@@ -32,8 +32,8 @@ def half(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small_pilot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "PILOT_TOKENS", 3000)
+def small_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "CALIBRATION_TOKENS", 3000)
 
 
 def task_of(config: RunConfig) -> Task:
@@ -84,7 +84,7 @@ def test_what_is_not_safe_is_refused_and_says_why(
     make_config: MakeConfig,
     verses: list[str],
     half: None,
-    small_pilot: None,
+    small_calibration: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     right = measurer.Measurer._values
@@ -116,7 +116,7 @@ def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
     make_config: MakeConfig,
     verses: list[str],
     half: None,
-    small_pilot: None,
+    small_calibration: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     right = model.prepare
@@ -133,7 +133,7 @@ def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
 
 def test_a_sample_that_is_too_small_tells_nothing(make_config: MakeConfig, half: None) -> None:
     decided = precision.decide(task_of(make_config(dtype="auto")), ["a short text"])
-    assert (decided.dtype, decided.why) == ("float32", "the pilot has 3 tokens, too few to tell")
+    assert (decided.dtype, decided.why) == ("float32", "the sample has 3 tokens, too few to decide")
 
 
 def test_nothing_is_tried_where_half_precision_is_no_faster(
@@ -152,7 +152,7 @@ def test_gpus_try_float16_first_and_a_wide_range_rules_it_out(
     make_config: MakeConfig,
     verses: list[str],
     half: None,
-    small_pilot: None,
+    small_calibration: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert precision.candidates("auto", "cuda") == ("float16", "bfloat16")
@@ -172,7 +172,7 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     make_config: MakeConfig,
     verses: list[str],
     half: None,
-    small_pilot: None,
+    small_calibration: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
@@ -184,11 +184,11 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     assert info["measure"]["dtype"] == decided.dtype
     assert decided.trials[0].flips.keys() == {str(k) for k in info["layers"]}
     assert precision.describe(decided) in events
-    assert "a pilot compares half precision with float32" in events
+    assert "a calibration compares half precision with float32" in events
 
     def never(*args: Any) -> Any:
         raise AssertionError(
-            "a second pilot could decide otherwise, and all would be measured again"
+            "a second calibration could decide otherwise, and all would be measured again"
         )
 
     monkeypatch.setattr(precision, "decide", never)
@@ -196,7 +196,7 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:100]])
     with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         assert manifest.find_run(run.uri).info["precision"] == info["precision"]
-    assert "a pilot compares half precision with float32" not in events
+    assert "a calibration compares half precision with float32" not in events
     assert any("this store's first run decided it" in e for e in events)
 
 
@@ -215,10 +215,10 @@ def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
     half: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The pilot that ends second may have decided otherwise."""
+    """The calibration that ends second may have decided otherwise."""
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:10]])
     config = make_config(corpus=(str(corpus),), dtype="auto")
-    ours = precision.Precision("bfloat16", "auto", "cpu", "safe on the pilot", 9999, ())
+    ours = precision.Precision("bfloat16", "auto", "cpu", "safe on the sample", 9999, ())
     rivals = replace(ours, dtype="float32", why="bfloat16 is not safe")
     write = calibrations.write_calibration
 
@@ -236,12 +236,12 @@ def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
     assert any("another run of this store decided it meanwhile" in e for e in events)
 
 
-def test_a_pilot_sees_the_beginning_of_every_file() -> None:
+def test_a_calibration_sees_the_beginning_of_every_file() -> None:
     documents = [Document("s", i, f"{file}{i}") for file in "ab" for i in range(3)]
     documents = [replace(d, source=d.text[0]) for d in documents]
-    assert pilots.in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
+    assert calibrator.in_turns(documents[:5]) == ["a0", "b0", "a1", "b1", "a2"]
     assert [len(t) for g in precision._groups(["x" * 10**6, "y"]) for t in g] == [
-        precision.PILOT_TOKENS,
+        precision.CALIBRATION_TOKENS,
         1,
     ]
 
@@ -250,7 +250,7 @@ def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
     tmp_path: Path,
     make_config: MakeConfig,
     verses: list[str],
-    small_pilot: None,
+    small_calibration: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
@@ -266,7 +266,7 @@ def test_a_precision_that_is_asked_for_and_not_safe_is_warned_of(
 
 
 def test_a_dry_run_decides_and_writes_nothing(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_pilot: None
+    tmp_path: Path, make_config: MakeConfig, verses: list[str], half: None, small_calibration: None
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:150]])
     estimate = afn_ray.dry_run(make_config(corpus=(str(corpus),), dtype="auto"))

@@ -1155,7 +1155,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
             raise AssertionError("the reduce alone needs no model, no device and no workers")
 
         monkeypatch.setattr(measurer.Measurer, "__init__", fail)
-        for name in ("find_device", "pilot", "process_shards"):
+        for name in ("find_device", "calibrate", "process_shards"):
             monkeypatch.setattr(cluster, name, fail)
 
     return forbid
@@ -1172,7 +1172,7 @@ def test_the_reduce_alone_gives_what_the_run_would_have_given(
     monkeypatch: pytest.MonkeyPatch,
     no_model: Callable[[], None],
 ) -> None:
-    """With the precision and the outlier dimensions that the store's pilots found."""
+    """With the precision and the outlier dimensions that the store's calibrations found."""
     write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
     asked: dict[str, Any] = {
         "corpus": (str(tmp_path / "c.jsonl"),),
@@ -1180,7 +1180,7 @@ def test_the_reduce_alone_gives_what_the_run_would_have_given(
         "signals": "trimmed",
     }
     monkeypatch.setattr(model, "has_fast_products", lambda dtype, device: dtype == "bfloat16")
-    monkeypatch.setattr(precision, "PILOT_TOKENS", 1000)
+    monkeypatch.setattr(precision, "CALIBRATION_TOKENS", 1000)
     whole, part = make_config(**asked, store=str(tmp_path / "whole")), make_config(**asked)
     with afn_ray.run(whole) as run:
         expected = run.info
@@ -1207,7 +1207,7 @@ def test_the_reduce_alone_gives_what_the_run_would_have_given(
         assert set(ours.info["tables"]) == set(theirs.info["tables"])
         for name in set(ours.info["tables"]) - {"plan", "shards"}:  # which name attempts
             assert manifest.read_table(ours, name) == manifest.read_table(theirs, name), name
-    assert not any("may be slow" in event or "pilot compares" in event for event in events)
+    assert not any("may be slow" in event or "calibration compares" in event for event in events)
 
 
 def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(

@@ -237,7 +237,7 @@ def test_young_shards_stay(made: Made, store: str) -> None:
     assert collect(store).shards == garbage.shards[1:]
 
 
-def test_pilots_and_what_is_not_ours_stay(made: Made, store: str) -> None:
+def test_calibrations_and_what_is_not_ours_stay(made: Made, store: str) -> None:
     calibrations.write_calibration(store, "abc", {"dtype": "float32"})
     garbage = collect(store)
     foreign = [

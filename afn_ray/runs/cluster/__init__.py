@@ -133,21 +133,21 @@ def count_workers(config: RunConfig, device: str) -> int:
         return units_for_workers(config, num_units(device), device)
 
 
-def pilot(
-    pilot: Callable[[Task, Sequence[str]], T],
+def calibrate(
+    calibration: Callable[[Task, Sequence[str]], T],
     task: Task,
     texts: Sequence[str],
     on_notice: Callable[[str], None],
 ) -> T:
-    """Return ``pilot(task, texts)``, run on the workers' device.
+    """Return ``calibration(task, texts)``, run on the workers' device.
 
     It runs in this process for a CPU of this machine, else on Ray with a worker's resources.
     """
     config = task.config
     if _is_here(config) and (config.executor == "inline" or task.device == "cpu"):
-        return pilot(task, texts)
+        return calibration(task, texts)
     with joined(config):
-        found: T = call_on_place(config, task.device, on_notice, pilot, task, texts)
+        found: T = call_on_place(config, task.device, on_notice, calibration, task, texts)
         return found
 
 

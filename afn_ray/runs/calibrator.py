@@ -1,4 +1,4 @@
-"""Pilots: measure a sample to decide the precision and the outlier dimensions, once a store."""
+"""Calibrator: measure a sample to decide the precision and the outlier dimensions, once a store."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from afn_ray.store import calibrations, plans
 
 T = TypeVar("T")
 
-PILOT_DOCUMENTS = 2000
-"""Largest number of documents in a pilot's sample."""
+CALIBRATION_DOCUMENTS = 2000
+"""Largest number of documents in a calibration's sample."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pilots:
-    """Pilots of one corpus. The store's first run measures; later runs read what it decided."""
+class Calibrator:
+    """Calibrations for runs over one corpus. The store's first run measures; later runs read what it decided."""
 
     plan: plans.Plan
     on_event: OnEvent
@@ -38,7 +38,7 @@ class Pilots:
         key = fingerprint([task.measure.as_dict(), config.dtype])
         stored = self._read(task, key)
         if stored is None:
-            self.on_event(events.Piloting("a pilot compares half precision with float32"))
+            self.on_event(events.Calibrating("a calibration compares half precision with float32"))
             ours = decided = self._measure(task, precision.decide)
             if self.keep:  # what another first run has decided in the meantime counts
                 decided = precision.from_json(
@@ -73,14 +73,14 @@ class Pilots:
         key = fingerprint([task.measure.as_dict(), "outliers"])
         stored = self._read(task, key)
         if stored is None:
-            self.on_event(events.Piloting("a pilot looks for outlier dimensions"))
+            self.on_event(events.Calibrating("a calibration looks for outlier dimensions"))
             stored = {"outliers": self._measure(task, outliers.find_dimensions)}
             if self.keep:
                 stored = calibrations.write_calibration(store, key, stored)
         return tuple(tuple(dims) for dims in stored["outliers"])
 
     def _read(self, task: Task, key: str) -> dict[str, Any] | None:
-        """The stored result of the pilot ``key``; None: it has to be measured."""
+        """The stored result of the calibration ``key``; None: it has to be measured."""
         stored = calibrations.read_calibration(task.config.store, key)
         if stored is None and self.reduce_only:
             raise StoreError(
@@ -90,16 +90,16 @@ class Pilots:
             )
         return stored
 
-    def _measure(self, task: Task, pilot: Callable[[Task, Sequence[str]], T]) -> T:
-        """Result of ``pilot`` on a sample of the corpus."""
-        sample = listing.sample(self.plan.files, task.config.read_options, PILOT_DOCUMENTS)
-        return cluster.pilot(pilot, task, in_turns(sample), on_warning(self.on_event))
+    def _measure(self, task: Task, calibration: Callable[[Task, Sequence[str]], T]) -> T:
+        """Result of ``calibration`` on a sample of the corpus."""
+        sample = listing.sample(self.plan.files, task.config.read_options, CALIBRATION_DOCUMENTS)
+        return cluster.calibrate(calibration, task, in_turns(sample), on_warning(self.on_event))
 
 
 def in_turns(documents: Sequence[Document]) -> list[str]:
     """Texts of ``documents``, one of each source in turn.
 
-    A pilot that ends early has then seen all sources.
+    A calibration that ends early has then seen all sources.
     """
     by_source: dict[str, list[str]] = {}
     for document in documents:
