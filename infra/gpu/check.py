@@ -57,6 +57,7 @@ from afn_ray import cgroup, model
 from afn_ray.bench import figures, ours, peers
 from afn_ray.bench import texts as made_texts
 from afn_ray.config import RunConfig, resolve_layers
+from afn_ray.model import attention
 from afn_ray.model.prove import TOLERANCE
 from afn_ray.runs import measurer, worker
 from afn_ray.runs.deadlines import SLOTS
@@ -141,7 +142,7 @@ REAL = Size(
     tokenizers=(0, 6, 12),
     repeats=100,
     shard_bytes=4 << 20,
-    feed_s=12.0,
+    feed_s=10.0,
     spare_bytes=400 << 20,
     large_batch=1 << 19,
 )
@@ -423,8 +424,8 @@ def _compare(family: _Family, dtype: str, device: str) -> Row:
     tolerance = TOLERANCE[getattr(torch, dtype)]
     checked = worst if dtype == "float32" else q90
     row: Row = {
-        "packed": loaded.packed,
-        "attention": ", ".join(sorted(ops.names)) or "matrix products",
+        "attention": loaded.attention,
+        "operators": ", ".join(sorted(ops.names)) or "matrix products",
         "syncs": syncs,
         "q90": q90,
         "worst": worst,
@@ -436,10 +437,14 @@ def _compare(family: _Family, dtype: str, device: str) -> Row:
         faults.append(f"differs by {checked:.1e}, more than {tolerance:.0e}")
     if syncs:
         faults.append(f"submit waited for the device {syncs} times")
-    flash = all(any(f in name for f in FLASH) for name in ops.names) and bool(ops.names)
+    flash = loaded.attention == attention.FLASH and all(map(_is_flash, ops.names))
     if loaded.packed and dtype != "float32" and _has_flash(device) and not flash:
-        faults.append(f"no flash attention, but {row['attention']}")
+        faults.append(f"no flash attention, but {row['operators']}: {loaded.why_slow}")
     return row | {"error": "; ".join(faults)} if faults else row
+
+
+def _is_flash(operator: str) -> bool:
+    return any(name in operator for name in FLASH)
 
 
 def _has_flash(device: str) -> bool:
@@ -1012,10 +1017,10 @@ def by_dtype(rows: dict[str, Row]) -> dict[str, Row]:
     for dtype in dict.fromkeys(name.split()[-1] for name in rows):
         some = [row for name, row in rows.items() if name.endswith(f" {dtype}")]
         shares = [row["of_tolerance"] for row in some if isinstance(row.get("of_tolerance"), float)]
-        attention = [str(row.get("attention")) for row in some]
+        operators = [str(row.get("operators")) for row in some]
         found[dtype] = {
             "rows": len(some),
-            "flash": sum(any(name in found for name in FLASH) for found in attention),
+            "flash": sum(_is_flash(names) for names in operators),
             "syncs": sum(int(row.get("syncs") or 0) for row in some),
             "of_tolerance": max((s for s in shares if isinstance(s, float)), default=None),
             "repeatable": sum(bool(row.get("repeatable")) for row in some),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+import simulated
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "infra" / "gpu" / "check.py"
@@ -32,7 +36,7 @@ MOST_CPU_S = 60.0
 """Longest toy run, in CPU seconds of all its processes."""
 FIGURES = {
     "device": {"cores", "torch"},
-    "parity": {"of_tolerance", "packed", "attention", "syncs", "repeatable", "q90", "worst"},
+    "parity": {"of_tolerance", "attention", "operators", "syncs", "repeatable", "q90", "worst"},
     "flips": {"flips", "median", "worst", "tokens"},
     "ceilings": set(),
     "speed": {"tokens_per_s", "tflops", "mfu", "batch_ms", "host_ms"},
@@ -146,6 +150,20 @@ def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(tmp_path: Path) ->
     assert parts["fail"]["rows"]["row"]["error"] == "ZeroDivisionError: division by zero"
     assert parts["device"]["rows"]["machine"]["torch"]
     assert "FAILED fail, row: ZeroDivisionError" in done.stdout and "4 failures" in done.stdout
+
+
+def test_parity_fails_where_flash_attention_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CHECK.parent))
+    check = importlib.import_module("check")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    with simulated.device():
+        row = check._compare(check._Family("bert", tmp_path / "bert"), "float16", "cuda")
+    assert row["operators"] == "torch_attn::_varlen_attn" and "error" not in row
+    with simulated.device(varlen_attn=simulated.varlen_of_2_10):
+        row = check._compare(check._Family("bert", tmp_path / "bert"), "float16", "cuda")
+    assert row["error"].startswith("no flash attention, but ") and "is refused" in row["error"]
 
 
 def test_the_arithmetic_of_the_guide_follows_from_its_rates() -> None:
