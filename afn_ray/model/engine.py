@@ -200,6 +200,20 @@ class Model:
             for handle in handles:
                 handle.remove()
 
+    def drop_unused_blocks(self) -> None:
+        """Free the blocks after the last chosen layer, which never run again.
+
+        One block is left where the embeddings alone are measured. Blocks that share one module stay.
+        """
+        num_used = max(*self.layers, 1)
+        if len(self.blocks) != self.files.depth:
+            return
+        for module in self.module.modules():
+            if isinstance(module, torch.nn.ModuleList) and list(module) == self.blocks:
+                del module[num_used:]
+                self.blocks = self.blocks[:num_used]
+                return
+
     def read_from(self, places: dict[torch.nn.Module, Place]) -> None:
         """Read what signals need beside hidden states from these ``places``, one for each block."""
         for block, place in places.items():
@@ -243,8 +257,8 @@ class Model:
         """Measure ``signals`` at ``layers`` (the chosen ones by default) for sequences in ``ids``.
 
         ``ids`` is int64 [n_tokens]: sequences of the given ``lengths`` one after another, then
-        filler. The values at filler have no meaning. On a GPU this method returns before the
-        device is done.
+        filler. ``layers`` end at the last chosen one. The values at filler have no meaning. On a
+        GPU this method returns before the device is done.
         """
         layers = self.layers if layers is None else layers
         needs = frozenset(need for signal in signals for need in signal.needs)

@@ -99,6 +99,7 @@ def prepare(
 
 def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[str]) -> None:
     probes = [Probe(ids, _plain_norms(model, ids)) for ids in sequences]
+    model.drop_unused_blocks()
     model.module.to(device=model.device)
     _choose_attention(model, probes)
     needs -= {"outliers"}  # passed to the constructor
@@ -287,7 +288,7 @@ def _is_of_dtype(error: BaseException) -> bool:
 def _find_places(
     model: Model, ids: Sequence[int], needs: frozenset[str]
 ) -> dict[torch.nn.Module, Place]:
-    """Find the places in each block that ``needs`` names, in one forward pass of all blocks.
+    """Find the places in each block that ``needs`` names, in one forward pass of the blocks.
 
     Raises ``ModelError`` if a block has no such place.
     """
@@ -302,7 +303,7 @@ def _find_places(
 
 
 def _watch_blocks(model: Model, ids: Sequence[int]) -> dict[torch.nn.Module, _Block]:
-    """Run all blocks over one text, and record what ran in each of them."""
+    """Run the blocks over one text, and record what ran in each of them."""
     calls: dict[torch.nn.Module, list[_Call]] = {block: [] for block in model.blocks}
     norms: dict[torch.nn.Module, str] = {}
     last: tuple[str, torch.Tensor | None] = "", None  # name and output of the last LayerNorm
@@ -343,7 +344,7 @@ def _watch_blocks(model: Model, ids: Sequence[int]) -> dict[torch.nn.Module, _Bl
         # Before the model's own hook, which stops the pass after the last block.
         handles.append(block.register_forward_hook(end, prepend=True))
     try:
-        model.measure(*_joined([ids]), layers=range(model.files.depth + 1))
+        model.measure(*_joined([ids]), layers=range(max(*model.layers, 1) + 1))
     finally:
         for handle in handles:
             handle.remove()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,6 +32,29 @@ ERRORS = [
     MemoryError(),
 ]
 """Errors of memory, as CUDA, cuBLAS, torch and Python raise them."""
+
+PEAK = """
+import json, re, sys
+from pathlib import Path
+from afn_ray import model
+
+def resident(name):
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(name + r":\\s+(\\d+) kB", text)[1]) * 1024
+
+folder = sys.argv[1]
+files = model.find_model(folder, None, trust_remote_code=False, allow_pickle=False)
+begin = resident("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+loaded = model.Model(files, [2], "float32", "cpu", 512)
+model.prepare(loaded, [list(range(5, 5 + n)) for n in (4, 9, 40)])
+print(json.dumps([resident("VmHWM") - begin, resident("VmRSS") - begin]))
+"""
+"""Load and prove a model up to layer 2; print the largest and the last resident memory, in bytes,
+both without what the process had before.
+"""
+OVERHEAD_BYTES = 80 << 20
+"""Memory that the first forward passes of a process take, whatever the model."""
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +116,35 @@ def test_a_model_that_does_not_fit_while_loading_says_its_size(
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", failing)
     with pytest.raises(ModelError, match=r"does not fit .*: its weights take .* GB, and .* GB"):
         load(folder, frozenset(), [3])
+
+
+@pytest.mark.parametrize("layers", [[0], [1], [0, 2], [4]])
+def test_blocks_after_the_last_layer_are_freed_and_change_nothing(
+    layers: list[int], folder: Path
+) -> None:
+    loaded = load(folder, frozenset({"neurons"}), layers)
+    assert len(loaded.blocks) == max(*layers, 1)
+    assert set(loaded.blocks) == loaded.places.keys()
+    whole = load(folder, frozenset(), [0, 1, 2, 3, 4])
+    ids = np.arange(5, 30)
+    np.testing.assert_array_equal(
+        loaded.measure(ids, [25]), whole.measure(ids, [25])[np.array(layers)]
+    )
+
+
+def test_a_model_takes_memory_for_its_file_and_for_the_blocks_that_run(tmp_path: Path) -> None:
+    """Two of twelve blocks run. With fast products for all of them it took twice its file."""
+    config = transformers.BertConfig(
+        vocab_size=2000, hidden_size=768, num_attention_heads=12, max_position_embeddings=64
+    )
+    folder = save_model(tmp_path / "twelve", config)
+    file_bytes = (folder / "model.safetensors").stat().st_size
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    peak, after = json.loads(process.stdout.splitlines()[-1])
+    of_blocks = file_bytes * 2 // 12
+    assert after <= peak < file_bytes + of_blocks + OVERHEAD_BYTES
