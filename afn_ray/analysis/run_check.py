@@ -31,7 +31,7 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.commits import Commit
+from afn_ray.store.commits import Commit, describe_makers
 from afn_ray.store.layout import Place
 from afn_ray.store.orphans import Age, Orphan
 from afn_ray.store.plans import read_shards
@@ -55,6 +55,7 @@ class RunCheck:
         self._stored_measure: dict[str, Any] = {}
         self.num_files = self.num_bytes = 0
         self.proved = False
+        self.makers: dict[str, int] = {}  # number of shards by what measured them
         uri = self.folder.uri
         self._redo = f"delete {uri}/run.json and give its 'afn run' command again: it reduces anew"
         self._begin_again = f"delete {uri} and give 'afn run' again"
@@ -179,8 +180,12 @@ class RunCheck:
         given_up = [shard for shard in self.shards if shard.id in given_up_ids]
         found = [checked.get((self.measure_id, shard.id)) for shard in kept]
         commits = self._commits_of(kept, found)
+        self.makers = describe_makers(commits)
         if self.findings or any(one is None or one.findings for one in found):
             return
+        if info.get("makers", self.makers) != self.makers:
+            message = f"its makers are {info['makers']}, but its shards give {self.makers}"
+            self._find("tables", self._run_json, message)
         assert self.measure is not None  # else there is a finding
         if totals := _wrong_totals(info["counts"], commits, given_up):
             self._find("tables", self._run_json, totals)

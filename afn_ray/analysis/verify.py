@@ -51,6 +51,8 @@ class Verification:
     num_rows: int  # rows of tokens
     num_runs: int  # runs whose tables were recomputed
     seconds: float
+    # What measured the shards of a run, by its URI; only runs whose shards differ in it. No damage.
+    mixed: Mapping[str, Mapping[str, int]]
 
 
 def verify_store(
@@ -102,6 +104,7 @@ def verify_store(
         num_rows=sum(one.num_rows for one in committed),
         num_runs=sum(run.proved for run in runs),
         seconds=time.monotonic() - began,
+        mixed={run.folder.uri: run.makers for run in runs if len(run.makers) > 1},
     )
 
 
@@ -287,6 +290,9 @@ def lines(v: Verification) -> Iterator[str]:
         yield (
             f"condemned   {uri}: 'afn gc' gave it up; 'afn gc --delete' removes what is left of it"
         )
+    for uri, makers in v.mixed.items():
+        ways = "; ".join(f"{count(n, 'shard')} on {maker}" for maker, n in makers.items())
+        yield f"mixed       {uri}: last digits of strengths may differ between {ways}"
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"
     result = count(len(v.findings), "finding") if v.findings else "all is as it was committed"

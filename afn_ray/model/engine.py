@@ -14,6 +14,7 @@ import torch
 
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, memory
+from afn_ray.model.device import check_device, describe_gpu, pin_rounding
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
 from afn_ray.model.linear import Cast, Product
 from afn_ray.model.signals import Attention, Signal, Site, Strength, measured, numbered
@@ -127,6 +128,8 @@ class Model:
         batch_tokens: int,
         outliers: Sequence[Sequence[int]] = (),
     ) -> None:
+        check_device(device)
+        pin_rounding(device)
         self.files = files
         self.device = torch.device(device)
         self.dtype = getattr(torch, dtype)
@@ -178,6 +181,12 @@ class Model:
     def name(self) -> str:
         """Name and type of the model, for messages."""
         return f"{self.files.name} ({self.files.model_type})"
+
+    @property
+    def maker(self) -> dict[str, str]:
+        """What commits record of how this model computes: the attention, the dtype and the GPU."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"attention": self.attention, "dtype": dtype} | describe_gpu(str(self.device))
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], float]]:

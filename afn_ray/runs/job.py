@@ -38,7 +38,7 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.commits import Commit, Commits, total_counts
+from afn_ray.store.commits import Commit, Commits, describe_makers, total_counts
 from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
@@ -209,6 +209,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         "quarantined": given_up(results.given_up, results.failures),
         **times,
         "made_by": results.commits[0].made_by,
+        "makers": describe_makers(results.commits),
     }
     folder = manifest.finish_run(folder, info)
     num_missing = len(folder.info["quarantined"])
@@ -339,17 +340,21 @@ def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
 def _working(on_event: OnEvent) -> dispatch.OnProgress:
     """Callback that passes progress on as events.
 
-    It reports each notice once, and warns once if the model needs padding.
+    It reports each notice once, and warns once if the model needs padding or slow attention.
     """
-    warned = False
+    warned: set[str] = set()
     num_reported = 0
 
     def on_progress(progress: Progress) -> None:
-        nonlocal warned, num_reported
-        reason = progress.work.why_padded
-        if reason and not warned:
-            warned = True
-            on_event(events.Warned(f"sequences are padded, not packed, which is slower: {reason}"))
+        nonlocal num_reported
+        work = progress.work
+        for what, reason in (
+            ("sequences are padded, not packed, which is slower", work.why_padded),
+            ("attention is slower than the GPU allows", work.why_slow),
+        ):
+            if reason and what not in warned:
+                warned.add(what)
+                on_event(events.Warned(f"{what}: {reason}"))
         for notice in progress.notices[num_reported:]:
             on_event(events.Warned(notice))
         num_reported = len(progress.notices)

@@ -119,6 +119,7 @@ class Measurer:
         self._probe = min(probes, key=len)
         model.prepare(self.model, probes, needs)
         self.counters.why_padded = self.model.why_padded or ""
+        self.counters.why_slow = self.model.why_slow
         recipe = Recipe(
             tokenizer.to_str(),
             window,

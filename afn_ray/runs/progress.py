@@ -24,6 +24,7 @@ class Counters:
     model_s: float = 0.0  # seconds in which the model worked
     write_s: float = 0.0  # seconds of the writing thread
     why_padded: str = ""  # empty: sequences are packed without padding
+    why_slow: str = ""  # empty: attention is the fastest that the device has
     measured: float = 0.0  # documents; a chunk in the model counts by its share of tokens
 
     @property
@@ -41,10 +42,15 @@ class Counters:
 def total(parts: Iterable[Counters]) -> Counters:
     """The sum of the counters of several workers."""
     parts = list(parts)
-    names = (f.name for f in fields(Counters) if f.name != "why_padded")
+    reasons = ("why_padded", "why_slow")
+    names = (f.name for f in fields(Counters) if f.name not in reasons)
     # map and attrgetter are fast enough for a thousand workers, a few times a minute
     sums = {name: sum(map(attrgetter(name), parts)) for name in names}
-    return Counters(**sums, why_padded=next((p.why_padded for p in parts if p.why_padded), ""))
+    return Counters(
+        **sums,
+        why_padded=next((p.why_padded for p in parts if p.why_padded), ""),
+        why_slow=next((p.why_slow for p in parts if p.why_slow), ""),
+    )
 
 
 @dataclass(frozen=True, slots=True)

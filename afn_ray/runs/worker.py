@@ -241,7 +241,11 @@ class Processor:
                 files.tables(),
                 recorder.counts,
                 round(seconds, 3),
-                made_by={"device": self.task.device, **model.VERSIONS},
+                made_by={
+                    "device": self.task.device,
+                    **model.VERSIONS,
+                    **self.measurer.model.maker,
+                },
             )
             return shard_files.publish(config.store, measure.id, shard, finished)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from afn_ray.reduce import losses
 from afn_ray.runs import precision
@@ -10,6 +11,7 @@ from afn_ray.show.figures import figure
 from afn_ray.show.summary import Summary
 from afn_ray.store import checksums
 from afn_ray.store.commits import num_measured
+from afn_ray.text import count
 
 GENERIC = re.compile(
     r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
@@ -71,6 +73,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
             f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})",
         ),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
+        *([("measured on", makers)] if (makers := _makers(info)) else []),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
         *(
             [("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
@@ -106,9 +109,23 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
     return rows
 
 
+def _makers(info: dict[str, Any]) -> str:
+    """What measured the shards; "" for a CPU, and for runs of older versions, which do not say."""
+    makers = info.get("makers", {})
+    if len(makers) == 1:
+        (only,) = makers
+        return "" if only == "cpu" else str(only)
+    return "; ".join(f"{count(n, 'shard')} on {maker}" for maker, n in makers.items())
+
+
 def cautions(summary: Summary) -> list[str]:
     """Limits of what the figures say; an indented line belongs to the line before it."""
     lines = []
+    if len(makers := summary.info.get("makers", {})) > 1:
+        lines.append(
+            f"Its shards were measured in {len(makers)} ways (measured on): strengths differ in "
+            "their last digits between them, and a token close to a threshold can change its label."
+        )
     if summary.losses.any:
         lines.append(f"Lost, and in no figure: {losses.describe(summary.losses)}.")
     for layer in summary.layers:

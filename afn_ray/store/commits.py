@@ -37,7 +37,9 @@ class Commit:
     files: dict[str, dict[str, Any]]  # table -> name, rows, bytes, sha256
     counts: dict[str, int]
     seconds: float
-    made_by: dict[str, str]  # device and versions
+    # Device and versions, attention and dtype; of a GPU also its name, its compute capability and
+    # where it reduces precision. Older commits have only device and versions.
+    made_by: dict[str, str]
 
     @property
     def file_names(self) -> list[str]:
@@ -159,6 +161,26 @@ class _InOrder(Sequence[Commit]):
         if isinstance(at, slice):
             return _InOrder(self._commits, self._shards[at])
         return self._commits[self._shards[at]]
+
+
+def describe_makers(commits: Iterable[Commit]) -> dict[str, int]:
+    """Number of ``commits`` by what measured them, in words, the most frequent first.
+
+    A GPU differs from another by its name, its compute capability and its attention.
+    """
+    numbers = Counter(_describe_maker(commit.made_by) for commit in commits)
+    return dict(sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _describe_maker(made_by: Mapping[str, str]) -> str:
+    """What measured a shard, in words. On a CPU, the dtype of the run decides the attention."""
+    device = made_by.get("device", "an unknown device")
+    if device != "cuda":
+        return device
+    gpu, capability = made_by.get("gpu", "an unknown GPU"), made_by.get("capability", "?")
+    words = f"{gpu} (compute capability {capability}), attention {made_by.get('attention', '?')}"
+    reduced = made_by.get("reduced", "none")
+    return words if reduced == "none" else f"{words}, reduced precision in {reduced}"
 
 
 def total_counts(commits: Iterable[Commit]) -> dict[str, int]:
