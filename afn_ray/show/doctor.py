@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -20,12 +21,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import cgroup
+from afn_ray import cgroup, nvidia
 from afn_ray.errors import AfnError, ConfigError
 from afn_ray.runs.address import check as check_address
 from afn_ray.runs.address import of_cluster
 from afn_ray.store import disk
 from afn_ray.text import count, printable
+
+if TYPE_CHECKING:  # a broken torch is a failed check, so nothing here imports it at once
+    from afn_ray.runs.measurer import Measurer
 
 PACKAGE = "afn-ray"
 LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
@@ -34,6 +38,10 @@ LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
 A shard's unfinished files take about 50 MB a worker; a GB of text takes about 2 GB.
 """
 RAY_S = 150.0
+RATE_S = 1.0
+"""Least time in seconds for which the rate of a GPU is measured."""
+RATE_TOKENS = 131_072
+"""About the number of tokens that a GPU measures at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,8 @@ class Check:
 
 def check(model: str | None, store: str | None, address: str | None) -> list[Check]:
     """Check everything that a run needs, in the order of its use; takes about 20 s.
+
+    Each GPU that torch sees has a check of its own.
 
     - ``model``: the model to load; default the demo's, where it is installed.
     - ``store``: the store to write to; without it that check is not tried.
@@ -66,6 +76,10 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
             "model",
             lambda: _model(model),
             "try --model with a folder that holds config.json and model.safetensors",
+        ),
+        *(
+            (f"GPU {i}", lambda i=i: _gpu(i, model), "give --device cpu, or --dtype float32")
+            for i in range(_num_gpus())
         ),
         ("scratch space", _scratch, ""),
         (
@@ -166,12 +180,12 @@ def _torch() -> Check:
         f"{torch.backends.cpu.get_cpu_capability()}, "
         f"half precision: {', '.join(half) or 'none (float32 is the default and fastest)'}"
     )
-    if Path("/proc/driver/nvidia/version").exists():
+    if (driver := nvidia.driver_version()) is not None:
         return Check(
             "torch",
             None,
-            f"{found}; there is an NVIDIA driver, but torch sees no GPU",
-            "install a CUDA build of torch (pytorch.org), or check CUDA_VISIBLE_DEVICES",
+            f"{found}; there is an NVIDIA driver ({driver}), but torch sees no GPU",
+            nvidia.why_no_gpu(torch.__version__, torch.version.cuda),
         )
     return Check("torch", True, found)
 
@@ -356,6 +370,66 @@ def _model(name: str | None) -> Check:
         f"{packing}, "
         f"{time.monotonic() - began:.1f} s",
     )
+
+
+def _num_gpus() -> int:
+    """Number of GPUs that torch sees; 0 where torch is broken, which has a check of its own."""
+    try:
+        import torch
+    except Exception:  # noqa: BLE001 - a broken installation raises anything
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _gpu(index: int, name: str | None) -> Check:
+    """Measure texts on one GPU as a worker does, in half precision."""
+    import torch
+
+    from afn_ray.config import RunConfig
+    from afn_ray.runs import demo, worker
+    from afn_ray.runs.measurer import Measurer, find_model
+
+    what, gpu = f"GPU {index}", torch.cuda.get_device_name(index)
+    if name is None:
+        try:
+            name = str(demo.model_folder())
+        except ConfigError as error:
+            return Check(what, None, f"{gpu}: not tried", f"name a model with --model, or: {error}")
+    config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
+    with torch.cuda.device(index):
+        measurer = Measurer(worker.prepare(config, find_model(config), "cuda", "float16"))
+        rate, loaded = _rate(measurer), measurer.model
+        made_by = loaded.maker
+    found = (
+        f"{gpu}, compute capability {made_by['capability']}, driver {nvidia.driver_version()}: "
+        f"passed its self-check in {made_by['dtype']}, attention {loaded.attention}, "
+        f"{rate:,.0f} tokens/s with {name}"
+    )
+    if why := loaded.why_slow or loaded.why_padded:
+        return Check(what, None, f"{found}; slower than it could be: {why}", _faster(loaded.packed))
+    return Check(what, True, found)
+
+
+def _faster(packed: bool) -> str:
+    """What makes a GPU faster for a model that is packed, or not."""
+    if packed:
+        return "flash attention needs compute capability 8.0 or higher and torch 2.11 or newer"
+    return "other families run packed: infra/guide/signals.md lists them"
+
+
+def _rate(measurer: Measurer) -> float:
+    """Tokens a second that ``measurer`` measures, once warm."""
+    from afn_ray.runs.measurer import PROBES
+
+    text = " ".join(PROBES * 4)  # about 100 tokens
+    texts = [text] * max(1, RATE_TOKENS // 100)
+    prepared = measurer.preparer.prepare(texts, [False] * len(texts), 0, None)
+    measurer.values(prepared)
+    began, n_tokens = time.monotonic(), 0
+    while (seconds := time.monotonic() - began) < RATE_S:
+        measurer.values(prepared)
+        n_tokens += len(prepared.encoded.token_ids)
+    return n_tokens / seconds
 
 
 def _store(uri: str | None) -> Check:

@@ -12,14 +12,14 @@ import torch
 
 import afn_ray
 import simulated
-from afn_ray import model
+from afn_ray import model, nvidia
 from afn_ray.analysis.verify import lines
 from afn_ray.errors import ModelError
 from afn_ray.model import device
 from afn_ray.show import run_facts, summary
 from afn_ray.store import manifest
 from afn_ray.store.commits import Commit, Commits, describe_makers
-from conftest import config_of, edit_sealed, find_model
+from conftest import config_of, edit_checksummed, find_model
 from test_families import documents
 
 H200 = {"device": "cuda", "gpu": "NVIDIA H200", "capability": "9.0", "attention": "flash"}
@@ -96,7 +96,7 @@ def test_a_run_measured_in_several_ways_says_so(
     (line,) = [line for line in lines(found) if line.startswith("mixed")]
     assert all(maker in line for maker in makers)
 
-    edit_sealed(f"{uri}/run.json", lambda info: info["makers"].clear())
+    edit_checksummed(f"{uri}/run.json", lambda info: info["makers"].clear())
     (finding,) = afn_ray.verify_store(uri).findings
     assert finding.uri == f"{uri}/run.json" and "its makers are {}" in finding.message
 
@@ -125,7 +125,7 @@ def test_a_worker_without_a_usable_gpu_says_why_in_one_line(
         file.write_text(
             f"NVRM version: NVIDIA UNIX {module}  {driver}  Release Build\nGCC 13.2.0\n"
         )
-    monkeypatch.setattr(device, "DRIVER_FILE", file)
+    monkeypatch.setattr(nvidia, "DRIVER_FILE", file)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     with pytest.raises(ModelError, match=says) as raised:
         model.Model(find_model(tiny_bert), [2], "float16", "cuda", 64)
