@@ -47,7 +47,8 @@ STAGES = {
     "answer": "what is prepared pickled for the worker, in a tokenizer process",
     "receive": "what is prepared unpickled, in the worker",
     "collect": "the model's values -> the order of the tokens, rounded, in the worker",
-    "record": "values -> summaries and Parquet on local scratch, in the worker",
+    "record": "values -> rows and summaries, in the worker",
+    "write": "rows and summaries -> Parquet on local scratch, in the worker",
 }
 """Description of each stage around the model, by name."""
 SMALL = {
@@ -234,8 +235,11 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
                 with clock("collect"):
                     values = measuring.values(prepared)
                 with clock("record"):
-                    recorder.add(feed.Chunk(some, prepared, 0.0), values)
-            with clock("record"):
+                    chunk = feed.Chunk(some, prepared, 0.0)
+                    part = recorder.make(chunk, values, recorder.counts["documents"])
+                with clock("write"):
+                    recorder.write(part)
+            with clock("write"):
                 recorder.finish()
                 files.close()
         return recorder.counts["tokens"]

@@ -8,6 +8,7 @@ order statistic.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -193,10 +194,11 @@ class Summary:
     """Statistics of one shard, collected chunk by chunk.
 
     Memory is bounded by the number of types times occupied bins. With ``tagged``, tokens have tags,
-    and the summary also counts how often each type has each tag.
+    and the summary also counts how often each type has each tag. Several threads may add chunks.
     """
 
     def __init__(self, series: Sequence[Series], tagged: bool = False) -> None:
+        self._adding = threading.Lock()
         self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
@@ -221,22 +223,28 @@ class Summary:
         starts_word = (flags & WORD_START) > 0
         is_whole = whole_words(docs, flags)
         # Documents come one after the other, and a stable sort is fast on keys in such an order.
-        in_docs = np.sort(docs.astype(np.int64) * (2 * size) + types, kind="stable")
-        in_docs = in_docs[starts(in_docs)]
-        self._docs.append(Histogram.of_types(in_docs % (2 * size), size))
-        self._word_starts.append(Histogram.of_types(types[starts_word], size))
-        self._whole_words.append(Histogram.of_types(types[is_whole], size))
+        pairs = np.sort(docs.astype(np.int64) * (2 * size) + types, kind="stable")
+        pairs = pairs[starts(pairs)]
+        in_docs = Histogram.of_types(pairs % (2 * size), size)
+        word_starts = Histogram.of_types(types[starts_word], size)
+        wholes = Histogram.of_types(types[is_whole], size)
         keys = _type_keys(types, size)
-        for series, parts in self._values.items():
-            parts.append(Histogram.of(keys + to_bins(values[series])))
-            unmerged = sum(len(part.keys) for part in parts[1:])
-            if unmerged > COMPACT_KEYS:
-                parts[:] = [Histogram.merge(parts)]
-        if self._tags is not None:
-            self._tags.append(TypeTags.of(token_ids, tags))
-            unmerged = sum(len(part.table) for part in self._tags[1:])
-            if unmerged > COMPACT_KEYS:
-                self._tags[:] = [TypeTags.merge(self._tags)]
+        of_values = {s: Histogram.of(keys + to_bins(values[s])) for s in self._values}
+        of_tags = None if self._tags is None else TypeTags.of(token_ids, tags)
+        with self._adding:
+            self._docs.append(in_docs)
+            self._word_starts.append(word_starts)
+            self._whole_words.append(wholes)
+            for series, parts in self._values.items():
+                parts.append(of_values[series])
+                unmerged = sum(len(part.keys) for part in parts[1:])
+                if unmerged > COMPACT_KEYS:
+                    parts[:] = [Histogram.merge(parts)]
+            if self._tags is not None and of_tags is not None:
+                self._tags.append(of_tags)
+                unmerged = sum(len(part.table) for part in self._tags[1:])
+                if unmerged > COMPACT_KEYS:
+                    self._tags[:] = [TypeTags.merge(self._tags)]
 
     def tables(self) -> Iterable[pa.Table]:
         """One table per series, as in ``SUMMARY_SCHEMA``.

@@ -7,6 +7,7 @@ units of 2^-20, so neither order nor grouping changes a bit.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -123,9 +124,13 @@ EMPTY = Pairs(_NONE, _NONE, _NONE, np.empty(0, np.float32))
 
 
 class PairSummary:
-    """The pairs of one shard, collected chunk by chunk in memory bounded by the distinct pairs."""
+    """The pairs of one shard, collected chunk by chunk in memory bounded by the distinct pairs.
+
+    Several threads may add chunks.
+    """
 
     def __init__(self, layers: Sequence[int]) -> None:
+        self._adding = threading.Lock()
         self._parts: dict[int, list[Pairs]] = {k: [] for k in layers}
 
     def add(
@@ -145,10 +150,12 @@ class PairSummary:
             keys = (neurons << TYPE_BITS) + types
             once = np.ones(len(keys), np.int64)
             totals = np.rint(values.astype(np.float64) * SCALE).astype(np.int64)
-            parts.append(Pairs.of(keys, once, totals, values))
-            unmerged = sum(len(part.keys) for part in parts[1:])
-            if unmerged > most_unmerged:
-                parts[:] = [Pairs.merge(parts)]
+            pairs = Pairs.of(keys, once, totals, values)
+            with self._adding:
+                parts.append(pairs)
+                unmerged = sum(len(part.keys) for part in parts[1:])
+                if unmerged > most_unmerged:
+                    parts[:] = [Pairs.merge(parts)]
 
     def tables(self) -> Iterable[pa.Table]:
         """One table per layer, as in ``PAIRS_SCHEMA``."""

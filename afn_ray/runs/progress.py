@@ -22,7 +22,7 @@ class Counters:
     tokenize_s: float = 0.0  # seconds of the tokenizing thread, or of all tokenizer processes
     wait_s: float = 0.0  # seconds in which the model waited for text
     model_s: float = 0.0  # seconds in which the model worked
-    write_s: float = 0.0  # seconds of the writing thread
+    write_s: float = 0.0  # seconds of the threads that make rows and write them
     why_padded: str = ""  # empty: sequences are packed without padding
     why_slow: str = ""  # empty: attention is the fastest that the device has
     measured: float = 0.0  # documents; a chunk in the model counts by its share of tokens

@@ -51,8 +51,24 @@ class _Outcomes:
     losses: Sequence[tuple[int, int | None]]  # from ``_loss``
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The rows and the counts of one chunk, not written yet."""
+
+    tokens: pa.Table
+    neurons: pa.Table | None  # None: neurons are not recorded
+    documents: pa.Table
+    counts: Mapping[str, int]  # as in ``commits.COUNTS``
+    num_refused: int  # documents that were read and could not be measured
+    first_refusal: str  # reason of the first of them
+
+
 class Recorder:
-    """The record of one shard: rows in its files, summaries and counts."""
+    """The record of one shard: rows in its files, summaries and counts.
+
+    Threads may ``make`` parts of several chunks at a time. Parts are written one by one, in the
+    order of their documents.
+    """
 
     def __init__(self, measure: Measure, files: records.ShardFiles) -> None:
         self._measure, self._files = measure, files
@@ -62,8 +78,11 @@ class Recorder:
         self.num_refused = 0  # documents that were read and could not be measured
         self.first_refusal = ""  # reason of the first of them
 
-    def add(self, chunk: Chunk, values: Values) -> None:
-        """Record the next documents of the shard, with their values."""
+    def make(self, chunk: Chunk, values: Values, first: int) -> Part:
+        """The rows of ``chunk``, whose first document has the number ``first`` in the shard.
+
+        Its tokens are added to the summaries here, since those are the same in any order.
+        """
         encoded = chunk.prepared.encoded
         docs = encoded.docs
         bad = _bad_documents(docs, values, len(chunk.documents))
@@ -72,7 +91,7 @@ class Recorder:
             problems[i] = self._why_bad(values.series[:, docs == i])
         tokens = _Tokens(
             encoded,
-            docs=docs + np.int32(self.counts["documents"]),
+            docs=docs + np.int32(first),
             tags=self._tags(chunk),
             by_series=dict(zip(self._measure.series, values.series, strict=True)),
             neurons=values.neurons,
@@ -80,13 +99,25 @@ class Recorder:
             keep=~bad[docs],
         )
         outcomes = _outcomes(chunk.documents, np.diff(encoded.bounds), bad, problems)
-        self._add_tokens(chunk, tokens)
+        return Part(
+            self._add_tokens(chunk, tokens),
+            None if self._files.neurons is None else self._add_neurons(tokens),
+            self._document_rows(chunk, tokens, outcomes, first),
+            _counts(chunk, tokens, outcomes),
+            len(problems),
+            next(iter(problems.values()), ""),
+        )
+
+    def write(self, part: Part) -> None:
+        """Append ``part`` to the files, after the parts of the documents before it."""
+        self._files.tokens.write(part.tokens)
         if self._files.neurons is not None:
-            self._add_neurons(tokens, self._files.neurons)
-        self._add_documents(chunk, tokens, outcomes)
-        self._count(chunk, tokens, outcomes)
-        self.num_refused += len(problems)
-        self.first_refusal = self.first_refusal or next(iter(problems.values()), "")
+            self._files.neurons.write(part.neurons)
+        self._files.documents.write(part.documents)
+        for name, value in part.counts.items():
+            self.counts[name] += value
+        self.num_refused += part.num_refused
+        self.first_refusal = self.first_refusal or part.first_refusal
 
     def finish(self) -> None:
         """Write the summaries."""
@@ -102,8 +133,8 @@ class Recorder:
         texts, tags = [d.text for d in documents], [d.tags for d in documents]
         return pa.array(encode.find_tags(encoded, texts, tags), pa.string())
 
-    def _add_tokens(self, chunk: Chunk, tokens: _Tokens) -> None:
-        """Write the rows of the tokens and add them to the summary."""
+    def _add_tokens(self, chunk: Chunk, tokens: _Tokens) -> pa.Table:
+        """Add the tokens to the summary; return their rows."""
         encoded, keep = tokens.encoded, tokens.keep
         columns = {
             "doc": tokens.docs,
@@ -119,7 +150,6 @@ class Recorder:
         table = records.make_table(columns, self._files.tokens.schema)
         if not keep.all():
             table = table.filter(pa.array(keep))
-        self._files.tokens.write(table)
         self._summary.add(
             tokens.docs[keep],
             encoded.token_ids[keep],
@@ -127,9 +157,10 @@ class Recorder:
             {s: values[keep] for s, values in tokens.by_series.items()},
             tokens.tags.filter(pa.array(keep)),
         )
+        return table
 
-    def _add_neurons(self, tokens: _Tokens, file: records.TableFile) -> None:
-        """Write the tokens' neurons and add them to their summary.
+    def _add_neurons(self, tokens: _Tokens) -> pa.Table:
+        """Add the tokens' neurons to their summary; return their rows.
 
         With ``neurons_above``, only tokens that are HIGH at a layer have neurons.
         """
@@ -155,12 +186,14 @@ class Recorder:
             )
         columns = {"doc": tokens.docs[rows], "position": encoded.positions[rows], **lists}
         table = records.make_table(columns, token_neurons_schema(layers))
-        file.write(table)
         self._pairs.add(encoded.token_ids[rows], encoded.flags[rows], table)
+        return table
 
-    def _add_documents(self, chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> None:
-        """Write the rows of the documents."""
-        documents, first = chunk.documents, self.counts["documents"]
+    def _document_rows(
+        self, chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes, first: int
+    ) -> pa.Table:
+        """Rows of the documents, which are numbered from ``first`` on."""
+        documents = chunk.documents
         means = {
             f"mean_{s.name}": _document_means(tokens.encoded, values, outcomes.n_tokens)
             for s, values in tokens.by_series.items()
@@ -180,27 +213,7 @@ class Recorder:
             "status": outcomes.status,
             **means,
         }
-        self._files.documents.write(records.make_table(columns, self._files.documents.schema))
-
-    def _count(self, chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> None:
-        """Add the chunk to the counts."""
-        status, losses = outcomes.status, outcomes.losses
-        added = {
-            "documents": len(chunk.documents),
-            "empty": status.count("empty"),
-            "tokens": int(tokens.keep.sum()),
-            "quarantined": sum(s.startswith("quarantined") for s in status),
-            "special": int((tokens.encoded.flags[tokens.keep] & SPECIAL).sum()),
-            "windows": int(chunk.prepared.n_windows.sum()),
-            "forward_tokens": sum(b.forward_tokens for b in chunk.prepared.batches),
-            "chars": sum(len(d.text) for d in chunk.documents),
-            "replaced": sum(d.num_replaced for d in chunk.documents),
-            "lost_bytes": sum(num_bytes for num_bytes, _ in losses),
-            "lost_documents": sum(num_documents or 0 for _, num_documents in losses),
-            "lost_unknown": sum(num_documents is None for _, num_documents in losses),
-        }
-        for name, value in added.items():
-            self.counts[name] += value
+        return records.make_table(columns, self._files.documents.schema)
 
     def _why_bad(self, values: Floats) -> str:
         """Reason why the values of a document, [n_series, n_tokens], are refused."""
@@ -213,6 +226,25 @@ class Recorder:
         at = wrong[0]
         what = "negative" if (values[at] < 0).any() else f"not finite in {self._measure.dtype}"
         return f"the model gave a {self._measure.series[at].signal} that is {what}"
+
+
+def _counts(chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> dict[str, int]:
+    """The counts of a chunk, as in ``commits.COUNTS``."""
+    status, losses = outcomes.status, outcomes.losses
+    return {
+        "documents": len(chunk.documents),
+        "empty": status.count("empty"),
+        "tokens": int(tokens.keep.sum()),
+        "quarantined": sum(s.startswith("quarantined") for s in status),
+        "special": int((tokens.encoded.flags[tokens.keep] & SPECIAL).sum()),
+        "windows": int(chunk.prepared.n_windows.sum()),
+        "forward_tokens": sum(b.forward_tokens for b in chunk.prepared.batches),
+        "chars": sum(len(d.text) for d in chunk.documents),
+        "replaced": sum(d.num_replaced for d in chunk.documents),
+        "lost_bytes": sum(num_bytes for num_bytes, _ in losses),
+        "lost_documents": sum(num_documents or 0 for _, num_documents in losses),
+        "lost_unknown": sum(num_documents is None for _, num_documents in losses),
+    }
 
 
 def _bad_documents(

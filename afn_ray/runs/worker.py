@@ -37,7 +37,7 @@ from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
 from afn_ray.runs import scratch
 from afn_ray.runs.measurer import Measurer, window_tokens
-from afn_ray.runs.recorder import Recorder
+from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.task import Task
 from afn_ray.runs.values import Values
 from afn_ray.schema import STRENGTH, Document, Shard
@@ -51,8 +51,20 @@ MOST_NUMBERS = 640
 
 A chunk of a quarter of a million tokens then takes 0.6 GB, and a few chunks are in flight.
 """
+RECORDERS = 3
+"""Number of threads that make rows and summaries, for all shards of a worker.
+
+One makes about 4 M tokens a second where nothing else runs.
+"""
 WRITTEN_BEHIND = 2
-"""Largest number of chunks that wait for the writing thread; bounds memory."""
+"""Number of chunks that may always wait to be written."""
+WAITING_BYTES = 256 << 20
+"""Size of measured chunks up to which more of them wait, in bytes; bounds memory.
+
+It is about a second of a GPU at 3 M tokens a second.
+"""
+TOKEN_BYTES = 80
+"""Memory of a waiting token beside its values, in bytes: ids, offsets, places in batches, text."""
 LASTING_HALVINGS = 2
 """Largest number of halvings of the token budget that a worker keeps for later shards.
 
@@ -138,8 +150,9 @@ class Processor:
 
     Several threads may each process a shard. One shard at a time holds the model, while the next
     one is read and tokenized and the previous one is written and uploaded. Reading, tokenizing and
-    writing have threads of their own; with ``tokenizer_workers``, tokenizing has processes. The
-    number of chunks that wait before and after the model is bounded.
+    writing have threads of their own; with ``tokenizer_workers``, tokenizing has processes. Rows and
+    summaries are made by ``RECORDERS`` threads, so one shard's writer keeps up with a GPU. The
+    chunks that wait before and after the model are bounded.
     """
 
     def __init__(self, task: Task) -> None:
@@ -149,6 +162,7 @@ class Processor:
         self.counters = self.measurer.counters
         self.feed = Feed(self.measurer.preparer, task.config.tokenizer_workers)
         self._oom_retries = 0  # of the token budget of every shard, since a larger one did not fit
+        self._makers = ThreadPoolExecutor(RECORDERS, "afn-record")
         self._device = threading.Lock()  # held by the shard that uses the model
         self._counting = threading.Lock()
 
@@ -157,8 +171,9 @@ class Processor:
         self.measurer.stop()
 
     def close(self) -> None:
-        """End the tokenizer's thread or processes."""
+        """End the tokenizer's thread or processes, and the threads that make rows."""
         self.feed.close()
+        self._makers.shutdown(wait=True, cancel_futures=True)
 
     def process(self, shard: Shard, oom_retries: int = 0) -> Commit:
         """Measure every token of ``shard`` and commit it; return the commit that counts.
@@ -257,7 +272,8 @@ class Processor:
         Raises ``ShardError`` where no token is measured and ``NONE_MEASURED`` documents or more
         failed.
         """
-        unwritten: deque[Future[None]] = deque()
+        unwritten: deque[tuple[Future[None], int]] = deque()  # each with the chunk's size
+        first = 0  # number of the chunk's first document
         with (
             self.feed.chunks(documents, oom_retries) as chunks,
             ThreadPoolExecutor(1, "afn-write") as writer,
@@ -268,13 +284,16 @@ class Processor:
                     self.counters.wait_s += time.monotonic() - waiting
                     self.counters.read_s += chunk.read_s
                     chunk, values = self.measurer.measure_chunk(chunk, oom_retries)
-                    unwritten.append(writer.submit(self._record, recorder, chunk, values))
-                    if len(unwritten) > WRITTEN_BEHIND:
-                        unwritten.popleft().result()
+                    made = self._makers.submit(self._make, recorder, chunk, values, first)
+                    written = writer.submit(self._write, recorder, made)
+                    unwritten.append((written, _num_bytes(chunk, values)))
+                    first += len(chunk.documents)
+                    del chunk, values, made  # the waiting chunks are bounded, this one included
+                    _wait_for_room(unwritten)
                     waiting = time.monotonic()
                 seconds = time.monotonic() - began
-            while unwritten:
-                unwritten.popleft().result()
+            for written, _ in unwritten:
+                written.result()
         if recorder.num_refused >= NONE_MEASURED and not recorder.counts["tokens"]:
             raise ShardError(
                 f"none of {recorder.num_refused:,} documents could be measured, so the fault may "
@@ -282,12 +301,21 @@ class Processor:
             )
         return seconds
 
-    def _record(self, recorder: Recorder, chunk: Chunk, values: Values) -> None:
-        """Record ``chunk``, on the writing thread."""
+    def _make(self, recorder: Recorder, chunk: Chunk, values: Values, first: int) -> Part:
+        """``recorder.make``, on one of the threads that make rows."""
         began = time.monotonic()
-        recorder.add(chunk, values)
+        part = recorder.make(chunk, values, first)
+        with self._counting:  # other chunks are made at the same time
+            self.counters.write_s += time.monotonic() - began
+        return part
+
+    def _write(self, recorder: Recorder, made: Future[Part]) -> None:
+        """Write a part when it is made, on the shard's writing thread."""
+        part = made.result()
+        began = time.monotonic()
+        recorder.write(part)
         with self._counting:  # the next shard may write at the same time
-            self.counters.documents += len(chunk.documents)
+            self.counters.documents += part.counts["documents"]
             self.counters.write_s += time.monotonic() - began
 
     @contextmanager
@@ -299,3 +327,22 @@ class Processor:
             yield
         finally:
             self._device.release()
+
+
+def _num_bytes(chunk: Chunk, values: Values) -> int:
+    """Memory of ``chunk`` and its ``values``, in bytes."""
+    num_tokens = len(chunk.prepared.encoded.token_ids)
+    arrays = (values.series, values.neurons, values.neuron_values)
+    return TOKEN_BYTES * num_tokens + sum(array.nbytes for array in arrays)
+
+
+def _wait_for_room(unwritten: deque[tuple[Future[None], int]]) -> None:
+    """Take off what is written; wait while more than ``WAITING_BYTES`` are not.
+
+    Raises the first error of the writing.
+    """
+    while unwritten:
+        waits = len(unwritten) > WRITTEN_BEHIND and sum(n for _, n in unwritten) > WAITING_BYTES
+        if not waits and not unwritten[0][0].done():
+            return
+        unwritten.popleft()[0].result()
