@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from afn_ray.errors import ModelError, StoreError
+from afn_ray.errors import ModelError, OutOfMemory, StoreError
 from afn_ray.schema import SPECIAL
 
 if TYPE_CHECKING:  # torch is loaded where a calibration runs, not where its decision is read
@@ -191,8 +191,8 @@ def _try(task: Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Tria
             for chunk in chunks:
                 measured = measurer.measure(chunk, [False] * len(chunk))
                 found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
-    # RuntimeError: too little memory on the device, or an operator without this dtype
-    except (ModelError, RuntimeError) as error:
+    # RuntimeError: an operator without this dtype
+    except (ModelError, OutOfMemory, RuntimeError) as error:
         return Trial(task.measure.dtype, False, str(error).strip().splitlines()[0])
     finally:
         model.free_memory()

@@ -14,7 +14,7 @@ import pytest
 import afn_ray
 from afn_ray import model
 from afn_ray.config import RunConfig
-from afn_ray.errors import ModelError, StoreError
+from afn_ray.errors import ModelError, OutOfMemory, StoreError
 from afn_ray.runs import calibrator, measurer, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
@@ -107,7 +107,8 @@ def test_what_is_not_safe_is_refused_and_says_why(
     ("error", "why"),
     [
         (ModelError("tiny does not run in bfloat16"), "tiny does not run in bfloat16"),
-        (RuntimeError("CUDA out of memory.\nTried to allocate"), "CUDA out of memory."),
+        (RuntimeError("not implemented for 'Half'\nat"), "not implemented for 'Half'"),
+        (OutOfMemory("a batch does not fit"), "a batch does not fit"),
     ],
 )
 def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
