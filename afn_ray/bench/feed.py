@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler  # as a pool of processes sends things
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +227,11 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
                 with clock("prepare"):
                     prepared = measuring.preparer.prepare(texts, replaced)
                 with clock("send"):
-                    pickle.dumps((texts, replaced), pickle.HIGHEST_PROTOCOL)
+                    ForkingPickler.dumps((texts, replaced))
                 with clock("answer"):
-                    answer = pickle.dumps(prepared, pickle.HIGHEST_PROTOCOL)
+                    answer = ForkingPickler.dumps(prepared)
                 with clock("receive"):
-                    prepared = pickle.loads(answer)  # noqa: S301 - pickled two lines above
+                    prepared = ForkingPickler.loads(answer)
                 with clock("collect"):
                     values = measuring.values(prepared)
                 with clock("record"):
