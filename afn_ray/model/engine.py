@@ -26,7 +26,7 @@ Norms = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int32]
 """Numbers of neurons, int32."""
 ToTokens = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
-"""From an array as a batch gives it, [n, rows of the batch ...], to [n, n_tokens]."""
+"""Function from an array of a batch's form, [n, rows of the batch ...], to [n, n_tokens]."""
 
 STRENGTH = Strength()
 
