@@ -31,6 +31,7 @@ SMALL_BENCH = {
         "--variants",
         "loop,tuned,engine,job",
     ],
+    "feed": ["--tokens", "2000", "--repeat", "1", "--processes", "0"],
     "monitor": ["--texts", "2"],
     "signals": ["--tokens", "600", "--repeat", "1"],  # of jobs/benchmark.py
 }

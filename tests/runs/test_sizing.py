@@ -5,6 +5,7 @@ loses no shard.
 from __future__ import annotations
 
 import gzip
+import importlib
 import itertools
 import json
 import math
@@ -507,6 +508,8 @@ def test_what_the_page_tells_to_do_works(
             read_prices(tmp_path / "prices.toml")
         return
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "infra" / "gpu"))
+    gpu_check = importlib.import_module("check")
     (tmp_path / "infra").symlink_to(ROOT / "infra")
     lines = (
         f'corpus = ["{corpus}"]',
@@ -527,6 +530,9 @@ def test_what_the_page_tells_to_do_works(
         if words[0] == "afn":
             main, given = commands.main, words[1:]
         else:
+            if words[1] == "infra/gpu/check.py":  # tests/gpu runs it
+                gpu_check.parse(words[2:])
+                continue
             assert words[:2] == ["python", "jobs/benchmark.py"], command
             main, given = bench_commands.main, words[2:]
         for what, flags in smaller.items():
