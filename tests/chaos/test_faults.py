@@ -298,9 +298,10 @@ def test_collections_runs_and_cleaning_beside_each_other_are_killed(
         with contextlib.ExitStack() as stack:
             running = [stack.enter_context(drivers.start(*arguments)) for arguments in commands]
             for _ in range(6):
-                time.sleep(dice.uniform(0.1, 0.8))
-                at = dice.randrange(len(running))
-                struck += running[at].is_alive
+                time.sleep(dice.uniform(0.05, 0.4))
+                alive = [at for at, driver in enumerate(running) if driver.is_alive]
+                at = dice.choice(alive or range(len(running)))  # else all have ended, so early
+                struck += bool(alive)
                 running[at].kill_all()
                 running[at].finish()
                 running[at] = stack.enter_context(drivers.start(*commands[at]))
