@@ -11,7 +11,7 @@ from afn_ray.schema import SCHEMA_VERSION, Series, fingerprint
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What a run records of each token, and everything that the recorded values depend on."""
+    """Recorded values of each token, and everything that these values depend on."""
 
     model: dict[str, str]
     """Identity of the model, from ``model.identity``: checksums of files, versions of libraries."""

@@ -41,7 +41,7 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What a figure measures; the fields are those of ``Figure``."""
+    """Subject of a figure; the fields are those of ``Figure``."""
 
     claim: str
     what: str

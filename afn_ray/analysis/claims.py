@@ -56,10 +56,10 @@ CLAIMS = {
 AUC = "AUC of content against function words and punctuation"
 DEFINITIONS = (
     "HIGH is at or above the run's own Q3, for rivals of strength at or above theirs, also where "
-    "the run's labels go by thresholds of another one. AUC: how often a content word lies above a"
-    " function word or punctuation mark (0.5: no more than by chance). Spearman's rho goes by "
-    "ranks, so that of log frequency is that of frequency. A control is what the other figures "
-    "are to be held against. Attention is a mean over the tokens of a window, so it is less in "
+    "the run's labels use the thresholds of another run. AUC is how often a content word is above "
+    "a function word or punctuation mark (0.5: no more than by chance). Spearman's rho compares "
+    "ranks, so log frequency and frequency give the same. A control is a figure that the others "
+    "are compared with. Attention is a mean over the tokens of a window, so it is less in "
     "longer texts.",
 )
 

@@ -153,7 +153,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to explain of a text, beside its strengths at the recorded layers."""
+    """Question about a text, beside its strengths at the recorded layers."""
 
     signals: str = STRENGTH  # also measured, recorded or not
     layers: str | None = None  # layers of a heat map, recorded or not; same syntax as in a config

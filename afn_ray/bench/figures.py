@@ -104,7 +104,7 @@ def _difference(variant: str, own: dict[int, Any], expected: dict[int, Any]) -> 
 
 @dataclass(slots=True)
 class Measured:
-    """What was measured on one profile."""
+    """Measurements of one profile."""
 
     profile: str
     texts: Sequence[Text]

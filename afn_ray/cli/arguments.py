@@ -21,7 +21,7 @@ MEMORY_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B?|%)", re.IGNORECASE)
 """Form of an amount of memory: 2GB, 512MiB or 50%."""
 
 Commands = Any
-"""What ``add_subparsers`` returns; argparse has no public name for it."""
+"""Result of ``add_subparsers``; argparse has no public name for its type."""
 
 
 # --- types of values; a message of an ``ArgumentTypeError`` follows the name of the flag

@@ -33,7 +33,7 @@ def pin_rounding(device: str) -> None:
 
 
 def describe_gpu(device: str) -> dict[str, str]:
-    """What a commit says of the GPU ``device``: name, compute capability, rounding; {} of a CPU."""
+    """Description of the GPU ``device`` in a commit: name, capability, rounding; {} for a CPU."""
     if torch.device(device).type != "cuda":
         return {}
     matmul = torch.backends.cuda.matmul

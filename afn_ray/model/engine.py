@@ -68,7 +68,7 @@ class _Enough(Exception):
 
 
 class Read(NamedTuple):
-    """What a model read from the tokens of one batch."""
+    """Values that a model read from the tokens of one batch."""
 
     values: Norms  # float32 [n_measured, n_tokens], in the order of ``signals.measured``
     numbers: Numbers  # int32 [n_numbered, n_tokens], in the order of ``signals.numbered``
@@ -184,7 +184,7 @@ class Model:
 
     @property
     def maker(self) -> dict[str, str]:
-        """What commits record of how this model computes: the attention, the dtype and the GPU."""
+        """Entries of a commit on how this model computes: the attention, the dtype and the GPU."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"attention": self.attention, "dtype": dtype} | describe_gpu(str(self.device))
 

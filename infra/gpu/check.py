@@ -896,7 +896,7 @@ def _drill_model(run: Check) -> Row:
         run.device,
         run.size.spare_bytes // 16,
         partial(run.load_bert, run.dtype),
-        lambda error: "memory" in str(error),  # whoever reads it must see the cause
+        lambda error: "memory" in str(error),  # the message must name the cause
     )
 
 
