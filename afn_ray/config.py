@@ -187,8 +187,7 @@ class RunConfig:
         if self.top_neurons != TOP_NEURONS and "neurons" not in signal_names(self.signals):
             raise ConfigError(
                 f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or "
-                "leave "
-                "top_neurons out"
+                "leave top_neurons out"
             )
         if self.neurons_of == "high" and "neurons" not in signal_names(self.signals):
             raise ConfigError(
@@ -198,8 +197,7 @@ class RunConfig:
         if self.neurons_of == "high" and self.thresholds is None:
             raise ConfigError(
                 "neurons_of is high, but what is HIGH is known before the corpus is measured only "
-                "by "
-                "thresholds: name the run whose thresholds say it"
+                "by thresholds: name the run whose thresholds say it"
             )
         if self.top_neurons > MOST_TOP_NEURONS:
             raise ConfigError(
@@ -212,8 +210,7 @@ class RunConfig:
         if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
             raise ConfigError(
                 f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at "
-                "most "
-                f"{MOST_CORPUS_BYTES:,}: name folders or globs that hold the files"
+                f"most {MOST_CORPUS_BYTES:,}: name folders or globs that hold the files"
             )
         if self.allow_quarantined > MOST_QUARANTINED:
             raise ConfigError(

@@ -59,8 +59,8 @@ DEFINITIONS = (
     "the run's labels use the thresholds of another run. AUC is how often a content word is above "
     "a function word or punctuation mark (0.5: no more than by chance). Spearman's rho compares "
     "ranks, so log frequency and frequency give the same. A control is a figure that the others "
-    "are compared with. Attention is a mean over the tokens of a window, so it is less in "
-    "longer texts.",
+    "are compared with. Attention is a mean over the tokens of a window, so it is less in longer "
+    "texts.",
 )
 
 

@@ -107,8 +107,8 @@ def read_policy(file: str | Path) -> Policy:
     if not limits and not source_limits:
         known = _listed(RUN_LIMITS | DRIFT_LIMITS | OPTIONS)
         raise ConfigError(
-            f"policy {file} has no limit, so nothing could break it; it may "
-            f"have:\n{known}{IN_SOURCE}"
+            f"policy {file} has no limit, so nothing could break it; it may have:\n"
+            f"{known}{IN_SOURCE}"
         )
     return Policy(limits, source_limits, layer, min_tokens)
 
@@ -119,8 +119,8 @@ def _check_keys(
     if unknown := sorted(values.keys() - known.keys()):
         tables = "" if table else IN_SOURCE
         raise ConfigError(
-            f"policy {file}: no such {table}key: {', '.join(unknown)}; there "
-            f"are:\n{_listed(known)}{tables}"
+            f"policy {file}: no such {table}key: {', '.join(unknown)}; there are:\n"
+            f"{_listed(known)}{tables}"
         )
 
 

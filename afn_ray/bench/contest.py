@@ -238,8 +238,7 @@ def _texts(
         if len(found) < base.workers:
             raise ConfigError(
                 f"--tokens {num_tokens} is {len(found)} texts of the profile {profile}, too few "
-                f"for {base.workers} "
-                "workers; give more"
+                f"for {base.workers} workers; give more"
             )
     return texts
 

@@ -75,8 +75,8 @@ def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dic
         if not difference <= TOLERANCE[dtype]:
             raise ModelError(
                 f"{variant} differs from {order[0]} by {difference:.1e} relative, more than "
-                f"rounding in {dtype} "
-                f"({TOLERANCE[dtype]:.0e}): the variants do not measure the same; no figures"
+                f"rounding in {dtype} ({TOLERANCE[dtype]:.0e}): the variants do not measure the "
+                "same; no figures"
             )
         found[variant] = difference
     return found
@@ -93,8 +93,8 @@ def _difference(variant: str, own: dict[int, Any], expected: dict[int, Any]) -> 
     for i in common:
         if own[i].shape != expected[i].shape:
             raise ModelError(
-                f"{variant} has {len(own[i])} tokens of text {i}, expected {len(expected[i])}: "
-                "the variants do not measure the same; no figures"
+                f"{variant} has {len(own[i])} tokens of text {i}, expected {len(expected[i])}: the "
+                "variants do not measure the same; no figures"
             )
     got = np.concatenate([own[i] for i in common])
     want = np.concatenate([expected[i] for i in common])

@@ -336,11 +336,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     for way, what in WAYS.items():
         console.print(f"{way}: {what}", markup=False)
     console.print(
-        f"{result['texts']} texts of each length, one at a time, tokenizing included; all ways and "
-        "models take turns "
-        "on each text. Times, ratios and overheads are medians over texts; an overhead is against "
-        "plain, of what ends "
-        f"at the layer against what plainly does. Others took {result['foreign']:.0%} of the "
-        "cores meanwhile.",
+        f"{result['texts']} texts of each length, one at a time, tokenizing included; all ways "
+        "and models take turns on each text. Times, ratios and overheads are medians over texts; "
+        "an overhead is against plain, of what ends at the layer against what plainly does. "
+        f"Others took {result['foreign']:.0%} of the cores meanwhile.",
         markup=False,
     )

@@ -148,15 +148,14 @@ def render(result: dict[str, Any], console: Console) -> None:
     speed, rates = result["speed"], result["tokens_per_second"]
     console.print(
         f"{result['model']}: layers {', '.join(map(str, speed['layers']))}, "
-        f"{', '.join(speed['signals'])}, "
-        f"{speed['dtype']} on {speed['device']}, windows of {speed['window_tokens']}",
+        f"{', '.join(speed['signals'])}, {speed['dtype']} on {speed['device']}, windows of "
+        f"{speed['window_tokens']}",
         markup=False,
     )
     console.print(
         f"{statistics.median(rates):,.0f} tokens/s ({min(rates):,.0f}-{max(rates):,.0f}) of one "
-        "worker, from files to "
-        f"committed Parquet; n = {result['repeat']}, {result['tokens']:,} tokens; loaded in "
-        f"{result['load_s']:.1f} s; "
-        f"others took {result['foreign']:.0%} of the cores",
+        f"worker, from files to committed Parquet; n = {result['repeat']}, {result['tokens']:,} "
+        f"tokens; loaded in {result['load_s']:.1f} s; others took {result['foreign']:.0%} of the "
+        "cores",
         markup=False,
     )

@@ -21,9 +21,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     )
     console.print(
         f"{result['workers']} processes on {result['device']}, {result['dtype']}, windows of "
-        f"{result['window_tokens']} tokens, batches of {result['batch_tokens']}; GEMM peak in this "
-        "run "
-        f"{result['gemm_peak_tflops']:.3f} TFLOP/s; n = {result['repeat']}, median "
+        f"{result['window_tokens']} tokens, batches of {result['batch_tokens']}; GEMM peak in "
+        f"this run {result['gemm_peak_tflops']:.3f} TFLOP/s; n = {result['repeat']}, median "
         "(lowest-highest)",
         markup=False,
     )
@@ -76,14 +75,11 @@ def render(result: dict[str, Any], console: Console) -> None:
         console.print(f"{name}: {VARIANTS[name]}", markup=False)
     console.print(
         f"Every clock counts tokenizing. {' and '.join(SLOW)} get one text in {ONE_IN}, of all "
-        "lengths, and torch's "
-        "own threads; the others get one thread a core. Peers get long texts already cut into our "
-        "windows. MFU: "
-        "operations of the blocks up to the layer, without padding, of the GEMM peak. Sizes are "
-        "those of long runs in "
-        "small: nearly whole batches, lengths as evenly spread. differs: relative difference "
-        "of strengths from the engine's, 99th percentile. clean: others took at most "
-        f"{FOREIGN:.0%} of the cores.",
+        "lengths, and torch's own threads; the others get one thread a core. Peers get long texts "
+        "already cut into our windows. MFU: operations of the blocks up to the layer, without "
+        "padding, of the GEMM peak. Sizes are those of long runs in small: nearly whole batches, "
+        "lengths as evenly spread. differs: relative difference of strengths from the engine's, "
+        f"99th percentile. clean: others took at most {FOREIGN:.0%} of the cores.",
         markup=False,
     )
 

@@ -11,8 +11,8 @@ from typing import Any
 from afn_ray.config import RunConfig
 
 EPILOG = (
-    "exit codes: 0 = done; 1 = ended with shards missing; 2 = the command, the config or the "
-    "query is wrong; 75 = stopped, and the same command resumes"
+    "exit codes: 0 = done; 1 = ended with shards missing; 2 = the command, the config or the query "
+    "is wrong; 75 = stopped, and the same command resumes"
 )
 """Exit codes of most commands, for the end of their help."""
 RUN = "URI of a run, or of a store for its latest complete run"

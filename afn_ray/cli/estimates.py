@@ -87,16 +87,14 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
         "time",
         (
             f"about {_duration(e.seconds)} with {e.num_workers} workers: loading "
-            f"{_duration(e.load_s)}, reduce "
-            f"and screening {_duration(e.reduce_s)}"
+            f"{_duration(e.load_s)}, reduce and screening {_duration(e.reduce_s)}"
         ),
     )
     yield (
         "work",
         (
             f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = "
-            f"{e.num_workers} x "
-            f"{e.seconds / 3600:,.3f}"
+            f"{e.num_workers} x {e.seconds / 3600:,.3f}"
         ),
     )
 

@@ -361,8 +361,7 @@ class Model:
                 if this.neurons.numel() != math.prod(shape):
                     raise ModelError(
                         f"{self.name} runs its MLP in pieces, as with chunk_size_feed_forward in "
-                        "its "
-                        "config; leave the signal neurons out"
+                        "its config; leave the signal neurons out"
                     )
                 this.neurons = this.neurons.reshape(shape)
             self._keep(

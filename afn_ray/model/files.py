@@ -138,9 +138,8 @@ def find_model(
     if config.model_type not in TESTED and not allow_untested:
         raise ModelError(
             f"{name} is of the family {config.model_type}, which has no test; --allow-untested "
-            "tries it: it is still "
-            "held against the plain model at load, and refused where it differs. Tested are: "
-            f"{', '.join(sorted(TESTED))}"
+            "tries it: it is still held against the plain model at load, and refused where it "
+            f"differs. Tested are: {', '.join(sorted(TESTED))}"
         )
     text = config.get_text_config()
     depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
@@ -187,9 +186,8 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"no model {name!r}: no such folder here, and the hub did not give it ({reason}). Give "
-            "a model folder, "
-            "a .gguf file or a hub name; offline, set HF_HUB_OFFLINE=1 and fill the cache "
-            "beforehand"
+            "a model folder, a .gguf file or a hub name; offline, set HF_HUB_OFFLINE=1 and fill "
+            "the cache beforehand"
         ) from error
 
 
@@ -380,8 +378,7 @@ def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch
         raise ModelError(
             f"model {files.name}: {len(missing)} weights are not in its files and would be random: "
             f"{', '.join(missing[:3])}. config.json says {files.depth} blocks of "
-            f"{files.hidden_size}: is it another "
-            "model's?"
+            f"{files.hidden_size}: is it another model's?"
         )
     model.eval()
     if getattr(model.config, "use_cache", False):

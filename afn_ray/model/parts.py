@@ -83,10 +83,9 @@ def check_folder(name: str, folder: Path) -> None:
     if found:
         raise ModelError(
             f"{name} holds an adapter ({', '.join(found)}), which transformers applies only where "
-            "the package peft is "
-            "installed. Merge it into its weights (peft: merge_and_unload, then save_pretrained), "
-            "and give that "
-            "folder; where it should not count, move its files elsewhere"
+            "the package peft is installed. Merge it into its weights (peft: merge_and_unload, "
+            "then save_pretrained), and give that folder; where it should not count, move its "
+            "files elsewhere"
         )
 
 
@@ -100,9 +99,8 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
             method = method.get("quant_method", "?") if isinstance(method, dict) else method
             raise ModelError(
                 f"the weights of {name} are quantized ({method}), and what they are depends on a "
-                "package of their own; "
-                "give the model's own weights, or save it dequantized (model.dequantize(), then "
-                "save_pretrained)"
+                "package of their own; give the model's own weights, or save it dequantized "
+                "(model.dequantize(), then save_pretrained)"
             )
     described = [config]
     if (path := folder / "tokenizer_config.json").is_file():
@@ -115,9 +113,8 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
                 repository = str(place).partition("--")[0]
                 raise ModelError(
                     f"the code of {name} is in another repository ({repository}), which may change "
-                    "while the folder "
-                    "does not: put its .py files into the folder, and leave the repository out of "
-                    "auto_map"
+                    "while the folder does not: put its .py files into the folder, and leave the "
+                    "repository out of auto_map"
                 )
 
 
@@ -145,8 +142,7 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
             if parts:
                 raise ModelError(
                     f"{name} has {count(len(parts), 'part')} of its weights ({min(parts)}, ...) "
-                    f"and no {index} that "
-                    "says what is in them; copy that too"
+                    f"and no {index} that says what is in them; copy that too"
                 )
             continue
         used = [] if whole else _indexed(name, folder, index)
@@ -165,14 +161,13 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
     if others:
         raise ModelError(
             f"no weights at {name}: {folder} has {', '.join(others[:MOST_NAMES])}, expected "
-            f"{SAFETENSORS} "
-            f"or {SAFETENSORS}.index.json"
+            f"{SAFETENSORS} or {SAFETENSORS}.index.json"
         )
     if allow_pickle or not any(folder.glob("pytorch_model*.bin")):
         raise ModelError(f"no weights at {name}: {folder} has no .safetensors file")
     raise ModelError(
-        f"the weights of {name} are pickled (.bin), and a pickle can run code as it loads; "
-        "convert them to safetensors, or give --allow-pickle if you trust where they come from"
+        f"the weights of {name} are pickled (.bin), and a pickle can run code as it loads; convert "
+        "them to safetensors, or give --allow-pickle if you trust where they come from"
     )
 
 
@@ -187,8 +182,7 @@ def _indexed(name: str, folder: Path, index: str) -> list[str]:
     if missing := [f for f in files if not (folder / f).is_file()]:
         raise ModelError(
             f"{name} cannot be loaded: {index} names {count(len(files), 'file')} of weights, and "
-            f"{folder} lacks "
-            f"{', '.join(missing[:MOST_NAMES])}; copy them too"
+            f"{folder} lacks {', '.join(missing[:MOST_NAMES])}; copy them too"
         )
     return files
 
@@ -220,9 +214,8 @@ def check_has_tokenizer(name: str, folder: Path) -> None:
     if not any(p.is_file() for pattern in TOKENIZERS for p in folder.glob(pattern)):
         raise ModelError(
             f"{name} has no tokenizer: {folder} has no tokenizer.json, and no vocab.txt, "
-            "vocab.json, merges.txt or "
-            "*.model. Copy the files of the model's own tokenizer into it (AutoTokenizer: "
-            "save_pretrained)"
+            "vocab.json, merges.txt or *.model. Copy the files of the model's own tokenizer into "
+            "it (AutoTokenizer: save_pretrained)"
         )
 
 
@@ -246,12 +239,10 @@ def check_tokenizer(
         if beyond := sorted(i for i in names if i >= num_embeddings):
             raise ModelError(
                 f"the tokenizer of {name} has {count(len(beyond), 'id')} that the model has no "
-                "embedding for: "
-                f"{beyond[0]} ({names[beyond[0]][:40]!r}) is the first, and vocab_size in "
-                "config.json is "
-                f"{num_embeddings:,}. Give the model's own tokenizer; or, where tokens were added "
-                "to it, a model with "
-                "vectors for them (resize_token_embeddings, and trained)"
+                f"embedding for: {beyond[0]} ({names[beyond[0]][:40]!r}) is the first, and "
+                f"vocab_size in config.json is {num_embeddings:,}. Give the model's own tokenizer; "
+                "or, where tokens were added to it, a model with vectors for them "
+                "(resize_token_embeddings, and trained)"
             )
     try:
         ids = tokenizer.encode(READABLE, add_special_tokens=False).ids
@@ -262,11 +253,10 @@ def check_tokenizer(
     if not ids or (unknown is not None and set(ids) == {unknown}):
         raise ModelError(
             f"the tokenizer of {name} makes {'nothing' if not ids else 'its unknown token'} of "
-            "every word, with a "
-            f"vocabulary of {count(len(vocabulary) + len(added), 'entry').replace('entrys', 'entries')}: a file of the "
-            "tokenizer is missing or another model's. Copy the files of the model's own tokenizer "
-            "into the folder "
-            "(AutoTokenizer: save_pretrained)"
+            "every word, with a vocabulary of "
+            f"{count(len(vocabulary) + len(added), 'entry').replace('entrys', 'entries')}: a file "
+            "of the tokenizer is missing or another model's. Copy the files of the model's own "
+            "tokenizer into the folder (AutoTokenizer: save_pretrained)"
         )
 
 
@@ -308,8 +298,7 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
         )
     raise ModelError(
         f"model {name}: its files hold {count(len(unused), 'tensor')} that {type(model).__name__} "
-        "does not have and "
-        f"that would be left out: {', '.join(unused[:MOST_NAMES])}; {hint}"
+        f"does not have and that would be left out: {', '.join(unused[:MOST_NAMES])}; {hint}"
     )
 
 
@@ -324,8 +313,8 @@ def check_shapes(name: str, mismatched: Iterable[Any]) -> None:
     if mismatches:
         raise ModelError(
             f"model {name}: {count(len(mismatches), 'tensor')} of its files have other shapes than "
-            "config.json says: "
-            f"{'; '.join(sorted(mismatches)[:MOST_NAMES])}. Is config.json another model's?"
+            f"config.json says: {'; '.join(sorted(mismatches)[:MOST_NAMES])}. Is config.json "
+            "another model's?"
         )
 
 
@@ -338,8 +327,7 @@ def check_environment() -> None:
         if (value := os.environ.get(variable, "")).upper() not in exact:
             raise ModelError(
                 f"{variable} is {value!r}, which rounds the inputs of float32 products: unset it, "
-                "and "
-                "give --dtype bfloat16 or float16 where speed is wanted"
+                "and give --dtype bfloat16 or float16 where speed is wanted"
             )
     if (precision := torch.get_float32_matmul_precision()) != "highest":
         raise ModelError(

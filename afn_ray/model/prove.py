@@ -295,8 +295,7 @@ def _find_places(
     if "attention" in needs and not model.packed:
         raise ModelError(
             f"{model.name} gives no attention weights to read: its batches are padded, since "
-            f"{model.why_padded}; "
-            "leave the signal attention out"
+            f"{model.why_padded}; leave the signal attention out"
         )
     ran = _watch_blocks(model, ids)
     return {block: _find_place(model, ran[block], needs) for block in model.blocks}
@@ -361,8 +360,7 @@ def _find_place(model: Model, block: _Block, needs: frozenset[str]) -> Place:
     if lacking := sorted(n for n in needs & found.keys() if not found[n]):
         raise ModelError(
             f"{model.name}: no linear layer of its blocks was found to be the one behind its "
-            f"{lacking[0]}; "
-            f"leave signals out that need {lacking[0]}"
+            f"{lacking[0]}; leave signals out that need {lacking[0]}"
         )
     behind, num_neurons = "", 0
     if "neurons" in needs:
@@ -370,20 +368,17 @@ def _find_place(model: Model, block: _Block, needs: frozenset[str]) -> Place:
         if experts := num_experts(model.module.config):
             raise ModelError(
                 f"{model.name} is a mixture of {experts} experts: its neurons are other ones for "
-                "each token; leave "
-                "the signal neurons out"
+                "each token; leave the signal neurons out"
             )
         if num_neurons > MOST_NEURONS:
             raise ModelError(
                 f"{model.name} has {num_neurons:,} neurons in a block, and they are recorded as "
-                "numbers below "
-                f"{MOST_NEURONS:,}; leave the signal neurons out"
+                f"numbers below {MOST_NEURONS:,}; leave the signal neurons out"
             )
     if "norm" in needs and not block.norm:
         raise ModelError(
             f"{model.name}: its blocks do not end with a LayerNorm, so there is no gain to leave "
-            "out; leave "
-            "the signal centred out"
+            "out; leave the signal centred out"
         )
     gram = _gram(found["attention"][0]) if "attention" in needs else None
     return Place(block.norm if "norm" in needs else "", gram, behind, num_neurons)

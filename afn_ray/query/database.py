@@ -176,7 +176,7 @@ class Run:
         if arrow.nbytes > self._backend.limits.memory_bytes // 2:
             raise QueryError(
                 f"{name} has {arrow.nbytes:,} bytes, over half of the memory limit of "
-                f"{self._backend.limits.memory}; "
-                "take the columns that the query needs, or raise the limit"
+                f"{self._backend.limits.memory}; take the columns that the query needs, or raise "
+                "the limit"
             )
         return arrow

@@ -88,8 +88,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
             if data is None:
                 raise StoreError(
                     f"{target} is damaged: bytes {start:,} to {end:,} do not have the checksum "
-                    "that was committed; "
-                    "'afn verify' says what else is, and what to do"
+                    "that was committed; 'afn verify' says what else is, and what to do"
                 )
             return data
         except AfnError as error:

@@ -51,8 +51,8 @@ def _about_kwic(query: str) -> str | None:
         return "kwic takes the number of words on each side, 0 or more"
     if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
         return (
-            f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves "
-            "no row"
+            f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves no "
+            "row"
         )
     return None
 

@@ -213,8 +213,8 @@ def readable(message: str, limits: Limits | None = None) -> str:
         return str(limits.memory_error())
     if "Permission Error" in message or "read-only mode" in message:
         return (
-            f"{message.strip()}\nA query reads the views of its run, and writes nothing. A table "
-            "of your own comes "
+            f"{message.strip()}\n"
+            "A query reads the views of its run, and writes nothing. A table of your own comes "
             "with afn sql --with name=file, or from Python: run.sql(query, name=table), of pandas, "
             "polars or Arrow"
         )
@@ -382,8 +382,7 @@ class _Child:
         )
         return QueryError(
             f"the process that runs SQL died of this query ({how}{': ' + why if why else ''}); ask "
-            "it another way. "
-            "The next query gets a new process"
+            "it another way. The next query gets a new process"
         )
 
     def end(self) -> None:
@@ -403,8 +402,7 @@ class _Child:
 def _text_error(num_bytes: int) -> QueryError:
     return QueryError(
         f"the error or the names of the columns that the query gives take {num_bytes:,} bytes; "
-        "expected at most "
-        f"{MOST_TEXT_BYTES:,}. Ask for fewer columns, or in fewer words"
+        f"expected at most {MOST_TEXT_BYTES:,}. Ask for fewer columns, or in fewer words"
     )
 
 

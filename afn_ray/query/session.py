@@ -151,8 +151,7 @@ class Session:
         if reader not in self._readers:
             raise duckdb.InvalidInputException(
                 "this result is no longer there: the process that computed it was stopped, or more "
-                "than "
-                f"{MAX_READERS} results were read at a time; ask again"
+                f"than {MAX_READERS} results were read at a time; ask again"
             )
         cursor, batches = self._readers[reader]
         try:

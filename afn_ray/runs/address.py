@@ -24,15 +24,13 @@ def check(where: str) -> None:
         plain = f"{scheme}://{rest.rpartition('@')[2]}"  # without a password
         raise ConfigError(
             f"{plain} is the address of Ray's dashboard, which takes jobs, not connections: submit "
-            "the command there "
-            f"(ray job submit --address {plain} -- afn run ...), or give host:6379 of the "
-            "cluster's head"
+            f"the command there (ray job submit --address {plain} -- afn run ...), or give "
+            "host:6379 of the cluster's head"
         )
     if scheme == "ray" and has_scheme:
         raise ConfigError(
             f"{where} is an address of Ray Client, which afn-ray does not use: give host:6379 on a "
-            "machine of the "
-            "cluster, or submit the command as a job"
+            "machine of the cluster, or submit the command as a job"
         )
     if where != "auto":
         host_and_port(where)

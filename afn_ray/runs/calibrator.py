@@ -59,8 +59,8 @@ class Calibrator:
         if decided.device != task.device and not self.reduce_only:
             self.on_event(
                 events.Warned(
-                    f"{decided.dtype} was chosen on {decided.device}, this is {task.device}; "
-                    "it may be slow here"
+                    f"{decided.dtype} was chosen on {decided.device}, this is {task.device}; it "
+                    "may be slow here"
                 )
             )
         return decided

@@ -76,8 +76,7 @@ class Rate:
         if differing:
             raise ConfigError(
                 f"--rate {file} was measured for something else: {'; '.join(differing)}; measure "
-                "this run's: "
-                "'afn bench rate RUN_TOML --json FILE'"
+                "this run's: 'afn bench rate RUN_TOML --json FILE'"
             )
 
 
@@ -344,8 +343,7 @@ def bill(
 def _no_rate(device: str, here: str) -> str:
     return (
         f"the workers' device is {device} and this machine's is {here}: measure on one of theirs "
-        "with 'afn bench rate "
-        "RUN_TOML --json FILE' and give --rate FILE"
+        "with 'afn bench rate RUN_TOML --json FILE' and give --rate FILE"
     )
 
 
@@ -455,8 +453,7 @@ def read_rate(path: Path) -> Rate:
         if not is_right(found.get(key)):
             raise ConfigError(
                 f"--rate {path} is not what 'afn bench rate --json' writes: {key} is "
-                f"{found.get(key)!r}; expected "
-                f"{expected}"
+                f"{found.get(key)!r}; expected {expected}"
             )
     rates = found["tokens_per_second"]
     where = (

@@ -134,8 +134,8 @@ def _say_nothing_to_do(asked: Preparation, complete: manifest.RunFolder, on_even
     if gone:
         raise StoreError(
             f"run {complete.uri} is complete, but {len(gone)} of its shards are gone from the "
-            f"store, as {gone[0]}: "
-            f"delete {complete.uri}/run.json and give this command again to do them anew"
+            f"store, as {gone[0]}: delete {complete.uri}/run.json and give this command again to "
+            "do them anew"
         )
     message = f"nothing to do: run {complete.uri} is complete and the corpus has not changed"
     on_event(events.Complete(message))
@@ -278,8 +278,8 @@ def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnE
     why = "; their status in the documents view says why" if totals["quarantined"] else ""
     message = (
         f"run {folder.uri} is complete: {count(totals['tokens'], 'token')} of "
-        f"{count(measured, 'document')}, {totals['empty']:,} empty, "
-        f"{totals['quarantined']:,} quarantined{why}"
+        f"{count(measured, 'document')}, {totals['empty']:,} empty, {totals['quarantined']:,} "
+        f"quarantined{why}"
     )
     on_event(events.Complete(message))
     for shard in given_up(results.given_up[:MOST_SHARDS], results.failures):
@@ -392,12 +392,10 @@ def _failed(state: dispatch.State, plan: plans.Plan) -> str:
     if state.stopped:
         stopped = f"the run was stopped, since {state.stopped}: is it one fault of all? "
     return (
-        f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} are quarantined; "
-        "what is done is "
-        "committed, and the same command tries the others again (--allow-quarantined N: a run that "
-        "lacks up to N "
-        "counts as complete)"
-        ":\n" + "\n".join(lines)
+        f"{stopped}{len(state.failures)} of {count(len(plan.shards), 'shard')} "
+        "are quarantined; what is done is committed, and the same command tries "
+        "the others again (--allow-quarantined N: a run that lacks up to N "
+        "counts as complete):\n" + "\n".join(lines)
     )
 
 
@@ -409,10 +407,8 @@ def _lacking(config: RunConfig, measure_id: str, plan: plans.Plan, num_there: in
         none = f"; of measure {measure_id} it has none: is the config the one that measured?"
     return (
         f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, "
-        "and --reduce-only does "
-        f"none{none}; the same command without it does them (--allow-quarantined N: a run that "
-        "lacks up to N counts as "
-        "complete)"
+        f"and --reduce-only does none{none}; the same command without it does them "
+        "(--allow-quarantined N: a run that lacks up to N counts as complete)"
     )
 
 

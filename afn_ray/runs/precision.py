@@ -87,8 +87,8 @@ def describe(precision: Precision) -> str:
         if trial.dtype == precision.dtype and trial.flips:
             text += (
                 f" (against float32 on {precision.n_tokens:,} tokens "
-                f"{max(trial.flips.values()):.2%} of the labels "
-                f"change, median relative error {max(trial.median_error.values()):.1e})"
+                f"{max(trial.flips.values()):.2%} of the labels change, median relative error "
+                f"{max(trial.median_error.values()):.1e})"
             )
     return text
 

@@ -33,8 +33,7 @@ def attempt_folder(config: RunConfig) -> Iterator[Path]:
             if error.errno in disk.FULL:
                 raise Interrupted(
                     f"no space left in the scratch folder {root}; make room, or give another "
-                    "--scratch or TMPDIR, and "
-                    "run the same command again: it resumes"
+                    "--scratch or TMPDIR, and run the same command again: it resumes"
                 ) from error
             raise ConfigError(f"scratch folder {root}: {error.strerror}") from error
         yield folder

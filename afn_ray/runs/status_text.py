@@ -98,8 +98,8 @@ def _state_text(s: Status) -> str:
     if s.state == "silent":
         since = time_text(s.age_s)
         return (
-            f"silent: no update for {since}, while {body['phase']}{doing}: killed? "
-            "The same command resumes"
+            f"silent: no update for {since}, while {body['phase']}{doing}: killed? The same "
+            "command resumes"
         )
     return f"{body['phase']}{doing}, last update {time_text(s.age_s)} ago"
 

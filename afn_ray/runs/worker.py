@@ -101,8 +101,7 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
     if nowhere := [s.name for s in signals if all(k < s.first_layer for k in layers)]:
         raise ConfigError(
             f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another "
-            "layer too, "
-            f"layers is {config.layers}"
+            f"layer too, layers is {config.layers}"
         )
     if (num_rows := len(recorded) + 2 * config.top_neurons * len(neuron_layers)) > MOST_NUMBERS:
         raise ConfigError(

@@ -177,8 +177,8 @@ def _torch() -> Check:
     ]
     found = (
         f"torch {torch.__version__} on the CPU: {machine}, "
-        f"{torch.backends.cpu.get_cpu_capability()}, "
-        f"half precision: {', '.join(half) or 'none (float32 is the default and fastest)'}"
+        f"{torch.backends.cpu.get_cpu_capability()}, half precision: "
+        f"{', '.join(half) or 'none (float32 is the default and fastest)'}"
     )
     if (driver := nvidia.driver_version()) is not None:
         return Check(
@@ -288,8 +288,8 @@ def _ray(address: str | None) -> Check:
                 "Ray",
                 None,
                 f"{found}; its token travels in clear text",
-                "set RAY_USE_TLS=1 and its "
-                "certificates on every node and here, or keep others off that network",
+                "set RAY_USE_TLS=1 and its certificates on every node and here, or keep others "
+                "off that network",
             )
         return Check("Ray", True, found)
     message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix(
@@ -364,10 +364,8 @@ def _model(name: str | None) -> Check:
         "model",
         True,
         f"{name}: {files.model_type}, {files.depth} layers of {files.hidden_size}, "
-        f"{task.measure.window_tokens} tokens; "
-        f"passed its self-check at layer {task.measure.layers[-1]} on {task.device} in "
-        f"{task.measure.dtype}, "
-        f"{packing}, "
+        f"{task.measure.window_tokens} tokens; passed its self-check at layer "
+        f"{task.measure.layers[-1]} on {task.device} in {task.measure.dtype}, {packing}, "
         f"{time.monotonic() - began:.1f} s",
     )
 
@@ -402,8 +400,8 @@ def _gpu(index: int, name: str | None) -> Check:
         made_by = loaded.maker
     found = (
         f"{gpu}, compute capability {made_by['capability']}, driver {nvidia.driver_version()}: "
-        f"passed its self-check in {made_by['dtype']}, attention {loaded.attention}, "
-        f"{rate:,.0f} tokens/s with {name}"
+        f"passed its self-check in {made_by['dtype']}, attention {loaded.attention}, {rate:,.0f} "
+        f"tokens/s with {name}"
     )
     if why := loaded.why_slow or loaded.why_padded:
         return Check(what, None, f"{found}; slower than it could be: {why}", _faster(loaded.packed))

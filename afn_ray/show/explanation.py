@@ -69,10 +69,8 @@ def reading_cells(token: Token, reading: Reading) -> list[str]:
 HEADS = ("token", "strength", "quartile", "rank", "median", "HIGH", "n")
 LEGEND = (
     "rank: share of the run's tokens at or below this strength. median, HIGH, n: of the same type "
-    "in the run "
-    "(median strength, share that is HIGH, occurrences). Special tokens are apart. Compare "
-    "strengths within one "
-    "layer of one model only."
+    "in the run (median strength, share that is HIGH, occurrences). Special tokens are apart. "
+    "Compare strengths within one layer of one model only."
 )
 SIGNALS_LEGEND = (
     "In parentheses, and coloured by it: the quartile among the run's tokens, where the run "
@@ -80,16 +78,14 @@ SIGNALS_LEGEND = (
 )
 SWEEP_LEGEND = (
     "Strength's rank within its layer among the tokens of this text: 0 is the lowest tenth, 9 the "
-    "highest; behind a "
-    "slash the quartile among the run's tokens, at layers that it recorded. Special tokens are "
-    "apart."
+    "highest; behind a slash the quartile among the run's tokens, at layers that it recorded. "
+    "Special tokens are apart."
 )
 DECISION_LEGEND = (
     "attribution: value times gradient of the answer's logit at this layer, summed over the "
-    "dimensions of a token's "
-    "hidden state, and over tokens for a neuron of the MLP; ranked by size. #2 is the second such "
-    "token of the text. "
-    "Special tokens take part in the decision and are left out of ranks and correlation."
+    "dimensions of a token's hidden state, and over tokens for a neuron of the MLP; ranked by "
+    "size. #2 is the second such token of the text. Special tokens take part in the decision and "
+    "are left out of ranks and correlation."
 )
 
 
@@ -146,10 +142,8 @@ def attribution_note(explanation: Explanation, decision: Decision) -> str:
     n = sum(not t.special for t in explanation.tokens)
     return (
         f"Behind {visible(decision.labels[decision.chosen].name)}, at layer {decision.layer}: "
-        "attributions sum to "
-        f"{sum(decision.attributions):+.4f}, of which {special:+.4f} at special tokens; Spearman's "
-        "rho of strength and "
-        f"size of attribution {rho} ({n} tokens)"
+        f"attributions sum to {sum(decision.attributions):+.4f}, of which {special:+.4f} at "
+        f"special tokens; Spearman's rho of strength and size of attribution {rho} ({n} tokens)"
     )
 
 

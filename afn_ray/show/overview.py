@@ -82,8 +82,8 @@ def render_thresholds(summary: Summary, console: Console) -> None:
         )
         console.print(
             "HIGH is decided by the frozen thresholds, of "
-            f"{printable(str(summary.info['config']['thresholds']))}; "
-            f"tokens that are HIGH by them: {shares}",
+            f"{printable(str(summary.info['config']['thresholds']))}; tokens that are HIGH by "
+            f"them: {shares}",
             markup=False,
             soft_wrap=True,
         )

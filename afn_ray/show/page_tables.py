@@ -271,8 +271,8 @@ def _classes_table(classes: pa.Table, layer: int) -> Table:
             cells.append(f"{share:.3f} ({low:.3f}–{high:.3f})")
         rows.append(tuple(cells))
     caption = (
-        f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is "
-        "HIGH (95 % interval)"
+        f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is HIGH "
+        "(95 % interval)"
     )
     heads = ("class", "tokens before", "now", "part before", "now", "HIGH before", "now")
     return Table(caption, heads, tuple(rows))

@@ -52,8 +52,7 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         (
             "documents",
             f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} "
-            "empty "
-            f"+ {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
+            f"empty + {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
         ("lost", losses.describe(summary.losses) or "nothing"),
         *(
@@ -69,8 +68,8 @@ def _facts(summary: Summary) -> list[tuple[str, str]]:
         ),
         (
             "model",
-            f"{model_title(model['name'])} "
-            f"({model['type']}, {model['depth']} layers, {info['measure']['dtype']})",
+            f"{model_title(model['name'])} ({model['type']}, {model['depth']} layers, "
+            f"{info['measure']['dtype']})",
         ),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
         *([("measured on", makers)] if (makers := _makers(info)) else []),
@@ -152,8 +151,7 @@ def cautions(summary: Summary) -> list[str]:
         with_control = ",".join(map(str, (0, *(layer.layer for layer in summary.layers))))
         lines.append(
             "Layer 0 was not recorded: to see what the embeddings alone explain, give the same "
-            "'afn run' "
-            f"command with --layers {with_control} and another --store."
+            f"'afn run' command with --layers {with_control} and another --store."
         )
     lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
     return lines

@@ -30,8 +30,8 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
         yield f"shard  ... and {count(len(g.shards) - MAX_LINES, 'more shard')}; --json lists all"
     for name in g.spared:
         yield (
-            f"spared {uris.join(g.store, 'runs', name)}: a process has taken it up or completed "
-            "it meanwhile"
+            f"spared {uris.join(g.store, 'runs', name)}: a process has taken it up or completed it "
+            "meanwhile"
         )
     if g.num_spared:
         yield (
@@ -45,8 +45,7 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
         )
     sums = (
         f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, "
-        f"{count(g.num_files, 'file')}, "
-        f"{count(g.num_bytes, 'byte')}"
+        f"{count(g.num_files, 'file')}, {count(g.num_bytes, 'byte')}"
     )
     kept = f"{count(len(g.kept), 'run')} kept"
     if len(g.kept) > 1:

@@ -211,8 +211,8 @@ def find_run(uri: str) -> RunFolder:
         )
     if storage.exists(uris.join(uri, PLANNING)):
         raise StoreError(
-            f"{uri} has no run yet: 'afn run' ended, or still works, before it planned one; "
-            f"'afn status {uri}' says more"
+            f"{uri} has no run yet: 'afn run' ended, or still works, before it planned one; 'afn "
+            f"status {uri}' says more"
         )
     raise StoreError(
         f"{uri} is neither a store nor a run; give the store of an 'afn run --store' command"

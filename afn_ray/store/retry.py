@@ -102,9 +102,9 @@ def with_retries(
                 )
             if left <= 0:
                 raise Unavailable(
-                    f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, last error "
-                    f"{type(error).__name__}: {error}; check the store and the network, then run "
-                    "the same command again"
+                    f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, last "
+                    f"error {type(error).__name__}: {error}; check the store and the network, then "
+                    "run the same command again"
                 ) from error
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
             time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311

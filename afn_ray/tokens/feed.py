@@ -324,8 +324,7 @@ class Chunks:
             raise HelperDied(
                 f"a tokenizer process {why}; what it said is on stderr. Is there enough memory for "
                 "--tokenizer-workers? (A script that calls afn_ray.run with them must be a file, "
-                "and needs "
-                "if __name__ == '__main__')"
+                "and needs if __name__ == '__main__')"
             ) from error
 
     def _result(self, work: _Work) -> Prepared:

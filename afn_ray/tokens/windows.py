@@ -39,8 +39,8 @@ def window_sizes(
     if width < 1 or overlap >= width:
         raise ConfigError(
             f"window of {window_tokens} tokens with {template.num_special} special tokens and an "
-            f"overlap of {overlap} "
-            "has no room to move; give a larger window_tokens or a smaller overlap_tokens"
+            f"overlap of {overlap} has no room to move; give a larger window_tokens or a smaller "
+            "overlap_tokens"
         )
     return width, overlap
 

@@ -354,8 +354,8 @@ def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_go
     notes = verdict.unjudged_sources(policy, run_of(), COMPARED, SOURCES)
     (note,) = (n for n in notes if "of the baseline" in n)
     assert (
-        "judged nothing of 2 sources of the baseline without a token in this run: gone (1 token), "
-        "gone too (" in note
+        "judged nothing of 2 sources of the baseline without a token in this run: gone (1 "
+        "token), gone too (" in note
     )
     assert "max_vanished_sources limits them" in note
     small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
@@ -589,8 +589,8 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
     nights.add(1, 600, 640)
     hook = tmp_path / "hook.py"
     hook.write_text(
-        "import os, sys\nprint('hook:', *sys.argv[1:], "
-        "open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n"
+        "import os, sys\n"
+        "print('hook:', *sys.argv[1:], open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n"
     )
     (nights.folder / "policy.toml").write_text(
         LOOSE

@@ -394,8 +394,8 @@ def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_fig
         _figure("attention received", 2, 0.99, 0.001, True),
     ]
     assert claims_text.against_controls([*main, *controls]) == (
-        "AUC of content against function words and punctuation: strength, layer 4, 0.800. "
-        "Beaten by: strength, layer 0, 0.900. Equalled by: rarity (idf), 0.810."
+        "AUC of content against function words and punctuation: strength, layer 4, 0.800. Beaten "
+        "by: strength, layer 0, 0.900. Equalled by: rarity (idf), 0.810."
     )
     assert claims_text.against_controls([*main, *controls[2:]]).endswith(
         "0.800. No control reaches it; the nearest: attention received, layer 4, 0.500."

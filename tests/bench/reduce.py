@@ -72,8 +72,7 @@ def measure(
         total = {name: sum(row[name] for row in index) for name in ("tokens", "bytes")}
         on_note(
             f"{num_shards:,} summaries of {total['tokens']:,} tokens, {total['bytes'] / 1e6:,.0f} "
-            "MB, written in "
-            f"{time.monotonic() - began:.0f} s"
+            f"MB, written in {time.monotonic() - began:.0f} s"
         )
         found: dict[str, list[dict[str, Any]]] = {executor: [] for executor in EXECUTORS}
         for at in range(repeat):
@@ -216,9 +215,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     """Print a table with a column for each executor."""
     machine.print_facts(result, console)
     console.print(
-        f"\n{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} "
-        "MB of summaries; "
-        f"n = {result['repeat']}, median (lowest-highest)",
+        "\n"
+        f"{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} "
+        f"MB of summaries; n = {result['repeat']}, median (lowest-highest)",
         markup=False,
     )
     table = Table(box=None, pad_edge=False)
@@ -244,9 +243,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     same = "have the same bits" if result["identical"] else "DIFFER"
     console.print(
         f"Tables of all {len(EXECUTORS) * result['repeat']} reduces, each in an order of its own, "
-        f"{same}: "
-        f"{result['types']:,} types, {result['strengths']:,} distinct strengths. Others took up to "
-        f"{result['foreign']:.0%} of the cores meanwhile.",
+        f"{same}: {result['types']:,} types, {result['strengths']:,} distinct strengths. Others "
+        f"took up to {result['foreign']:.0%} of the cores meanwhile.",
         markup=False,
     )
 

@@ -72,8 +72,7 @@ def measure(
                 rounds.append({"many_s": many, "few_s": few, "again_s": again, "overhead_ms": ms})
                 on_note(
                     f"{executor} {at + 1}/{repeat}: {many:.1f} s for {sizes['many']:,} shards, "
-                    f"{few:.1f} s for "
-                    f"{sizes['few']:,}, {again:.1f} s again"
+                    f"{few:.1f} s for {sizes['few']:,}, {again:.1f} s again"
                 )
     place = "local disk" if uris.is_local(stores) else stores.partition("://")[0]
     return {
@@ -123,9 +122,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     """Print a table with a column for each executor."""
     machine.print_facts(result, console)
     console.print(
-        f"\n{result['shards']:,} shards of one word each, store on {result['store']}; n = "
-        f"{result['repeat']}, "
-        "median (lowest-highest)",
+        "\n"
+        f"{result['shards']:,} shards of one word each, store on {result['store']}; n = "
+        f"{result['repeat']}, median (lowest-highest)",
         markup=False,
     )
     table = Table(box=None, pad_edge=False)
@@ -146,6 +145,6 @@ def render(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "\nWhole commands, start of Python included; a shard more is the difference of the first "
-        "two."
+        "\n"
+        "Whole commands, start of Python included; a shard more is the difference of the first two."
     )

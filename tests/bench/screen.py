@@ -23,25 +23,21 @@ SHARE = 0.01
 # From the Universal Declaration of Human Rights, in German, Spanish, Finnish and French.
 FOREIGN = (
     "Alle Menschen sind frei und gleich an Würde und Rechten geboren. Sie sind mit Vernunft und "
-    "Gewissen begabt "
-    "und sollen einander im Geist der Brüderlichkeit begegnen. Jeder hat das Recht auf Leben, "
-    "Freiheit und Sicherheit.",
+    "Gewissen begabt und sollen einander im Geist der Brüderlichkeit begegnen. Jeder hat das "
+    "Recht auf Leben, Freiheit und Sicherheit.",
     "Todos los seres humanos nacen libres e iguales en dignidad y derechos y, dotados como están "
-    "de razón y "
-    "conciencia, deben comportarse fraternalmente los unos con los otros. Todo individuo tiene "
-    "derecho a la vida.",
+    "de razón y conciencia, deben comportarse fraternalmente los unos con los otros. Todo "
+    "individuo tiene derecho a la vida.",
     "Kaikki ihmiset syntyvät vapaina ja tasavertaisina arvoltaan ja oikeuksiltaan. Heille on "
-    "annettu järki ja "
-    "omatunto, ja heidän on toimittava toisiaan kohtaan veljeyden hengessä. Jokaisella on oikeus "
-    "elämään.",
+    "annettu järki ja omatunto, ja heidän on toimittava toisiaan kohtaan veljeyden hengessä. "
+    "Jokaisella on oikeus elämään.",
     "Tous les êtres humains naissent libres et égaux en dignité et en droits. Ils sont doués de "
-    "raison et de "
-    "conscience et doivent agir les uns envers les autres dans un esprit de fraternité.",
+    "raison et de conscience et doivent agir les uns envers les autres dans un esprit de "
+    "fraternité.",
 )
 BOILERPLATE = (
     "We use cookies to give you the best experience on this site. By going on to use it you accept "
-    "our terms of "
-    "service and our privacy policy. All rights reserved."
+    "our terms of service and our privacy policy. All rights reserved."
 )
 ROW = "asdfghjkl"
 """Letters of the middle row of a keyboard."""
@@ -193,9 +189,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     machine.print_facts(result, console)
     k = result["texts"]
     console.print(
-        f"\n{result['planted']} of {result['documents']:,} verses replaced by junk (seed "
-        f"{result['seed']}), "
-        f"{k} different texts; the first {k} texts of each order",
+        "\n"
+        f"{result['planted']} of {result['documents']:,} verses replaced by junk (seed "
+        f"{result['seed']}), {k} different texts; the first {k} texts of each order",
         markup=False,
     )
     table = Table(box=None, pad_edge=False)

@@ -183,11 +183,11 @@ def render(result: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(
-        "\ncost: time beside strength at layer k alone, median, least and most of "
-        f"{result['repeat']} turns over "
-        f"{result['tokens']:,} tokens, from JSONL to committed Parquet, one worker; bytes: of the "
-        "tokens table, and of "
-        f"neurons with their counts. Others took {result['foreign']:.0%} of the cores meanwhile.",
+        "\n"
+        "cost: time beside strength at layer k alone, median, least and most of "
+        f"{result['repeat']} turns over {result['tokens']:,} tokens, from JSONL to committed "
+        "Parquet, one worker; bytes: of the tokens table, and of neurons with their counts. "
+        f"Others took {result['foreign']:.0%} of the cores meanwhile.",
         markup=False,
     )
     sweep = statistics.median(result["variants"][SWEEP]["cost"])

@@ -296,9 +296,9 @@ def render(result: dict[str, Any], console: Console) -> None:
     rounds, n = result["rounds"], result["shards"]
     hours = statistics.median(r["hours"] for r in rounds)
     console.print(
-        f"\n{n:,} shards of {SHARD_S:g} s on {result['workers']:,} workers, {hours:,.1f} simulated "
-        "hours; n = "
-        f"{result['repeat']}, median (lowest-highest)",
+        "\n"
+        f"{n:,} shards of {SHARD_S:g} s on {result['workers']:,} workers, {hours:,.1f} simulated "
+        f"hours; n = {result['repeat']}, median (lowest-highest)",
         markup=False,
     )
     table = Table(box=None, pad_edge=False)
@@ -331,14 +331,13 @@ def render(result: dict[str, Any], console: Console) -> None:
     one = rounds[0]
     told = ", ".join(f"{number:,} {what}" for what, number in sorted(one["happened"].items()))
     console.print(
-        f"\nOf seed 0: {told}; {one['attempts']:,} attempts, {one['attempts'] / n - 1:.2%} more "
-        "than shards; "
-        f"{one['quarantined']:,} quarantined, each by its own fault; every other committed once. "
-        "Calls of the reduce: "
+        "\n"
+        f"Of seed 0: {told}; {one['attempts']:,} attempts, {one['attempts'] / n - 1:.2%} more "
+        f"than shards; {one['quarantined']:,} quarantined, each by its own fault; every other "
+        "committed once. Calls of the reduce: "
         f"{', '.join(f'{number:,} {name}' for name, number in one['calls'].items())}. Most of the "
-        "driver's own time "
-        f"goes into: {parts[0]}. Others took up to {max(r['foreign'] for r in rounds):.0%} of the "
-        "cores meanwhile.",
+        f"driver's own time goes into: {parts[0]}. Others took up to "
+        f"{max(r['foreign'] for r in rounds):.0%} of the cores meanwhile.",
         markup=False,
     )
 

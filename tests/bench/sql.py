@@ -368,8 +368,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     """Print a row for each reduce and screening, and for each query."""
     machine.print_facts(result, console)
     console.print(
-        f"\n{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n "
-        "= "
+        "\n"
+        f"{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n = "
         f"{result['repeat']}, median (lowest-highest)",
         markup=False,
     )

@@ -789,8 +789,7 @@ def test_a_flipped_bit_in_any_stream_is_told_with_what_it_cost(ending: str) -> N
 
 
 ZSTD = base64.b64decode(
-    "KLUv/QRo1QAAiDAgdGhlIG9sZCBkb2cKMTIzAwQKQMAVsw4dCartKLUv/QRo1QAAiDQgdGhlIG9sZCBkb2cKNTY3AwQKQMAV"
-    "sw6ghVwRKLUv/QRo7QAAkDggdGhlIG9sZCBkb2cKOTEwMQMA4BAyZSyOWQey10Tz"
+    "KLUv/QRo1QAAiDAgdGhlIG9sZCBkb2cKMTIzAwQKQMAVsw4dCartKLUv/QRo1QAAiDQgdGhlIG9sZCBkb2cKNTY3AwQKQMAVsw6ghVwRKLUv/QRo7QAAkDggdGhlIG9sZCBkb2cKOTEwMQMA4BAyZSyOWQey10Tz"
 )
 """Three frames with checksums, of 4 lines each."""
 

@@ -253,8 +253,7 @@ def test_the_worst_are_named_and_the_others_counted() -> None:
     found = losses.total(made(*rows))
     assert losses.describe(found) == (
         "1.1 MB of 7.0 MB (15.9%) in 7 files: 6.gz (0% read), 5.gz (90% read), 4.gz (99% read), "
-        "3.gz (99.9% read), "
-        "2.gz (99.9% read), and 2 more; 21 documents"
+        "3.gz (99.9% read), 2.gz (99.9% read), and 2 more; 21 documents"
     )
     unknown = losses.total(
         made(*rows, {"source": "/d/1.gz", "lost_unknown": 1, "n_quarantined": 1})

@@ -273,8 +273,8 @@ def test_what_was_lost_is_said_first_and_listed_by_file(
     text = _Page.of(report.render(run, with_claims=False)).text
     assert "48 kBlost24.1% of the corpus: 7 documents or more" in text
     assert (
-        "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 documents "
-        "or more." in text
+        "Lost, and in no figure: 48 kB of 200 kB (24.1%) in 1 file: a.gz (51.9% read); 7 "
+        "documents or more." in text
     )
     caption = "Files that were not read as a whole"
     listed = text[text.index(caption) :]
@@ -414,8 +414,7 @@ def test_the_policy_lets_through_the_pages_own_style_and_scripts_alone(page: Pat
     ]
     assert policy == (
         f"default-src 'none'; script-src 'sha256-{hashes[0]}' 'sha256-{hashes[1]}'; style-src "
-        f"'sha256-{hashes[2]}'; "
-        "base-uri 'none'; form-action 'none'"
+        f"'sha256-{hashes[2]}'; base-uri 'none'; form-action 'none'"
     )
 
 

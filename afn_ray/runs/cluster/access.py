@@ -21,16 +21,14 @@ REFUSED = ("Unauthenticated", "AuthenticationError", "authentication_token_loade
 """Ray's words to a client without a valid token."""
 NOT_OURS = (
     "the cluster at {} wants a token, and not the one we have, if any: set RAY_AUTH_TOKEN to the "
-    "cluster's, or "
-    "RAY_AUTH_TOKEN_PATH to a file that has it"
+    "cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it"
 )
 """Message for a cluster that refuses this process's token."""
 ASK_S = 90.0
 """Longest wait for a health check, in seconds; Ray itself stops after 45 s."""
 HOW_TO_CLOSE = (
     "start every node with RAY_AUTH_MODE=token and one RAY_AUTH_TOKEN (KubeRay: authOptions: "
-    "{mode: token}), "
-    "and set both here"
+    "{mode: token}), and set both here"
 )
 """Advice for a cluster that asks for no token."""
 
@@ -93,14 +91,13 @@ def check(where: str | None, allow_open: bool) -> None:
         what, how = f"the cluster at {where} asks", HOW_TO_CLOSE
     if is_refused and not allow_open:
         raise ConfigError(
-            f"{what} for no token: anyone who reaches it can run code there; {how}, or go on all the "
-            "same "
-            "with --allow-open-cluster"
+            f"{what} for no token: anyone who reaches it can run code there; {how}, or go on all "
+            "the same with --allow-open-cluster"
         )
     if is_refused:
         _log.warning(
-            "%s for no token: anyone who reaches it can run code there, with what this run may read "
-            "and write",
+            "%s for no token: anyone who reaches it can run code there, with what this run may "
+            "read and write",
             what,
         )
 

@@ -52,8 +52,7 @@ def call_on_place(
         if isinstance(cause, ray.exceptions.RayError):
             raise Interrupted(
                 f"a call on Ray lost its process, again when repeated: {reasons.reason(cause)}; "
-                "the same command "
-                "resumes"
+                "the same command resumes"
             ) from error
         raise cause from None
 
@@ -124,7 +123,7 @@ class RayTasks:
             if isinstance(cause, self._ray.exceptions.RayError):
                 raise Interrupted(
                     "the reduce lost a process or a result on Ray, again when repeated: "
-                    f"{reasons.reason(cause)}; "
-                    "the shards are committed, and the same command goes on from there"
+                    f"{reasons.reason(cause)}; the shards are committed, and the same command goes "
+                    "on from there"
                 ) from error
             raise cause from None

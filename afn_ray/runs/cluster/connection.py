@@ -241,8 +241,8 @@ def probe(address: str | None) -> str:
         has = ray.cluster_resources()
         return (
             f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has "
-            f"{has.get('CPU', 0):g} CPU and "
-            f"{has.get('GPU', 0):g} GPU on {count(len(ray.nodes()), 'node')}"
+            f"{has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU on "
+            f"{count(len(ray.nodes()), 'node')}"
         )
 
 

@@ -387,8 +387,7 @@ class RayPool:
 def _died_while_loading(config: RunConfig, error: Any) -> str:
     return (
         f"a worker died while it loaded {config.model}: is there too little memory for so many? "
-        "Give fewer --workers "
-        f"({reasons.reason(error)})"
+        f"Give fewer --workers ({reasons.reason(error)})"
     )
 
 

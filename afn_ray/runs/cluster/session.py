@@ -34,9 +34,8 @@ def check() -> None:
     if longest > SOCKET_BYTES:
         raise Interrupted(
             f"a local Ray cannot have its sockets in {there}: their paths would have {longest} "
-            "bytes, a socket's may "
-            f"have {SOCKET_BYTES}; set RAY_TMPDIR to a folder with a shorter path and run the same "
-            "command again"
+            f"bytes, a socket's may have {SOCKET_BYTES}; set RAY_TMPDIR to a folder with a shorter "
+            "path and run the same command again"
         )
     probe = there / f"afn-probe-{uuid.uuid4().hex}"
     try:
@@ -55,7 +54,6 @@ def check() -> None:
     if free < LEAST_BYTES:
         raise Interrupted(
             f"no space left for a local Ray in {there}: {free / 2**20:,.1f} MiB free, expected "
-            f"{LEAST_BYTES >> 20}; "
-            "make room, or set RAY_TMPDIR to another folder, and run the same command again: it "
-            "resumes"
+            f"{LEAST_BYTES >> 20}; make room, or set RAY_TMPDIR to another folder, and run the "
+            "same command again: it resumes"
         )
