@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
-from afn_ray.reduce.stats import Floats, midranks
+from afn_ray.reduce.stats import Float64s, midranks
 from afn_ray.text import count
 
 GROUPS = 500
@@ -54,7 +54,7 @@ class Drawn:
     """A figure over all documents, and over those of each replicate [REPLICATES]."""
 
     value: float
-    replicates: Floats
+    replicates: Float64s
 
     def less(self, other: Drawn) -> Drawn:
         """The difference; both figures use the same documents in each replicate."""
@@ -87,7 +87,7 @@ class Drawn:
         )
 
 
-def combined(statistic: Callable[..., Floats], *drawn: Drawn) -> Drawn:
+def combined(statistic: Callable[..., Float64s], *drawn: Drawn) -> Drawn:
     """``statistic`` of figures that use the same documents in each replicate."""
     with np.errstate(invalid="ignore", divide="ignore"):
         value = float(statistic(*(np.float64(one.value) for one in drawn)))
@@ -109,7 +109,7 @@ class Draws:
         if num_groups < 2:
             self._weights[:] = math.nan  # one document does not show how far documents differ
 
-    def draw(self, statistic: Callable[..., Floats], *parts: Floats) -> Drawn:
+    def draw(self, statistic: Callable[..., Float64s], *parts: Float64s) -> Drawn:
         """Apply ``statistic`` to the sums over all groups, and over those of each replicate.
 
         ``parts`` are sums by group, [num_groups, ...]. ``statistic`` maps their totals [n, ...] to
@@ -187,7 +187,7 @@ class Sample:
         return drawn.figure(quantity, num_tokens, self.n_docs, is_control=is_control)
 
 
-def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Floats:
+def ranks(by: npt.NDArray[Any], counts: npt.NDArray[Any]) -> Float64s:
     """Mid-ranks of rows in the order of ``by``, scaled to -0.5 to 0.5.
 
     A row stands for ``counts`` tokens. Equal values get the middle of their ranks.

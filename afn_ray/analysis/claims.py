@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from afn_ray.analysis.bootstrap import Drawn, Figure, Quantity, Sample, combined, fixed
-from afn_ray.analysis.token_pass import KINDS, Sums, TagCounts, Variable, read_sums
+from afn_ray.analysis.token_pass import KINDS, SumsByName, TagCounts, Variable, read_sums
 from afn_ray.query.database import Run
-from afn_ray.reduce.stats import Floats, auc
+from afn_ray.reduce.stats import Float64s, auc
 from afn_ray.text import count
 
 MAX_TOKENS = 5_000_000
@@ -95,7 +95,7 @@ class _Layer:
 
     sample: Sample
     layer: int
-    sums: Sums
+    sums: SumsByName
 
     def has(self, name: str) -> bool:
         return name in self.sums
@@ -103,7 +103,7 @@ class _Layer:
     def total(self, name: str) -> float:
         return float(self.sums[name].sum())
 
-    def draw(self, statistic: Callable[..., Floats], *names: str) -> Drawn:
+    def draw(self, statistic: Callable[..., Float64s], *names: str) -> Drawn:
         """``statistic`` of the sums ``names``."""
         return self.sample.draw(statistic, *(self.sums[name] for name in names))
 
@@ -170,7 +170,7 @@ def _overlap(here: _Layer, before: int) -> Iterator[Figure]:
 
 
 def _variance_between_types(here: _Layer, num_types: int) -> Iterator[Figure]:
-    def eta_squared(n: Floats, off: Floats, squares: Floats, within: Floats) -> Floats:
+    def eta_squared(n: Float64s, off: Float64s, squares: Float64s, within: Float64s) -> Float64s:
         return np.asarray(1 - within / (squares - off**2 / n))
 
     what = "share of the variance that is between groups (eta squared)"
@@ -198,14 +198,16 @@ def _rank_correlations(here: _Layer) -> Iterator[Figure]:
     yield here.figure("frequency", what, of, at_one, n, is_control=True)
 
 
-def _correlation(n: Floats, x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
+def _correlation(
+    n: Float64s, x: Float64s, y: Float64s, xx: Float64s, yy: Float64s, xy: Float64s
+) -> Float64s:
     """Pearson's correlation from sums."""
     covariance = n * xy - x * y
     variances = (n * xx - x * x) * (n * yy - y * y)
     return np.asarray(covariance / np.sqrt(variances))
 
 
-def _partial(xy: Floats, xz: Floats, yz: Floats) -> Floats:
+def _partial(xy: Float64s, xz: Float64s, yz: Float64s) -> Float64s:
     """Partial correlation of x and y with z held constant, from their three correlations."""
     unexplained = (1 - xz * xz) * (1 - yz * yz)
     return np.asarray((xy - xz * yz) / np.sqrt(unexplained))
@@ -224,7 +226,9 @@ def _dimensions(here: _Layer) -> Iterator[Figure]:
 
 
 def _sinks(here: _Layer) -> Iterator[Figure]:
-    def ratio_of_means(total: Floats, n: Floats, without: Floats, sinks: Floats) -> Floats:
+    def ratio_of_means(
+        total: Float64s, n: Float64s, without: Float64s, sinks: Float64s
+    ) -> Float64s:
         mean = total / n
         mean_without = without / (n - sinks)
         return np.asarray(mean / mean_without)

@@ -76,7 +76,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
+class ExplainedToken:
     """One token of the text."""
 
     text: str  # as in the text; empty for special tokens
@@ -110,7 +110,7 @@ class Label:
 
 
 @dataclass(frozen=True, slots=True)
-class Neuron:
+class NeuronPart:
     """A neuron of the layer's MLP and its part in a decision."""
 
     neuron: int
@@ -128,7 +128,7 @@ class Decision:
     labels: tuple[Label, ...]
     chosen: int  # index of the label that the attributions explain
     attributions: tuple[float, ...]  # by token
-    neurons: tuple[Neuron, ...]  # the ``TOP`` largest by absolute attribution; empty at layer 0
+    neurons: tuple[NeuronPart, ...]  # the ``TOP`` largest by absolute attribution; empty at layer 0
     spearman: (
         float | None
     )  # of strength and absolute attribution, without special tokens; None where either is constant
@@ -145,7 +145,7 @@ class Explanation:
     text: str
     layers: tuple[int, ...]  # ascending
     thresholds: tuple[Thresholds, ...]  # in the order of ``layers``
-    tokens: tuple[Token, ...]
+    tokens: tuple[ExplainedToken, ...]
     notes: tuple[str, ...]  # reasons why figures may differ from the run's in their last digits
     sweep: tuple[int, ...] = ()  # layers of the heat map, ascending
     decision: Decision | None = None
@@ -283,7 +283,7 @@ def _tokens(
     pieces: Sequence[str],
     readings: Sequence[Sequence[Reading]],
     cells: Sequence[Sequence[Cell]],
-) -> tuple[Token, ...]:
+) -> tuple[ExplainedToken, ...]:
     """Tokens of ``text``; ``readings`` and ``cells`` are lists by token for each layer."""
     ids, flags = encoded.token_ids.tolist(), encoded.flags.tolist()
     spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
@@ -291,7 +291,7 @@ def _tokens(
     for at, (start, end) in enumerate(spans):
         is_special = bool(flags[at] & SPECIAL)
         tokens.append(
-            Token(
+            ExplainedToken(
                 text="" if is_special else text[start:end],
                 piece=pieces[ids[at]],
                 token_id=ids[at],
@@ -375,7 +375,7 @@ def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> 
     for neuron in largest.tolist():
         parts = decided.neurons[:, neuron]
         token = int(np.abs(parts).argmax())
-        neurons.append(Neuron(neuron, float(totals[neuron]), token, float(parts[token])))
+        neurons.append(NeuronPart(neuron, float(totals[neuron]), token, float(parts[token])))
     attributions = np.abs(decided.tokens[~special])
     return Decision(
         layer=layer,

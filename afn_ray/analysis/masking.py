@@ -53,11 +53,11 @@ CHANGES = (
 )
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
+Float64s = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class MaskedText:
     """One document of the run, cut to one window; all arrays are [n_tokens]."""
 
     doc: int
@@ -134,7 +134,7 @@ def _note(run: Run, num_documents: int, stand_in: str, depth: int) -> str:
     return note
 
 
-def _figures(what: str, layer: int, changes: Floats, replaced: Floats) -> Iterator[Figure]:
+def _figures(what: str, layer: int, changes: Float64s, replaced: Float64s) -> Iterator[Figure]:
     """Mean changes by kind, and their differences.
 
     ``changes`` and the numbers of ``replaced`` tokens are [n_docs, n_kinds].
@@ -175,7 +175,7 @@ def _stand_in(measurer: Measurer) -> tuple[str, int]:
 
 def _texts(
     run: Run, layer: int, num_documents: int, window: int, measurer: Measurer
-) -> Iterator[Text]:
+) -> Iterator[MaskedText]:
     """Documents in the order of their hash.
 
     A document longer than a window is cut to its beginning, and the template's suffix is restored.
@@ -207,7 +207,7 @@ def _texts(
             if suffix:
                 ids[-len(suffix) :] = suffix
                 free[-len(suffix) :] = False
-        yield Text(int(doc[0]), ids, free, high, content)
+        yield MaskedText(int(doc[0]), ids, free, high, content)
 
 
 def content_tags(run: Run) -> list[str] | None:
@@ -221,7 +221,7 @@ def content_tags(run: Run) -> list[str] | None:
     return sorted(tag for tag, kind in upos_classes(tags).items() if kind == "content")
 
 
-def choose(text: Text) -> dict[str, Ints]:
+def choose(text: MaskedText) -> dict[str, Ints]:
     """Indices of the tokens of ``text`` to replace, by kind: the same number of each.
 
     Drawn without replacement, with a seed of the document's own. Kinds that the document lacks are
@@ -243,7 +243,7 @@ def choose(text: Text) -> dict[str, Ints]:
 
 
 def _changes(
-    measurer: Measurer, text: Text, chosen: dict[str, Ints], stand_in: int
+    measurer: Measurer, text: MaskedText, chosen: dict[str, Ints], stand_in: int
 ) -> dict[str, tuple[float, float]]:
     """Both ``CHANGES`` for each kind that leaves a token; text and variants form one batch."""
     if not chosen:
@@ -267,7 +267,7 @@ def _changes(
     return found
 
 
-def _change(before: Floats, after: Floats) -> tuple[float, float]:
+def _change(before: Float64s, after: Float64s) -> tuple[float, float]:
     """Both ``CHANGES`` between the states of the same tokens; arrays are [n_tokens, n_dims]."""
     mean_before, mean_after = before.mean(axis=0), after.mean(axis=0)
     norms = np.linalg.norm(mean_before) * np.linalg.norm(mean_after)

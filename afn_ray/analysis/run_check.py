@@ -19,7 +19,7 @@ from afn_ray.measure import Measure
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.reduce.tables import Texts, shards_table
+from afn_ray.reduce.tables import TokenTexts, shards_table
 from afn_ray.schema import FileSlice, Shard, fingerprint
 from afn_ray.store import (
     blocks,
@@ -32,7 +32,7 @@ from afn_ray.store import (
     uris,
 )
 from afn_ray.store.commits import Commit, describe_makers
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 from afn_ray.store.orphans import Age, Orphan
 from afn_ray.store.plans import read_shards
 
@@ -156,7 +156,7 @@ class RunCheck:
             if name not in named and not layout.LEASE.fullmatch(name):
                 yield age.orphan(file, True)
 
-    def check(self, checked: Mapping[Place, CheckedShard], memory_limit: str) -> None:
+    def check(self, checked: Mapping[ShardKey, CheckedShard], memory_limit: str) -> None:
         """Compare the complete run with its shards.
 
         Damage of a shard is reported with the shard, and leaves the run unproved.
@@ -170,7 +170,7 @@ class RunCheck:
             self._find("tables", self.folder.uri, message)
             self.proved = False
 
-    def _check(self, checked: Mapping[Place, CheckedShard], memory_limit: str) -> None:
+    def _check(self, checked: Mapping[ShardKey, CheckedShard], memory_limit: str) -> None:
         info = self.folder.info
         if not info or not self.shards:
             return
@@ -289,10 +289,10 @@ class RunCheck:
         """
         texts = _texts_of(vocabulary)
         shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
-        recorded = tree.Recorded(
+        recorded = tree.RecordedSeries(
             measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
         )
-        rules = tree.Rules(self._config["language"], self._config["sink_factor"], self._frozen)
+        rules = tree.LabelRules(self._config["language"], self._config["sink_factor"], self._frozen)
         tables = tree.reduce_run(shards, recorded, texts, rules)
         if not measure.tagged:
             tables |= _with_classes(tables, vocabulary)
@@ -360,14 +360,14 @@ def _gaps(pieces: Iterable[FileSlice]) -> Iterator[str]:
         )
 
 
-def _texts_of(vocabulary: pa.Table) -> Texts:
+def _texts_of(vocabulary: pa.Table) -> TokenTexts:
     """Texts by token id, as the stored ``vocabulary`` has them."""
     ids, tokens, texts = (vocabulary[n].to_pylist() for n in ("token_id", "token", "text"))
     num_ids = max(ids, default=0) + 1
     pieces, readable = [""] * num_ids, [""] * num_ids
     for at, token, text in zip(ids, tokens, texts, strict=True):
         pieces[at], readable[at] = token, text
-    return Texts(pieces, readable)
+    return TokenTexts(pieces, readable)
 
 
 def _with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[str, pa.Table]:

@@ -25,7 +25,7 @@ from afn_ray.store import (
 )
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.commits import Commit
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class _Committed:
 
 def check_shard(
     store: str,
-    place: Place,
+    place: ShardKey,
     files: Sequence[storage.StoredFile],
     measure: Measure | None,
     generation: int,
@@ -93,7 +93,7 @@ def check_shard(
     return checked
 
 
-def _read_commit(store: str, place: Place, number: int, uri: str) -> _Committed | None:
+def _read_commit(store: str, place: ShardKey, number: int, uri: str) -> _Committed | None:
     """The commit of generation ``number``; None if there is none."""
     committed = shard_files.read_committed(store, *place, number)
     if committed is None:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis.bootstrap import Figure, Quantity, Sample, by_number, ranks
 from afn_ray.query.database import Run
-from afn_ray.reduce.stats import Floats, Ints, is_high, quantile_index
+from afn_ray.reduce.stats import Float64s, Ints, is_high, quantile_index
 from afn_ray.schema import UNTAGGED, in_order, upos_classes
 from afn_ray.text import count
 
@@ -23,7 +23,7 @@ MOST_TAGS = 24
 """Number of tags with figures of their own; the rarer ones share one figure."""
 KINDS = ("content", "function", "punctuation")
 """Word classes that the claims compare."""
-Sums = dict[str, Floats]
+SumsByName = dict[str, Float64s]
 """Sums over the tokens by group: [num_groups]."""
 
 
@@ -52,7 +52,7 @@ class Variable:
         self.high = np.zeros((groups, num_kinds))
         self.separates = len(values) > 1  # False: all values are equal and separate nothing
 
-    def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Floats:
+    def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Float64s:
         """Count tokens, all arrays [n_tokens]; return their ranks."""
         at = np.searchsorted(self._values, values)
         row = g * (len(KINDS) + 1) + kind
@@ -118,10 +118,10 @@ class _Types:
     ids: Ints  # of the types in the sample
     n_of: Ints  # tokens in the sample, in the order of ``ids``
     kind: Ints  # index in ``KINDS``, or their number for other types
-    idf: Floats
-    frequency: Floats  # rank of the type's frequency in the run
-    place: Floats  # rank of each position
-    mean: Mapping[int, Floats]  # mean strength in the sample, by layer
+    idf: Float64s
+    frequency: Float64s  # rank of the type's frequency in the run
+    place: Float64s  # rank of each position
+    mean: Mapping[int, Float64s]  # mean strength in the sample, by layer
     centre: Mapping[int, float]  # mean strength of all tokens in the sample, by layer
 
 
@@ -132,12 +132,12 @@ class _Batch:
     columns: dict[str, npt.NDArray[Any]]
     group: Ints
     kind: Ints
-    ranks: Mapping[str, Floats]  # by column
+    ranks: Mapping[str, Float64s]  # by column
 
 
 def read_sums(
     sample: Sample, layers: Sequence[int], recorded: set[str], tags: TagCounts | None
-) -> tuple[list[Variable], dict[int, Sums], int]:
+) -> tuple[list[Variable], dict[int, SumsByName], int]:
     """Read the inputs of all figures: variables, sums by layer, and the number of types.
 
     Strength comes first among the variables, layer by layer. A token's class, one of ``KINDS``, is
@@ -149,7 +149,7 @@ def read_sums(
     limits = _high_limits(run)
     names = _columns(layers, recorded, variables)
     selected = ", ".join(names if tags is None else [*names, "tag"])
-    sums: dict[int, Sums] = {k: {} for k in layers}
+    sums: dict[int, SumsByName] = {k: {} for k in layers}
     sample.check_time()
     for read in run.sql(f"SELECT {selected} FROM {sample.tokens}").to_arrow_reader():  # noqa: S608
         sample.check_time()
@@ -266,7 +266,7 @@ def _strength_terms(batch: _Batch, k: int, types: _Types) -> Terms:
     }
 
 
-def _rank_terms(batch: _Batch, k: int, types: _Types, length_of: Floats) -> Terms:
+def _rank_terms(batch: _Batch, k: int, types: _Types, length_of: Float64s) -> Terms:
     """Products of ranks: x of strength, c 1 for content, f of frequency; k_ for ``KINDS`` only."""
     x = batch.ranks[f"strength_{k}"]
     frequency = types.frequency[batch.columns["token_id"]]

@@ -151,10 +151,10 @@ def is_minimum(key: str) -> bool:
     return key.removeprefix("source.").startswith("min_")
 
 
-Measured = tuple[str, tuple[float | None, str | None]]
+LimitValues = tuple[str, tuple[float | None, str | None]]
 
 
-def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
+def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
     """Values of ``RUN_LIMITS``; losses come with the worst files."""
     counts = run.info["counts"]
     num_documents = max(1, counts["documents"])
@@ -175,7 +175,7 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[Measured]:
     yield "replaced_share", (replaced_share, replaced_files)
 
 
-def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
+def _of_comparison(comparison: Comparison, layer: int) -> Iterator[LimitValues]:
     """Values of ``DRIFT_LIMITS`` at ``layer``; of sources only where both runs have their table."""
     drift = _at(comparison.drift, layer).to_pylist()
     whole = next(row for row in drift if row["source"] is None)
@@ -196,7 +196,7 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[Measured]:
         yield "max_vanished_sources", (sum(not row["n_b"] for row in sources), None)
 
 
-def _of_classes(rows: Sequence[Mapping[str, Any]]) -> Iterator[Measured]:
+def _of_classes(rows: Sequence[Mapping[str, Any]]) -> Iterator[LimitValues]:
     """Largest shifts over classes, from rows of ``CLASS_DRIFT_SCHEMA``."""
     shares, high_shares = [], []
     for row in rows:

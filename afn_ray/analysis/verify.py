@@ -22,14 +22,14 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 from afn_ray.store.orphans import Age, Orphan, Plans
 from afn_ray.text import count
 
 SHARDS_AT_ONCE = 4
 """Number of shards checked in parallel; each holds the files of one shard in memory."""
 
-OnProgress = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def verify_store(
     clean: bool = False,
     min_age_h: float = 24.0,
     memory_limit: str = "2GB",
-    on_progress: OnProgress = lambda message: None,
+    on_progress: OnMessage = lambda message: None,
 ) -> Verification:
     """Check all committed shards and complete runs of the store, or one run and its shards.
 
@@ -108,7 +108,7 @@ def verify_store(
     )
 
 
-def _read_contents(uri: str) -> _Contents:
+def _read_contents(uri: str) -> _Scope:
     """The contents of the store or the run at ``uri``; raises ``StoreError`` if it is neither."""
     store, name = manifest.split_uri(uri)
     names = {*storage.list_names(uri)}
@@ -121,7 +121,7 @@ def _read_contents(uri: str) -> _Contents:
     return _read_store(uri)
 
 
-def _all_findings(contents: _Contents, checked: Mapping[Place, CheckedShard]) -> list[Finding]:
+def _all_findings(contents: _Scope, checked: Mapping[ShardKey, CheckedShard]) -> list[Finding]:
     """Findings of the store, its shards, its calibrations and its runs."""
     findings = list(contents.findings)
     for one in checked.values():
@@ -134,7 +134,7 @@ def _all_findings(contents: _Contents, checked: Mapping[Place, CheckedShard]) ->
 
 
 @dataclass(slots=True)
-class _Contents:
+class _Scope:
     """The part of a store that is verified: the whole store, or one run and its shards."""
 
     store: str
@@ -145,7 +145,7 @@ class _Contents:
     findings: list[Finding]
 
 
-def _read_store(store: str) -> _Contents:
+def _read_store(store: str) -> _Scope:
     findings: list[Finding] = []
     condemned: list[str] = []
     files = layout.sort_files(store, storage.list_below(store))
@@ -157,10 +157,10 @@ def _read_store(store: str) -> _Contents:
                 condemned.append(uris.join(store, "runs", name))
     manifest.set_copies_apart(store, files)
     runs = [RunCheck(store, name) for name in sorted(files.runs)]
-    return _Contents(store, files, epoch, runs, condemned, findings)
+    return _Scope(store, files, epoch, runs, condemned, findings)
 
 
-def _read_run(store: str, name: str) -> _Contents:
+def _read_run(store: str, name: str) -> _Scope:
     uri = uris.join(store, "runs", name)
     if _is_condemned(store, name):
         manifest.find_run(uri)  # raises the error that says so
@@ -173,26 +173,26 @@ def _read_run(store: str, name: str) -> _Contents:
         shards = layout.sort_files(store, of_measure).shards
         files.shards = {place: shards[place] for place in shards if place in planned}
     epoch = _newest_epoch(store, findings)
-    return _Contents(store, files, epoch, [run], [], findings)
+    return _Scope(store, files, epoch, [run], [], findings)
 
 
-def _check_shards(contents: _Contents, on_progress: OnProgress) -> dict[Place, CheckedShard]:
+def _check_shards(contents: _Scope, on_progress: OnMessage) -> dict[ShardKey, CheckedShard]:
     """Check all shards, a few at a time."""
     store, files, epoch = contents.store, contents.files.shards, contents.epoch
     measures = {run.measure_id: run.measure for run in contents.runs if run.measure}
-    listed_in: dict[Place, list[str]] = {}  # run.json URIs of complete runs, by shard
+    listed_in: dict[ShardKey, list[str]] = {}  # run.json URIs of complete runs, by shard
     for run in contents.runs:
         for shard in run.shards if run.complete else ():
             run_json = uris.join(run.folder.uri, "run.json")
             listed_in.setdefault((run.measure_id, shard.id), []).append(run_json)
     generations = epoch.generations()
 
-    def check(place: Place) -> CheckedShard:
+    def check(place: ShardKey) -> CheckedShard:
         redo = _redo_shard(shard_files.shard_uri(store, *place), listed_in.get(place, []))
         generation = generations.get(place, epoch.number)
         return check_shard(store, place, files[place], measures.get(place[0]), generation, redo)
 
-    checked: dict[Place, CheckedShard] = {}
+    checked: dict[ShardKey, CheckedShard] = {}
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for place, one in zip(files, pool.map(check, files), strict=True):
             checked[place] = one
@@ -201,7 +201,7 @@ def _check_shards(contents: _Contents, on_progress: OnProgress) -> dict[Place, C
 
 
 def _find_orphans(
-    contents: _Contents, checked: Mapping[Place, CheckedShard], age: Age, *, clean: bool
+    contents: _Scope, checked: Mapping[ShardKey, CheckedShard], age: Age, *, clean: bool
 ) -> list[Orphan]:
     """Files that nothing names; ``clean`` removes those that nothing can need."""
     store, epoch = contents.store, contents.epoch
@@ -236,7 +236,11 @@ def _newest_epoch(store: str, findings: list[Finding]) -> epochs.Epoch:
 
 
 def _of_shards(
-    store: str, checked: Mapping[Place, CheckedShard], epoch: epochs.Epoch, plans: Plans, age: Age
+    store: str,
+    checked: Mapping[ShardKey, CheckedShard],
+    epoch: epochs.Epoch,
+    plans: Plans,
+    age: Age,
 ) -> Iterator[Orphan]:
     """Files in shard folders that no commit of their shard names."""
     if any(one.unnamed for one in checked.values()):

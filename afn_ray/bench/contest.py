@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
 from afn_ray.bench import BUILT_IN, TOKENS_PER_WORKER, machine
-from afn_ray.bench.figures import FOREIGN, Counted, Measured, compare, figures, ratios
+from afn_ray.bench.figures import FOREIGN, Counted, ProfileTimes, compare, figures, ratios
 from afn_ray.bench.peers import Spec, find_blocks
 from afn_ray.bench.team import ONE_PROCESS, Missing, Team
 from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
@@ -92,7 +92,7 @@ def measure(
         peaks: list[Peak] = []
         measured = []
         for profile in profiles:
-            one = Measured(profile, texts[profile], teams, {v: [] for v in teams}, {})
+            one = ProfileTimes(profile, texts[profile], teams, {v: [] for v in teams}, {})
             for repetition in range(options.repeat):
                 peaks.append(Peak(*gemm.multiply()))
                 strengths = _measure_once(one, folder, repetition, options.repeat, note)
@@ -111,7 +111,7 @@ class Peak(NamedTuple):
 
 
 def _measure_once(
-    measured: Measured, folder: Path, repetition: int, repeat: int, note: Notes
+    measured: ProfileTimes, folder: Path, repetition: int, repeat: int, note: Notes
 ) -> dict[str, dict[int, tuple[Any, Any]]]:
     """Run every variant once; return their strengths in the first repetition."""
     strengths = {}
@@ -137,7 +137,10 @@ def _peak_facts(peaks: Sequence[Peak]) -> dict[str, Any]:
 
 
 def _result(
-    facts: dict[str, Any], skipped: dict[str, str], measured: Sequence[Measured], counted: Counted
+    facts: dict[str, Any],
+    skipped: dict[str, str],
+    measured: Sequence[ProfileTimes],
+    counted: Counted,
 ) -> dict[str, Any]:
     """All figures, as ``--json`` writes them."""
     peak = facts["gemm_peak_tflops"] * 1e12

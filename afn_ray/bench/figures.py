@@ -103,7 +103,7 @@ def _difference(variant: str, own: dict[int, Any], expected: dict[int, Any]) -> 
 
 
 @dataclass(slots=True)
-class Measured:
+class ProfileTimes:
     """Measurements of one profile."""
 
     profile: str
@@ -145,7 +145,7 @@ class Measured:
         return statistics.median(found)
 
 
-def ratios(measured: Measured) -> dict[str, float]:
+def ratios(measured: ProfileTimes) -> dict[str, float]:
     """The ratios that have a bar in ``BARS``, where both variants were measured."""
     found = {}
     for name in BARS:
@@ -166,7 +166,7 @@ def _stages(takes: Sequence[Take], processes: int) -> dict[str, float]:
 
 
 def figures(
-    measured: Measured, variant: str, counted: Counted, peak_flops_per_s: float
+    measured: ProfileTimes, variant: str, counted: Counted, peak_flops_per_s: float
 ) -> dict[str, Any]:
     """The figures of one variant, as ``--json`` writes them."""
     takes = measured.takes[variant]

@@ -28,7 +28,7 @@ Struct = dict[int, Any]
 """A Thrift struct: field number -> value."""
 
 
-class Chunk(NamedTuple):
+class ColumnChunk(NamedTuple):
     """One column of one row group."""
 
     path: str
@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
     """Whether it has one of ``ENCODINGS_OF_DELTAS``."""
 
 
-def read_chunks(source: Source) -> list[list[Chunk]]:
+def read_chunks(source: Source) -> list[list[ColumnChunk]]:
     """Chunks of each row group, in column order.
 
     Raises ``ValueError`` or ``IndexError`` if the footer is missing or damaged.
@@ -61,10 +61,10 @@ def read_chunks(source: Source) -> list[list[Chunk]]:
 
 
 @lru_cache(2)
-def _parse(data: bytes) -> list[list[Chunk]]:
+def _parse(data: bytes) -> list[list[ColumnChunk]]:
     """Chunks of the footer ``data``, cached because the slices of a file are read in turn."""
     try:
-        footer = _Reader(data).struct()
+        footer = _ThriftReader(data).struct()
         groups = [[_chunk(column[3]) for column in group[1]] for group in footer[4]]
         num_rows = sum(group[3] for group in footer[4])
         if num_rows != footer[3]:
@@ -76,16 +76,16 @@ def _parse(data: bytes) -> list[list[Chunk]]:
     return groups
 
 
-def _chunk(metadata: Struct) -> Chunk:
+def _chunk(metadata: Struct) -> ColumnChunk:
     encodings, path = metadata[2], metadata[3]
     offset = min(at for at in (metadata[9], metadata.get(11)) if at)
     name = b".".join(path).decode()
-    return Chunk(
+    return ColumnChunk(
         name, offset, metadata[7], metadata[6], bool(ENCODINGS_OF_DELTAS.intersection(encodings))
     )
 
 
-class _Reader:
+class _ThriftReader:
     """Reads consecutive values of Thrift's compact protocol."""
 
     def __init__(self, data: bytes) -> None:

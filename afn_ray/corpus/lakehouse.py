@@ -33,7 +33,7 @@ GLOB = re.compile(r"(?:(?<=/)|^)[^/]*[*?[]")
 """The first part of a path with a wildcard."""
 
 
-class _Kind(NamedTuple):
+class _TableKind(NamedTuple):
     name: str
     mark: str
     """Name of a folder directly below the table's."""
@@ -41,22 +41,22 @@ class _Kind(NamedTuple):
     """Command that exports the current version of the table at ``{0}``."""
 
 
-DELTA = _Kind(
+DELTA = _TableKind(
     "a Delta Lake table",
     "_delta_log",
     """duckdb -c "COPY (FROM delta_scan('{0}')) TO 'corpus.parquet'\"""",
 )
-HUDI = _Kind(
+HUDI = _TableKind(
     "an Apache Hudi table",
     ".hoodie",
     """in pyspark spark.read.format("hudi").load("{0}").write.parquet("corpus")""",
 )
-SINK = _Kind(
+SINK = _TableKind(
     "what a Spark stream writes",
     "_spark_metadata",
     """in pyspark spark.read.parquet("{0}").write.parquet("corpus")""",
 )
-ICEBERG = _Kind(
+ICEBERG = _TableKind(
     "an Iceberg table",
     "metadata",
     """duckdb -c "COPY (FROM iceberg_scan('{0}')) TO 'corpus.parquet'\"""",
@@ -109,7 +109,7 @@ def _above(folder: str) -> list[str]:
     return folders
 
 
-def _kind(folder: str) -> _Kind | None:
+def _kind(folder: str) -> _TableKind | None:
     """The kind of table that ``folder`` is; None if it is none or cannot be read."""
     for kind in KINDS:
         # A user may have no permission, for example above the prefix that the user may read.
@@ -119,7 +119,7 @@ def _kind(folder: str) -> _Kind | None:
     return None
 
 
-def _is_table(folder: str, kind: _Kind) -> bool:
+def _is_table(folder: str, kind: _TableKind) -> bool:
     mark = uris.join(folder, kind.mark)
     if not storage.exists(mark):
         return False

@@ -46,7 +46,7 @@ UNREADABLE_FILE = "not a readable Parquet file"
 MARKED_HEX = re.compile(r"\\x([0-9a-f]{2})*")
 """An id of bytes that are not text: hex after ``\\x``."""
 
-Texts = list[Any]
+TextRows = list[Any]
 Ids = list[str | None]
 
 
@@ -107,7 +107,7 @@ def _is_of(path: str, columns: Sequence[str]) -> bool:
     return any(path == column or path.startswith(column + ".") for column in columns)
 
 
-class _File:
+class _OpenFile:
     """An open Parquet file and the columns to read."""
 
     def __init__(self, source: Source, options: ReadOptions) -> None:
@@ -152,7 +152,7 @@ class _File:
                     "times as many"
                 )
 
-    def batches(self, group: int) -> Iterator[tuple[Texts, Ids, list[Any]]]:
+    def batches(self, group: int) -> Iterator[tuple[TextRows, Ids, list[Any]]]:
         """Yield the texts, ids and tags of one row group, a few megabytes at a time.
 
         The size is exact only if the metadata allow it.
@@ -225,7 +225,7 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
     num_documents = slice.num_documents if slice.num_documents >= 0 else None
     whole = Origin(slice.uri, 0, max(slice.num_bytes, 1), num_documents)
     try:
-        file = _File(source, options)
+        file = _OpenFile(source, options)
     except UNREADABLE as error:
         yield problem(whole, f"{UNREADABLE_FILE}: {error}")
         return
@@ -240,7 +240,7 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
         row += file.num_rows[group]
 
 
-def _group_documents(file: _File, group: int, uri: str, first_row: int) -> Iterator[Document]:
+def _group_documents(file: _OpenFile, group: int, uri: str, first_row: int) -> Iterator[Document]:
     """Yield the documents of a row group of the file at ``uri``; its first row is ``first_row``."""
     options = file.options
     row, end = first_row, first_row + file.num_rows[group]

@@ -81,7 +81,7 @@ def from_conllu(
     Empty nodes (1.1) are left out. Raises ``ValueError`` for a line that is not CoNLL-U or is out
     of order.
     """
-    tokens: list[_Token] = []
+    tokens: list[_ConlluToken] = []
     comments: dict[str, str] = {}
     for nth, sentence in enumerate(sentences):
         if not nth:
@@ -101,7 +101,7 @@ def from_conllu(
     return text, tuple(spans), doc_id
 
 
-class _Token(NamedTuple):
+class _ConlluToken(NamedTuple):
     """A word or a multiword token of CoNLL-U, as it stands in the text."""
 
     form: str
@@ -120,9 +120,9 @@ def _comments(lines: Iterable[str]) -> dict[str, str]:
     return comments
 
 
-def _tokens_of(sentence: Sequence[tuple[int, str]], labels: str) -> list[_Token]:
+def _tokens_of(sentence: Sequence[tuple[int, str]], labels: str) -> list[_ConlluToken]:
     """The tokens in the numbered lines of a sentence."""
-    tokens: list[_Token] = []
+    tokens: list[_ConlluToken] = []
     last = until = 0  # number of the last word, and of the last word of its multiword token
     for number, line in sentence:
         if line.startswith("#"):
@@ -147,7 +147,7 @@ def _tokens_of(sentence: Sequence[tuple[int, str]], labels: str) -> list[_Token]
                 continue
         if not cells[1].strip():
             raise ValueError(f"line {number} has no form")
-        tokens.append(_Token(cells[1], "SpaceAfter=No" not in cells[9].split("|"), tags))
+        tokens.append(_ConlluToken(cells[1], "SpaceAfter=No" not in cells[9].split("|"), tags))
     if last < until:
         raise ValueError(
             f"line {sentence[-1][0]} ends the sentence at word {last}, expected {until}"

@@ -18,7 +18,7 @@ from afn_ray.query.sandbox import Allowance
 class Backend:
     """The query process of one run, and the limits of each query."""
 
-    def __init__(self, contents: Contents, limits: sandbox.Limits) -> None:
+    def __init__(self, contents: Contents, limits: sandbox.QueryLimits) -> None:
         settings = session.CLOSED | {
             "memory_limit": f"{limits.memory_bytes}B",
             "threads": limits.threads,

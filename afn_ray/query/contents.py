@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from afn_ray.config import SIGNAL
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.query.expressions import File, Recorded
+from afn_ray.query.expressions import RecordedColumns, ShardFile
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.views import NeuronFiles, statements
 from afn_ray.reduce.compare import compare
@@ -113,7 +113,7 @@ def _small_tables(
 def _statements(
     folder: manifest.RunFolder,
     tables: Mapping[str, pa.Table],
-    files: Mapping[str, Sequence[_File]],
+    files: Mapping[str, Sequence[_TableFile]],
     before: str,
     read: ReadOnlyFiles,
 ) -> list[str]:
@@ -139,7 +139,7 @@ def _statements(
             )
     paths = {table: _paths(of_table, before) for table, of_table in files.items()}
     columns = _columns(read, files["tokens"][0].name)
-    recorded = Recorded(layers, thresholds, others, "start" in columns, "tag" in columns)
+    recorded = RecordedColumns(layers, thresholds, others, "start" in columns, "tag" in columns)
     neurons = None
     if "neurons" in paths:
         neuron_layers = _neuron_layers(_columns(read, files["neurons"][0].name))
@@ -175,7 +175,7 @@ def _small_table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa
         raise StoreError(f"{folder.uri}/{name}.parquet is damaged: {error}") from error
 
 
-class _File(NamedTuple):
+class _TableFile(NamedTuple):
     """A file of a shard's table, or a file of the run."""
 
     name: str  # path below the store
@@ -188,12 +188,12 @@ AFN = "'afn://' || "
 """SQL before a file's name that reads it through ``files.ReadOnlyFiles``."""
 
 
-def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_File]]:
+def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list[_TableFile]]:
     """The files that the views read, by table, in the order of the run's shards.
 
     Raises ``StoreError`` for names that are missing or not safe.
     """
-    files: dict[str, list[_File]] = {"tokens": [], "documents": [], "neurons": []}
+    files: dict[str, list[_TableFile]] = {"tokens": [], "documents": [], "neurons": []}
     for shard in shards.to_pylist():
         for table, of_table in files.items():
             name = shard[f"{table}_file"]
@@ -204,7 +204,9 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
                     f"{folder.uri}/shards.parquet is damaged: {name!r} is not the name of a "
                     "shard's file"
                 )
-            of_table.append(_File(name, uris.join(folder.store, name), shard[SIZES[table]], shard))
+            of_table.append(
+                _TableFile(name, uris.join(folder.store, name), shard[SIZES[table]], shard)
+            )
     if not files["tokens"] or len(files["neurons"]) not in (0, len(files["tokens"])):
         raise StoreError(
             f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files"
@@ -218,7 +220,7 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
             f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table"
         )
     return files | {
-        "neuron_types": [_File(path, uris.join(folder.store, path), entry["bytes"], NO_SHARD)]
+        "neuron_types": [_TableFile(path, uris.join(folder.store, path), entry["bytes"], NO_SHARD)]
     }
 
 
@@ -228,13 +230,13 @@ NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
 """Row of ``shards`` for a file that belongs to no shard."""
 
 
-def _paths(files: Sequence[_File], before: str) -> list[File]:
+def _paths(files: Sequence[_TableFile], before: str) -> list[ShardFile]:
     """``files`` as the views read them; ``before`` is the SQL that precedes a name.
 
     Names have neither quotes nor spaces (``FILE_NAME``, ``RUN_FILE_NAME``).
     """
     return [
-        File(
+        ShardFile(
             f"{before}'{f.name}'",
             f.shard["doc_offset"],
             f.shard["n_documents"],

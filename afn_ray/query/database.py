@@ -80,7 +80,7 @@ class Run:
             raise QueryError(
                 f"threads is {threads}; expected 1 to {MAX_THREADS}, or None for one per core"
             )
-        limits = sandbox.Limits(
+        limits = sandbox.QueryLimits(
             memory_limit,
             sandbox.memory_bytes(memory_limit),
             threads or cgroup.num_cores(),

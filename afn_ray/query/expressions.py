@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from afn_ray.schema import Series
 
 
-class File(NamedTuple):
+class ShardFile(NamedTuple):
     """One shard's file of a table."""
 
     path: str  # SQL of its path
@@ -24,7 +24,7 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedColumns:
     """What a run recorded, as far as its views depend on it."""
 
     layers: Sequence[int]
@@ -42,7 +42,7 @@ class Recorded:
         return exact(self.thresholds[layer][name], "FLOAT")
 
 
-def rows_of(files: Sequence[File]) -> str:
+def rows_of(files: Sequence[ShardFile]) -> str:
     """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``."""
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     numbered = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from afn_ray.query.expressions import File, Recorded, is_high, rows_of
+from afn_ray.query.expressions import RecordedColumns, ShardFile, is_high, rows_of
 from afn_ray.schema import SPECIAL, WORD_START
 
 FAR_TOKENS = 1 << 18
@@ -49,7 +49,7 @@ def document_text_macro(rows: str, offsets: bool) -> str:
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
 
 
-def kwic_macro(files: Sequence[File], recorded: Recorded) -> str:
+def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     """SQL of the occurrences of ``word`` with ``n`` words on both sides.
 
     With ``most`` it returns at most that many early occurrences. The query never sorts the run: it
@@ -62,7 +62,7 @@ def kwic_macro(files: Sequence[File], recorded: Recorded) -> str:
     every = _occurrences(
         rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", ""
     )
-    context = _Context(rows, recorded.offsets, _word_values(recorded))
+    context = _Surroundings(rows, recorded.offsets, _word_values(recorded))
     # Read few tokens first, and more only for occurrences that lack words. A catalog reads once:
     # before DuckDB 1.4 the plan of two steps takes half a minute.
     is_portable = files[0].folder is not None
@@ -87,7 +87,7 @@ PLACE = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head,
 """SQL of the number of a word relative to the head's word, which has 0."""
 
 
-def _value_names(recorded: Recorded) -> list[str]:
+def _value_names(recorded: RecordedColumns) -> list[str]:
     """Names of the columns with the values of an occurrence."""
     names = ["n_tokens"]
     if recorded.offsets:
@@ -97,7 +97,7 @@ def _value_names(recorded: Recorded) -> list[str]:
     return names
 
 
-def _word_values(recorded: Recorded) -> str:
+def _word_values(recorded: RecordedColumns) -> str:
     """SQL of the position and the values of a word, from those of its tokens."""
     values = ["min(position) AS position", "count(*) AS n_tokens"]
     if recorded.offsets:
@@ -114,7 +114,7 @@ def _word_values(recorded: Recorded) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Context:
+class _Surroundings:
     """The words around occurrences, as SQL."""
 
     rows: str

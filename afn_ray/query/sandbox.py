@@ -102,7 +102,7 @@ def memory_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Limits:
+class QueryLimits:
     """Limits of one query."""
 
     memory: str
@@ -144,7 +144,7 @@ class Process:
     threads run one after another. The process ends with this object, and with the parent process.
     """
 
-    def __init__(self, files: ReadOnlyFiles, setup: Setup, limits: Limits) -> None:
+    def __init__(self, files: ReadOnlyFiles, setup: Setup, limits: QueryLimits) -> None:
         self._files, self._setup, self._limits = files, setup, limits
         self._child: _Child | None = None
         self._closed = False
@@ -207,7 +207,7 @@ class Process:
             self._child = None
 
 
-def readable(message: str, limits: Limits | None = None) -> str:
+def readable(message: str, limits: QueryLimits | None = None) -> str:
     """An error message of DuckDB in a form that helps the user."""
     if limits is not None and OUT_OF_MEMORY.search(message):
         return str(limits.memory_error())
@@ -238,7 +238,7 @@ def _is_broken(answer: Answer) -> bool:
 class _Child:
     """One query process, and the threads that read files for it."""
 
-    def __init__(self, files: ReadOnlyFiles, limits: Limits) -> None:
+    def __init__(self, files: ReadOnlyFiles, limits: QueryLimits) -> None:
         self._owner, self._limits, self._most_resident = os.getpid(), limits, 0
         pairs = [socket.socketpair() for _ in range(3)]
         self._requests, self._stops, served = (here for here, _ in pairs)

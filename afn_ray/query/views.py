@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from afn_ray.query.expressions import File, Recorded, exact, is_high, rows_of
+from afn_ray.query.expressions import RecordedColumns, ShardFile, exact, is_high, rows_of
 from afn_ray.query.kwic import document_text_macro, kwic_macro
 from afn_ray.query.words import words_view
 from afn_ray.reduce.stats import Z_95
@@ -62,15 +62,15 @@ class NeuronFiles(NamedTuple):
     """Files with a run's neurons."""
 
     layers: Sequence[int]
-    tokens: Sequence[File]  # files of ``token_neurons``
+    tokens: Sequence[ShardFile]  # files of ``token_neurons``
     types: str  # SQL of the path of the run's table ``neuron_types``
 
 
 def statements(
-    tokens: Sequence[File],
-    documents: Sequence[File],
+    tokens: Sequence[ShardFile],
+    documents: Sequence[ShardFile],
     neurons: NeuronFiles | None,
-    recorded: Recorded,
+    recorded: RecordedColumns,
 ) -> list[str]:
     """SQL statements that create the views and macros.
 
@@ -105,7 +105,7 @@ def statements(
 # --- tokens and documents ---
 
 
-def tokens_view(source: str, recorded: Recorded) -> str:
+def tokens_view(source: str, recorded: RecordedColumns) -> str:
     """SQL of the ``tokens`` view over ``source``."""
     columns = ["doc", "position", "token_id", "token", "text", "surface"]
     if recorded.tagged:
@@ -123,7 +123,7 @@ def tokens_view(source: str, recorded: Recorded) -> str:
     return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
 
 
-def _layer_columns(layer: int, recorded: Recorded) -> list[str]:
+def _layer_columns(layer: int, recorded: RecordedColumns) -> list[str]:
     """SQL of the columns of one layer in ``tokens``: strength, quartile, high and sink."""
     strength = f"strength_{layer}"
     q1, q2, q3 = (recorded.quartile(name, layer) for name in ("q1", "q2", "q3"))
@@ -140,7 +140,7 @@ def _layer_columns(layer: int, recorded: Recorded) -> list[str]:
     ]
 
 
-def documents_view(source: str, recorded: Recorded) -> str:
+def documents_view(source: str, recorded: RecordedColumns) -> str:
     """SQL of the ``documents`` view over ``source``."""
     series = [Series(STRENGTH, layer) for layer in recorded.layers]
     series += recorded.others
@@ -172,7 +172,7 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
 # --- classes ---
 
 
-def classes_view(recorded: Recorded) -> str:
+def classes_view(recorded: RecordedColumns) -> str:
     """SQL of the ``classes`` view.
 
     It first counts equal values, so memory does not grow with the number of tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from afn_ray.query.expressions import File, Recorded, is_high, rows_of
+from afn_ray.query.expressions import RecordedColumns, ShardFile, is_high, rows_of
 from afn_ray.schema import SPECIAL, WORD_START
 
 PIECES = 4
@@ -21,7 +21,7 @@ SLICE_TOKENS = 1 << 21
 """Smallest number of tokens in a part of ``words``: planning a part costs time too."""
 
 
-def words_view(files: Sequence[File], recorded: Recorded) -> str:
+def words_view(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     """SQL of the ``words`` view: one pass over the rows in their order.
 
     Memory does not grow with the rows: window functions without partition or order stream, if
@@ -36,14 +36,14 @@ def words_view(files: Sequence[File], recorded: Recorded) -> str:
     return " UNION ALL ".join(parts)
 
 
-def _parts(files: Sequence[File]) -> list[list[File]]:
+def _parts(files: Sequence[ShardFile]) -> list[list[ShardFile]]:
     """``files`` in at most ``SLICES`` groups with about equal numbers of tokens.
 
     Files without documents are left out.
     """
     num_tokens = sum(file.n_tokens for file in files)
     room = max(SLICE_TOKENS, math.ceil(num_tokens / SLICES))
-    parts: list[list[File]] = [[]]
+    parts: list[list[ShardFile]] = [[]]
     size = 0
     for file in files:
         if not file.n_documents:
@@ -56,7 +56,7 @@ def _parts(files: Sequence[File]) -> list[list[File]]:
     return parts if parts[0] else [[files[0]]]
 
 
-def _words(files: Sequence[File], recorded: Recorded) -> str:
+def _words(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     """SQL of the words of ``files``.
 
     Window functions join words of up to ``PIECES`` tokens; longer words are grouped. A word has the
@@ -79,7 +79,7 @@ def _words(files: Sequence[File], recorded: Recorded) -> str:
         GROUP BY doc, word"""  # noqa: S608
 
 
-def _tokens_ahead(files: Sequence[File], recorded: Recorded) -> str:
+def _tokens_ahead(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     """SQL of the tokens of ``files`` without special ones, with the values of the next tokens."""
     columns = ["token_id"]
     columns += [f"strength_{k}" for k in recorded.layers]
@@ -130,7 +130,7 @@ def _placed_tokens(tokens: str) -> str:
         )"""  # noqa: S608
 
 
-def _short_columns(recorded: Recorded) -> list[str]:
+def _short_columns(recorded: RecordedColumns) -> list[str]:
     """SQL of the columns of words of up to ``PIECES`` tokens; their first token has the values."""
     texts = ["text"]
     texts += [f"texts[{_piece('token_id', j)} + 1]" for j in LENGTHS[:-1]]
@@ -159,7 +159,7 @@ def _short_columns(recorded: Recorded) -> list[str]:
     return columns
 
 
-def _long_columns(recorded: Recorded) -> list[str]:
+def _long_columns(recorded: RecordedColumns) -> list[str]:
     """SQL of the same columns for words of more than ``PIECES`` tokens, by aggregation."""
     columns = [
         "doc",
@@ -183,7 +183,7 @@ def _long_columns(recorded: Recorded) -> list[str]:
     return columns
 
 
-def _high_column(recorded: Recorded, layer: int) -> str:
+def _high_column(recorded: RecordedColumns, layer: int) -> str:
     condition = is_high(f"max_strength_{layer}", recorded.quartile("q3", layer))
     return f"{condition} AS high_{layer}"
 

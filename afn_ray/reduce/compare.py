@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce import losses
 from afn_ray.reduce.drift import (
-    Sources,
     SourceStrengths,
+    StrengthsBySource,
     class_rows,
     drift_row,
     histogram_of,
@@ -145,7 +145,7 @@ def _strengths(histogram: pa.Table, types: pa.Table) -> SourceStrengths:
 
 
 def _rows_by_source(
-    layer: int, a: Sources, b: Sources, *, ranks_only: bool
+    layer: int, a: StrengthsBySource, b: StrengthsBySource, *, ranks_only: bool
 ) -> Iterator[dict[str, Any]]:
     """Rows of ``DRIFT_SCHEMA`` for each source of either run."""
     nothing = SourceStrengths(Histogram.empty(), 0)

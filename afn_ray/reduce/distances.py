@@ -8,7 +8,7 @@ from bisect import bisect_left
 import numpy as np
 
 from afn_ray.reduce.histogram import Histogram, starts
-from afn_ray.reduce.stats import Floats, Ints
+from afn_ray.reduce.stats import Float64s, Ints
 
 NUM_BINS = 10
 """Number of bins for ``psi`` and ``jensen_shannon``."""
@@ -72,7 +72,7 @@ def _deciles_of_mixture(a: Histogram, b: Histogram) -> Ints:
     return keys[np.unique(deciles)]
 
 
-def _divergence(p: Floats, q: Floats) -> float:
+def _divergence(p: Float64s, q: Float64s) -> float:
     """Kullback-Leibler divergence of ``p`` from ``q``, in bits."""
     occupied = p > 0
     p, q = p[occupied], q[occupied]
@@ -96,7 +96,7 @@ def _binned(histogram: Histogram, ends: Ints) -> Ints:
     return np.diff(_at_or_below(histogram, ends), prepend=0, append=histogram.n)
 
 
-def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[Floats, Floats]:
+def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[Float64s, Float64s]:
     """z of the share ``high_b / n_b`` against ``high_a / n_a``, and its two-sided p.
 
     z uses the variance of the pooled share. With fewer than ``LEAST_EXPECTED`` expected tokens of
@@ -119,7 +119,7 @@ def two_proportions(high_a: Ints, n_a: Ints, high_b: Ints, n_b: Ints) -> tuple[F
     return z, np.array(p)
 
 
-def _log_odds(high: Ints, n: Ints, prior: Floats) -> tuple[Floats, Floats]:
+def _log_odds(high: Ints, n: Ints, prior: Float64s) -> tuple[Float64s, Float64s]:
     """Log odds of being HIGH and their variance, with one token of the share ``prior`` added."""
     high_and_prior = high + prior
     low_and_prior = n - high + 1 - prior
@@ -127,7 +127,7 @@ def _log_odds(high: Ints, n: Ints, prior: Floats) -> tuple[Floats, Floats]:
     return odds, 1 / high_and_prior + 1 / low_and_prior
 
 
-def benjamini_hochberg(p: Floats) -> Floats:
+def benjamini_hochberg(p: Float64s) -> Float64s:
     """q of each test with the given ``p``: the lowest false discovery rate that selects it."""
     descending = np.argsort(p, kind="stable")[::-1]
     ranks = np.arange(len(p), 0, -1)

@@ -19,7 +19,7 @@ from afn_ray.reduce.distances import (
     two_proportions,
 )
 from afn_ray.reduce.histogram import Histogram, to_bins, to_values
-from afn_ray.reduce.stats import Floats, Ints, wilson
+from afn_ray.reduce.stats import Float64s, Ints, wilson
 from afn_ray.schema import MOVERS_SCHEMA, in_order
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
@@ -56,11 +56,11 @@ class SourceStrengths(NamedTuple):
     n_high: int  # tokens that are HIGH
 
 
-Sources = dict[str, SourceStrengths]
+StrengthsBySource = dict[str, SourceStrengths]
 """Strengths by source."""
 
 
-def histograms_by_source(table: pa.Table) -> Sources:
+def histograms_by_source(table: pa.Table) -> StrengthsBySource:
     """Histogram and number of HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``."""
     by_source = {}
     columns = (table[name] for name in ("source", "bins", "counts", "n_high"))
@@ -71,7 +71,9 @@ def histograms_by_source(table: pa.Table) -> Sources:
     return by_source
 
 
-def matched_sources(a: Sources, b: Sources) -> tuple[Sources, Sources]:
+def matched_sources(
+    a: StrengthsBySource, b: StrengthsBySource
+) -> tuple[StrengthsBySource, StrengthsBySource]:
     """The sources of both sides that have tokens, matched by name.
 
     A run with many files has folders as sources. Files of one side are added up into the folders
@@ -82,7 +84,7 @@ def matched_sources(a: Sources, b: Sources) -> tuple[Sources, Sources]:
     return _grouped_as(with_tokens_b, with_tokens_a), _grouped_as(with_tokens_a, with_tokens_b)
 
 
-def _grouped_as(others: Collection[str], sources: Sources) -> Sources:
+def _grouped_as(others: Collection[str], sources: StrengthsBySource) -> StrengthsBySource:
     """``sources`` added up into the folders that are among ``others``."""
     groups: dict[str, list[SourceStrengths]] = {}
     for name in sorted(sources):
@@ -203,7 +205,7 @@ def movers_table(
 
 def _tests_of_shares(
     a: _Side, b: _Side, both: npt.NDArray[np.bool_]
-) -> tuple[Floats, Floats, Floats]:
+) -> tuple[Float64s, Float64s, Float64s]:
     """z, p and q of each type's HIGH share; 0, 1 and 1 for a type that is not in ``both``."""
     z, p, q = np.zeros(len(both)), np.ones(len(both)), np.ones(len(both))
     of_a, of_b = (a.n_high[both], a.n[both]), (b.n_high[both], b.n[both])

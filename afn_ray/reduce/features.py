@@ -20,7 +20,7 @@ from afn_ray.reduce.histogram import (
 )
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Floats, Ints, is_high
+from afn_ray.reduce.stats import Float64s, Ints, is_high
 from afn_ray.schema import (
     FEATURES,
     SPECIAL,
@@ -29,12 +29,12 @@ from afn_ray.schema import (
 )
 from afn_ray.store import parquet, records
 
-Floats32 = npt.NDArray[np.float32]
-Sums = tuple[Histogram, ...]
+Float32s = npt.NDArray[np.float32]
+Histograms = tuple[Histogram, ...]
 """Histograms that are added one by one."""
 
 
-class Place(NamedTuple):
+class ShardTables(NamedTuple):
     """Files of a shard's tokens and documents."""
 
     shard: str
@@ -43,7 +43,7 @@ class Place(NamedTuple):
     documents: CommittedFile
 
 
-class Limits(NamedTuple):
+class FeatureLimits(NamedTuple):
     """Limits for HIGH, sink and rare tokens at the screened layer."""
 
     q3: float  # HIGH: at or above
@@ -56,10 +56,10 @@ def read_columns(file: CommittedFile, columns: Sequence[str]) -> pa.Table:
 
 
 def scan(
-    places: Sequence[Place],
+    places: Sequence[ShardTables],
     sources: Sources,
     layers: Sequence[int],
-    limits: Limits,
+    limits: FeatureLimits,
     num_parts: int,
 ) -> list[Any]:
     """Sums by source, a table of the documents' features, and text hashes in ``num_parts`` parts.
@@ -77,8 +77,8 @@ def scan(
 
 
 def _scan_shard(
-    place: Place, sources: Sources, layers: Sequence[int], limits: Limits
-) -> tuple[Sums, pa.Table]:
+    place: ShardTables, sources: Sources, layers: Sequence[int], limits: FeatureLimits
+) -> tuple[Histograms, pa.Table]:
     """Sums by source, and the features of the shard's documents with tokens."""
     documents = read_columns(place.documents, ["source", "n_tokens", "text_sha256"])
     uris = documents["source"].combine_chunks()
@@ -105,8 +105,12 @@ def _scan_shard(
 
 
 def _scan_tokens(
-    place: Place, documents: pa.Table, source: Ints, layers: Sequence[int], limits: Limits
-) -> tuple[Ints, list[Floats32], Sums]:
+    place: ShardTables,
+    documents: pa.Table,
+    source: Ints,
+    layers: Sequence[int],
+    limits: FeatureLimits,
+) -> tuple[Ints, list[Float32s], Histograms]:
     """One pass over the shard's normal tokens.
 
     Returns the number of tokens of each document, its ``FEATURES``, and the strengths of each layer
@@ -114,7 +118,7 @@ def _scan_tokens(
     """
     n = np.zeros(len(source), np.int64)
     features = [np.zeros(len(source), np.float32) for _ in FEATURES]
-    sums: list[Sums] = [tuple(Histogram.empty() for _ in layers)]
+    sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     columns = ["token_id", "flags", *map(strength_column, layers)]
@@ -126,7 +130,7 @@ def _scan_tokens(
         types = tokens["token_id"].to_numpy()[is_normal]
         by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
         begin, end = int(rows[0]), int(rows[-1]) + 1
-        normal = _Tokens(docs - begin, types, flags[is_normal], by_layer[-1])
+        normal = _NormalTokens(docs - begin, types, flags[is_normal], by_layer[-1])
         n[begin:end], found = _features(normal, end - begin, limits)
         for feature, values in zip(features, found, strict=True):
             feature[begin:end] = values
@@ -138,20 +142,22 @@ def _scan_tokens(
     return n, features, total
 
 
-class _Tokens(NamedTuple):
+class _NormalTokens(NamedTuple):
     """Tokens of some documents that are not special, all [n]."""
 
     docs: Ints  # from 0
     types: Ints
     flags: npt.NDArray[np.uint8]
-    strengths: Floats32
+    strengths: Float32s
 
 
-def _num_keys(sums: Sequence[Sums]) -> int:
+def _num_keys(sums: Sequence[Histograms]) -> int:
     return sum(len(histogram.keys) for histogram in itertools.chain(*sums))
 
 
-def _features(tokens: _Tokens, num_docs: int, limits: Limits) -> tuple[Ints, list[Floats32]]:
+def _features(
+    tokens: _NormalTokens, num_docs: int, limits: FeatureLimits
+) -> tuple[Ints, list[Float32s]]:
     """Number of tokens of each document, and its ``FEATURES``, rounded as strengths are.
 
     Both are 0 for a document without tokens.
@@ -161,7 +167,7 @@ def _features(tokens: _Tokens, num_docs: int, limits: Limits) -> tuple[Ints, lis
     least = np.maximum(n, 1)
     wide = strengths.astype(np.float64)
 
-    def share(which: npt.NDArray[np.bool_]) -> Floats:
+    def share(which: npt.NDArray[np.bool_]) -> Float64s:
         return np.asarray(np.bincount(docs[which], minlength=num_docs) / least)
 
     pairs = np.unique((docs.astype(np.int64) << 32) + types)
@@ -187,6 +193,6 @@ def _hashes(column: pa.ChunkedArray) -> Ints:
     return (first_64_bits >> np.uint64(1)).astype(np.int64)
 
 
-def add(*sums: Sums) -> list[Sums]:
+def add(*sums: Histograms) -> list[Histograms]:
     of_part = zip(*sums, strict=True)
     return [tuple(Histogram.merge(parts) for parts in of_part)]

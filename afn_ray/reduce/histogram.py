@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from afn_ray.reduce.stats import quantile_index
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 DEFINITION = "inverse CDF: the smallest recorded value with at least q*n values at or below it"
@@ -47,7 +47,7 @@ They fit into a core's cache and need little memory beside the sum.
 """
 
 
-def round_strengths(values: Floats) -> Floats:
+def round_strengths(values: Float32s) -> Float32s:
     """``values`` rounded to 15 bits of mantissa, half to even.
 
     The relative error is at most 2^-16. -0 becomes +0; values that are not finite stay the same.
@@ -60,13 +60,13 @@ def round_strengths(values: Floats) -> Floats:
     return recorded.astype(np.uint32).view(np.float32) + np.float32(0)
 
 
-def to_bins(values: Floats) -> Ints:
+def to_bins(values: Float32s) -> Ints:
     """Bins of rounded, finite, non-negative strengths."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return (bits >> 8).astype(np.int64)
 
 
-def to_values(bins: Ints) -> Floats:
+def to_values(bins: Ints) -> Float32s:
     """Strengths of bins; the inverse of ``to_bins``."""
     return (bins.astype(np.uint32) << 8).view(np.float32)
 
@@ -210,7 +210,7 @@ class Summary:
         docs: npt.NDArray[np.int32],
         token_ids: npt.NDArray[np.int32],
         flags: npt.NDArray[np.uint8],
-        values: Mapping[Series, Floats],
+        values: Mapping[Series, Float32s],
         tags: pa.Array | None = None,
     ) -> None:
         """Add the tokens of whole documents.

@@ -27,8 +27,8 @@ from afn_ray.schema import (
     neurons_column,
 )
 
-Floats = npt.NDArray[np.float32]
-Floats64 = npt.NDArray[np.float64]
+Float32s = npt.NDArray[np.float32]
+Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 SCALE = 1 << 20
@@ -54,10 +54,10 @@ class Pairs:
     keys: Ints  # neuron << TYPE_BITS, plus the token id
     n: Ints  # number of tokens
     totals: Ints  # sum of the values, in units of 1 / SCALE
-    largest: Floats  # largest value
+    largest: Float32s  # largest value
 
     @classmethod
-    def of(cls, keys: Ints, n: Ints, totals: Ints, largest: Floats) -> Pairs:
+    def of(cls, keys: Ints, n: Ints, totals: Ints, largest: Float32s) -> Pairs:
         """The sum of pairs that come in any order and may repeat."""
         order = np.argsort(keys, kind="stable")
         keys, n, totals, largest = keys[order], n[order], totals[order], largest[order]
@@ -164,7 +164,7 @@ class PairSummary:
 
 
 def lists_of(
-    which: npt.NDArray[np.int32], values: Floats, kept: npt.NDArray[np.bool_] | None = None
+    which: npt.NDArray[np.int32], values: Float32s, kept: npt.NDArray[np.bool_] | None = None
 ) -> pa.Array:
     """The neurons that a model measured at one layer, as a column of ``token_neurons_schema``.
 
@@ -213,8 +213,8 @@ class _Shares(NamedTuple):
     first: Ints  # index of the first pair of each neuron, [n_neurons]
     n_pairs: Ints  # number of pairs of each neuron, [n_neurons]
     of_neuron: Ints  # tokens with the neuron, [n_neurons]
-    share: Floats64  # of the neuron's tokens that are of the pair's type, [n_pairs]
-    lift: Floats64  # that share over the type's share of all tokens, [n_pairs]
+    share: Float64s  # of the neuron's tokens that are of the pair's type, [n_pairs]
+    lift: Float64s  # that share over the type's share of all tokens, [n_pairs]
 
     @classmethod
     def of(cls, pairs: Pairs, types: Mapping[str, Ints]) -> _Shares:
@@ -248,7 +248,7 @@ def _neurons_table(pairs: Pairs, layer: int, shares: _Shares) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=NEURONS_SCHEMA)
 
 
-def _top_types(pairs: Pairs, shares: _Shares, information: Floats64) -> pa.ListArray:
+def _top_types(pairs: Pairs, shares: _Shares, information: Float64s) -> pa.ListArray:
     """Column ``types``: of each neuron, the types with most ``information`` [n_pairs]."""
     order = np.lexsort((shares.token_ids, -information, shares.neurons))
     place = np.arange(len(order)) - np.repeat(shares.first, shares.n_pairs)

@@ -45,7 +45,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.reduce.features import Limits, Place, add, read_columns, scan
+from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
 from afn_ray.reduce.histogram import (
     Histogram,
 )
@@ -114,16 +114,16 @@ def scan_run(
     }
 
 
-def _places(shards: CommittedShards) -> Iterator[Place]:
+def _places(shards: CommittedShards) -> Iterator[ShardTables]:
     doc_offset = 0
     for commit in shards.commits:
         tokens = shards.file(commit, "tokens")
         documents = shards.file(commit, "documents")
-        yield Place(commit.shard, doc_offset, tokens, documents)
+        yield ShardTables(commit.shard, doc_offset, tokens, documents)
         doc_offset += commit.counts["documents"]
 
 
-def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> Limits:
+def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> FeatureLimits:
     """Limits at ``layer``; infinite if the run has no normal tokens."""
     is_label = (pc.field("layer") == layer) & (pc.field("population") == "tokens")
     (row,) = labels.filter(is_label).to_pylist()
@@ -133,8 +133,8 @@ def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> 
     rare = np.zeros(int(ids.max(initial=0)) + 1, bool)
     rare[ids[is_rare]] = True
     if row["q3"] is None:
-        return Limits(np.inf, np.inf, rare)
-    return Limits(row["q3"], row["sink_factor"] * row["q2"], rare)
+        return FeatureLimits(np.inf, np.inf, rare)
+    return FeatureLimits(row["q3"], row["sink_factor"] * row["q2"], rare)
 
 
 def _repeated(part: tuple[Histogram]) -> list[Histogram]:
@@ -145,7 +145,7 @@ def _repeated(part: tuple[Histogram]) -> list[Histogram]:
 
 
 def _with_texts(
-    places: Sequence[Place], table: pa.Table, readable: Sequence[str], tasks: Tasks
+    places: Sequence[ShardTables], table: pa.Table, readable: Sequence[str], tasks: Tasks
 ) -> pa.Table:
     """``table`` with ranks and the beginnings of the texts, as in ``SCREENED_SCHEMA``."""
     shards, docs = table["shard"].to_pylist(), table["in_shard"].to_pylist()

@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution, in standard deviations."""
-Floats = npt.NDArray[np.float64]
+Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 
-def wilson(k: Ints | int, n: Ints | int) -> tuple[Floats, Floats]:
+def wilson(k: Ints | int, n: Ints | int) -> tuple[Float64s, Float64s]:
     """Lower and upper end of Wilson's 95 % interval of the share ``k / n``, n > 0 (Wilson 1927)."""
     k, n = np.asarray(k, np.float64), np.asarray(n, np.float64)
     p = k / n
@@ -45,7 +45,7 @@ def quantile_index(counts: npt.NDArray[Any], numerator: int, denominator: int) -
     return int(np.searchsorted(cumulative, rank))
 
 
-def mean_and_variance(values: Floats, counts: Ints) -> tuple[float, float]:
+def mean_and_variance(values: Float64s, counts: Ints) -> tuple[float, float]:
     """Mean and population variance of ``values``, each of which occurs ``counts`` times.
 
     There must be a value. The sums are rounded once (``fsum``): the same bits on any machine.
@@ -56,7 +56,7 @@ def mean_and_variance(values: Floats, counts: Ints) -> tuple[float, float]:
     return mean, variance
 
 
-def auc(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
+def auc(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Float64s:
     """Probability that a draw from ``above`` exceeds one from ``below``; ties count half.
 
     Arguments are counts [..., n_values] of the same ascending values; the result is [...].
@@ -67,7 +67,7 @@ def auc(above: npt.NDArray[Any], below: npt.NDArray[Any]) -> Floats:
     return np.asarray(wins / num_pairs)
 
 
-def midranks(values: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None) -> Floats:
+def midranks(values: npt.NDArray[Any], counts: npt.NDArray[Any] | None = None) -> Float64s:
     """Number of smaller values plus half the number of equal ones, for each of ``values`` [n].
 
     A value occurs ``counts`` times, by default once.

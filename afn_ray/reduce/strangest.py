@@ -17,7 +17,7 @@ from afn_ray.reduce.histogram import (
     to_values,
 )
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Floats, Ints, is_high, mean_and_variance, quantile_index
+from afn_ray.reduce.stats import Float64s, Ints, is_high, mean_and_variance, quantile_index
 from afn_ray.schema import (
     FEATURES,
     SCREENED_SCHEMA,
@@ -37,9 +37,9 @@ REASON_Z = 3.0
 class Spread(NamedTuple):
     """Statistics of each source; the last column is all sources together."""
 
-    median: Floats  # of the features, [n_features, n_sources + 1]
-    mad: Floats  # of the features, [n_features, n_sources + 1]
-    variance: Floats  # of the tokens' strengths, [n_sources + 1]
+    median: Float64s  # of the features, [n_features, n_sources + 1]
+    mad: Float64s  # of the features, [n_features, n_sources + 1]
+    variance: Float64s  # of the tokens' strengths, [n_sources + 1]
     n_docs: Ints  # [n_sources + 1]
 
 
@@ -183,13 +183,13 @@ def rank(
 class _Distances(NamedTuple):
     """Distances of documents from their source, or from the corpus if it is small."""
 
-    values: Floats  # of the features, [n_features, n_docs]
-    median: Floats  # of the features in the source compared with, [n_features, n_docs]
-    z: Floats  # distances in robust standard deviations, [n_features, n_docs]
+    values: Float64s  # of the features, [n_features, n_docs]
+    median: Float64s  # of the features in the source compared with, [n_features, n_docs]
+    z: Float64s  # distances in robust standard deviations, [n_features, n_docs]
     with_corpus: npt.NDArray[np.bool_]  # compared with all sources together, [n_docs]
 
     @classmethod
-    def of(cls, documents: pa.Table, n: Floats, sources: Sources, spread: Spread) -> _Distances:
+    def of(cls, documents: pa.Table, n: Float64s, sources: Sources, spread: Spread) -> _Distances:
         """Distances of ``documents`` with ``n`` [n_docs] tokens each."""
         own = sources.index_of(documents["source"].combine_chunks())
         with_corpus = spread.n_docs[own] < LEAST_DOCS
@@ -227,14 +227,14 @@ def _copies(hashes: Ints, repeated: Sequence[Histogram]) -> Ints:
     return copies
 
 
-def _first_of_each_text(score: Floats, docs: Ints, hashes: Ints) -> Ints:
+def _first_of_each_text(score: Float64s, docs: Ints, hashes: Ints) -> Ints:
     """Rows by descending ``score``; of documents with the same text, only the first."""
     first = np.lexsort((docs, -score))
     _, distinct = np.unique(hashes[first], return_index=True)
     return np.asarray(first[np.sort(distinct)])
 
 
-def _noise(feature: str, median: Floats, variance: Floats, n: Floats) -> Floats:
+def _noise(feature: str, median: Float64s, variance: Float64s, n: Float64s) -> Float64s:
     """Squared noise of a feature, as in the table of ``reduce.screen``."""
     if feature == "mean_strength":
         return variance / n

@@ -41,7 +41,7 @@ STATISTICS_SCHEMA = pa.schema(
 """Schema of a type's statistics, before the vocabulary adds texts and classes."""
 
 
-class Texts(NamedTuple):
+class TokenTexts(NamedTuple):
     """Texts of a vocabulary, both by token id."""
 
     pieces: Sequence[str]  # as the tokenizer writes them
@@ -238,7 +238,7 @@ def vocabulary_table(
     layer: int,
     statistics: pa.Table,
     n_docs: int,
-    texts: Texts,
+    texts: TokenTexts,
     language: str,
     tags: Mapping[int, str] | None = None,
 ) -> pa.Table:

@@ -44,7 +44,7 @@ from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tables import (
     STATISTICS_SCHEMA,
-    Texts,
+    TokenTexts,
     frozen_rows,
     histogram_table,
     shards_table,
@@ -85,7 +85,7 @@ driver.
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordedSeries:
     """Series, neurons and tags that every shard of a run recorded."""
 
     series: Sequence[Series]  # in the order of the summaries, strength first
@@ -95,7 +95,7 @@ class Recorded:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class LabelRules:
     """Rules by which a run classifies types and labels tokens."""
 
     language: str  # of the function words
@@ -106,9 +106,9 @@ class Rules:
 
 def reduce_run(
     shards: CommittedShards,
-    recorded: Recorded,
-    texts: Texts,
-    rules: Rules,
+    recorded: RecordedSeries,
+    texts: TokenTexts,
+    rules: LabelRules,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
     """The run's tables, made from its shards' summaries by ``tasks`` or in this process.
@@ -195,7 +195,7 @@ def _signal_vocabulary(signal: str, vocabulary: pa.Table) -> pa.Table:
 def _neurons(
     tasks: Tasks,
     shards: CommittedShards,
-    recorded: Recorded,
+    recorded: RecordedSeries,
     vocabulary: pa.Table,
     readable: Sequence[str],
 ) -> dict[str, pa.Table]:
@@ -233,7 +233,7 @@ def _neurons(
 
 
 def _submit_series(
-    tasks: Tasks, shards: CommittedShards, at: int, series: Sequence[Series], rules: Rules
+    tasks: Tasks, shards: CommittedShards, at: int, series: Sequence[Series], rules: LabelRules
 ) -> tuple[list[Any], list[Any]]:
     """Handles of the results of ``_total`` for one series, and of ``_types`` for each part."""
     one = series[at]

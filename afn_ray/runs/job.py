@@ -17,8 +17,8 @@ from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.reduce.tables import Texts
-from afn_ray.reduce.tree import Recorded, Rules, reduce_run
+from afn_ray.reduce.tables import TokenTexts
+from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
 from afn_ray.runs import cluster, dispatch, events, measurer, worker
 from afn_ray.runs.calibrator import Calibrator
 from afn_ray.runs.events import Event, OnEvent, on_warning
@@ -190,7 +190,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         raise CorpusError(_no_tokens(config.store, measure.id, results.commits))
     on_event(events.Reducing())
     encoder = measurer.text_encoder(asked.files)
-    texts = Texts(*encoder.texts())
+    texts = TokenTexts(*encoder.texts())
     tables = _reduce(asked, results, texts, on_event)
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     unknown = {
@@ -250,16 +250,16 @@ def _process(
 
 
 def _reduce(
-    asked: Preparation, results: Results, texts: Texts, on_event: OnEvent
+    asked: Preparation, results: Results, texts: TokenTexts, on_event: OnEvent
 ) -> dict[str, pa.Table]:
     """Tables of the run."""
     config, measure, plan = asked.config, asked.task.measure, results.plan
     sizes = [shard.num_bytes for shard in results.done]
     shards = CommittedShards(config.store, measure.id, results.commits, sizes)
-    recorded = Recorded(
+    recorded = RecordedSeries(
         measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
     )
-    rules = Rules(config.language, config.sink_factor, asked.frozen)
+    rules = LabelRules(config.language, config.sink_factor, asked.frozen)
     with cluster.tasks(config, results.done, on_warning(on_event)) as tasks:
         tables = reduce_run(shards, recorded, texts, rules, tasks)
         tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)

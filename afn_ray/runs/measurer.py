@@ -20,7 +20,7 @@ from afn_ray.model.signals import Signal, States, find_signals
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
-from afn_ray.runs.values import Floats, Values
+from afn_ray.runs.values import Float32s, Values
 from afn_ray.schema import SPECIAL
 from afn_ray.tokens import culprits, encode, windows
 from afn_ray.tokens.feed import Chunk, Prepared, Preparer, Recipe
@@ -52,11 +52,11 @@ class Measured:
     """Tokens of some texts with their measured values, rounded: float32 [n_series, n_tokens]."""
 
     encoded: encode.Encoded
-    values: Floats
+    values: Float32s
     n_layers: int
 
     @property
-    def strengths(self) -> Floats:
+    def strengths(self) -> Float32s:
         """The values of strength, [n_layers, n_tokens]; strength is the first signal."""
         return self.values[: self.n_layers]
 

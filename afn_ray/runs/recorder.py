@@ -14,7 +14,7 @@ from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary
 from afn_ray.reduce.stats import is_high
-from afn_ray.runs.values import Floats, Numbers, Values
+from afn_ray.runs.values import Float32s, Numbers, Values
 from afn_ray.schema import (
     SPECIAL,
     STRENGTH,
@@ -36,9 +36,9 @@ class _Tokens:
     encoded: encode.Encoded
     docs: npt.NDArray[np.int32]  # [n_tokens], ordinals in the shard
     tags: pa.Array  # [n_tokens]
-    by_series: Mapping[Series, Floats]  # [n_tokens] each
+    by_series: Mapping[Series, Float32s]  # [n_tokens] each
     neurons: Numbers  # [n_neuron_layers * top_neurons, n_tokens]
-    neuron_values: Floats  # same shape
+    neuron_values: Float32s  # same shape
     keep: npt.NDArray[np.bool_]  # [n_tokens], tokens of documents that were measured
 
 
@@ -215,7 +215,7 @@ class Recorder:
         }
         return records.make_table(columns, self._files.documents.schema)
 
-    def _why_bad(self, values: Floats) -> str:
+    def _why_bad(self, values: Float32s) -> str:
         """Reason why the values of a document, [n_series, n_tokens], are refused."""
         wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
         if not len(wrong):

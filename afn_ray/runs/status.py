@@ -86,7 +86,7 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
     uri = uris.absolute(uri).rstrip("/")
     store, name = manifest.split_uri(uri)
     if name and {"plan.parquet", "run.json"} & set(storage.list_names(uri)):
-        found = _Reader(store).status_of_run(name)
+        found = _StatusReader(store).status_of_run(name)
         return () if found is None else (found,)
     newest_first = manifest.run_names(uri)[::-1]
     names = newest_first[:last]
@@ -96,7 +96,7 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
         raise StoreError(
             f"{uri} is neither a store nor a run; a store is what was given to 'afn run --store'"
         )
-    reader = _Reader(uri)
+    reader = _StatusReader(uri)
     runs = reader.statuses_of_runs(names)
     if body is not None:
         unnamed = reader.status(planning, planning, body)
@@ -161,7 +161,7 @@ def _is_failure(value: Any) -> bool:
     return isinstance(value, dict) and {"shard", "uri", "reason"} <= value.keys()
 
 
-class _Reader:
+class _StatusReader:
     """Reads the statuses of a store and asks for the store's time at most once."""
 
     def __init__(self, store: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+Float32s = npt.NDArray[np.float32]
 """Values of tokens, float32."""
 Numbers = npt.NDArray[np.int32]
 """Numbers of neurons, int32."""
@@ -20,6 +20,6 @@ class Values:
     The rows of ``neurons`` and ``neuron_values`` are ``top_neurons`` for each neuron layer.
     """
 
-    series: Floats  # [n_series, n_tokens]
+    series: Float32s  # [n_series, n_tokens]
     neurons: Numbers  # [n_neuron_layers * top_neurons, n_tokens]
-    neuron_values: Floats  # same shape
+    neuron_values: Float32s  # same shape

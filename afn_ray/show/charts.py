@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from afn_ray.reduce.stats import midranks
 from afn_ray.show.figures import number, percent
 from afn_ray.show.page_tables import Table
-from afn_ray.show.summary import Summary, frequent_classes
+from afn_ray.show.summary import RunSummary, frequent_classes
 from afn_ray.show.vega import (
     ALL_OF_IT,
     BEFORE,
@@ -25,7 +25,7 @@ from afn_ray.show.vega import (
     ROW_AXIS,
     SHARE_AXIS,
     Chart,
-    Spec,
+    VegaSpec,
     category,
     chart_spec,
     class_colours,
@@ -42,10 +42,12 @@ One sink would flatten all other bars.
 """
 NUM_RARITY_BINS = 20
 
-Floats = npt.NDArray[np.float64]
+Float64s = npt.NDArray[np.float64]
 
 
-def _bars(histogram: pa.Table, layer: int, edges: Floats | None = None) -> tuple[Floats, Floats]:
+def _bars(
+    histogram: pa.Table, layer: int, edges: Float64s | None = None
+) -> tuple[Float64s, Float64s]:
     """Edges [NUM_BARS + 1] of the bars, and the share of the layer's tokens in each [NUM_BARS].
 
     Special tokens are left out.
@@ -62,7 +64,7 @@ def _bars(histogram: pa.Table, layer: int, edges: Floats | None = None) -> tuple
     return edges, counts / n.sum()
 
 
-def _ordinary(histogram: pa.Table, layer: int) -> tuple[Floats, Floats]:
+def _ordinary(histogram: pa.Table, layer: int) -> tuple[Float64s, Float64s]:
     """Strengths of a layer, and the number of tokens of each, without special tokens."""
     here = histogram.filter((pc.field("layer") == layer) & ~pc.field("special"))
     strengths = here["strength"].to_numpy().astype(np.float64)
@@ -106,7 +108,9 @@ def histogram_chart(
     return Chart(f"histogram-{layer}", name, spec, Table(f"{name}: {drawn}", heads, tuple(cells)))
 
 
-def _bars_layer(edges: Floats, shares: Floats, limits: Sequence[float], x: Spec, y: Spec) -> Spec:
+def _bars_layer(
+    edges: Float64s, shares: Float64s, limits: Sequence[float], x: VegaSpec, y: VegaSpec
+) -> VegaSpec:
     """Layer of the bars, each with the colour of the quartile that its middle is in."""
     middles = (edges[:-1] + edges[1:]) / 2
     quartiles = 1 + np.searchsorted(limits, middles, side="right")
@@ -140,7 +144,7 @@ def _bars_layer(edges: Floats, shares: Floats, limits: Sequence[float], x: Spec,
     }
 
 
-def _line_layer(edges: Floats, shares: Floats, x: Spec, y: Spec) -> Spec:
+def _line_layer(edges: Float64s, shares: Float64s, x: VegaSpec, y: VegaSpec) -> VegaSpec:
     """Layer of the baseline's shares, as a line of steps."""
     values = []
     for edge, share in zip(edges[:-1], shares, strict=True):
@@ -149,9 +153,9 @@ def _line_layer(edges: Floats, shares: Floats, x: Spec, y: Spec) -> Spec:
     return {"data": {"values": values}, "mark": mark, "encoding": {"x": x, "y": y}}
 
 
-def _limit_layers(limits: Sequence[float], x: Spec) -> list[Spec]:
+def _limit_layers(limits: Sequence[float], x: VegaSpec) -> list[VegaSpec]:
     """Layers of the thresholds: a dashed rule and a name for each."""
-    layers: list[Spec] = []
+    layers: list[VegaSpec] = []
     for i, (limit, align) in enumerate(zip(limits, ("right", "center", "left"), strict=True), 1):
         data = {"values": [{"from": float(limit), "name": f"Q{i}", "exact": number(limit)}]}
         rule = {"x": x, "tooltip": [category("exact", f"Q{i}")]}
@@ -162,7 +166,7 @@ def _limit_layers(limits: Sequence[float], x: Spec) -> list[Spec]:
     return layers
 
 
-def share_by_rarity(words: pa.Table) -> Floats:
+def share_by_rarity(words: pa.Table) -> Float64s:
     """HIGH share of each type if only its rarity mattered, [types].
 
     Types are ordered by idf and cut into at most ``NUM_RARITY_BINS`` bins of about the same number
@@ -174,11 +178,11 @@ def share_by_rarity(words: pa.Table) -> Floats:
     middle = midranks(words["idf"].to_numpy(), n) / n.sum()
     bins = np.minimum((middle * NUM_RARITY_BINS).astype(np.int64), NUM_RARITY_BINS - 1)
     shares_of_bins = np.bincount(bins, n_high) / np.maximum(1, np.bincount(bins, n))
-    shares: Floats = shares_of_bins[bins]
+    shares: Float64s = shares_of_bins[bins]
     return shares
 
 
-def classes_chart(summary: Summary, words: pa.Table) -> Chart:
+def classes_chart(summary: RunSummary, words: pa.Table) -> Chart:
     """HIGH share of each class at the deepest layer, beside layer 0 and beside rarity alone.
 
     ``words``: rows of the vocabulary at the deepest layer, without special tokens.
@@ -191,7 +195,7 @@ def classes_chart(summary: Summary, words: pa.Table) -> Chart:
     n = words["n"].to_numpy()
     rarity = share_by_rarity(words)
     drawn = frequent_classes(main)
-    values: list[Spec] = []
+    values: list[VegaSpec] = []
     cells = []
     for at in drawn:
         name, total = main.classes[at].name, main.classes[at].n
@@ -215,7 +219,7 @@ def classes_chart(summary: Summary, words: pa.Table) -> Chart:
     return Chart("classes", title, spec, Table(title, heads, tuple(cells)))
 
 
-def _class_layers(names: list[str], kinds: list[str], share_of_all: float) -> list[Spec]:
+def _class_layers(names: list[str], kinds: list[str], share_of_all: float) -> list[VegaSpec]:
     """Layers of the chart of classes: the share of all tokens, the intervals and the dots.
 
     ``names``: those of the classes. ``kinds``: those of the dots of each class.
@@ -249,7 +253,7 @@ def _class_layers(names: list[str], kinds: list[str], share_of_all: float) -> li
     return [all_tokens, intervals(place), {"mark": DOT, "encoding": dots}]
 
 
-def layers_charts(summary: Summary) -> list[Chart]:
+def layers_charts(summary: RunSummary) -> list[Chart]:
     """Charts of figures comparable across layers: HIGH shares and ratios, not strengths."""
     return [_classes_by_layer(summary), _spread_by_layer(summary)]
 
@@ -258,11 +262,11 @@ BY_LAYER = category("layer", "layer (0 = embeddings)", axis={"labelAngle": 0})
 """Horizontal encoding of charts by layer."""
 
 
-def _classes_by_layer(summary: Summary) -> Chart:
+def _classes_by_layer(summary: RunSummary) -> Chart:
     """HIGH share of each class by layer."""
     drawn = frequent_classes(summary.layers[0])
     names = [summary.layers[0].classes[at].name for at in drawn]
-    values: list[Spec] = []
+    values: list[VegaSpec] = []
     rows = []
     for facts in summary.layers:
         classes = [facts.classes[at] for at in drawn]
@@ -282,7 +286,7 @@ def _classes_by_layer(summary: Summary) -> Chart:
         quantity("high", "to", format=".3f"),
     ]
     title = "HIGH share of each class by layer"
-    layers: list[Spec] = [
+    layers: list[VegaSpec] = [
         {"mark": LINE, "encoding": place},
         {"mark": DOT, "encoding": {**place, "tooltip": tooltip}},
     ]
@@ -290,10 +294,10 @@ def _classes_by_layer(summary: Summary) -> Chart:
     return Chart("layers-classes", title, spec, Table(title, ("layer", *names), tuple(rows)))
 
 
-def _spread_by_layer(summary: Summary) -> Chart:
+def _spread_by_layer(summary: RunSummary) -> Chart:
     """How far strengths spread, by layer."""
     kinds = ("Q3 above the median", "CV (sd / mean)")
-    values: list[Spec] = []
+    values: list[VegaSpec] = []
     rows = []
     for facts in summary.layers:
         above = facts.q3_over_q2 - 1
@@ -312,7 +316,7 @@ def _spread_by_layer(summary: Summary) -> Chart:
         quantity("value", "value", format=".2%"),
     ]
     title = "How far strengths spread, by layer"
-    layers: list[Spec] = [
+    layers: list[VegaSpec] = [
         {"mark": LINE, "encoding": place},
         {"mark": DOT, "encoding": {**place, "tooltip": tooltip}},
     ]

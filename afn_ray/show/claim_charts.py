@@ -14,7 +14,7 @@ from afn_ray.show.vega import (
     NOW,
     ROW_AXIS,
     Chart,
-    Spec,
+    VegaSpec,
     category,
     chart_spec,
     colours_of,
@@ -47,7 +47,7 @@ SHAPES = {"figure": "circle", "control": "diamond"}
 
 
 def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], layer: int) -> Chart:
-    values: list[Spec] = []
+    values: list[VegaSpec] = []
     for figure in figures:
         if claim == "layers" or figure.layer in (None, 0, layer):
             values.append(_point(figure))
@@ -74,7 +74,7 @@ def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], lay
         "tooltip": tooltip,
         "shape": category("kind", scale={"domain": kinds, "range": shapes}, legend=None),
     }
-    layers: list[Spec] = [{"mark": DOT, "encoding": encoding}]
+    layers: list[VegaSpec] = [{"mark": DOT, "encoding": encoding}]
     if any("low" in value for value in values):  # Vega warns about a field that no row has
         layers.insert(0, intervals(place))
     title = what[0].upper() + what[1:]
@@ -85,9 +85,9 @@ def _claim_chart(claim: str, what: str, figures: Sequence[bootstrap.Figure], lay
     return Chart("-".join(["claim", *words]), title, spec, Table(title, heads, cells, left=3))
 
 
-def _point(figure: bootstrap.Figure) -> Spec:
+def _point(figure: bootstrap.Figure) -> VegaSpec:
     """``figure`` as a row of a chart's data."""
-    point: Spec = {
+    point: VegaSpec = {
         "row": figure.of if figure.layer is None else f"{figure.of}, layer {figure.layer}",
         "value": figure.value,
         "n": figure.n,

@@ -9,10 +9,10 @@ from afn_ray.analysis.explain import (
     TOP,
     Cell,
     Decision,
+    ExplainedToken,
     Explanation,
     Reading,
     Thresholds,
-    Token,
 )
 from afn_ray.schema import STRENGTH
 from afn_ray.text import visible
@@ -20,7 +20,7 @@ from afn_ray.text import visible
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
 
 
-def running_text(explanation: Explanation) -> Iterator[tuple[str, Token | None]]:
+def running_text(explanation: Explanation) -> Iterator[tuple[str, ExplainedToken | None]]:
     """The text in order, cut into tokens and the parts between them (None); each character once.
 
     White space before a token's first letter counts as between. Where tokens share a character
@@ -44,7 +44,7 @@ def _shown(text: str) -> str:
     return visible(text.replace("\r\n", "\n"), keep="\n\t")
 
 
-def token_name(token: Token) -> str:
+def token_name(token: ExplainedToken) -> str:
     """A token as a table shows it; one that continues a word begins with an ellipsis."""
     if token.special:
         return visible(token.piece)
@@ -52,7 +52,7 @@ def token_name(token: Token) -> str:
     return text if token.word_start else f"…{text}"
 
 
-def reading_cells(token: Token, reading: Reading) -> list[str]:
+def reading_cells(token: ExplainedToken, reading: Reading) -> list[str]:
     """Cells of a token's table row after the token: strength to n, as in ``HEADS``."""
     cells = [
         f"{reading.strength:.4f}",

@@ -9,8 +9,8 @@ from html import escape
 
 from afn_ray.analysis.explain import (
     Decision,
+    ExplainedToken,
     Explanation,
-    Token,
 )
 from afn_ray.show.colours import DARK, DARK_HEAT, LIGHT, LIGHT_HEAT
 from afn_ray.show.explanation import (
@@ -243,7 +243,7 @@ def _html_decision(explanation: Explanation, decision: Decision) -> str:
     )
 
 
-def _title(token: Token, at: int) -> str:
+def _title(token: ExplainedToken, at: int) -> str:
     """Tooltip of a token."""
     strength, quartile, rank, median, _, n = reading_cells(token, token.readings[at])
     usual = f"its type has median {median}, n {n}" if token.readings[at].usual else median

@@ -8,19 +8,19 @@ from rich.text import Text
 
 from afn_ray.show import run_facts
 from afn_ray.show.figures import figure
-from afn_ray.show.summary import MAX_CLASSES, Summary, frequent_classes, ratio
+from afn_ray.show.summary import MAX_CLASSES, RunSummary, frequent_classes, ratio
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.store import checksums
 from afn_ray.text import count, printable
 
 
-def render(summary: Summary, console: Console) -> None:
+def render(summary: RunSummary, console: Console) -> None:
     """Print a run's facts, thresholds, class shares beside their control, and cautions."""
     with checksums.named_damage(summary.uri):
         _render(summary, console)
 
 
-def _render(summary: Summary, console: Console) -> None:
+def _render(summary: RunSummary, console: Console) -> None:
     table = titled_table(f"Run {summary.info['id']}", "", "", left=2)
     table.columns[1].no_wrap, table.columns[1].overflow = False, "fold"
     table.show_header = False
@@ -32,7 +32,7 @@ def _render(summary: Summary, console: Console) -> None:
     render_caution(summary, console)
 
 
-def render_thresholds(summary: Summary, console: Console) -> None:
+def render_thresholds(summary: RunSummary, console: Console) -> None:
     """Print the quartiles of every layer, with and without sinks."""
     table = titled_table(
         "Thresholds (a token at or above Q3 is HIGH)",
@@ -89,7 +89,7 @@ def render_thresholds(summary: Summary, console: Console) -> None:
         )
 
 
-def render_classes(summary: Summary, console: Console) -> None:
+def render_classes(summary: RunSummary, console: Console) -> None:
     """Print the HIGH share of each class at every layer, beside the embeddings as the control."""
     ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
     shown = ordered[-max(2, (console.width - 20) // 21) :]
@@ -113,7 +113,7 @@ def render_classes(summary: Summary, console: Console) -> None:
     print_whole(table, console)
 
 
-def render_caution(summary: Summary, console: Console) -> None:
+def render_caution(summary: RunSummary, console: Console) -> None:
     """Print the cautions."""
     lines = [
         "[bold]To be careful about[/bold]",

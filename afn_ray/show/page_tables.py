@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from afn_ray.reduce import compare, losses
 from afn_ray.show.figures import cut, number, percent
-from afn_ray.show.summary import Summary
+from afn_ray.show.summary import RunSummary
 from afn_ray.store import manifest
 
 MAX_ROWS = 20
@@ -28,7 +28,9 @@ class Table:
     left: int = 1
 
 
-def glance(summary: Summary, comparison: compare.Comparison | None) -> list[tuple[str, str, str]]:
+def glance(
+    summary: RunSummary, comparison: compare.Comparison | None
+) -> list[tuple[str, str, str]]:
     """Cards at the top of the page: a figure, its name, and the value to compare it with."""
     counts, main, first = summary.info["counts"], summary.layers[-1], summary.layers[0]
     cards = [
@@ -93,7 +95,7 @@ def _reading(psi: float | None) -> str:
     return "some" if psi < 0.25 else "much"
 
 
-def thresholds_table(summary: Summary) -> Table:
+def thresholds_table(summary: RunSummary) -> Table:
     rows = []
     for facts in summary.layers:
         own, frozen = facts.thresholds, facts.labels["tokens"]

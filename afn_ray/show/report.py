@@ -34,8 +34,8 @@ from afn_ray.show.page_tables import (
 )
 from afn_ray.show.salient import salient_words
 from afn_ray.show.screened import screened_documents
-from afn_ray.show.summary import Summary, summarise
-from afn_ray.show.vega import Chart, Spec
+from afn_ray.show.summary import RunSummary, summarise
+from afn_ray.show.vega import Chart, VegaSpec
 from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
@@ -126,7 +126,7 @@ def _render(
     drawn["claims"] = []
     for *_, of_claim in claims_of:
         drawn["claims"] += of_claim
-    specs: dict[str, Spec] = {}
+    specs: dict[str, VegaSpec] = {}
     for group in drawn.values():
         specs |= {chart.name: chart.spec for chart in group}
     style = _resource("css")
@@ -225,7 +225,7 @@ def by_layer(table: pa.Table, layers: Sequence[int]) -> dict[int, pa.Table]:
 
 
 def _histograms(
-    run: manifest.RunFolder, summary: Summary, comparison: compare.Comparison | None
+    run: manifest.RunFolder, summary: RunSummary, comparison: compare.Comparison | None
 ) -> list[Chart]:
     """One chart for each layer, with the baseline's line where both runs have the same measure."""
     now, before, compared = manifest.read_table(run, "histogram"), None, set()

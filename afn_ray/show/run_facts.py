@@ -8,7 +8,7 @@ from typing import Any
 from afn_ray.reduce import losses
 from afn_ray.runs import precision
 from afn_ray.show.figures import figure
-from afn_ray.show.summary import Summary
+from afn_ray.show.summary import RunSummary
 from afn_ray.store import checksums
 from afn_ray.store.commits import num_measured
 from afn_ray.text import count
@@ -34,7 +34,7 @@ def model_title(name: str) -> str:
     return "/".join(parts[at:])
 
 
-def facts(summary: Summary) -> list[tuple[str, str]]:
+def facts(summary: RunSummary) -> list[tuple[str, str]]:
     """Facts about the run, names and values for people.
 
     Raises ``StoreError`` for a damaged run.json.
@@ -43,7 +43,7 @@ def facts(summary: Summary) -> list[tuple[str, str]]:
         return _facts(summary)
 
 
-def _facts(summary: Summary) -> list[tuple[str, str]]:
+def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     info = summary.info
     counts, model, size = info["counts"], info["model"], summary.bytes_per_token
     rows = [
@@ -117,7 +117,7 @@ def _makers(info: dict[str, Any]) -> str:
     return "; ".join(f"{count(n, 'shard')} on {maker}" for maker, n in makers.items())
 
 
-def cautions(summary: Summary) -> list[str]:
+def cautions(summary: RunSummary) -> list[str]:
     """Limits of what the figures say; an indented line belongs to the line before it."""
     lines = []
     if len(makers := summary.info.get("makers", {})) > 1:

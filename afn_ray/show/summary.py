@@ -48,7 +48,7 @@ class LayerFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class RunSummary:
     """A run's summary."""
 
     uri: str
@@ -60,13 +60,13 @@ class Summary:
     layers: tuple[LayerFacts, ...]
 
 
-def summarise(run: manifest.RunFolder) -> Summary:
+def summarise(run: manifest.RunFolder) -> RunSummary:
     """The summary of a complete run; reads only its small tables."""
     with checksums.named_damage(run.uri):
         return _summarise(run)
 
 
-def _summarise(run: manifest.RunFolder) -> Summary:
+def _summarise(run: manifest.RunFolder) -> RunSummary:
     thresholds, labels = (
         manifest.read_table(run, "thresholds").to_pylist(),
         label_thresholds.labels(run).to_pylist(),
@@ -107,7 +107,7 @@ def _summarise(run: manifest.RunFolder) -> Summary:
             )
         )
     padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
-    return Summary(
+    return RunSummary(
         run.uri,
         run.info,
         {**size, "all": sum(size.values())},
@@ -166,6 +166,6 @@ def _idf_auc(vocabulary: Any) -> float | None:
     return float(auc(np.bincount(at, high), np.bincount(at, low)))
 
 
-def to_json(summary: Summary) -> dict[str, Any]:
+def to_json(summary: RunSummary) -> dict[str, Any]:
     """The summary as plain values; class shares include their interval."""
     return asdict(summary)

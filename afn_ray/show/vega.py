@@ -9,7 +9,7 @@ from typing import Any
 from afn_ray.schema import CLASSES
 from afn_ray.show.page_tables import Table
 
-Spec = dict[str, Any]
+VegaSpec = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Chart:
 
     name: str
     title: str
-    spec: Spec
+    spec: VegaSpec
     table: Table
 
 
@@ -33,7 +33,7 @@ ALL_OF_IT = {"domain": [0, 1]}
 DASHED = {"type": "rule", "strokeDash": [3, 2]}
 DOT = {"type": "point", "filled": True, "size": 80, "opacity": 1}
 LINE = {"type": "line", "strokeWidth": 2}
-CONFIG: Spec = {
+CONFIG: VegaSpec = {
     "font": "system-ui, sans-serif", "background": None, "view": {"stroke": None},
     "axis": {
         "labelColor": FAINT, "titleColor": FAINT, "gridColor": RULE, "domainColor": RULE, "tickColor": RULE,
@@ -46,9 +46,13 @@ CONFIG: Spec = {
 
 
 def chart_spec(
-    title: str, height: int, layers: list[Spec], values: list[Spec] | None = None, **more: Any
-) -> Spec:
-    spec: Spec = {
+    title: str,
+    height: int,
+    layers: list[VegaSpec],
+    values: list[VegaSpec] | None = None,
+    **more: Any,
+) -> VegaSpec:
+    spec: VegaSpec = {
         "$schema": "https://vega.github.io/schema/vega-lite/v6.json",
         "description": title,
         "config": CONFIG,
@@ -62,17 +66,17 @@ def chart_spec(
     return spec | more
 
 
-def quantity(field: str, title: str | None = None, **more: Any) -> Spec:
+def quantity(field: str, title: str | None = None, **more: Any) -> VegaSpec:
     """Encoding of a quantity."""
     return {"field": field, "type": "quantitative", "title": title, **more}
 
 
-def category(field: str, title: str | None = None, **more: Any) -> Spec:
+def category(field: str, title: str | None = None, **more: Any) -> VegaSpec:
     """Encoding of a name or another category."""
     return {"field": field, "type": "nominal", "title": title, **more}
 
 
-def intervals(place: Spec) -> Spec:
+def intervals(place: VegaSpec) -> VegaSpec:
     """Layer of a rule from ``low`` to ``high`` for each row that has them, at the rest of ``place``."""
     return {
         "transform": [{"filter": "isValid(datum.low)"}],
@@ -81,13 +85,13 @@ def intervals(place: Spec) -> Spec:
     }
 
 
-def colours_of(field: str, names: Sequence[str], colours: Sequence[str]) -> Spec:
+def colours_of(field: str, names: Sequence[str], colours: Sequence[str]) -> VegaSpec:
     """Encoding of a category by colour."""
     scale = {"domain": list(names), "range": list(colours)}
     return category(field, sort=list(names), scale=scale)
 
 
-def class_colours(names: Sequence[str]) -> Spec:
+def class_colours(names: Sequence[str]) -> VegaSpec:
     """Encoding of the class ``names`` by colour; they are tags in a run with tags."""
     if set(names) <= set(CLASSES):
         return colours_of("class", names, [f"var(--{name})" for name in names])

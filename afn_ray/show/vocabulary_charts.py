@@ -23,7 +23,7 @@ from afn_ray.show.vega import (
     ROW_AXIS,
     SHARE_AXIS,
     Chart,
-    Spec,
+    VegaSpec,
     category,
     chart_spec,
     class_colours,
@@ -37,7 +37,7 @@ BY_FREQUENCY = [("n", "descending"), ("token_id", "ascending")]
 """Order of types, the most frequent first."""
 
 
-def points(vocabulary: Mapping[int, pa.Table]) -> Spec:
+def points(vocabulary: Mapping[int, pa.Table]) -> VegaSpec:
     """Data of the scatter, in columns: the most frequent types and their HIGH counts by layer."""
     layers = list(vocabulary)
     deepest = vocabulary[layers[-1]]
@@ -84,7 +84,7 @@ def vocabulary_chart(words: pa.Table) -> Chart:
     return Chart("vocabulary", title, spec, table)
 
 
-def _scatter_layers(words: pa.Table) -> list[Spec]:
+def _scatter_layers(words: pa.Table) -> list[VegaSpec]:
     """Layers of the scatter: points, a curve, and the types that match a search."""
     names = in_order(words["class"].to_pylist())
     most = int(words["n"].to_numpy().max())
@@ -135,7 +135,7 @@ def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
         return None
     names = _distinct_names(rows)
     title = f"Words that moved most surely at layer {layer}"
-    values: list[Spec] = []
+    values: list[VegaSpec] = []
     cells = []
     for name, row in zip(names, rows, strict=True):
         values.append(_moved_point(name, row))
@@ -154,7 +154,7 @@ def _distinct_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
-def _moved_point(name: str, row: Mapping[str, Any]) -> Spec:
+def _moved_point(name: str, row: Mapping[str, Any]) -> VegaSpec:
     """A moved word as a row of the chart's data."""
     return {
         "type": name,
@@ -198,7 +198,7 @@ def _moved_cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _moved_layers(names: Sequence[str]) -> list[Spec]:
+def _moved_layers(names: Sequence[str]) -> list[VegaSpec]:
     """Layers of the chart of moved words: a rule between two dots for each of ``names``."""
     y = category("type", sort=list(names), axis=ROW_AXIS)
     tooltip = [
@@ -212,7 +212,7 @@ def _moved_layers(names: Sequence[str]) -> list[Spec]:
     ]
     colours = {"domain": ["before", "now"], "range": [BEFORE, NOW]}
     x = {"title": "share HIGH", "scale": ALL_OF_IT, "axis": SHARE_AXIS}
-    layers: list[Spec] = [
+    layers: list[VegaSpec] = [
         {
             "mark": {"type": "rule", "strokeWidth": 2},
             "encoding": {"y": y, "x": quantity("before") | x, "x2": {"field": "now"}},

@@ -74,7 +74,7 @@ def read_json(uri: str) -> dict[str, Any] | None:
     return None if data is None else parse_json(data, uri)
 
 
-class Part(dict[str, Any]):
+class JsonObject(dict[str, Any]):
     """One object of a JSON file of the store. A missing key raises ``StoreError``."""
 
     def __init__(self, items: Iterable[Any] = (), uri: str = "a JSON file of the store") -> None:
@@ -92,7 +92,7 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
     Raises ``StoreError`` if the file is damaged or has another schema version.
     """
     try:
-        value = json.loads(data, object_hook=partial(Part, uri=uri))
+        value = json.loads(data, object_hook=partial(JsonObject, uri=uri))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
     if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:

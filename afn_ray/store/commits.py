@@ -47,7 +47,7 @@ class Commit:
         return [str(entry["name"]) for entry in self.files.values()]
 
 
-class _Kind(NamedTuple):
+class _Shared(NamedTuple):
     """What many commits share, so that it is stored once."""
 
     tables: tuple[str, ...]
@@ -73,8 +73,8 @@ class Commits(MutableMapping[str, Commit]):
     """
 
     # Both are shared by all instances, so that packed commits move between them.
-    _kinds: list[_Kind] = []  # noqa: RUF012 - of all
-    _places: dict[_Kind, int] = {}  # noqa: RUF012
+    _kinds: list[_Shared] = []  # noqa: RUF012 - of all
+    _places: dict[_Shared, int] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
         self._packed: dict[str, bytes | Commit] = {}
@@ -114,7 +114,7 @@ class Commits(MutableMapping[str, Commit]):
 
     def _pack(self, commit: Commit) -> bytes:
         made_by = tuple(commit.made_by.items())
-        kind = _Kind(tuple(commit.files), tuple(commit.counts), made_by)
+        kind = _Shared(tuple(commit.files), tuple(commit.counts), made_by)
         place = self._places.setdefault(kind, len(self._kinds))
         if place == len(self._kinds):
             self._kinds.append(kind)

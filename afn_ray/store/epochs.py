@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.schema import SCHEMA_VERSION, Shard
 from afn_ray.store import parquet, storage, uris
-from afn_ray.store.layout import EPOCH_FILE, EPOCHS, Place
+from afn_ray.store.layout import EPOCH_FILE, EPOCHS, ShardKey
 
 TRIES = 20
 """Most tries to read the newest epoch while other processes publish newer ones."""
@@ -57,7 +57,7 @@ class Epoch:
     condemned: frozenset[str] = frozenset()
     """Names of the runs that must not be resumed."""
 
-    def generations(self) -> dict[Place, int]:
+    def generations(self) -> dict[ShardKey, int]:
         """Generation of every shard in ``rows``; all other shards have generation ``number``."""
         measures = self.rows["measure"].to_pylist()
         shards = self.rows["shard"].to_pylist()
@@ -80,7 +80,7 @@ class Epoch:
             marked.append(shard if is_valid else replace(shard, generation=generation))
         return tuple(marked)
 
-    def after(self, generations: Mapping[Place, int], condemned: frozenset[str]) -> Epoch:
+    def after(self, generations: Mapping[ShardKey, int], condemned: frozenset[str]) -> Epoch:
         """The next epoch: only the shards in ``generations`` keep their generation."""
         places = sorted(generations)
         columns = [

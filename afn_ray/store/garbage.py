@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_files, storage, uris
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 from afn_ray.store.leftovers import Leftover, find_leftovers
-from afn_ray.store.retention import Rules, has_file, is_old, kept_runs, planned_shards
+from afn_ray.store.retention import RetentionRules, has_file, is_old, kept_runs, planned_shards
 
 KEEP = 30
 """Default number of newest complete runs that are kept."""
@@ -23,7 +23,7 @@ GRAVE_DAYS = 30.0
 A process of that run that was suspended for longer does not learn that the run was condemned.
 """
 
-OnProgress = Callable[[str], None]
+OnMessage = Callable[[str], None]
 
 TRIES = 20
 """Most tries while other garbage collections change the store."""
@@ -76,7 +76,7 @@ def collect_garbage(
     keep_runs: Sequence[str] = (),
     min_age_h: float = MIN_AGE_H,
     delete: bool = False,
-    on_progress: OnProgress = lambda message: None,
+    on_progress: OnMessage = lambda message: None,
 ) -> Garbage:
     """Find, and with ``delete`` remove, unkept runs of ``store`` and shards that only they list.
 
@@ -108,7 +108,7 @@ def collect_garbage(
     if not min_age_h >= 0:
         raise ConfigError(f"min_age_h is {min_age_h}; expected 0 or more hours")
     store = uris.absolute(store).rstrip("/")
-    rules = Rules(keep, tuple(keep_runs), min_age_h)
+    rules = RetentionRules(keep, tuple(keep_runs), min_age_h)
     for _ in range(TRIES):
         snapshot = _take_snapshot(store, rules, delete=delete)
         if not delete:
@@ -126,12 +126,12 @@ class _Snapshot:
     there: layout.StoreFiles
     now_s: float
     next_epoch: epochs.Epoch
-    planned: dict[str, set[Place]]
+    planned: dict[str, set[ShardKey]]
     """Shards of each kept run."""
     doomed_runs: tuple[str, ...]
     dead_runs: tuple[str, ...]
     """Runs condemned by an earlier gc."""
-    doomed: tuple[Place, ...]
+    doomed: tuple[ShardKey, ...]
     leftovers: tuple[Leftover, ...]
     num_young: int
 
@@ -153,13 +153,13 @@ class _Snapshot:
         return files
 
     def shard_folders(
-        self, claimed: Collection[Place]
+        self, claimed: Collection[ShardKey]
     ) -> list[tuple[str, Sequence[storage.StoredFile]]]:
         """The folder of each shard that has garbage, and the files that are deleted.
 
         ``claimed`` are the shards that a run may use; nothing of them is deleted.
         """
-        found: list[tuple[Place, Sequence[storage.StoredFile]]] = []
+        found: list[tuple[ShardKey, Sequence[storage.StoredFile]]] = []
         found += [(place, self.there.shards[place]) for place in self.doomed]
         found += [(leftover.place, leftover.files) for leftover in self.leftovers]
         folders = []
@@ -170,7 +170,7 @@ class _Snapshot:
         return folders
 
 
-def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
+def _take_snapshot(store: str, rules: RetentionRules, *, delete: bool) -> _Snapshot:
     """The state of ``store``, and what of it is deleted by ``rules``."""
     # Read the epoch first: a run that the listing below misses reads this epoch or a newer one.
     before = epochs.newest(store)
@@ -184,10 +184,10 @@ def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
     names = sorted(there.runs.keys() - set(dead))
     kept = kept_runs(store, there, names, rules, old_s)
     planned = {name: planned_shards(store, name) for name in kept}
-    needed: set[Place] = set().union(*planned.values())
+    needed: set[ShardKey] = set().union(*planned.values())
     known = before.generations()
     generations = {place: known.get(place, before.number) for place in needed}
-    doomed: list[Place] = []
+    doomed: list[ShardKey] = []
     num_young = 0
     for place in sorted(there.shards.keys() - needed):
         files = there.shards[place]
@@ -213,14 +213,14 @@ def _take_snapshot(store: str, rules: Rules, *, delete: bool) -> _Snapshot:
     )
 
 
-def _delete(snapshot: _Snapshot, on_progress: OnProgress) -> Garbage:
+def _delete(snapshot: _Snapshot, on_progress: OnMessage) -> Garbage:
     """Delete the garbage in ``snapshot``, except what a run claims by now.
 
     The snapshot's epoch has been published.
     """
     store = snapshot.store
     spared: list[str] = []
-    claimed: set[Place] = set()
+    claimed: set[ShardKey] = set()
     if snapshot.found:
         spared, claimed = _claimed(snapshot)
     for name in (*snapshot.doomed_runs, *snapshot.dead_runs):
@@ -245,7 +245,7 @@ def _delete(snapshot: _Snapshot, on_progress: OnProgress) -> Garbage:
     return _result(snapshot, deleted=True, spared=spared, claimed=claimed)
 
 
-def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
+def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[ShardKey]]:
     """The doomed runs that are spared, and the shards that spared or new runs list.
 
     All other doomed runs are condemned here: they can never be complete (again).
@@ -264,7 +264,7 @@ def _claimed(snapshot: _Snapshot) -> tuple[list[str], set[Place]]:
         if not manifest.condemn_run(run, epoch, complete=is_complete):
             spared.append(name)
     gone = {*snapshot.doomed_runs, *snapshot.dead_runs} - set(spared)
-    shards: set[Place] = set()
+    shards: set[ShardKey] = set()
     for name in now.keys() - gone:
         if not snapshot.planned.get(name):  # it is new, was spared, or has written its plan since
             shards |= planned_shards(snapshot.store, name)
@@ -281,7 +281,7 @@ def _result(
     *,
     deleted: bool,
     spared: Collection[str] = (),
-    claimed: Collection[Place] = (),
+    claimed: Collection[ShardKey] = (),
 ) -> Garbage:
     runs = [name for name in snapshot.doomed_runs if name not in spared]
     runs += [name for name in snapshot.dead_runs if snapshot.files_of(name)]

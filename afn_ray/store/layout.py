@@ -33,7 +33,7 @@ from afn_ray.store import storage, uris
 EPOCHS = "gc"
 """Folder of the epochs that garbage collections publish."""
 EPOCH_FILE = re.compile(r"[0-9]{8}\.parquet")
-Place = tuple[str, str]
+ShardKey = tuple[str, str]
 """A shard in a store: the fingerprint of its measure, and the shard's id."""
 HEX = re.compile("[0-9a-f]{32}")
 """A fingerprint or id: 128 bits in hex."""
@@ -96,7 +96,7 @@ RUN_FILE = re.compile(
 class StoreFiles:
     """The files of a store, grouped by owner, including those of killed attempts and reduces."""
 
-    shards: dict[Place, list[storage.StoredFile]] = field(default_factory=dict)
+    shards: dict[ShardKey, list[storage.StoredFile]] = field(default_factory=dict)
     runs: dict[str, list[storage.StoredFile]] = field(default_factory=dict)
     pilots: list[str] = field(default_factory=list)
     """Names of the calibration files."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from afn_ray.errors import StoreError
 from afn_ray.store import layout, manifest, shard_files, storage
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +17,15 @@ class Leftover:
     Its generation is too old for any run to refer to it, although a kept run lists the shard.
     """
 
-    place: Place
+    place: ShardKey
     files: tuple[storage.StoredFile, ...]
 
 
 def find_leftovers(
     store: str,
     there: layout.StoreFiles,
-    planned: Mapping[str, set[Place]],
-    generations: Mapping[Place, int],
+    planned: Mapping[str, set[ShardKey]],
+    generations: Mapping[ShardKey, int],
 ) -> Iterator[Leftover]:
     """Outdated commits of shards that stay, unless a kept run names them.
 
@@ -63,10 +63,10 @@ def find_leftovers(
 
 
 def _outdated_generations(
-    there: layout.StoreFiles, generations: Mapping[Place, int]
-) -> dict[Place, list[int]]:
+    there: layout.StoreFiles, generations: Mapping[ShardKey, int]
+) -> dict[ShardKey, list[int]]:
     """The generations of each shard's commits that are older than its valid generation."""
-    outdated: dict[Place, list[int]] = {}
+    outdated: dict[ShardKey, list[int]] = {}
     for place in there.shards.keys() & generations.keys():
         for file in there.shards[place]:
             generation = layout.generation_of(file.name)

@@ -10,7 +10,7 @@ from afn_ray.errors import StoreError
 from afn_ray.schema import fingerprint
 from afn_ray.store import epochs, layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 from afn_ray.store.plans import read_shards
 
 
@@ -52,14 +52,14 @@ class Plans:
 
     runs: set[str] = field(default_factory=set)
     """Names of the runs whose plans were read."""
-    under_way: set[Place] = field(default_factory=set)
+    under_way: set[ShardKey] = field(default_factory=set)
     """Shards of the runs that are not complete."""
-    all: set[Place] = field(default_factory=set)
+    all: set[ShardKey] = field(default_factory=set)
     """Shards of all runs."""
     unreadable: bool = False
     """True if a plan could not be read. It may list any shard."""
 
-    def add(self, name: str, places: Collection[Place], *, complete: bool) -> None:
+    def add(self, name: str, places: Collection[ShardKey], *, complete: bool) -> None:
         """Add the planned ``places`` of the run ``name``."""
         self.runs.add(name)
         self.all.update(places)
@@ -83,7 +83,7 @@ class Plans:
             self.add(name, places, complete=bool(run.info))
 
 
-def may_remove(place: Place, generation: int, *, committed: bool, plans: Plans) -> bool | None:
+def may_remove(place: ShardKey, generation: int, *, committed: bool, plans: Plans) -> bool | None:
     """Whether a file that no commit names can be removed from the folder of the shard at ``place``.
 
     It can be removed if no attempt can name it any more. None means: only if it is old, because the
@@ -159,7 +159,7 @@ def _checked_again(orphan: Orphan, may: bool | None, age: Age) -> Orphan:
     return replace(orphan, removable=may)
 
 
-def commits_of(store: str, place: Place) -> Mapping[int, Commit]:
+def commits_of(store: str, place: ShardKey) -> Mapping[int, Commit]:
     """All commits in the folder of the shard at ``place``, by generation."""
     found = {}
     for name in storage.list_names(shard_files.shard_uri(store, *place)):

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from afn_ray.errors import StoreError
 from afn_ray.schema import fingerprint
 from afn_ray.store import layout, manifest, plans, storage, uris
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RetentionRules:
     """What is kept, as in ``collect_garbage``."""
 
     keep: int
@@ -22,7 +22,7 @@ class Rules:
 
 
 def kept_runs(
-    store: str, there: layout.StoreFiles, names: Sequence[str], rules: Rules, old_s: float
+    store: str, there: layout.StoreFiles, names: Sequence[str], rules: RetentionRules, old_s: float
 ) -> list[str]:
     """Names of the runs that are kept, sorted: those of ``names`` that ``rules`` keep.
 
@@ -89,7 +89,7 @@ def _name_of(store: str, run: str, names: Sequence[str]) -> str:
     return name
 
 
-def planned_shards(store: str, name: str) -> set[Place]:
+def planned_shards(store: str, name: str) -> set[ShardKey]:
     """The shards that the run ``name`` lists; empty if it has no plan.
 
     It has none if it crashed before it wrote one, or if a gc deleted it. Raises ``StoreError`` if

@@ -478,7 +478,7 @@ def test_masking_equals_plain_hugging_face(store: str, tiny_bert: Path) -> None:
             )
             ids[-1], special[-1] = sep, True
         free, content = ~special & ~sinks, classes == "content"
-        chosen = masking.choose(masking.Text(doc, ids, free, high, content))
+        chosen = masking.choose(masking.MaskedText(doc, ids, free, high, content))
         masked = [ids.copy() for _ in chosen]
         for variant, at in zip(masked, chosen.values(), strict=True):
             variant[at] = mask

@@ -31,7 +31,7 @@ from afn_ray.config import RunConfig
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.reduce.tables import Texts
+from afn_ray.reduce.tables import TokenTexts
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
 from afn_ray.store import blocks, layout, shard_files
 from afn_ray.store.commits import COUNTS, Commit
@@ -163,9 +163,9 @@ def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
         before, began = machine.own_memory_bytes("VmRSS"), time.monotonic()
         tables = tree.reduce_run(
             CommittedShards(store, MEASURE_ID, commits, [1] * len(commits)),
-            tree.Recorded((SERIES,)),
-            Texts(texts, texts),
-            tree.Rules("en", 10.0),
+            tree.RecordedSeries((SERIES,)),
+            TokenTexts(texts, texts),
+            tree.LabelRules("en", 10.0),
             tasks,
         )
         seconds = time.monotonic() - began

@@ -31,7 +31,7 @@ from afn_ray.measure import Measure
 from afn_ray.reduce import tasks
 from afn_ray.reduce import tree as reduce
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.reduce.tables import STATISTICS_SCHEMA, Texts
+from afn_ray.reduce.tables import STATISTICS_SCHEMA, TokenTexts
 from afn_ray.runs import dispatch
 from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
@@ -230,9 +230,9 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     with meter.part("reduce"):
         tables = reduce.reduce_run(
             CommittedShards("-", MEASURE_ID, ordered, [s.num_bytes for s in done]),
-            reduce.Recorded((SERIES,)),
-            Texts((), ()),
-            reduce.Rules("en", 10.0),
+            reduce.RecordedSeries((SERIES,)),
+            TokenTexts((), ()),
+            reduce.LabelRules("en", 10.0),
             tree,
         )
     assert tables["shards"].num_rows == len(done)

@@ -37,7 +37,7 @@ from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.reduce.tables import Texts
+from afn_ray.reduce.tables import TokenTexts
 from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard
 from afn_ray.store import manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import COUNTS
@@ -239,10 +239,12 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     folder = run_claims.begin_run(
         config, MEASURE, plans.Plan(tuple(shards), (), (), 0), time.time_ns()
     ).run
-    texts = Texts(*pieces())
+    texts = TokenTexts(*pieces())
     before, began = own_memory_bytes("VmRSS"), time.monotonic()
     committed = CommittedShards(store, measure_id, ordered, [1] * len(ordered))
-    tables = tree.reduce_run(committed, tree.Recorded((SERIES,)), texts, tree.Rules("en", 10.0))
+    tables = tree.reduce_run(
+        committed, tree.RecordedSeries((SERIES,)), texts, tree.LabelRules("en", 10.0)
+    )
     seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")
     began = time.monotonic()
     tables["files"] = losses.files_table(committed, shards, ())

@@ -1286,7 +1286,7 @@ def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = parquet(tmp_path / "a.parquet", {"text": rows})
     monkeypatch.setattr(row_groups, "BATCH_BYTES", 20_500)
     with streams.Source(file.uri, 0, file.size) as source:
-        sizes = [len(t) for t, _, _ in row_groups._File(source, OPTIONS).batches(0)]
+        sizes = [len(t) for t, _, _ in row_groups._OpenFile(source, OPTIONS).batches(0)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
 
@@ -1296,7 +1296,7 @@ def test_parquet_rows_that_do_not_come_are_a_problem(
 ) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
     monkeypatch.setattr(
-        row_groups._File, "batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)])
+        row_groups._OpenFile, "batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)])
     )
     documents = read_all_inexact(file)
     assert texts(documents) == ["a", "a", "a", None]
@@ -1507,13 +1507,13 @@ def test_the_footer_of_a_file_is_parsed_once_for_its_slices(
         tmp_path / "a.parquet", {"text": [os.urandom(8).hex() for _ in range(40)]}, row_group_size=2
     )
     parsed: list[int] = []
-    real = footer._Reader.struct
+    real = footer._ThriftReader.struct
 
-    def struct(reader: footer._Reader) -> object:
+    def struct(reader: footer._ThriftReader) -> object:
         parsed.append(reader._at)
         return real(reader)
 
-    monkeypatch.setattr(footer._Reader, "struct", struct)
+    monkeypatch.setattr(footer._ThriftReader, "struct", struct)
     assert len(read_all(file, OPTIONS, 1)) == 40
     assert parsed.count(0) == 1  # structs within it begin later
 

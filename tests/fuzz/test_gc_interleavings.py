@@ -34,7 +34,7 @@ from afn_ray.store import (
     storage,
 )
 from afn_ray.store.commits import Commit
-from afn_ray.store.layout import Place
+from afn_ray.store.layout import ShardKey
 from afn_ray.store.plans import Plan
 from conftest import make_measure
 from interleavings import NOW_S, STORE, Inline, Process, World, explore, explore_switches, sample
@@ -427,7 +427,7 @@ def test_a_collection_killed_at_any_call_loses_nothing(
 # ------------------------------------------------------------------------
 
 
-def nothing_claimed(look: Any) -> tuple[list[str], set[Place]]:
+def nothing_claimed(look: Any) -> tuple[list[str], set[ShardKey]]:
     return [], set()
 
 

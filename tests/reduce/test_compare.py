@@ -141,7 +141,7 @@ def test_types_that_are_rare_in_one_run_do_not_move_by_chance() -> None:
 
 
 def test_files_of_one_night_are_held_against_the_folders_of_another() -> None:
-    def side(*names: str) -> drift.Sources:
+    def side(*names: str) -> drift.StrengthsBySource:
         return {
             name: drift.SourceStrengths(Histogram.of(np.array([len(name)])), 1) for name in names
         }

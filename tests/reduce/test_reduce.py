@@ -30,9 +30,9 @@ from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.stats import wilson
-from afn_ray.reduce.tables import Texts
+from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tasks import FAN_IN, Inline, Tasks, call
-from afn_ray.reduce.tree import Recorded, Rules, reduce_run
+from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
 from afn_ray.runs import cluster
 from afn_ray.runs.cluster import calls
 from afn_ray.schema import (
@@ -148,8 +148,8 @@ def _reduced(
     series: Sequence[Series] = SERIES,
 ) -> dict[str, pa.Table]:
     shards = CommittedShards(store, MEASURE_ID, commits, [7] * len(commits))
-    texts = Texts(PIECES, READABLE)
-    return reduce_run(shards, Recorded(series), texts, Rules("en", 10.0), tasks)
+    texts = TokenTexts(PIECES, READABLE)
+    return reduce_run(shards, RecordedSeries(series), texts, LabelRules("en", 10.0), tasks)
 
 
 def _reduce(
@@ -533,7 +533,7 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
     files = {"summary": {"name": "", "bytes": 1, "sha256": ""}}
     commits = [Commit(str(i), "", files, {}, 0.0, {}) for i in range(4**6)]
     shards = CommittedShards("/store", MEASURE_ID, commits, [1] * len(commits))
-    total, types = tree._submit_series(Counting(), shards, 0, SERIES[1:], Rules("en", 10.0))
+    total, types = tree._submit_series(Counting(), shards, 0, SERIES[1:], LabelRules("en", 10.0))
     assert (
         made == 4**5 + (4**5 - 1) // 3 + 5
     )  # groups, merges, then the ends: count, total's three, types
