@@ -13,8 +13,8 @@ from afn_ray.schema import SCHEMA_VERSION, Series, fingerprint
 class Measure:
     """Recorded values of each token, and everything that these values depend on."""
 
-    model: dict[str, str]
-    """Identity of the model, from ``model.identity``: checksums of files, versions of libraries."""
+    model: tuple[tuple[str, str], ...]
+    """Identity of the model, the items of ``model.identity``: checksums, versions of libraries."""
     model_type: str
     layers: tuple[int, ...]
     signals: tuple[str, ...]
@@ -48,7 +48,7 @@ class Measure:
         or ``ValueError`` for a value of another form.
         """
         return cls(
-            model=dict(stored["model"]),
+            model=tuple(stored["model"].items()),
             model_type=stored["model_type"],
             layers=tuple(stored["layers"]),
             signals=tuple(stored["signals"]),
@@ -79,7 +79,7 @@ class Measure:
         """The measure as plans and run.json store it; what is not recorded has no key."""
         value: dict[str, Any] = {
             "schema_version": self.schema_version,
-            "model": self.model,
+            "model": dict(self.model),
             "model_type": self.model_type,
             "layers": list(self.layers),
             "signals": list(self.signals),

@@ -333,7 +333,7 @@ RUN_INFO: dict[str, Any] = {
 def make_measure(layers: Sequence[int] = (8,)) -> Measure:
     """A measure of strength at ``layers``, of a model that is nowhere."""
     return Measure(
-        model={"config.json": "abc"},
+        model=(("config.json", "abc"),),
         model_type="bert",
         layers=tuple(layers),
         signals=("strength",),

@@ -61,7 +61,7 @@ def test_each_field_changes_the_id() -> None:
         replace(measure, outliers=((1,), (2,))),
         replace(measure, neurons_above=(1.5,)),
         replace(measure, top_neurons=3),
-        replace(measure, model={"config.json": "abd"}),
+        replace(measure, model=(("config.json", "abd"),)),
     ]
     assert len({m.id for m in (measure, *others)}) == 1 + len(others)
     assert measure.id == fingerprint(measure.as_dict()) == replace(measure).id

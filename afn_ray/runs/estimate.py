@@ -404,7 +404,7 @@ def speed_of(task: Task) -> dict[str, Any]:
     """The inputs of a worker's tokens per second, except the machine and the texts."""
     measure = task.measure
     return {
-        "model": fingerprint(measure.model),
+        "model": fingerprint(dict(measure.model)),
         "layers": list(measure.layers),
         "signals": list(measure.signals),
         "top_neurons": measure.top_neurons,

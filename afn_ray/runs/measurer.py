@@ -279,7 +279,7 @@ class Measurer:
 
 def _check_identity(task: Task, found: dict[str, str]) -> None:
     """Raise ``ModelError`` unless ``found`` is the identity of the model of ``task``."""
-    planned = task.measure.model
+    planned = dict(task.measure.model)
     if found == planned:
         return
     differing = sorted(k for k in {*found, *planned} if found.get(k) != planned.get(k))

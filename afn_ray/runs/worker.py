@@ -109,7 +109,7 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
             f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)"
         )
     measure = Measure(
-        model=identity,
+        model=tuple(identity.items()),
         model_type=files.model_type,
         layers=layers,
         signals=tuple(names),

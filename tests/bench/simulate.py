@@ -46,7 +46,7 @@ from bench.crowd import FILE_SHARDS, SHARD_BYTES, SHARD_S, SHARD_TOKENS, Crowd, 
 COMMITS_READ = 2_000
 """Number of commits that are written to the local disk and found again."""
 SERIES = Series("strength", 8)
-MEASURE = Measure({}, "simulated", (8,), ("strength",), (SERIES,), 512, 128, True, "float32")
+MEASURE = Measure((), "simulated", (8,), ("strength",), (SERIES,), 512, 128, True, "float32")
 MEASURE_ID = "0" * 32
 RAY_WAIT_MS, RAY_CALL_MS = 1.5, 0.14
 """CPU time of the driver in Ray, in milliseconds, measured with a local Ray 2.60 on an AMD EPYC.

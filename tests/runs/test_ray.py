@@ -163,8 +163,10 @@ class ElsewhereModel(pool._Worker):
     """A worker that finds other weights than the driver planned with."""
 
     def __init__(self, task: Any) -> None:
-        identity = {**task.measure.model, "model.safetensors": "0" * 64}
-        super().__init__(replace(task, measure=replace(task.measure, model=identity)))
+        identity = dict(task.measure.model) | {"model.safetensors": "0" * 64}
+        super().__init__(
+            replace(task, measure=replace(task.measure, model=tuple(identity.items())))
+        )
 
 
 def test_a_worker_with_another_model_stops_the_run_at_once(
