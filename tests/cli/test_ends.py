@@ -74,7 +74,7 @@ def test_the_last_event_has_the_exit_code_of_the_process(
         progress.log_as("json", False)
         return act()
 
-    argv = {"run": ["run"], "audit": ["audit", "--policy", "policy.toml"]}[command]
+    argv = {"run": ["run"], "audit": ["audit", "run.toml", "--policy", "policy.toml"]}[command]
     with pytest.raises(SystemExit) as left:
         commands.main(argv, calls={command: call})
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
