@@ -26,8 +26,9 @@ from afn_ray.bench import TOKENS_PER_WORKER, machine
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
-from afn_ray.runs import estimate, job, worker
+from afn_ray.runs import job, worker
 from afn_ray.runs.deadlines import SLOTS
+from afn_ray.runs.rates import speed_of
 from afn_ray.schema import Shard
 
 SAMPLE_DOCUMENTS = 2000
@@ -100,7 +101,7 @@ def measure(
         "foreign": round(watch.foreign, 3),
         "load_s": load_s,
         "tokens_per_second": rates,
-        "speed": estimate.speed_of(prepared.task),
+        "speed": speed_of(prepared.task),
     }
 
 

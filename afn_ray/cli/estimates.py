@@ -11,7 +11,8 @@ from rich.console import Console
 from afn_ray.text import count, printable
 
 if TYPE_CHECKING:
-    from afn_ray.runs.estimate import Cost, Estimate
+    from afn_ray.runs.estimate import Estimate
+    from afn_ray.runs.prices import Cost
 
 
 def print_estimate(e: Estimate, console: Console) -> None:

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
-from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.errors import CorpusError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster
 from afn_ray.runs.events import OnEvent
 from afn_ray.runs.job import normalised, prepare, take_stock
 from afn_ray.runs.measurer import Measurer, text_encoder
+from afn_ray.runs.prices import Cost, Prices, bill, read_prices
+from afn_ray.runs.rates import Rate, read_rate, speed_of
+from afn_ray.runs.results import Preparation
 from afn_ray.runs.task import Task
-from afn_ray.schema import Document, FileInfo, Shard, fingerprint
-from afn_ray.store import probes, readers, settings
+from afn_ray.schema import Document, FileInfo, Shard
+from afn_ray.store import probes, readers
 from afn_ray.store.commits import Commits
-from afn_ray.text import nearest
 from afn_ray.tokens import counting
 
 SAMPLE_DOCUMENTS = 200
@@ -54,59 +52,6 @@ PUTS_A_SHARD, GETS_A_SHARD = 4, 12
 They were counted on small shards. The GET requests for the corpus's bytes come on top. Each table
 of neurons is one more PUT. Writes of the status depend on time and are not counted.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """Speed of one worker, as ``afn bench rate`` measured it."""
-
-    tokens_per_second: float
-    load_s: float  # seconds until a process has loaded the model
-    where: str  # machine, versions, n and spread
-    # what it was measured for, from ``speed_of``
-    speed: dict[str, Any] = field(default_factory=dict)
-
-    def check(self, speed: dict[str, Any], file: Path) -> None:
-        """Raise ``ConfigError`` unless the rate was measured for ``speed``."""
-        differing = [
-            f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
-            for key in speed
-            if self.speed.get(key) != speed[key]
-        ]
-        if differing:
-            raise ConfigError(
-                f"--rate {file} was measured for something else: {'; '.join(differing)}; measure "
-                "this run's: 'afn bench rate RUN_TOML --json FILE'"
-            )
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Prices in one ``currency``; a price of None is unknown and left out of every sum."""
-
-    currency: str
-    as_of: str  # whose prices, and their date
-    worker_hour: float | None = None
-    worker_hour_on_demand: float | None = None
-    head_hour: float | None = None
-    storage_gb_month: float | None = None
-    put_million: float | None = None
-    get_million: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """A line of a bill: ``amount`` of ``unit`` at ``price`` each; None: the price is unknown."""
-
-    what: str
-    amount: float
-    unit: str
-    price: float | None
-
-    @property
-    def total(self) -> float | None:
-        """Price of the amount; None: unknown."""
-        return None if self.price is None else self.amount * self.price
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,71 +122,48 @@ def dry_run(
     lexicon.function_words(config.language)
     probes.try_writable(config.store)
     asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
-    task, plan, device = asked.task, asked.plan, asked.device
-    measure = task.measure
-    num_series = len(measure.series)
     if known is not None and rate is not None:
-        known.check(speed_of(task), rate)
-    stock = take_stock(asked, on_event, reduce_only=reduce_only)
-    todo: list[Shard] = []
-    if not reduce_only:
-        todo = [shard for shard in plan.shards if shard.id not in stock.commits]
-    there = _what_is_there(stock.commits)
-    lacking = counting.NOTHING
-    if todo:
-        slices = [piece for shard in todo for piece in shard.slices]
-        lacking = counting.count(slices, config.read_options, text_encoder(asked.files))
-    tokens = there.tokens + lacking.tokens
-    if lacking.exact and not tokens:
-        raise CorpusError(
-            "the corpus has no token to measure: all of its documents are empty or quarantined"
-        )
+        known.check(speed_of(asked.task), rate)
+    work = _find_work(asked, on_event, reduce_only=reduce_only)
     sample: list[Document] = []
-    if todo:
-        sample = listing.sample(plan.files, config.read_options, SAMPLE_DOCUMENTS)
-    timed = _time_sample(task, [document.text for document in sample])
-    workers = min(cluster.count_workers(config, device), max(1, len(todo)))
-    here = cluster.local_device(device)
-    if known is None and here == device and todo:
+    if work.todo:
+        sample = listing.sample(asked.plan.files, config.read_options, SAMPLE_DOCUMENTS)
+    timed = _time_sample(asked.task, [document.text for document in sample])
+    here = cluster.local_device(asked.device)
+    if known is None and here == asked.device and work.todo:
         known = timed.rate()
-    reduce_s = 0.0
-    if not stock.complete:
-        reduce_s = reduce_core_s(tokens, num_series, screened=config.screen > 0) / workers
-    token_bytes = bytes_per_token(config, num_series, len(measure.neuron_layers))
-    store_bytes = there.num_bytes + lacking.tokens * token_bytes
-    load_s: float | None = 0.0
-    if todo:
-        load_s = None if known is None else known.load_s
-    seconds = None if load_s is None else load_s + reduce_s
-    if known and seconds is not None and known.tokens_per_second:
-        seconds += lacking.tokens / known.tokens_per_second / workers
-    where = _no_rate(device, here) if todo else "nothing is left to measure"
+    where = "nothing is left to measure"
     if known is not None:
         where = known.where
-    puts, gets = _num_requests(todo, records_neurons=bool(measure.neuron_layers))
-    hours = None if seconds is None else seconds / 3600
-    worker_hours = None if hours is None else workers * hours
-    costs, monthly = bill(money, worker_hours, hours, puts, gets, store_bytes)
+    elif work.todo:
+        where = _no_rate(asked.device, here)
+    times = _times(asked, work, known)
+    measure = asked.task.measure
+    store_bytes = work.there.num_bytes + work.lacking.tokens * bytes_per_token(
+        config, len(measure.series), len(measure.neuron_layers)
+    )
+    puts, gets = _num_requests(work.todo, records_neurons=bool(measure.neuron_layers))
+    costs, monthly = bill(money, times.worker_hours, times.hours, puts, gets, store_bytes)
     return Estimate(
-        num_files=len(plan.files),
-        skipped=plan.skipped,
-        num_documents=there.documents + lacking.documents,
-        documents_exact=lacking.num_documents_exact,
-        num_bytes=plan.num_bytes,
-        num_shards=len(plan.shards),
-        num_shards_done=len(plan.shards) - len(todo),
-        tokens=tokens,
-        tokens_low=there.tokens + lacking.low,
-        tokens_high=there.tokens + lacking.high,
-        tokens_exact=lacking.exact,
-        tokens_there=there.tokens,
-        num_beginnings=lacking.num_beginnings,
+        num_files=len(asked.plan.files),
+        skipped=asked.plan.skipped,
+        num_documents=work.there.documents + work.lacking.documents,
+        documents_exact=work.lacking.num_documents_exact,
+        num_bytes=asked.plan.num_bytes,
+        num_shards=len(asked.plan.shards),
+        num_shards_done=len(asked.plan.shards) - len(work.todo),
+        tokens=work.tokens,
+        tokens_low=work.there.tokens + work.lacking.low,
+        tokens_high=work.there.tokens + work.lacking.high,
+        tokens_exact=work.lacking.exact,
+        tokens_there=work.there.tokens,
+        num_beginnings=work.lacking.num_beginnings,
         store_bytes=round(store_bytes),
-        seconds=seconds,
-        load_s=load_s,
-        reduce_s=reduce_s,
-        num_workers=workers,
-        worker_hours=worker_hours,
+        seconds=times.seconds,
+        load_s=times.load_s,
+        reduce_s=times.reduce_s,
+        num_workers=times.workers,
+        worker_hours=times.worker_hours,
         num_puts=puts,
         num_gets=gets,
         tokens_per_second=known.tokens_per_second if known else None,
@@ -250,15 +172,18 @@ def dry_run(
         layers=measure.layers,
         depth=asked.files.depth,
         dtype=measure.dtype,
-        device=device,
+        device=asked.device,
         window_tokens=measure.window_tokens,
         overlap_tokens=measure.overlap_tokens,
         measure=measure.id,
-        signal_costs=timed.signal_costs if here == device else {},
+        signal_costs=timed.signal_costs if here == asked.device else {},
         prices=money,
         costs=costs,
         monthly=monthly,
     )
+
+
+# --- the work, and its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +193,76 @@ class _There:
     tokens: int
     documents: int
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a run has to do, and what the store has of it already."""
+
+    todo: list[Shard]
+    there: _There
+    lacking: counting.Count  # tokens and documents of ``todo``
+    reduced: bool  # whether the run is complete
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.there.tokens + self.lacking.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Times:
+    """Time of a run; None: no rate is known."""
+
+    workers: int
+    load_s: float | None
+    reduce_s: float
+    seconds: float | None  # with loading and reduce
+
+    @property
+    def hours(self) -> float | None:
+        """``seconds`` in hours."""
+        return None if self.seconds is None else self.seconds / 3600
+
+    @property
+    def worker_hours(self) -> float | None:
+        """Hours of all workers together."""
+        return None if self.hours is None else self.workers * self.hours
+
+
+def _find_work(asked: Preparation, on_event: OnEvent, *, reduce_only: bool) -> _Work:
+    """The work of the run ``asked``. Raises ``CorpusError`` if the corpus has no token."""
+    stock = take_stock(asked, on_event, reduce_only=reduce_only)
+    todo: list[Shard] = []
+    if not reduce_only:
+        todo = [shard for shard in asked.plan.shards if shard.id not in stock.commits]
+    lacking = counting.NOTHING
+    if todo:
+        slices = [piece for shard in todo for piece in shard.slices]
+        lacking = counting.count(slices, asked.config.read_options, text_encoder(asked.files))
+    work = _Work(todo, _what_is_there(stock.commits), lacking, stock.complete)
+    if lacking.exact and not work.tokens:
+        raise CorpusError(
+            "the corpus has no token to measure: all of its documents are empty or quarantined"
+        )
+    return work
+
+
+def _times(asked: Preparation, work: _Work, known: Rate | None) -> _Times:
+    """Time of the run ``asked`` at the rate ``known``."""
+    config = asked.task.config
+    workers = min(cluster.count_workers(config, asked.device), max(1, len(work.todo)))
+    reduce_s = 0.0
+    if not work.reduced:
+        num_series = len(asked.task.measure.series)
+        reduce_s = reduce_core_s(work.tokens, num_series, screened=config.screen > 0) / workers
+    load_s: float | None = 0.0
+    if work.todo:
+        load_s = None if known is None else known.load_s
+    seconds = None if load_s is None else load_s + reduce_s
+    if known and seconds is not None and known.tokens_per_second:
+        seconds += work.lacking.tokens / known.tokens_per_second / workers
+    return _Times(workers, load_s, reduce_s, seconds)
 
 
 def _num_requests(shards: Sequence[Shard], *, records_neurons: bool) -> tuple[int, int]:
@@ -313,31 +308,6 @@ def reduce_core_s(tokens: float, num_series: int, *, screened: bool) -> float:
 def gets_of_corpus(num_bytes: int) -> int:
     """Number of requests that read a shard's bytes, to plan and to measure."""
     return 2 * -(-num_bytes // READ_BYTES)
-
-
-def bill(
-    prices: Prices | None,
-    worker_hours: float | None,
-    hours: float | None,
-    num_puts: int,
-    num_gets: int,
-    store_bytes: float,
-) -> tuple[tuple[Cost, ...], Cost | None]:
-    """Costs of a run line by line, and the monthly cost of its data; empty without ``prices``.
-
-    Without hours the run has no lines: its requests alone would look like its price.
-    """
-    if prices is None:
-        return (), None
-    monthly = Cost("store", store_bytes / 1e9, "GB", prices.storage_gb_month)
-    if worker_hours is None or hours is None:
-        return (), monthly
-    return (
-        Cost("workers", worker_hours, "worker-hours", prices.worker_hour),
-        Cost("head", hours, "hours", prices.head_hour),
-        Cost("PUT", num_puts / 1e6, "million", prices.put_million),
-        Cost("GET", num_gets / 1e6, "million", prices.get_million),
-    ), monthly
 
 
 def _no_rate(device: str, here: str) -> str:
@@ -398,92 +368,3 @@ def _time_sample(task: Task, texts: Sequence[str]) -> _TimedSample:
 
 
 # --- files of rates and prices
-
-
-def speed_of(task: Task) -> dict[str, Any]:
-    """The inputs of a worker's tokens per second, except the machine and the texts."""
-    measure = task.measure
-    return {
-        "model": fingerprint(dict(measure.model)),
-        "layers": list(measure.layers),
-        "signals": list(measure.signals),
-        "top_neurons": measure.top_neurons,
-        "dtype": measure.dtype,
-        "device": task.device,
-        "window_tokens": measure.window_tokens,
-        "overlap_tokens": measure.overlap_tokens,
-        "batch_tokens": task.config.batch_tokens,
-        "tokenizer_workers": task.config.tokenizer_workers,
-    }
-
-
-def _is_number(value: Any) -> bool:
-    """Whether ``value`` is a number of 0 or more that a float can hold."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and 0 <= value <= sys.float_info.max
-    )
-
-
-RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "speed": (lambda v: isinstance(v, dict), "an object"),
-    "tokens_per_second": (lambda v: isinstance(v, list) and bool(v) and all(_is_number(n) and n for n in v),
-                          "a list of numbers over 0"),
-    "load_s": (_is_number, "a number, 0 or more"),
-    "machine": (lambda v: isinstance(v, str), "a text"),
-    "versions": (lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str), "an object with that of torch"),
-    "foreign": (_is_number, "a number, 0 or more"),
-}  # fmt: skip
-"""Keys that are read from a file by ``afn bench rate --json``: a check and the expected value."""
-
-
-def read_rate(path: Path) -> Rate:
-    """The rate in ``path``. Raises ``ConfigError`` unless ``afn bench rate --json`` wrote it."""
-    try:
-        value = json.loads(settings.decode(path.read_bytes()))
-    except OSError as error:
-        raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}"
-        ) from error
-    found: dict[str, Any] = value if isinstance(value, dict) else {}
-    for key, (is_right, expected) in RATE_KEYS.items():
-        if not is_right(found.get(key)):
-            raise ConfigError(
-                f"--rate {path} is not what 'afn bench rate --json' writes: {key} is "
-                f"{found.get(key)!r}; expected {expected}"
-            )
-    rates = found["tokens_per_second"]
-    where = (
-        f"on {found['machine']}, torch {found['versions']['torch']}, n = {len(rates)}, "
-        f"{min(rates):,.0f}-{max(rates):,.0f}, others took {found['foreign']:.0%} of its cores"
-    )
-    return Rate(statistics.median(rates), found["load_s"], where, found["speed"])
-
-
-def read_prices(path: Path) -> Prices:
-    """The prices in the TOML file ``path``. Raises ``ConfigError`` for wrong keys or values."""
-    value = settings.read_toml(path, "--prices")
-    known = [f.name for f in fields(Prices)]
-    if unknown := sorted(value.keys() - set(known)):
-        raise ConfigError(
-            f"--prices {path} has {', '.join(unknown)}{nearest(unknown, known)}; expected "
-            f"currency, as_of and some of {', '.join(known[2:])}"
-        )
-    for name, what in (
-        ("currency", "of all prices"),
-        ("as_of", "whose prices these are, and of when"),
-    ):
-        if name not in value:
-            raise ConfigError(f"--prices {path} lacks {name}: a text, {what}")
-        if not isinstance(value[name], str) or not value[name]:
-            raise ConfigError(
-                f"--prices {path}: {name} is {value[name]!r}; expected a text, {what}"
-            )
-    for name in known[2:]:
-        price = value.get(name, 0)
-        if not _is_number(price):
-            raise ConfigError(f"--prices {path}: {name} is {price!r}; expected a number, 0 or more")
-    return Prices(**value)

@@ -33,9 +33,10 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpora
 from afn_ray.errors import AfnError, ConfigError, StoreError
 from afn_ray.reduce import tree
-from afn_ray.runs import cluster, estimate, job, measurer
-from afn_ray.runs.estimate import Prices, Rate, bill, read_prices
+from afn_ray.runs import cluster, estimate, job, measurer, rates
 from afn_ray.runs.plan import make_plan
+from afn_ray.runs.prices import Prices, bill, read_prices
+from afn_ray.runs.rates import Rate
 from afn_ray.store import storage
 from afn_ray.tokens import counting, encode
 from bench import commands as bench_commands
@@ -100,7 +101,7 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
         other = result | {"speed": result["speed"] | {key: "other"}}
         file.write_text(json.dumps(other))
         with pytest.raises(ConfigError, match=f"something else: {key}: it has other"):
-            estimate.read_rate(file).check(result["speed"], file)
+            rates.read_rate(file).check(result["speed"], file)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +110,9 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
 def test_a_file_that_holds_no_rate_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "rate.json").write_text(text)
     with pytest.raises(ConfigError, match="is not what 'afn bench rate --json' writes"):
-        estimate.read_rate(tmp_path / "rate.json")
+        rates.read_rate(tmp_path / "rate.json")
     with pytest.raises(ConfigError, match="cannot be read"):
-        estimate.read_rate(tmp_path / "none.json")
+        rates.read_rate(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize(
@@ -146,14 +147,14 @@ def test_a_rate_with_a_wrong_value_is_refused_by_its_name(
     }
     file = tmp_path / "rate.json"
     file.write_text(json.dumps(right))
-    assert estimate.read_rate(file) == Rate(
+    assert rates.read_rate(file) == Rate(
         9, 0, "on m, torch 2, n = 1, 9-9, others took 25% of its cores", {"dtype": "float32"}
     )
     file.write_text(json.dumps(right | {key: wrong}))
     with pytest.raises(
         ConfigError, match=f"rate.json is not what .* writes: {key} is .*; expected "
     ):
-        estimate.read_rate(file)
+        rates.read_rate(file)
 
 
 def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_here(
@@ -196,7 +197,7 @@ def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_her
 
     asked = job.prepare(job.normalised(config), lambda event: None, keep=False)
     rate = {
-        "speed": estimate.speed_of(asked.task),
+        "speed": rates.speed_of(asked.task),
         "tokens_per_second": [50.0],
         "load_s": 1.0,
         "machine": "H",

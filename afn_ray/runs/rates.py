@@ -1,0 +1,94 @@
+"""The speed of a worker, as 'afn bench rate' wrote it, and what it was measured for."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afn_ray.errors import ConfigError
+from afn_ray.runs.prices import is_number
+from afn_ray.runs.task import Task
+from afn_ray.schema import fingerprint
+from afn_ray.store import settings
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Speed of one worker, as ``afn bench rate`` measured it."""
+
+    tokens_per_second: float
+    load_s: float  # seconds until a process has loaded the model
+    where: str  # machine, versions, n and spread
+    # what it was measured for, from ``speed_of``
+    speed: dict[str, Any] = field(default_factory=dict)
+
+    def check(self, speed: dict[str, Any], file: Path) -> None:
+        """Raise ``ConfigError`` unless the rate was measured for ``speed``."""
+        differing = [
+            f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
+            for key in speed
+            if self.speed.get(key) != speed[key]
+        ]
+        if differing:
+            raise ConfigError(
+                f"--rate {file} was measured for something else: {'; '.join(differing)}; measure "
+                "this run's: 'afn bench rate RUN_TOML --json FILE'"
+            )
+
+
+def speed_of(task: Task) -> dict[str, Any]:
+    """The inputs of a worker's tokens per second, except the machine and the texts."""
+    measure = task.measure
+    return {
+        "model": fingerprint(dict(measure.model)),
+        "layers": list(measure.layers),
+        "signals": list(measure.signals),
+        "top_neurons": measure.top_neurons,
+        "dtype": measure.dtype,
+        "device": task.device,
+        "window_tokens": measure.window_tokens,
+        "overlap_tokens": measure.overlap_tokens,
+        "batch_tokens": task.config.batch_tokens,
+        "tokenizer_workers": task.config.tokenizer_workers,
+    }
+
+
+RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "speed": (lambda v: isinstance(v, dict), "an object"),
+    "tokens_per_second": (lambda v: isinstance(v, list) and bool(v) and all(is_number(n) and n for n in v),
+                          "a list of numbers over 0"),
+    "load_s": (is_number, "a number, 0 or more"),
+    "machine": (lambda v: isinstance(v, str), "a text"),
+    "versions": (lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str), "an object with that of torch"),
+    "foreign": (is_number, "a number, 0 or more"),
+}  # fmt: skip
+"""Keys that are read from a file by ``afn bench rate --json``: a check and the expected value."""
+
+
+def read_rate(path: Path) -> Rate:
+    """The rate in ``path``. Raises ``ConfigError`` unless ``afn bench rate --json`` wrote it."""
+    try:
+        value = json.loads(settings.decode(path.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"--rate {path} is not what 'afn bench rate --json' writes: {error!r}"
+        ) from error
+    found: dict[str, Any] = value if isinstance(value, dict) else {}
+    for key, (is_right, expected) in RATE_KEYS.items():
+        if not is_right(found.get(key)):
+            raise ConfigError(
+                f"--rate {path} is not what 'afn bench rate --json' writes: {key} is "
+                f"{found.get(key)!r}; expected {expected}"
+            )
+    rates = found["tokens_per_second"]
+    where = (
+        f"on {found['machine']}, torch {found['versions']['torch']}, n = {len(rates)}, "
+        f"{min(rates):,.0f}-{max(rates):,.0f}, others took {found['foreign']:.0%} of its cores"
+    )
+    return Rate(statistics.median(rates), found["load_s"], where, found["speed"])
