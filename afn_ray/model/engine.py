@@ -151,7 +151,7 @@ class Model:
             block.register_forward_hook(self._after_block)
         padding = getattr(self.module.config, "pad_token_id", None) or 0
         self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
-        # Set by ``prove.prepare``, as are the next six.
+        # Set by ``prove.prepare``, as are the next eight.
         self.causal = False
         self.packed = False  # whether a batch is one packed sequence without padding
         self.why_padded: str | None = None
@@ -159,6 +159,8 @@ class Model:
         self.attention = ""  # how it attends, from the names in ``attention``; "+" joins several
         self.why_slow = ""  # why it attends more slowly than the device could; empty if it does not
         self.cast: Cast | None = None  # that the fast products share
+        # How it adds and normalises, from the names in ``fused``, and why not fused. Empty on a CPU.
+        self.norm = self.why_eager = ""
         self.kernels: set[str] = set()  # of attention that packed batches have used
         self.windowed = False  # whether attention has received a sliding window
         self.places: dict[torch.nn.Module, Place] = {}
@@ -184,9 +186,12 @@ class Model:
 
     @property
     def maker(self) -> dict[str, str]:
-        """Entries of a commit on how this model computes: the attention, the dtype and the GPU."""
+        """Entries of a commit on how this model computes: attention, dtype, norms and the GPU."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return {"attention": self.attention, "dtype": dtype} | describe_gpu(str(self.device))
+        found = {"attention": self.attention, "dtype": dtype}
+        if self.norm:
+            found["norm"] = self.norm
+        return found | describe_gpu(str(self.device))
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], float]]:

@@ -31,6 +31,10 @@ class Cast:
             self._source, self._result = x, x.to(self.dtype)
         return self._result
 
+    def keep(self, source: torch.Tensor, result: torch.Tensor) -> None:
+        """Use ``result`` as the cast of ``source``: a kernel has computed both."""
+        self._source, self._result = source, result
+
     def clear(self) -> None:
         self._source = self._result = None
 

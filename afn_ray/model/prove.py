@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from afn_ray import logs
 from afn_ray.errors import ModelError
-from afn_ray.model import attention, memory
+from afn_ray.model import attention, fused, memory
 from afn_ray.model.engine import Model, Norms, Place
 from afn_ray.model.files import is_device_fault
 from afn_ray.model.linear import replace_linear_layers, restore
@@ -88,10 +88,10 @@ def prepare(
     all texts in one batch. ``needs`` are the inputs that signals need beside hidden states, from
     ``signals.NEEDS``; this function finds their place in each block.
 
-    Sets the model's ``packed``, ``why_padded``, ``attention``, ``why_slow`` and ``causal``, and
-    logs what was chosen. Raises ``ModelError`` with the difference and the tolerance, or with the
-    sizes where the model does not fit into the memory. Errors of the device are raised as they are:
-    they say nothing about the model.
+    Sets the model's ``packed``, ``why_padded``, ``attention``, ``why_slow``, ``norm``,
+    ``why_eager`` and ``causal``, and logs what was chosen. Raises ``ModelError`` with the
+    difference and the tolerance, or with the sizes where the model does not fit into the memory.
+    Errors of the device are raised as they are: they say nothing about the model.
     """
     with memory.needed(model.name, model.device, lambda: model.num_bytes):
         _prepare(model, sequences, needs)
@@ -105,6 +105,7 @@ def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[
     needs -= {"outliers"}  # passed to the constructor
     places = _find_places(model, max(sequences, key=len), needs) if needs else {}
     _choose_products(model, probes)
+    fused.choose(model, lambda: _check(model, probes, model.dtype), needs)
     model.read_from(places)  # only now: a product may have replaced a layer
     if "norm" in needs:
         _check_centred(model, min(sequences, key=len))

@@ -400,12 +400,18 @@ def _gpu(index: int, name: str | None) -> Check:
         made_by = loaded.maker
     found = (
         f"{gpu}, compute capability {made_by['capability']}, driver {nvidia.driver_version()}: "
-        f"passed its self-check in {made_by['dtype']}, attention {loaded.attention}, {rate:,.0f} "
-        f"tokens/s with {name}"
+        f"passed its self-check in {made_by['dtype']}, attention {loaded.attention}, "
+        f"norms {_norms(loaded.norm, loaded.why_eager)}, "
+        f"{rate:,.0f} tokens/s with {name}"
     )
     if why := loaded.why_slow or loaded.why_padded:
         return Check(what, None, f"{found}; slower than it could be: {why}", _faster(loaded.packed))
     return Check(what, True, found)
+
+
+def _norms(norm: str, why_eager: str) -> str:
+    """How a model on a GPU adds and normalises, and why it does not do so by one kernel."""
+    return f"{norm} ({why_eager})" if why_eager else norm
 
 
 def _faster(packed: bool) -> str:

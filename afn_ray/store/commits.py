@@ -37,8 +37,8 @@ class Commit:
     files: dict[str, dict[str, Any]]  # table -> name, rows, bytes, sha256
     counts: dict[str, int]
     seconds: float
-    # Device and versions, attention and dtype; of a GPU also its name, its compute capability and
-    # where it reduces precision. Older commits have only device and versions.
+    # Device and versions, attention and dtype; of a GPU also its name, its compute capability, its
+    # norms and where it reduces precision. Older commits have only device and versions.
     made_by: dict[str, str]
 
     @property
@@ -166,7 +166,7 @@ class _InOrder(Sequence[Commit]):
 def describe_makers(commits: Iterable[Commit]) -> dict[str, int]:
     """Number of ``commits`` by what measured them, in words, the most frequent first.
 
-    A GPU differs from another by its name, its compute capability and its attention.
+    A GPU differs from another by its name, its compute capability, its attention and its norms.
     """
     numbers = Counter(_describe_maker(commit.made_by) for commit in commits)
     return dict(sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
@@ -179,6 +179,8 @@ def _describe_maker(made_by: Mapping[str, str]) -> str:
         return device
     gpu, capability = made_by.get("gpu", "an unknown GPU"), made_by.get("capability", "?")
     words = f"{gpu} (compute capability {capability}), attention {made_by.get('attention', '?')}"
+    if made_by.get("norm") == "fused":  # older commits have no such entry, and none were fused
+        words += ", norms fused"
     reduced = made_by.get("reduced", "none")
     return words if reduced == "none" else f"{words}, reduced precision in {reduced}"
 

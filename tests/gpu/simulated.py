@@ -2,8 +2,8 @@
 
 The CPU computes the values. What a GPU would be asked for is logged: kernels, copies, and what the
 host waits for. A tensor on the wrong device, a shape that flash attention refuses and a dtype that a
-CUDA kernel does not take raise the errors that torch raises on a GPU. Nothing is timed, and torch's
-grouped products of mixtures are not simulated.
+CUDA kernel does not take raise the errors that torch raises on a GPU. A launch takes a millisecond,
+whatever it computes. torch's grouped products of mixtures are not simulated.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+
+from afn_ray.model import fused
 
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -422,23 +424,52 @@ def varlen_of_2_10(
 varlen_of_now: Callable[..., Any] = varlen.varlen_attn
 
 
+def fused_norm(log: Log) -> fused.Kernel:
+    """The fused kernel of ``model/fused``: the values of torch's kernels, in one launch."""
+
+    def add_norm_cast(
+        added: torch.Tensor, residual: torch.Tensor, norm: torch.nn.LayerNorm, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        log.kernels["add_norm_cast"] += 1
+        total = _inner(added) + _inner(residual)
+        weight, bias = _inner(norm.weight), _inner(norm.bias)
+        full = functional.layer_norm(total, norm.normalized_shape, weight, bias, norm.eps)
+        return OnDevice(full), OnDevice(full.to(dtype))
+
+    return add_norm_cast
+
+
 @contextlib.contextmanager
-def device(gpu: Gpu = H200, varlen_attn: Callable[..., Any] = varlen_of_now) -> Iterator[Log]:
+def device(
+    gpu: Gpu = H200,
+    varlen_attn: Callable[..., Any] = varlen_of_now,
+    kernel: Callable[[Log], fused.Kernel] | None = None,
+) -> Iterator[Log]:
     """In this context, in this thread, torch has one GPU; yields the log of what it was asked for.
 
-    ``varlen_attn`` is the function of torch that calls flash attention.
+    ``varlen_attn`` is the function of torch that calls flash attention. ``kernel`` makes the kernel
+    of ``model/fused``; without it, triton is not installed.
     """
     log = Log()
 
     class Event:
         def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
             log.events.append(blocking)
+            self.launches = 0  # before this event
 
         def record(self) -> None:
-            pass
+            self.launches = sum(log.kernels.values())
 
         def synchronize(self) -> None:
             pass
+
+        def elapsed_time(self, end: Event) -> float:
+            return float(end.launches - self.launches)
+
+    def find_kernel() -> fused.Kernel:
+        if kernel is None:
+            raise fused.Unfused("triton is not installed")
+        return kernel(log)
 
     facts = SimpleNamespace(
         name=gpu.name,
@@ -470,6 +501,7 @@ def device(gpu: Gpu = H200, varlen_attn: Callable[..., Any] = varlen_of_now) -> 
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch, "inference_mode", torch.no_grad)  # in it, torch hides its operators
         patch.setattr(varlen, "varlen_attn", varlen_attn)
+        patch.setattr(fused, "find_kernel", find_kernel)
         operators, threads = _Operators(log, gpu), torch.get_num_threads()
         torch.set_num_threads(1)  # more threads would only wait for each other
         try:

@@ -31,9 +31,8 @@ TOLERANCE = {"float16": 5e-3, "bfloat16": 3e-2}
 AMPERE_ONLY = "FlashAttention only supports Ampere GPUs or newer."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of a family's model, made once."""
+def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Function that returns the folder of a family's model, which it makes once."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -44,6 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[name]
 
     return make
+
+
+folder = pytest.fixture(family_folders, scope="module", name="folder")
 
 
 def load(folder: Path, dtype: str, device: str, needs: frozenset[str] = frozenset()) -> model.Model:

@@ -39,6 +39,7 @@ def test_a_model_on_a_gpu_says_how_it_computes(tiny_bert: Path) -> None:
         assert loaded.maker == {
             "attention": "flash",
             "dtype": "float16",
+            "norm": "eager",
             "gpu": "NVIDIA H200",
             "capability": "9.0",
             "reduced": "none",  # of its own accord: neither TF32 nor sums in half precision
@@ -67,6 +68,10 @@ def test_makers_are_counted_by_gpu_and_attention() -> None:
     older = [commit_of(device="cuda"), commit_of(device="cpu"), commit_of(device="cpu")]
     unknown = "an unknown GPU (compute capability ?), attention ?"
     assert describe_makers(older) == {"cpu": 2, unknown: 1}
+    # Norms differ where they are fused; older commits do not name them.
+    norms = [commit_of(**H200), commit_of(**H200, norm="eager"), commit_of(**H200, norm="fused")]
+    ways = "NVIDIA H200 (compute capability 9.0), attention flash"
+    assert describe_makers(norms) == {ways: 2, f"{ways}, norms fused": 1}
     reduced = commit_of(**H200, reduced="tf32")
     assert next(iter(describe_makers([reduced]))).endswith("reduced precision in tf32")
 
