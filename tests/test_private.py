@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from afn_ray.nvidia import DRIVERS
+from afn_ray.show import doctor
 
 PRIVATE = {
     "ray": [
@@ -45,6 +52,25 @@ def test_a_package_whose_private_parts_are_used_is_bounded_from_above(package: s
     project = tomllib.loads(PROJECT.read_text())["project"]
     required = next(r for r in project["dependencies"] if r.startswith(f"{package}>="))
     assert ",<" in required
+
+
+def test_the_oldest_torch_is_the_oldest_with_flash_attention() -> None:
+    """What asks for torch, what pins it and what speaks of it agree."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    (required,) = (Requirement(r) for r in project["dependencies"] if r.startswith("torch>"))
+    (oldest,) = (s.version for s in required.specifier if s.operator == ">=")
+    constraints = (PROJECT.parent / "constraints.txt").read_text()
+    (pinned,) = re.findall(r"^torch==(.+)$", constraints, re.M)
+    assert pinned in required.specifier and Version(torch.__version__).public in required.specifier
+    assert f"torch {oldest} or newer" in doctor._faster(packed=True)
+    guide = (PROJECT.parent / "infra" / "guide" / "engine.md").read_text("utf-8")
+    page = " ".join(guide.split())
+    assert f"compute capability 8.0 (Ampere) and torch {oldest}, the oldest that afn" in page
+    assert f"The wheels of torch from {oldest} on need NVIDIA's driver {DRIVERS[13]}." in page
+    readme = (PROJECT.parent / "README.md").read_text("utf-8")
+    assert f"NVIDIA's driver {DRIVERS[13]} or newer" in readme
+    # The pinned triton is that of the pinned torch's wheel for CUDA.
+    assert pinned.startswith("2.13.") and "\ntriton==3.7.1\n" in constraints
 
 
 def test_the_cluster_extra_asks_for_the_ray_of_the_package() -> None:
