@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, get_type_hints
 
+from afn_ray import kept
 from afn_ray.errors import ConfigError
 from afn_ray.schema import STRENGTH, ReadOptions
 
@@ -95,6 +96,11 @@ class RunConfig:
     text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
     id_column: str | None = _option(
         None, "column that holds the document id; default: a content hash"
+    )
+    keep_columns: str | None = _option(
+        None,
+        "columns to carry into documents (JSONL, CSV, Parquet), with commas between, each with a "
+        "type if it is not a string: lang,year:int64",
     )
     labels: str | None = _option(
         None,
@@ -207,6 +213,7 @@ class RunConfig:
             raise ConfigError(
                 "labels is empty; name the column that holds the tags, or leave it out"
             )
+        self._check_kept()
         if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
             raise ConfigError(
                 f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at "
@@ -249,6 +256,19 @@ class RunConfig:
         # This checks the form alone; the depth is checked once the model is known.
         resolve_layers(self.layers, ANY_DEPTH)
 
+    def _check_kept(self) -> None:
+        """Raise ``ConfigError`` for kept columns that cannot be; write them in canonical form."""
+        if self.keep_columns is None:
+            return
+        if not self.keep_columns.strip():
+            raise ConfigError("keep_columns is empty; name a column, or leave it out")
+        columns = kept.parse(self.keep_columns)
+        if self.text_column in [column.name for column in columns]:
+            raise ConfigError(
+                f"keep_columns has {self.text_column!r}, the text column; texts are not kept"
+            )
+        object.__setattr__(self, "keep_columns", kept.canonical(columns))
+
     @property
     def read_options(self) -> ReadOptions:
         """Options that decide how bytes become documents."""
@@ -260,6 +280,7 @@ class RunConfig:
             self.max_document_bytes,
             self.labels,
             self.csv_escape,
+            self.keep_columns or "",
         )
 
 

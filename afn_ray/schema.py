@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -63,6 +63,12 @@ class ReadOptions:
     # how CSV writes a quote in a quoted field: "doubled", "backslash", or
     # "auto": doubled, with ambiguous rows quarantined
     csv_escape: str = "auto"
+    keep: str = ""  # kept columns, as ``kept.canonical`` writes them
+
+    def as_dict(self) -> dict[str, object]:
+        """The options as plans and commits store them; without kept columns, ``keep`` is no key."""
+        value = asdict(self)
+        return value if self.keep else {k: v for k, v in value.items() if k != "keep"}
 
     def labels_in(self, format: str) -> str | None:
         """Column of the tags in a file of ``format``; None: the file has no tags."""
@@ -70,14 +76,16 @@ class ReadOptions:
 
     def identity(self, format: str) -> list[object]:
         """The options that change the documents of a file of ``format``."""
+        # Kept columns are columns of ``documents``, also where the files have no columns.
+        kept = [{"keep": self.keep}] if self.keep else []
         if format == "txt":
-            return [self.txt_documents, self.max_document_bytes]
+            return [self.txt_documents, self.max_document_bytes, *kept]
         if format == "conllu":
-            return [self.labels_in(format), self.max_document_bytes]
+            return [self.labels_in(format), self.max_document_bytes, *kept]
         more = [self.labels] if self.labels else []
         if format == "csv" and self.csv_escape != "auto":
             more = [self.csv_escape]
-        return [self.text_column, self.id_column, self.max_document_bytes, *more]
+        return [self.text_column, self.id_column, self.max_document_bytes, *more, *kept]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +160,8 @@ class Document:
     tags: tuple[Span, ...] = ()  # sorted; not empty, not overlapping
     lost_bytes: int = 0  # bytes of the stored file that a quarantined row stands for
     lost_documents: int | None = None  # documents that the row stands for; None: unknown
+    kept: tuple[object, ...] = ()  # values of the kept columns; empty: the row has none
+    refused: tuple[tuple[str, str], ...] = ()  # kept column and why its value is left out
 
 
 # --- what is recorded of a token
@@ -321,8 +331,17 @@ def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False)
     return pa.schema(columns + values)
 
 
-def documents_schema(series: Sequence[Series]) -> pa.Schema:
-    """Schema of a shard's ``documents`` table: one row per document read, in order."""
+NOT_KEPT = "not_kept"
+"""Column of ``documents`` with the values that a run with kept columns left out."""
+REFUSED = _list_of(pa.struct(_columns("name, reason: string")))
+"""Arrow type of ``NOT_KEPT``: the kept column, and why its value is left out."""
+
+
+def documents_schema(series: Sequence[Series], kept: Sequence[pa.Field] = ()) -> pa.Schema:
+    """Schema of a shard's ``documents`` table: one row per document read, in order.
+
+    ``kept`` are the fields of the kept columns; with any, ``NOT_KEPT`` is a column too.
+    """
     columns = _columns(
         "doc: int32",
         # null: the corpus gives no id; the view then shows the content hash
@@ -337,7 +356,8 @@ def documents_schema(series: Sequence[Series]) -> pa.Schema:
         "status: repeated string",
     )
     means = [pa.field(f"mean_{s.name}", pa.float32()) for s in series]
-    return pa.schema(columns + means)
+    refused = [pa.field(NOT_KEPT, REFUSED)] if kept else []
+    return pa.schema(columns + means + [*kept, *refused])
 
 
 NEURON_LIST = _list_of(pa.struct(_columns("neuron: uint16", "value: float32")))
@@ -427,6 +447,17 @@ FILES_SCHEMA = _schema(
     *_DAMAGE,
 )
 """How much of each file of a run's corpus was measured."""
+
+KEPT_SCHEMA = _schema(
+    "name: string",
+    "type: string",  # one of ``kept.KINDS``
+    "n: int64",  # documents with a value
+    "n_lacking: int64",  # documents that lack the column or have null in it
+    "n_refused: int64",  # documents whose value is of another type or too large
+    "example_doc: int64 or null",  # the first of these, run-wide
+    "example: string or null",  # why its value is left out
+)
+"""A run's kept columns; n, n_lacking and n_refused add up to all documents."""
 
 SOURCES_SCHEMA = _schema(
     "layer: int16",

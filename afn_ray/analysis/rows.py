@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from afn_ray import kept
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary, round_strengths
@@ -21,6 +22,7 @@ from afn_ray.schema import (
     SPECIAL,
     SUMMARY_SCHEMA,
     TAGGED_SUMMARY_SCHEMA,
+    ReadOptions,
     Series,
     Shard,
     documents_schema,
@@ -48,7 +50,7 @@ def check_rows(
 
     ``measure`` is None where no run has it.
     """
-    series, tagged = _check_schemas(tables, commit, measure)
+    series, tagged = _check_schemas(tables, commit, measure, read.options)
     columns = [
         "doc",
         "n_tokens",
@@ -96,12 +98,15 @@ def _check_summary(file: pq.ParquetFile, summary: Summary) -> None:
 
 
 def _check_schemas(
-    tables: Mapping[str, pq.ParquetFile], commit: Commit, measure: Measure | None
+    tables: Mapping[str, pq.ParquetFile],
+    commit: Commit,
+    measure: Measure | None,
+    options: ReadOptions,
 ) -> tuple[tuple[Series, ...], bool]:
     """Check the schemas; return the recorded series, and whether there are tags.
 
-    The expected schema is that of ``measure``. Without it, because no run has that measure, the
-    columns of the tokens decide.
+    The expected schema is that of ``measure``, with the columns that ``options`` keep. Without a
+    measure, because no run has it, the columns of the tokens decide.
     """
     names = tables["tokens"].schema_arrow.names
     if measure is not None:
@@ -113,7 +118,7 @@ def _check_schemas(
         layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     schemas = {
         "tokens": tokens_schema(series, offsets, tagged),
-        "documents": documents_schema(series),
+        "documents": documents_schema(series, kept.fields_of(options.keep)),
         "summary": TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA,
     }
     if layers:

@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import kept
 from afn_ray.analysis import recount, rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
 from afn_ray.query import database
-from afn_ray.reduce import losses, screen, tree
+from afn_ray.reduce import kept_columns, losses, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts, shards_table
 from afn_ray.schema import FileSlice, Shard, fingerprint
@@ -288,7 +289,8 @@ class RunCheck:
         corpus comes from the stored ``files``.
         """
         texts = _texts_of(vocabulary)
-        shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes)
+        columns = kept.parse(self._config.get("keep_columns") or "")
+        shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes, columns)
         recorded = tree.RecordedSeries(
             measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
         )
@@ -297,6 +299,8 @@ class RunCheck:
         if not measure.tagged:
             tables |= _with_classes(tables, vocabulary)
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
+        if columns:
+            tables["kept"] = kept_columns.kept_table(shards)
         if worst := self._config.get("screen"):
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, worst)
         return tables

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from afn_ray import model
+from afn_ray import kept, model
 from afn_ray.bench import BUILT_IN_TOKENIZER, TOKENS_PER_WORKER, machine, rate
 from afn_ray.bench.texts import Writer, save_bert, save_bert_with
 from afn_ray.config import RunConfig
@@ -215,9 +215,10 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
     options = processor.task.config.read_options
     with clock("read"):
         documents = [d for piece in shard.slices for d in reading.read(piece, options)]
+    of_corpus = records.CorpusColumns(measure.tagged, kept.fields_of(options.keep))
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
         with records.ShardFiles(
-            Path(folder), measure.series, measure.neuron_layers, measure.offsets, {}
+            Path(folder), measure.series, measure.neuron_layers, measure.offsets, {}, of_corpus
         ) as files:
             recorder = Recorder(measure, files)
             for some in feed.in_chunks(documents):

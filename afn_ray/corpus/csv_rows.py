@@ -20,6 +20,7 @@ from afn_ray.corpus.documents import (
     document,
     missing_column,
     problem,
+    with_kept,
 )
 from afn_ray.corpus.streams import Stream
 from afn_ray.schema import Document, FileSlice, ReadOptions
@@ -75,7 +76,8 @@ def csv_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Ite
         else:
             # Of two columns with one name, the first counts.
             values = dict(zip(reversed(names), reversed(row.fields), strict=True))
-            yield _document(origin, values, options)
+            given = {n: v for n, v in values.items() if v not in ("", NULL)} if options.keep else {}
+            yield with_kept(_document(origin, values, options), given, options)
 
 
 def _document(origin: Origin, row: dict[str, str], options: ReadOptions) -> Document:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from afn_ray import kept
 from afn_ray.corpus import tags
 from afn_ray.corpus.streams import MARK, Line, Stream
 from afn_ray.schema import Document, FileSlice, ReadOptions, Span
@@ -109,6 +111,14 @@ def labelled_document(
     return document(origin, text, doc_id, options, spans)
 
 
+def with_kept(found: Document, row: Mapping[str, object], options: ReadOptions) -> Document:
+    """``found`` with the kept columns of its ``row``, which it has even if it is quarantined."""
+    if not options.keep:
+        return found
+    values, refused = kept.values_of(row, kept.parse(options.keep))
+    return replace(found, kept=values, refused=refused)
+
+
 def problem(
     origin: Origin, reason: str, doc_id: str | None = None, num_replaced: int = 0
 ) -> Document:
@@ -172,14 +182,20 @@ def _likely_cause(text: str, num_replaced: int) -> str:
 
 
 def columns_of(options: ReadOptions) -> list[str]:
-    """Names of the columns that are read."""
+    """Names of the columns that are read: the required ones, then the kept ones."""
+    kept_names = [column.name for column in kept.parse(options.keep)]
+    return list(dict.fromkeys([*_required(options), *kept_names]))
+
+
+def _required(options: ReadOptions) -> list[str]:
+    """Names of the columns that every file must have."""
     columns = (options.text_column, options.id_column, options.labels)
     return list(dict.fromkeys(c for c in columns if c is not None))
 
 
 def missing_column(names: Sequence[str], options: ReadOptions) -> str | None:
     """The first required column that is not among ``names``; None if all are there."""
-    return next((c for c in columns_of(options) if c not in names), None)
+    return next((c for c in _required(options) if c not in names), None)
 
 
 def why_missing(names: Sequence[str], options: ReadOptions) -> str:

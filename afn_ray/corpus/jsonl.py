@@ -14,6 +14,7 @@ from afn_ray.corpus.documents import (
     garbled,
     labelled_document,
     problem,
+    with_kept,
 )
 from afn_ray.schema import Document, ReadOptions
 
@@ -27,6 +28,11 @@ def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
         return problem(origin, f"not JSON: {value}{why and '; '}{why}", None, num_invalid)
     if not isinstance(value, dict):
         return problem(origin, f"line is {type(value).__name__}, expected an object")
+    return with_kept(_object_document(origin, value, options), value, options)
+
+
+def _object_document(origin: Origin, value: dict[str, Any], options: ReadOptions) -> Document:
+    """The document of a line whose object is ``value``."""
     try:
         doc_id = (
             None

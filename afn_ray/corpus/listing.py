@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 
+from afn_ray import kept
 from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
 from afn_ray.errors import CorpusError
 from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.store import corpus_files, uris
 from afn_ray.store.layout import is_store_file
-from afn_ray.text import nearest
+from afn_ray.text import count, nearest
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
            "conllu": "conllu"}  # fmt: skip
@@ -21,6 +22,8 @@ FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "par
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings allowed for all formats except Parquet."""
 
+WITHOUT_COLUMNS = {"txt", "conllu"}
+"""Formats whose files have no columns to keep."""
 SAMPLE_FILES = 8
 """Most files in a sample."""
 LEAST_SHARD_BYTES, MOST_SHARD_BYTES = 64 << 10, 16 << 20
@@ -103,8 +106,8 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
     """Check the columns of one file of each format, so that a wrong name fails before the run.
 
     Raises ``CorpusError`` if a required column (text, and id or tags if configured) is in none of
-    the first 20 documents of a file, or if a format cannot have the configured tags. Empty and
-    unreadable files pass.
+    the first 20 documents of a file, if a format cannot have the configured tags, or if none of
+    ``SAMPLE_FILES`` files has a kept column. Empty and unreadable files pass.
     """
     first: dict[str, FileInfo] = {}
     for file in files:
@@ -113,6 +116,41 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
     for format, file in first.items():
         _check_labels(file, format, options)
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
+    _check_kept([file for file in files if file.size], options)
+
+
+def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
+    """Raise ``CorpusError`` for a kept column that none of some ``files`` has.
+
+    A file may lack a kept column, but a column that all lack is probably misspelt.
+    """
+    missing = [column.name for column in kept.parse(options.keep)]
+    if not missing or not files:
+        return
+    formats = {_kind(file.uri, options)[0] for file in files}
+    if formats <= WITHOUT_COLUMNS:
+        raise CorpusError(
+            f"keep_columns names {missing[0]!r}, but the files are {', '.join(sorted(formats))}, "
+            "which has no columns; JSONL, CSV and Parquet have"
+        )
+    names: dict[str, None] = {}
+    for file in _spread(files):
+        found = reading.peek_columns(_whole(file, options), options, missing)
+        names.update(dict.fromkeys(found or ()))
+        missing = [name for name in missing if name not in names]
+    if missing and names:
+        num_files = min(SAMPLE_FILES, len(files))
+        hint = documents.printable(nearest(missing[:1], list(names)))
+        raise CorpusError(
+            f"no column {missing[0]!r} in the first documents of {count(num_files, 'file')}, as "
+            f"{files[0].uri}{hint}; they have: {documents.columns(names)}"
+        )
+
+
+def _spread(files: Sequence[FileInfo]) -> list[FileInfo]:
+    """At most ``SAMPLE_FILES`` of ``files``, evenly spaced."""
+    num_files = min(SAMPLE_FILES, len(files))
+    return [files[i * (len(files) - 1) // max(num_files - 1, 1)] for i in range(num_files)]
 
 
 def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
@@ -145,12 +183,11 @@ def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) 
 
     At most about 1 MB of each file is read. Of a longer text file, the sample has the beginning.
     """
-    count = min(SAMPLE_FILES, len(files))
-    chosen = [files[i * (len(files) - 1) // max(count - 1, 1)] for i in range(count)]
+    chosen = _spread(files)
     documents: list[Document] = []
     for i, file in enumerate(chosen):
         # If one file has too few documents, the next ones supply more.
-        quota = -(-(max_documents - len(documents)) // (count - i))
+        quota = -(-(max_documents - len(documents)) // (len(chosen) - i))
         documents += reading.sample(_whole(file, options), options, quota)
     return documents
 
@@ -275,6 +312,7 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             return [_cut_whole(file, "parquet", "", -1)]
         _require_columns(file, names, options)
         row_groups.check_id_type(opened, file.uri, options)
+        row_groups.check_kept_types(opened, file.uri, options)
         whole = _unhashed(file, "parquet", "")
         slices: list[FileSlice] = []
         start = num_bytes = num_documents = 0

@@ -7,7 +7,7 @@ with a ``problem``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from afn_ray.corpus import streams
@@ -169,8 +169,13 @@ def _changed(slice: FileSlice, now: FileInfo, sha256: str = "") -> CorpusChanged
 # --- columns and samples
 
 
-def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
-    """Columns of the first documents of ``slice``; None if there are none that can be read."""
+def peek_columns(
+    slice: FileSlice, options: ReadOptions, wanted: Sequence[str] = ()
+) -> list[str] | None:
+    """Columns of the first documents of ``slice``; None if there are none that can be read.
+
+    More documents of JSONL are read while ``wanted`` columns are missing, up to ``SAMPLE_BYTES``.
+    """
     with Source(slice.uri, slice.start, slice.end) as source:
         if slice.format == "parquet":
             with contextlib.suppress(*UNREADABLE):
@@ -183,11 +188,13 @@ def peek_columns(slice: FileSlice, options: ReadOptions) -> list[str] | None:
                 header = next(read_rows(stream, options), None)
                 names.update(dict.fromkeys(header.fields if header else []))
             elif slice.format == "jsonl":
-                _add_json_columns(names, stream, options)
+                _add_json_columns(names, stream, options, wanted)
         return list(names) or None
 
 
-def _add_json_columns(names: dict[str, None], stream: Stream, options: ReadOptions) -> None:
+def _add_json_columns(
+    names: dict[str, None], stream: Stream, options: ReadOptions, wanted: Sequence[str]
+) -> None:
     """Add the columns of the first documents of ``stream`` to ``names``, also if it is damaged."""
     num_documents = 0
     for line in streams.lines(stream, streams.line_limit(options)):
@@ -198,7 +205,7 @@ def _add_json_columns(names: dict[str, None], stream: Stream, options: ReadOptio
             value = parse(decode(line.data)) if line.data else None
         if isinstance(value, dict):
             names.update(dict.fromkeys(value))
-        if num_documents == PEEK_DOCUMENTS:
+        if num_documents >= PEEK_DOCUMENTS and names.keys() >= {*wanted}:
             return
         if names and line.offset + line.length > SAMPLE_BYTES:
             return

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afn_ray import kept
 from afn_ray.corpus import footer
 from afn_ray.corpus.documents import (
     Origin,
@@ -23,6 +24,7 @@ from afn_ray.corpus.documents import (
     labelled_document,
     missing_column,
     problem,
+    with_kept,
 )
 from afn_ray.corpus.streams import BLOCK_BYTES, EXPANSION, EXPANSION_FROM_BYTES, Source
 from afn_ray.errors import CorpusError
@@ -48,6 +50,7 @@ MARKED_HEX = re.compile(r"\\x([0-9a-f]{2})*")
 
 TextRows = list[Any]
 Ids = list[str | None]
+KeptRows = list[dict[str, object]]
 
 
 # --- files
@@ -102,6 +105,19 @@ def check_id_type(file: Any, uri: str, options: ReadOptions) -> None:
         )
 
 
+def check_kept_types(file: Any, uri: str, options: ReadOptions) -> None:
+    """Raise ``CorpusError`` if a kept column of a ``ParquetFile`` has no single values."""
+    schema = file.schema_arrow
+    for name, _ in kept.parse(options.keep):
+        kind = schema.field(schema.names.index(name)).type if name in schema.names else pa.null()
+        if not (_is_id(kind) or _is_any(_storage(kind), "floating", "null")):
+            raise CorpusError(
+                f"column {name!r} of {uri} is {kind}, which cannot be kept; expected strings, "
+                "numbers, dates, times, booleans, UUIDs or bytes that are text: leave it out of "
+                "keep_columns, or write what you need of it into a column of its own"
+            )
+
+
 def _is_of(path: str, columns: Sequence[str]) -> bool:
     """Whether the leaf column at ``path`` belongs to one of ``columns``."""
     return any(path == column or path.startswith(column + ".") for column in columns)
@@ -130,6 +146,7 @@ class _OpenFile:
         for group in range(self.metadata.num_row_groups):
             self.num_rows.append(self.metadata.row_group(group).num_rows)
         self._is_uuid = {leaf.path for leaf in leaves if _is_uuid(leaf)}
+        self._kept = [c for c in kept.parse(options.keep) if c.name in self.schema.names]
 
     def type_of(self, column: str) -> Any:
         return self.schema.field(self.schema.names.index(column)).type
@@ -152,8 +169,8 @@ class _OpenFile:
                     "times as many"
                 )
 
-    def batches(self, group: int) -> Iterator[tuple[TextRows, Ids, list[Any]]]:
-        """Yield the texts, ids and tags of one row group, a few megabytes at a time.
+    def batches(self, group: int) -> Iterator[tuple[TextRows, Ids, list[Any], KeptRows]]:
+        """Yield texts, ids, tags and kept values of a row group, a few megabytes at a time.
 
         The size is exact only if the metadata allow it.
         """
@@ -180,7 +197,16 @@ class _OpenFile:
             labels: list[Any] = ids
             if options.labels is not None:
                 labels = _lists(_column(batch, options.labels))
-            yield texts, ids, labels
+            yield texts, ids, labels, self._kept_rows(batch, len(texts))
+
+    def _kept_rows(self, batch: Any, num_rows: int) -> KeptRows:
+        """Values of the kept columns in each row of ``batch``; the file may lack some columns."""
+        rows: KeptRows = [{} for _ in range(num_rows)]
+        for name, kind in self._kept:
+            cells = _cells(_column(batch, name), kind, name in self._is_uuid)
+            for row, value in zip(rows, cells, strict=True):
+                row[name] = value
+        return rows
 
     def _batch_rows(self, group: int, *, are_dense: bool) -> int:
         """Number of rows of a batch of a row group; ``are_dense``: strings are not shared."""
@@ -259,16 +285,17 @@ def _group_documents(file: _OpenFile, group: int, uri: str, first_row: int) -> I
     try:
         file.check_expansion(group)
         for batch in file.batches(group):
-            for text, doc_id, labels in zip(*batch, strict=True):
+            for text, doc_id, labels, kept_row in zip(*batch, strict=True):
                 origin = origin_of(row)
                 if isinstance(text, str) and given:
                     origin = origin._replace(lost_bytes=max(1, round(len(text) * taken / given)))
                 if text is None:
-                    yield problem(origin, f"{options.text_column} is null", doc_id)
+                    found = problem(origin, f"{options.text_column} is null", doc_id)
                 elif options.labels is not None:
-                    yield labelled_document(origin, text, labels, doc_id, options)
+                    found = labelled_document(origin, text, labels, doc_id, options)
                 else:
-                    yield document(origin, text, doc_id, options)
+                    found = document(origin, text, doc_id, options)
+                yield with_kept(found, kept_row, options)
                 row += 1
         if row != end:
             raise ValueError(f"{end - row} rows are missing")
@@ -335,7 +362,7 @@ def _lists(column: Any) -> list[Any]:
     def value(scalar: Any) -> Any:
         try:
             return scalar.as_py()
-        except UnicodeDecodeError as error:
+        except (ValueError, OverflowError) as error:  # not UTF-8, or a date of the year 20,000
             return error
 
     return [value(scalar) for scalar in column]
@@ -391,6 +418,27 @@ def _ids(column: Any, is_uuid: bool) -> Ids:
         return texts
 
     return _of_values(column, convert)
+
+
+def _cells(column: Any, kind: str, is_uuid: bool) -> list[Any]:
+    """Values of an Arrow array for a kept column of ``kind``, as ``kept.values_of`` takes them.
+
+    A value that Python cannot hold becomes the error object, which is no value of any kind. A value
+    kept as a string has the text that it has as an id; a float has its own.
+    """
+    found = _storage(column.type)
+    try:
+        if _is_string(found) or (_is_binary(found) and kind != "string"):
+            return _strings(column)
+        if kind == "string" and not _is_any(found, "floating", "null"):
+            return [*_ids(column, is_uuid)]
+        if _is_any(found, "timestamp"):
+            plain = _plain(column)
+            plain = plain.dictionary_decode() if _is_any(plain.type, "dictionary") else plain
+            column = plain.cast(pa.timestamp("us"), safe=False)  # of nanoseconds, the last go
+        return _lists(column)
+    except pa.ArrowException as error:
+        return [error] * len(column)
 
 
 def _id_of_bytes(value: bytes, kind: Any) -> str:

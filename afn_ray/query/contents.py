@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from afn_ray import kept
 from afn_ray.config import SIGNAL
-from afn_ray.errors import QueryError, StoreError
+from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query.expressions import RecordedColumns, ShardFile
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.views import NeuronFiles, statements
@@ -24,6 +25,7 @@ from afn_ray.schema import (
     DRIFT_SCHEMA,
     FILES_SCHEMA,
     HISTOGRAM_SCHEMA,
+    KEPT_SCHEMA,
     MOVERS_SCHEMA,
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
@@ -45,9 +47,10 @@ SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
+    "kept": KEPT_SCHEMA,
 }  # fmt: skip
 """Schemas of a run's small tables, by the names of their views."""
-MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons")
+MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept")
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
@@ -88,7 +91,10 @@ def _small_tables(
 ) -> dict[str, pa.Table]:
     """All small tables, by the names of their views."""
     tables = {}
-    for name, schema in SMALL.items():
+    screened = SCREENED_SCHEMA
+    for field in _kept_fields(folder):
+        screened = screened.append(field.with_name(kept.beside(field.name, SCREENED_SCHEMA.names)))
+    for name, schema in (SMALL | {"screened": screened}).items():
         if name in MAY_LACK and name not in folder.info["tables"]:
             tables[name] = schema.empty_table()
         else:
@@ -108,6 +114,20 @@ def _small_tables(
         tables["class_drift"] = found.classes
     tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
     return tables
+
+
+def _kept_fields(folder: manifest.RunFolder) -> list[pa.Field]:
+    """The fields of the run's kept columns. Raises ``StoreError`` for names that no run has."""
+    spec = folder.info["config"].get("keep_columns")
+    try:
+        fields = kept.fields_of(spec or "")
+    except (ConfigError, AttributeError, TypeError) as error:
+        raise StoreError(f"{folder.uri}/run.json is damaged: {error}") from error
+    return [pa.field(f.name, _without_dictionary(f.type)) for f in fields]
+
+
+def _without_dictionary(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _statements(
@@ -139,7 +159,10 @@ def _statements(
             )
     paths = {table: _paths(of_table, before) for table, of_table in files.items()}
     columns = _columns(read, files["tokens"][0].name)
-    recorded = RecordedColumns(layers, thresholds, others, "start" in columns, "tag" in columns)
+    of_corpus = [field.name for field in _kept_fields(folder)]
+    recorded = RecordedColumns(
+        layers, thresholds, others, "start" in columns, "tag" in columns, of_corpus
+    )
     neurons = None
     if "neurons" in paths:
         neuron_layers = _neuron_layers(_columns(read, files["neurons"][0].name))

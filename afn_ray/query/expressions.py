@@ -36,6 +36,8 @@ class RecordedColumns:
     """Whether tokens have ``start`` and ``end``."""
     tagged: bool
     """Whether tokens have ``tag``."""
+    kept: Sequence[str] = ()
+    """Names of the documents' kept columns; they come from users, so SQL needs them ``quoted``."""
 
     def quartile(self, name: str, layer: int) -> str:
         """SQL of the threshold ``name`` (q1, q2 or q3) of ``layer``."""
@@ -64,6 +66,12 @@ def rows_of(files: Sequence[ShardFile]) -> str:
 
 PLAIN = "hive_partitioning = false"
 """Options of ``read_parquet``: folder names are no columns."""
+
+
+def quoted(name: str) -> str:
+    """``name`` as an SQL identifier, whatever is in it."""
+    doubled = name.replace('"', '""')
+    return f'"{doubled}"'
 
 
 def is_high(strength: str, q3: str) -> str:

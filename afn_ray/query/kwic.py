@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from afn_ray.query.expressions import RecordedColumns, ShardFile, is_high, rows_of
+from afn_ray.kept import beside
+from afn_ray.query.expressions import (
+    RecordedColumns,
+    ShardFile,
+    is_high,
+    quoted,
+    rows_of,
+)
 from afn_ray.schema import SPECIAL, WORD_START
 
 FAR_TOKENS = 1 << 18
@@ -69,14 +76,19 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     chosen = context.read_once() if is_portable else context.read_twice()
     names = _value_names(recorded)
     found = _with_sides(names)
+    own = ["doc", "doc_id", "source", "position", "left_context", "text", "right_context", *names]
+    kept_names = [quoted(beside(name, own)) for name in recorded.kept]
+    renamed = zip(recorded.kept, kept_names, strict=True)
+    kept_columns = [f"{quoted(name)} AS {shown}" for name, shown in renamed]
+    of_documents = ", ".join(["doc", "doc_id", "source", *kept_columns])
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
             SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT most
         ),
         {chosen}
-        SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join(names)}
-        FROM (SELECT doc, doc_id, source FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
+        SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join([*names, *kept_names])}
+        FROM (SELECT {of_documents} FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
 
 
 WORDS = "greatest(n, 0)::BIGINT"

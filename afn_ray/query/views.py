@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from afn_ray.query.expressions import RecordedColumns, ShardFile, exact, is_high, rows_of
+from afn_ray.query.expressions import RecordedColumns, ShardFile, exact, is_high, quoted, rows_of
 from afn_ray.query.kwic import document_text_macro, kwic_macro
 from afn_ray.query.words import words_view
 from afn_ray.reduce.stats import Z_95
-from afn_ray.schema import REPLACED, SPECIAL, STRENGTH, UNTAGGED, WORD_START, Series
+from afn_ray.schema import NOT_KEPT, REPLACED, SPECIAL, STRENGTH, UNTAGGED, WORD_START, Series
 
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
@@ -34,6 +34,8 @@ VIEWS = {
     "histogram": "how often each distinct strength occurs, per layer; special tokens apart",
     "files": "what was read of each file of the corpus, and what was lost; files left out for "
     "their ending as well",
+    "kept": "columns of the corpus that documents carries, with how many documents have a value; "
+    "empty where none were kept",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run "
     "has none",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
@@ -145,10 +147,13 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     series = [Series(STRENGTH, layer) for layer in recorded.layers]
     series += recorded.others
     means = "".join(f", mean_{s.name}" for s in series)
+    kept = "".join(f", {quoted(name)}" for name in recorded.kept)
+    if recorded.kept:
+        kept += f", {NOT_KEPT}"
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
-            lower(hex(text_sha256)) AS text_sha256, status{means}
+            lower(hex(text_sha256)) AS text_sha256, status{means}{kept}
         FROM {source}"""  # noqa: S608
 
 

@@ -40,16 +40,18 @@ the chance that independent texts agree falls with their length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.kept import KINDS, Kept, beside
 from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
 from afn_ray.reduce.histogram import (
     Histogram,
 )
-from afn_ray.reduce.shards import CommittedFile, CommittedShards
+from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.sources import Sources, sums_by_source
 from afn_ray.reduce.strangest import describe, rank, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
@@ -110,7 +112,7 @@ def scan_run(
     strangest = tasks.result(merged(tasks, strangest_of, ranked, worst))
     return {
         "sources": tasks.result(described),
-        "screened": _with_texts(places, strangest, readable, tasks),
+        "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
     }
 
 
@@ -145,40 +147,57 @@ def _repeated(part: tuple[Histogram]) -> list[Histogram]:
 
 
 def _with_texts(
-    places: Sequence[ShardTables], table: pa.Table, readable: Sequence[str], tasks: Tasks
+    places: Sequence[ShardTables],
+    table: pa.Table,
+    readable: Sequence[str],
+    kept: Kept,
+    tasks: Tasks,
 ) -> pa.Table:
-    """``table`` with ranks and the beginnings of the texts, as in ``SCREENED_SCHEMA``."""
+    """``table`` with ranks, the beginnings of the texts and ``kept`` columns.
+
+    It is as in ``SCREENED_SCHEMA``, followed by the kept columns.
+    """
     shards, docs = table["shard"].to_pylist(), table["in_shard"].to_pylist()
     wanted: dict[str, list[int]] = {}
     for shard, doc in zip(shards, docs, strict=True):
         wanted.setdefault(shard, []).append(doc)
     handles = {}
+    names = [column.name for column in kept]
     for place in places:
         if place.shard in wanted:
-            args = (place.tokens, wanted[place.shard], readable)
+            args = (place, wanted[place.shard], readable, names)
             (handles[place.shard],) = tasks.submit(_texts, *args)
     found = {shard: tasks.result(handle) for shard, handle in handles.items()}
-    texts = [found[shard][doc] for shard, doc in zip(shards, docs, strict=True)]
+    rows = [found[shard][doc] for shard, doc in zip(shards, docs, strict=True)]
     ranks = np.arange(1, len(table) + 1, dtype=np.int32)
-    table = table.append_column("text", pa.array(texts, pa.string()))
+    table = table.append_column("text", pa.array([text for text, _ in rows], pa.string()))
     table = table.append_column("rank", pa.array(ranks))
-    return table.select(SCREENED_SCHEMA.names).cast(SCREENED_SCHEMA)
+    table = table.select(SCREENED_SCHEMA.names).cast(SCREENED_SCHEMA)
+    for at, (name, kind) in enumerate(kept):
+        plain = KINDS[kind].value_type if kind == "string" else KINDS[kind]
+        column = pa.array([values[at] for _, values in rows], plain)
+        table = table.append_column(beside(name, SCREENED_SCHEMA.names), column)
+    return table
 
 
 def _texts(
-    file: CommittedFile, docs: Sequence[int], readable: Sequence[str]
-) -> list[dict[int, str]]:
-    """Beginnings of the texts of ``docs``, joined from the tokens in ``file``."""
-    tokens = read_columns(file, ["doc", "token_id", "flags", "surface"])
+    place: ShardTables, docs: Sequence[int], readable: Sequence[str], kept: Sequence[str]
+) -> list[dict[int, tuple[str, list[Any]]]]:
+    """Beginnings of the texts of ``docs``, joined from their tokens, and their ``kept`` values."""
+    tokens = read_columns(place.tokens, ["doc", "token_id", "flags", "surface"])
+    documents = read_columns(place.documents, kept).take(docs) if kept else None
     column = tokens["doc"].to_numpy()
-    texts = {}
-    for doc in docs:
+    found = {}
+    for at, doc in enumerate(docs):
         begin, end = np.searchsorted(column, [doc, doc + 1])
         # Nearly every token has at least one character.
         rows = tokens.slice(begin, min(end - begin, TEXT_CHARS))
         text = _joined(rows, readable)
-        texts[doc] = text if len(text) <= TEXT_CHARS else text[: TEXT_CHARS - 3] + "..."
-    return [texts]
+        if len(text) > TEXT_CHARS:
+            text = text[: TEXT_CHARS - 3] + "..."
+        values = [] if documents is None else [documents[name][at].as_py() for name in kept]
+        found[doc] = text, values
+    return [found]
 
 
 def _joined(tokens: pa.Table, readable: Sequence[str]) -> str:

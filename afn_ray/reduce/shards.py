@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from afn_ray.kept import Kept
 from afn_ray.store import shard_files
 from afn_ray.store.commits import Commit
 
@@ -34,6 +35,7 @@ class CommittedShards:
     measure_id: str
     commits: Sequence[Commit]
     num_bytes: Sequence[int]  # bytes of the corpus that each shard reads
+    kept: Kept = ()  # columns of the corpus that every shard keeps
 
     @property
     def n_docs(self) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from afn_ray import kept
 from afn_ray.config import RunConfig
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
-from afn_ray.reduce import lexicon, losses, screen
+from afn_ray.reduce import kept_columns, lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
@@ -255,7 +256,8 @@ def _reduce(
     """Tables of the run."""
     config, measure, plan = asked.config, asked.task.measure, results.plan
     sizes = [shard.num_bytes for shard in results.done]
-    shards = CommittedShards(config.store, measure.id, results.commits, sizes)
+    columns = kept.parse(config.keep_columns or "")
+    shards = CommittedShards(config.store, measure.id, results.commits, sizes, columns)
     recorded = RecordedSeries(
         measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
     )
@@ -263,6 +265,8 @@ def _reduce(
     with cluster.tasks(config, results.done, on_warning(on_event)) as tasks:
         tables = reduce_run(shards, recorded, texts, rules, tasks)
         tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)
+        if columns:
+            tables["kept"] = kept_columns.kept_table(shards, tasks)
         if config.screen:
             on_event(events.Screening())
             tables |= screen.scan_run(
@@ -311,6 +315,9 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     lost = losses.describe(found)
     if lost:
         on_event(events.Warned(f"lost: {lost}"))
+    if "kept" in run.info["tables"]:
+        for refused in kept_columns.describe(manifest.read_table(run, "kept")):
+            on_event(events.Warned(f"not kept: {refused}"))
 
 
 def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from afn_ray import kept
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary
@@ -212,6 +213,7 @@ class Recorder:
             "text_sha256": [_digest(d) for d in documents],
             "status": outcomes.status,
             **means,
+            **kept.columns_of(documents, self._files.kept_names),
         }
         return records.make_table(columns, self._files.documents.schema)
 

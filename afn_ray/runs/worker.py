@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from afn_ray import logs, model
+from afn_ray import kept, logs, model
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.corpus import reading
 from afn_ray.errors import ConfigError, ModelError, OutOfMemory, ShardError
@@ -236,7 +236,9 @@ class Processor:
         commit = shard_files.read_commit(config.store, measure.id, shard.id, shard.generation)
         if commit is not None:
             return commit  # by another run, or by an attempt whose answer was lost
-        documents = (d for piece in shard.slices for d in reading.read(piece, config.read_options))
+        options = config.read_options
+        documents = (d for piece in shard.slices for d in reading.read(piece, options))
+        of_corpus = records.CorpusColumns(measure.tagged, kept.fields_of(options.keep))
         origin = {"measure": measure.id, "shard": shard.id, "attempt": attempt}
         with scratch.attempt_folder(config) as folder:
             with records.ShardFiles(
@@ -245,7 +247,7 @@ class Processor:
                 measure.neuron_layers,
                 measure.offsets,
                 origin,
-                measure.tagged,
+                of_corpus,
             ) as files:
                 recorder = Recorder(measure, files)
                 seconds = self._measure_and_record(documents, oom_retries, recorder)

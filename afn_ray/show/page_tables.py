@@ -150,6 +150,24 @@ def sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
     return Table(caption, ("source", "documents", "tokens", "HIGH"), tuple(cells))
 
 
+def kept_table(run: manifest.RunFolder) -> Table | None:
+    """The kept columns; None for a run without them."""
+    if "kept" not in run.info["tables"]:
+        return None
+    rows = manifest.read_table(run, "kept").to_pylist()
+    cells = (
+        (
+            row["name"],
+            row["type"],
+            row["example"] or "",
+            *(f"{row[name]:,}" for name in ("n", "n_lacking", "n_refused")),
+        )
+        for row in rows
+    )
+    heads = ("column", "type", "first value left out", "documents", "without it", "left out")
+    return Table("Columns of the corpus that documents carry", heads, tuple(cells), left=3)
+
+
 def files_table(run: manifest.RunFolder) -> Table | None:
     """The files with most bytes lost or characters replaced; None without any."""
     table = manifest.read_table(run, "files")

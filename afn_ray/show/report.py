@@ -29,6 +29,7 @@ from afn_ray.show.page_tables import (
     drift_tables,
     files_table,
     glance,
+    kept_table,
     sources_table,
     thresholds_table,
 )
@@ -158,6 +159,7 @@ def _render(
         features=FEATURES,
         sources=sources_table(run, main.layer),
         files=files_table(run),
+        kept=kept_table(run),
         comparison=comparison,
         drift=None if comparison is None else drift_tables(comparison, main.layer),
         command=command_line(info["config"]),

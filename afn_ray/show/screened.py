@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afn_ray.query import database
+from afn_ray.schema import SCREENED_SCHEMA
 from afn_ray.store import manifest
 
 MAX_SCREENED = 20
@@ -25,6 +26,12 @@ class ScreenedDocument:
     row: dict[str, Any]  # of the screened table
     pieces: tuple[tuple[str, int], ...]
     is_cut: bool
+
+    @property
+    def kept(self) -> list[tuple[str, str]]:
+        """Kept columns of the document that have a value, as text."""
+        values = [(name, self.row[name]) for name in self.row if name not in SCREENED_SCHEMA.names]
+        return [(name, str(value)) for name, value in values if value is not None]
 
 
 def screened_documents(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any
 
@@ -75,7 +75,7 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
 
 def cuts_id(config: RunConfig, shard_bytes: int) -> str:
     """Fingerprint of everything that decides where files are cut."""
-    return fingerprint([SCHEMA_VERSION, asdict(config.read_options), shard_bytes])
+    return fingerprint([SCHEMA_VERSION, config.read_options.as_dict(), shard_bytes])
 
 
 def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -112,12 +112,22 @@ class TableFile:
             self._file.close()
 
 
+class CorpusColumns(NamedTuple):
+    """Columns of a shard's tables that depend on the corpus."""
+
+    tagged: bool = False  # the corpus is labelled, so tokens have tags
+    kept: Sequence[pa.Field] = ()  # kept columns of the documents
+
+
+NO_COLUMNS = CorpusColumns()
+"""Columns of a corpus without tags and kept columns."""
+
+
 class ShardFiles:
     """The files of one attempt at a shard, closed on leaving the context.
 
     Tables of neurons are included if neurons are recorded. ``origin`` (measure, shard, attempt) is
-    written into each footer, so that a file states where it belongs. ``tagged`` is true if the
-    corpus has tags.
+    written into each footer, so that a file states where it belongs.
     """
 
     def __init__(
@@ -127,14 +137,16 @@ class ShardFiles:
         neuron_layers: Sequence[int],
         offsets: bool,
         origin: Mapping[str, str],
-        tagged: bool = False,
+        of_corpus: CorpusColumns = NO_COLUMNS,
     ) -> None:
         def table(name: str, schema: pa.Schema) -> TableFile:
             label = json.dumps({**origin, "table": name})
             return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
 
+        self.kept_names = [field.name for field in of_corpus.kept]
+        tagged = of_corpus.tagged
         self.tokens = table("tokens", tokens_schema(series, offsets, tagged))
-        self.documents = table("documents", documents_schema(series))
+        self.documents = table("documents", documents_schema(series, of_corpus.kept))
         self.summary = table("summary", TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA)
         self._files = [self.tokens, self.documents, self.summary]
         self.neurons: TableFile | None = None

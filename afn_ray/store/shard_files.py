@@ -266,7 +266,7 @@ def _commit_once(
         **asdict(commit),
         "crc32": crc32,
         "slices": [asdict(s) for s in shard.slices],
-        "options": asdict(shard.options),
+        "options": shard.options.as_dict(),
         "committed_at": datetime.now(UTC).isoformat(),
     }
     try:

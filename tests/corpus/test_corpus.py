@@ -1286,7 +1286,7 @@ def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = parquet(tmp_path / "a.parquet", {"text": rows})
     monkeypatch.setattr(row_groups, "BATCH_BYTES", 20_500)
     with streams.Source(file.uri, 0, file.size) as source:
-        sizes = [len(t) for t, _, _ in row_groups._OpenFile(source, OPTIONS).batches(0)]
+        sizes = [len(t) for t, *_ in row_groups._OpenFile(source, OPTIONS).batches(0)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
 
@@ -1296,7 +1296,9 @@ def test_parquet_rows_that_do_not_come_are_a_problem(
 ) -> None:
     file = parquet(tmp_path / "a.parquet", {"text": ["a"] * 5})
     monkeypatch.setattr(
-        row_groups._OpenFile, "batches", lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3)])
+        row_groups._OpenFile,
+        "batches",
+        lambda *_: iter([(["a"] * 3, [None] * 3, [None] * 3, [{}] * 3)]),
     )
     documents = read_all_inexact(file)
     assert texts(documents) == ["a", "a", "a", None]
