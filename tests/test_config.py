@@ -37,6 +37,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["8", "2/3", "0,4,8", "all", "0.5"])
     if name == "signals":
         return st.sampled_from(["strength", "strength,shift", "strength,attention,shift"])
+    if name == "keep_columns":
+        return st.sampled_from(["lang", "lang,year:int64"])
     if name == "top_neurons":
         return st.just(8)  # others want the signal
     if name == "allow_quarantined":
