@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ TOKENS_PER_WORKER = {"cpu": 16_300, "cuda": 1_000_000}
 The CPU value nearly fills eight batches of 2,048 tokens: a partly filled batch weighs more here
 than in a long run.
 """
+LEAST_S = {"cpu": 0.0, "cuda": 30.0}
+"""Shortest timed measurement of a pipeline, in seconds, by device.
+
+On a GPU the model waits about a second for the first texts to be tokenized. 1,000,000 tokens may
+take less than that, so they are measured again and again without a pause. On a CPU the model is the
+slow part, and begins at once.
+"""
+MOST_GROWTH = 20
+"""Largest factor by which a measurement is longer than the one that was too short."""
 LEAST = {
     "tokens": 16,
     "workers": 1,
@@ -52,6 +62,11 @@ BUILT_IN_TOKENIZER = "WordPiece of made-up words"
 """Name, in results, of the tokenizer that ``feed`` measures without ``--model``."""
 BUILT_IN = "BERT-base shape, random weights"
 """Name, in results, of the model that is measured without ``--model``."""
+
+
+def more_passes(passes: int, seconds: float, least_s: float) -> int:
+    """Passes that take ``least_s``, a little more, or not yet, where ``passes`` took ``seconds``."""
+    return math.ceil(passes * min(MOST_GROWTH, 1.1 * least_s / seconds))
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +125,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="number type of all variants except the loops; auto: bfloat16 if it is faster",
+        help="number type of all variants except the loops; auto: the first that a run would try",
     )
     engine.add_argument(
         "--repeat",
@@ -150,12 +165,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="TOML file of the run, as for 'afn run --config'",
     )
-    cpu, cuda = TOKENS_PER_WORKER.values()
+    cpu, _ = TOKENS_PER_WORKER.values()
     rate.add_argument(
         "--tokens",
         type=int,
         metavar="N",
-        help=f"tokens to measure, about (default: {3 * cpu:,}, on a GPU {3 * cuda:,})",
+        help=f"tokens to measure, about (default: {3 * cpu:,}, on a GPU what takes {LEAST_S['cuda']:.0f} s)",
     )
     rate.add_argument(
         "--repeat",

@@ -19,7 +19,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
-from afn_ray.bench import BUILT_IN, TOKENS_PER_WORKER, machine
+from afn_ray.bench import BUILT_IN, LEAST_S, TOKENS_PER_WORKER, machine
 from afn_ray.bench.figures import FOREIGN, Counted, ProfileTimes, compare, figures, ratios
 from afn_ray.bench.peers import Spec, find_blocks
 from afn_ray.bench.team import ONE_PROCESS, Missing, Team
@@ -27,7 +27,7 @@ from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
 from afn_ray.bench.worker import dump_texts
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
-from afn_ray.runs import measurer
+from afn_ray.runs import measurer, precision
 
 LONGEST_WINDOW = 512
 """Longest window of the benchmark, in tokens."""
@@ -183,8 +183,7 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
     device = model.choose_device(options.device)
     if device == "cuda" and (options.workers or 1) > 1:
         raise ConfigError(f"--workers is {options.workers}; on a GPU every variant is one process")
-    fast = model.has_fast_products("bfloat16", device)
-    dtype = options.dtype if options.dtype != "auto" else "bfloat16" if fast else "float32"
+    dtype = options.dtype if options.dtype != "auto" else likely_dtype(device)
     default = next(f.default for f in fields(RunConfig) if f.name == "tokenizer_workers")
     workers = (options.workers or model.count_devices("cpu")) if device == "cpu" else 1
     base = Spec(
@@ -200,6 +199,7 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
         workers,
         "",
         {},
+        LEAST_S[device],
     )
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
@@ -212,6 +212,14 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
         Counted(2.0 * weights, 4.0 * files.hidden_size * layer * (0.5 if causal else 1)),
         causal,
     )
+
+
+def likely_dtype(device: str) -> str:
+    """The number type that a run with ``--dtype auto`` tries first on ``device``.
+
+    A run keeps it if a calibration on its corpus finds it safe.
+    """
+    return next(iter(precision.candidates("auto", device)), "float32")
 
 
 def one_layer(text: str, depth: int) -> int:

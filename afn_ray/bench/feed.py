@@ -29,8 +29,7 @@ from afn_ray import kept, model
 from afn_ray.bench import BUILT_IN_TOKENIZER, TOKENS_PER_WORKER, machine, rate
 from afn_ray.bench.texts import Writer, save_bert, save_bert_with
 from afn_ray.config import RunConfig
-from afn_ray.corpus import listing, reading
-from afn_ray.errors import CorpusError
+from afn_ray.corpus import reading
 from afn_ray.model.engine import STRENGTH
 from afn_ray.model.signals import Signal, measured
 from afn_ray.runs import measurer, plan, worker
@@ -166,12 +165,7 @@ def _texts(config: RunConfig, corpus: Sequence[str], num_tokens: int) -> list[st
         writer = Writer(model.load_tokenizer(files), window)
         written = writer.write(MEAN_PROFILE, num_tokens, num_tokens, causal=False)
         return [text.text for text in written]
-    found, _ = listing.list_files(corpus, config.read_options)
-    sample = listing.sample(found, config.read_options, rate.SAMPLE_DOCUMENTS)
-    texts = [d.text for d in sample if d.text]
-    if not texts:
-        raise CorpusError(f"no document to measure in {', '.join(corpus)}")
-    return texts
+    return rate.sample_texts(config, corpus)
 
 
 # --- each stage alone, on one thread

@@ -137,12 +137,18 @@ class ProfileTimes:
         """
         if of not in self.takes or to not in self.takes:
             return None
-        tokens = self.num_tokens(of) / self.num_tokens(to)
+        tokens = self.num_tokens(of) / self.num_tokens(to)  # of one pass
         clean = set(self.clean(of)) & set(self.clean(to))
         repetitions = clean or set(range(len(self.takes[of])))
         takes, reference = self.takes[of], self.takes[to]
-        found = [tokens * reference[i].seconds / takes[i].seconds for i in repetitions]
+        found = [
+            tokens * _seconds_a_pass(reference[i]) / _seconds_a_pass(takes[i]) for i in repetitions
+        ]
         return statistics.median(found)
+
+
+def _seconds_a_pass(take: Take) -> float:
+    return take.seconds / take.passes
 
 
 def ratios(measured: ProfileTimes) -> dict[str, float]:
@@ -174,7 +180,7 @@ def figures(
     tokens = measured.num_tokens(variant)
     tokens_in_windows = sum(piece.length for text in texts for piece in text.pieces)
     clean = [takes[i] for i in measured.clean(variant)]
-    rates = [tokens / take.seconds for take in clean]
+    rates = [tokens / _seconds_a_pass(take) for take in clean]
     rate = statistics.median(rates)
     processes = measured.teams[variant].at_work
     return {
@@ -187,8 +193,9 @@ def figures(
         "ratio_loop": measured.ratio(variant, "loop"),
         "ratio_tuned": measured.ratio(variant, "tuned"),
         "mfu": counted.flops(texts) / tokens * rate / peak_flops_per_s,
-        "padding": max(0.0, 1 - tokens_in_windows / clean[0].forward_tokens),
+        "padding": max(0.0, 1 - clean[0].passes * tokens_in_windows / clean[0].forward_tokens),
         "tokens": tokens,
+        "passes": clean[0].passes,
         "texts": len(texts),
         "stages": _stages(clean, processes),
         "peak_bytes": max(take.peak_bytes for take in takes),

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from afn_ray import model
 from afn_ray.bench import machine
-from afn_ray.bench.contest import one_layer
+from afn_ray.bench.contest import likely_dtype, one_layer
 from afn_ray.bench.peers import find_blocks
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
@@ -86,8 +86,7 @@ class _Candidate:
             )
         self.files, self.layer = files, one_layer(layer_text, files.depth)
         self.window = min(files.context_tokens, LENGTHS[-1])
-        fast = model.has_fast_products("bfloat16", device)
-        self.dtype = "bfloat16" if fast else "float32"
+        self.dtype = likely_dtype(device)
         config = RunConfig(
             corpus=("-",),
             model=folder,

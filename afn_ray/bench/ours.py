@@ -5,9 +5,11 @@ Both work as in a long run: the model is loaded, and the shards are planned.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
 from afn_ray.runs import measurer, plan, worker
+from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.progress import Counters
 from afn_ray.schema import Document, strength_column
 from afn_ray.store import plans, shard_files
+from afn_ray.store.commits import Commit
 
 STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
 
@@ -59,16 +63,19 @@ class _Ours:
 class Engine(_Ours):
     """The engine on texts in memory: tokenizing, windows, packing and the model, but no files."""
 
-    def run(self, texts: Sequence[Text]) -> Outcome:
+    def run(self, texts: Sequence[Text], passes: int = 1) -> Outcome:
+        """Measure ``texts`` so often without a pause; the strengths are those of the first pass."""
         before = replace(self._processor.counters)
-        documents = (Document("bench", i, text.text) for i, text in enumerate(texts))
+        every = itertools.chain.from_iterable(itertools.repeat(texts, passes))
+        documents = (Document("bench", i, text.text) for i, text in enumerate(every))
         strengths: list[Norms] = []
         with self._processor.feed.chunks(documents) as chunks:  # as for a shard
             for chunk in chunks:
                 values = self._processor.measurer.values(chunk.prepared)
-                bounds = chunk.prepared.encoded.bounds
-                strengths += np.split(values.series[0], bounds[1:-1])
-        return self._outcome(before, strengths)
+                if len(strengths) < len(texts):
+                    bounds = chunk.prepared.encoded.bounds
+                    strengths += np.split(values.series[0], bounds[1:-1])
+        return self._outcome(before, strengths[: len(texts)])
 
 
 class Job(_Ours):
@@ -79,52 +86,62 @@ class Job(_Ours):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        self._plans: dict[str, plans.Plan] = {}
+        self._spec = spec
+        self._plans: dict[tuple[str, int], plans.Plan] = {}  # by profile and number of passes
         self._num_runs = 0
-        for profile, file in spec.texts.items():
-            corpus = Path(spec.folder) / "corpus" / profile
-            _write_corpus(corpus, Path(file))
-            config = replace(self._config, corpus=(str(corpus),))
-            self._plans[profile] = plan.make_plan(config)
+        self._last: list[Commit] = []  # of the last run, in the order of its texts
+        for profile in spec.texts:
+            self._plan(profile, 1)
 
-    def run_profile(self, profile: str) -> Outcome:
-        """Process the shards of ``profile`` once.
+    def _plan(self, profile: str, passes: int) -> plans.Plan:
+        """The shards of the texts of ``profile``, ``passes`` times one after another."""
+        planned = self._plans.get((profile, passes))
+        if planned is None:
+            corpus = Path(self._spec.folder) / "corpus" / f"{profile}-{passes}"
+            _write_corpus(corpus, Path(self._spec.texts[profile]), passes)
+            config = replace(self._config, corpus=(str(corpus),))
+            planned = self._plans[profile, passes] = plan.make_plan(config)
+        return planned
+
+    def run_profile(self, profile: str, passes: int = 1) -> Outcome:
+        """Process the shards of ``profile``, several at a time, as a run's worker does.
 
         The outcome has no strengths: ``read_back`` reads them from the store.
         """
+        shards = self._plan(profile, passes).shards
         before = replace(self._processor.counters)
         self._num_runs += 1
         config = replace(self._config, store=self._store_of_run())
         self._processor.task = replace(self._task, config=config)
-        for shard in self._plans[profile].shards:
-            self._processor.process(shard)
+        with ThreadPoolExecutor(SLOTS) as pool:
+            self._last = list(pool.map(self._processor.process, shards))
         return self._outcome(before, [])
 
-    def read_back(self, profile: str) -> list[Norms]:
-        """The strengths that the last run committed, by text. Removes the store of that run."""
+    def read_back(self, num_texts: int) -> list[Norms]:
+        """The strengths that the last run committed for its first texts; removes its store."""
         store = self._store_of_run()
-        measure_id = self._task.measure.id
         column = strength_column(self._layer)
         strengths: list[Norms] = []
-        for shard in self._plans[profile].shards:
-            commit = shard_files.read_commit(store, measure_id, shard.id)
-            assert commit is not None
-            folder = Path(shard_files.shard_uri(store, measure_id, shard.id))
+        for commit in self._last:
+            if len(strengths) >= num_texts:
+                break
+            folder = Path(shard_files.shard_uri(store, self._task.measure.id, commit.shard))
             file = folder / commit.files["tokens"]["name"]
             table = pq.read_table(file, columns=["doc", column])
             bounds = np.flatnonzero(np.diff(table["doc"].to_numpy())) + 1
             strengths += np.split(table[column].to_numpy(), bounds)
         shutil.rmtree(store)
-        return strengths
+        return strengths[:num_texts]
 
     def _store_of_run(self) -> str:
         """The store of the last run."""
         return str(Path(self._config.store) / str(self._num_runs))
 
 
-def _write_corpus(folder: Path, texts: Path) -> None:
-    """Write the texts in the file ``texts`` as a corpus of one JSONL file in ``folder``."""
+def _write_corpus(folder: Path, texts: Path, passes: int) -> None:
+    """Write the texts in the file ``texts``, ``passes`` times, as one JSONL file in ``folder``."""
     folder.mkdir(parents=True)
+    rows = [json.dumps({"text": text}) + "\n" for text, _ in json.loads(texts.read_text("utf-8"))]
     with (folder / "part.jsonl").open("w", encoding="utf-8") as lines:
-        for text, _ in json.loads(texts.read_text("utf-8")):
-            lines.write(json.dumps({"text": text}) + "\n")
+        for _ in range(passes):
+            lines.writelines(rows)

@@ -43,6 +43,7 @@ class Spec:
     workers: int  # processes that share the work
     folder: str  # for the files of this process
     texts: dict[str, str]  # profile -> file with this process's texts
+    least_s: float = 0.0  # shortest timed measurement of a variant of afn-ray, in seconds
 
 
 @dataclass(slots=True)

@@ -22,11 +22,11 @@ import torch
 from rich.console import Console
 
 from afn_ray import model
-from afn_ray.bench import TOKENS_PER_WORKER, machine
+from afn_ray.bench import LEAST_S, TOKENS_PER_WORKER, machine, more_passes
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
-from afn_ray.runs import job, worker
+from afn_ray.runs import job, plan, worker
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.rates import speed_of
 from afn_ray.schema import Shard
@@ -48,15 +48,12 @@ def measure(
     """Tokens per second on the config's own corpus, as ``--json`` writes them.
 
     It measures about ``num_tokens`` tokens from the documents of ``listing.sample``, and repeats
-    the documents when they are too few. It does so ``repeat`` times, each in a fresh store. On a
-    CPU the whole process uses one core, as a worker does beside others. Raises ``CorpusError`` when
-    no document has text.
+    the documents when they are too few; without ``num_tokens``, as many as take ``LEAST_S``. It
+    does so ``repeat`` times, each in a fresh store. On a CPU the whole process uses one core, as a
+    worker does beside others. Raises ``CorpusError`` when no document has text.
     """
     config = job.normalised(config)
-    files, _ = listing.list_files(config.corpus, config.read_options)
-    texts = [d.text for d in listing.sample(files, config.read_options, SAMPLE_DOCUMENTS) if d.text]
-    if not texts:
-        raise CorpusError(f"no document to measure in {', '.join(config.corpus)}")
+    texts = sample_texts(config, config.corpus)
     with tempfile.TemporaryDirectory(prefix="afn-bench-", dir=config.scratch) as name:
         folder = Path(name)
         asked = replace(
@@ -71,6 +68,7 @@ def measure(
             executor="inline",
         )
         device = model.choose_device(config.device)
+        least_s = 0.0 if num_tokens else LEAST_S[device]
         num_tokens = num_tokens or TOKENS_PER_WORKER[device] * NUM_SHARDS
         num_bytes = write_corpus(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
         asked = replace(asked, shard_bytes=max(1024, num_bytes // NUM_SHARDS))
@@ -83,15 +81,11 @@ def measure(
             load_s = time.monotonic() - began
             rates, counted = [], 0
             with machine.Watch([os.getpid()]) as watch:
-                for turn in range(-1, repeat):  # the first warms up
-                    seconds, counted = process_all(
-                        processor, prepared.plan.shards, f"{asked.store}-{turn}"
-                    )
-                    if turn >= 0:
-                        rates.append(counted / seconds)
-                    on_note(
-                        f"{counted / seconds:,.0f} tokens/s" + (" (warm-up)" if turn < 0 else "")
-                    )
+                shards = _warm_up(processor, prepared.plan.shards, asked, texts, least_s, on_note)
+                for turn in range(repeat):
+                    seconds, counted = process_all(processor, shards, f"{asked.store}-{turn}")
+                    rates.append(counted / seconds)
+                    on_note(f"{rates[-1]:,.0f} tokens/s")
             processor.close()
     return {
         **machine.facts(device),
@@ -103,6 +97,40 @@ def measure(
         "tokens_per_second": rates,
         "speed": speed_of(prepared.task),
     }
+
+
+def sample_texts(config: RunConfig, corpus: Sequence[str]) -> list[str]:
+    """Texts of a sample of ``corpus``, read as ``config`` says. Raises ``CorpusError``."""
+    files, _ = listing.list_files(corpus, config.read_options)
+    texts = [d.text for d in listing.sample(files, config.read_options, SAMPLE_DOCUMENTS) if d.text]
+    if not texts:
+        raise CorpusError(f"no document to measure in {', '.join(corpus)}")
+    return texts
+
+
+def _warm_up(
+    processor: worker.Processor,
+    shards: Sequence[Shard],
+    config: RunConfig,
+    texts: Sequence[str],
+    least_s: float,
+    on_note: Callable[[str], None],
+) -> Sequence[Shard]:
+    """Process ``shards`` of ``config``, or more of their kind if they take less than ``least_s``.
+
+    Returns the shards that took long enough. More come from ``texts``, written once more.
+    """
+    (first,) = map(Path, config.corpus)
+    num_bytes, passes = first.stat().st_size, 1
+    while True:
+        seconds, counted = process_all(processor, shards, f"{config.store}-warm-up")
+        on_note(f"{counted / seconds:,.0f} tokens/s (warm-up)")
+        if seconds >= least_s:
+            return shards
+        passes = more_passes(passes, seconds, least_s)
+        corpus = first.with_name(f"corpus-{passes}.jsonl")
+        write_corpus(corpus, texts, passes * num_bytes)
+        shards = plan.make_plan(replace(config, corpus=(str(corpus),))).shards
 
 
 @contextlib.contextmanager

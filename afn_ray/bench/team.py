@@ -25,6 +25,8 @@ ONE_PROCESS = ("loop", "sentence_transformers", "ray_data")
 
 The process uses torch's default threads, as users have them, or it is the driver of others.
 """
+OURS = ("engine", "job")
+"""Variants of afn-ray, whose processes have the environment of a run's workers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,19 @@ class Take:
     device_bytes: int
     forward_tokens: int
     stages: dict[str, float]  # seconds, summed over the processes
+    passes: int = 1  # how often the texts were measured
+
+
+def environment_of(spec: Spec) -> dict[str, str]:
+    """Environment of a process of the variant of ``spec``.
+
+    A process that has a core or a worker of its own has that of a run's workers. A peer that has
+    the machine tokenizes on all cores.
+    """
+    single = spec.device == "cpu" and spec.variant not in ONE_PROCESS
+    if single or spec.variant in OURS:
+        return WORKER_ENV
+    return {"TOKENIZERS_PARALLELISM": "true"}
 
 
 class Missing(Exception):
@@ -55,8 +70,7 @@ class Team:
         self.at_work = specs[0].workers if self.name == "ray_data" else len(specs)
         self._logs = [folder / f"{self.name}-{i}.log" for i in range(len(specs))]
         self._processes: list[subprocess.Popen[str]] = []
-        single = specs[0].device == "cpu" and self.name not in ONE_PROCESS
-        environment = os.environ | (WORKER_ENV if single else {"TOKENIZERS_PARALLELISM": "true"})
+        environment = os.environ | environment_of(specs[0])
         for i, (spec, log) in enumerate(zip(specs, self._logs, strict=True)):
             path = folder / f"{self.name}-{i}.json"
             path.write_text(json.dumps(asdict(spec)), "utf-8")
@@ -135,6 +149,7 @@ class Team:
             sum(a["device_bytes"] for a in answers),
             sum(a["forward_tokens"] for a in answers),
             stages,
+            answers[0]["passes"],
         )
 
     def strengths(self, profile: str, folder: Path | None) -> dict[int, tuple[Any, Any]]:

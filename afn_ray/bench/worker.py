@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from afn_ray.bench import peers
+from afn_ray.bench import more_passes, peers
+from afn_ray.bench.team import OURS
 from afn_ray.bench.texts import Piece, Text
 from afn_ray.errors import AfnError
 
@@ -119,24 +120,37 @@ class Worker:
         self._spec = spec
         self._variant = _load(spec)
         self._texts = {profile: load_texts(file) for profile, file in spec.texts.items()}
+        self._passes = dict.fromkeys(self._texts, 1)  # of each profile's texts in one run
         self._strengths: list[peers.Norms] = []
         for profile in self._texts:
             self._warm_up(profile)
 
     def _warm_up(self, profile: str) -> None:
-        """Run the timed texts once, so that all shapes are known.
+        """Run the timed texts, so that all shapes are known; then more passes, if it was too short.
 
-        Ray Data is left out: its actors exist for one run, and warm up when they start.
+        Ray Data is left out: its actors exist for one run, and warm up when they start. Peers
+        have no pipeline to fill, so one pass is enough.
         """
-        if self._spec.variant != "ray_data":
-            self.run(profile)
-            self.save(profile, None)
+        if self._spec.variant == "ray_data":
+            return
+        least_s = self._spec.least_s if self._spec.variant in OURS else 0.0
+        while (seconds := self._warm_up_s(profile)) < least_s:
+            self._passes[profile] = more_passes(self._passes[profile], seconds, least_s)
+
+    def _warm_up_s(self, profile: str) -> float:
+        """Seconds of one run that does not count."""
+        seconds: float = self.run(profile)["seconds"]
+        self.save(profile, None)
+        return seconds
 
     def run(self, profile: str) -> dict[str, Any]:
         """Run the profile once and return its figures; keep the strengths for ``save``."""
+        passes = self._passes[profile]
         began = time.monotonic()
         if self._spec.variant == "job":
-            outcome = self._variant.run_profile(profile)
+            outcome = self._variant.run_profile(profile, passes)
+        elif self._spec.variant == "engine":
+            outcome = self._variant.run(self._texts[profile], passes)
         else:
             outcome = self._variant.run(self._texts[profile])
         self._strengths = outcome.strengths
@@ -148,6 +162,7 @@ class Worker:
             "own_clock": outcome.seconds is not None,
             "forward_tokens": outcome.forward_tokens,
             "stages": outcome.stages,
+            "passes": passes,
             "device_bytes": self._device_bytes(),
         }
 
@@ -164,7 +179,7 @@ class Worker:
         Without a file, it writes nothing; the variant ``job`` still removes the store of the run.
         """
         if self._spec.variant == "job":
-            self._strengths = self._variant.read_back(profile)
+            self._strengths = self._variant.read_back(len(self._texts[profile]))
         if file is not None:
             last = getattr(self._variant, "last", None) or [np.empty(0, np.float32)]
             lengths = np.array([len(s) for s in self._strengths], np.int64)

@@ -6,21 +6,38 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import simulated
 from afn_ray import bench, model
-from afn_ray.bench import contest, feed, machine, monitor, ours, peers, results, texts
+from afn_ray.bench import (
+    contest,
+    feed,
+    figures,
+    machine,
+    monitor,
+    ours,
+    peers,
+    rate,
+    results,
+    team,
+    texts,
+)
+from afn_ray.bench import worker as bench_worker
 from afn_ray.bench.figures import TOLERANCE, compare
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import Received
 from afn_ray.runs import worker
+from afn_ray.runs.cluster import connection
 from afn_ray.runs.measurer import Measurer
-from conftest import find_model, printed, write_jsonl
+from conftest import config_of, find_model, printed, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,28 +111,38 @@ def test_the_table_fits_and_names_what_it_shows(tiny_result: dict[str, Any]) -> 
     assert "bars" not in text  # only the built-in model has bars
 
 
+def spec_of(folder: Path, own: Path, **changes: Any) -> peers.Spec:
+    """The spec of one process on the CPU that measures the model in ``folder``."""
+    spec = peers.Spec(
+        variant="",
+        model=str(folder),
+        layer=2,
+        depth=3,
+        device="cpu",
+        dtype="float32",
+        batch_tokens=256,
+        tokenizer_workers=0,
+        window_tokens=64,
+        workers=1,
+        folder=str(own),
+        texts={},
+    )
+    return replace(spec, **changes)
+
+
+def written_texts(folder: Path, causal: bool = False) -> list[texts.Text]:
+    """Mixed texts for the model in ``folder``, about 800 tokens."""
+    files = find_model(folder)
+    writer = texts.Writer(model.load_tokenizer(files), files.context_tokens)
+    return writer.write("mixed", 800, 400, causal=causal)
+
+
 def in_this_process(
     folder: Path, own: Path, variants: dict[str, Any], causal: bool = False
 ) -> dict[str, Any]:
     """Run ``variants`` on mixed texts in float32; return their outcomes and differences."""
-    files = find_model(folder)
-    written = texts.Writer(model.load_tokenizer(files), files.context_tokens).write(
-        "mixed", 800, 400, causal=causal
-    )
-    spec = peers.Spec(
-        "",
-        str(folder),
-        2,
-        files.depth,
-        "cpu",
-        "float32",
-        256,
-        0,
-        files.context_tokens,
-        1,
-        str(own),
-        {},
-    )
+    files, written = find_model(folder), written_texts(folder, causal)
+    spec = spec_of(folder, own, depth=files.depth, window_tokens=files.context_tokens)
     loaded = {name: variant(spec) for name, variant in variants.items()}
     found = {name: variant.run(written) for name, variant in loaded.items()}
     last = getattr(loaded.get("loop"), "last", None) or [None] * len(written)
@@ -145,6 +172,139 @@ def test_sentence_transformers_is_checked_against_the_last_hidden_states(
     assert found["differences"]["sentence_transformers"] < 1e-5
     loop, sorted_ones = (found["outcomes"][name].forward_tokens for name in variants)
     assert sorted_ones <= loop
+
+
+# --- on a GPU
+# -----------------------------------------------------------------------------------------------
+
+
+def test_the_defaults_on_a_gpu_are_those_of_a_run(tiny_bert: Path, tmp_path: Path) -> None:
+    options = contest.Options(str(tiny_bert), device="cuda")
+    for gpu in (simulated.H200, simulated.T4):  # neither bfloat16 alone nor its lack decides
+        with simulated.device(gpu):
+            spec, _, _ = contest._plan(options, tmp_path)
+        assert (spec.device, spec.dtype) == ("cuda", "float16")
+        assert spec.batch_tokens == 32_768 and spec.least_s == bench.LEAST_S["cuda"] > 20
+    given = replace(options, dtype="bfloat16", tokenizer_workers=3)
+    with simulated.device():
+        spec, _, _ = contest._plan(given, tmp_path)
+    assert (spec.dtype, spec.tokenizer_workers) == ("bfloat16", 3)
+    spec, _, _ = contest._plan(replace(options, device="cpu"), tmp_path)
+    assert spec.least_s == 0 and spec.dtype in ("float32", "bfloat16")
+
+
+def test_the_monitor_measures_in_the_dtype_that_a_run_would_take(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "likely_dtype", lambda device: "bfloat16")
+    assert monitor._Candidate(str(tiny_bert), "2", "cpu", str(tmp_path)).dtype == "bfloat16"
+    with simulated.device():
+        assert contest.likely_dtype("cuda") == "float16"
+
+
+@pytest.mark.parametrize("variant", [*bench.VARIANTS, "gemm"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_our_variants_tokenize_as_a_runs_workers_do(variant: str, device: str) -> None:
+    environment = team.environment_of(spec_of(Path(), Path(), variant=variant, device=device))
+    one_core = variant in ("engine", "job", "tuned", "gemm")
+    if variant in ("engine", "job") or (device == "cpu" and one_core):
+        assert environment == connection.WORKER_ENV
+        assert environment["TOKENIZERS_PARALLELISM"] == "false"
+    else:
+        assert environment == {"TOKENIZERS_PARALLELISM": "true"}
+
+
+@pytest.mark.parametrize("kind", [ours.Engine, ours.Job])
+def test_several_passes_measure_the_texts_so_often(
+    kind: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    written = written_texts(tiny_bert)
+    bench_worker.dump_texts(written, tmp_path / "texts.json")
+    spec = spec_of(tiny_bert, tmp_path, texts={"mixed": str(tmp_path / "texts.json")})
+    variant, found = kind(spec), {}
+    for passes in (1, 3):
+        if kind is ours.Job:
+            outcome = variant.run_profile("mixed", passes)
+            outcome.strengths = variant.read_back(len(written))
+        else:
+            outcome = variant.run(written, passes)
+        found[passes] = outcome
+    variant.close()
+    num_tokens = sum(text.num_tokens for text in written)
+    counted = variant._processor.counters.tokens
+    assert counted == (1 + 3) * num_tokens
+    assert 2 < found[3].forward_tokens / found[1].forward_tokens <= 3  # with less filler
+    for once, thrice in zip(found[1].strengths, found[3].strengths, strict=True):
+        np.testing.assert_allclose(thrice, once, rtol=1e-5)
+    assert len(found[3].strengths) == len(written)
+
+
+class Clocked:
+    """A variant with a clock of its own: 1 s to fill its pipeline, 0.1 s for each pass."""
+
+    def __init__(self, spec: peers.Spec) -> None:
+        self.passes: list[int] = []
+
+    def run(self, texts: list[texts.Text], passes: int = 1) -> peers.Outcome:
+        self.passes.append(passes)
+        strengths = [np.ones(text.num_tokens, np.float32) for text in texts]
+        return peers.Outcome(strengths, 10 * passes, {}, 1 + 0.1 * passes)
+
+
+def test_what_has_a_pipeline_is_measured_until_filling_it_is_noise(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_worker, "_load", Clocked)
+    bench_worker.dump_texts(written_texts(tiny_bert), tmp_path / "texts.json")
+    ran = {}
+    for variant in ("engine", "tuned"):
+        given = {"variant": variant, "texts": {"mixed": str(tmp_path / "texts.json")}}
+        loaded = bench_worker.Worker(spec_of(tiny_bert, tmp_path, **given, least_s=30.0))
+        answer = loaded.run("mixed")
+        ran[variant] = answer["passes"], answer["seconds"], loaded._variant.passes
+    _, seconds, warm_ups = ran["engine"]
+    assert seconds >= 30 and warm_ups == [1, 20, 220, 316, 316]
+    assert 1 / seconds < 0.04  # so much of the time fills the pipeline
+    assert ran["tuned"] == (1, 1.1, [1, 1])
+
+
+def test_figures_count_every_pass() -> None:
+    both: Any = SimpleNamespace(parts={"short": [[0, 1]]}, at_work=1)
+    piece = texts.Piece("", 0, 10, 12)
+    written = [texts.Text("", (piece,)), texts.Text("", (piece,))]
+    takes = {
+        "engine": [team.Take(2.0, 0.0, 0, 0, 4 * 25, {"model_s": 1.5}, passes=4)],
+        "loop": [team.Take(8.0, 0.0, 0, 0, 30, {"model_s": 7.5})],
+    }
+    one = figures.ProfileTimes("short", written, dict.fromkeys(takes, both), takes, {})
+    found = figures.figures(one, "engine", figures.Counted(1.0, 0.0), 1e3)
+    assert found["tokens_per_s"] == 4 * 20 / 2.0 and found["passes"] == 4
+    assert found["ratio_loop"] == (8.0 / 1) / (2.0 / 4)
+    assert found["padding"] == pytest.approx(1 - 24 / 25)
+
+
+def test_a_rate_on_a_gpu_comes_from_texts_that_take_long_enough(
+    tiny_bert: Path, corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    right = rate.process_all
+
+    def process_all(*given: Any) -> tuple[float, int]:
+        _, num_tokens = right(*given)
+        counted.append(num_tokens)
+        return 1 + num_tokens / 1000, num_tokens  # 1 s to fill the pipeline
+
+    monkeypatch.setattr(rate, "process_all", process_all)
+    monkeypatch.setattr(rate, "LEAST_S", {"cpu": 10.0})
+    monkeypatch.setattr(rate, "TOKENS_PER_WORKER", {"cpu": 500})
+    config = config_of(tiny_bert, corpus, tmp_path, layers="1")
+    result = rate.measure(config, None, 2, lambda note: None)
+    *warm_ups, first, second = counted
+    assert len(warm_ups) > 1 and first == second == warm_ups[-1] == result["tokens"] >= 9000
+    assert result["tokens_per_second"] == [first / (1 + first / 1000)] * 2
+    counted.clear()
+    rate.measure(config, 800, 1, lambda note: None)  # so many were asked for
+    assert len(counted) == 2
 
 
 def test_variants_that_disagree_give_no_figures() -> None:
@@ -282,12 +442,12 @@ def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
     result = monitor.measure(str(tiny_bert), "2/3", 3, "cpu")
     lengths = result["models"][str(tiny_bert)]["lengths"]
     assert list(lengths) == ["16", "64"] and "distilled_speedup" not in result
-    for figures in lengths.values():
-        assert list(figures["ways"]) == list(monitor.WAYS)
-        assert all(0 < way["median_ms"] <= way["p95_ms"] for way in figures["ways"].values())
+    for found in lengths.values():
+        assert list(found["ways"]) == list(monitor.WAYS)
+        assert all(0 < way["median_ms"] <= way["p95_ms"] for way in found["ways"].values())
         assert (
-            figures["overheads"].keys() == monitor.PLAIN.keys()
-            and min(figures["overheads"].values()) > -1
+            found["overheads"].keys() == monitor.PLAIN.keys()
+            and min(found["overheads"].values()) > -1
         )
     assert "strength, shift, attention" in printed(monitor.render, result)
 
