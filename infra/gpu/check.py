@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -36,6 +35,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
@@ -57,7 +57,7 @@ from afn_ray import cgroup, model
 from afn_ray.bench import figures, ours, peers
 from afn_ray.bench import texts as made_texts
 from afn_ray.config import RunConfig, resolve_layers
-from afn_ray.model import attention
+from afn_ray.model import attention, fused
 from afn_ray.model.prove import TOLERANCE
 from afn_ray.runs import measurer, worker
 from afn_ray.runs.deadlines import SLOTS
@@ -425,6 +425,7 @@ def _compare(family: _Family, dtype: str, device: str) -> Row:
     checked = worst if dtype == "float32" else q90
     row: Row = {
         "attention": loaded.attention,
+        "norm": loaded.norm,
         "operators": ", ".join(sorted(ops.names)) or "matrix products",
         "syncs": syncs,
         "q90": q90,
@@ -704,54 +705,70 @@ def _against_tuned(
 
 
 def check_fused(run: Check) -> None:
-    """One block's tail as torch runs it, and as torch.compile fuses it."""
-    if why := _no_compiler(run.device):
-        run.skip("tail of a block", why)
+    """Sum, norm and cast by torch's kernels and by the engine's own: alone, and in the engine."""
+    try:
+        # The toy run has no kernel: it compares torch's with themselves.
+        kernel = fused.find_kernel() if run.device == "cuda" else fused.eager
+    except fused.Unfused as why:
+        run.skip("fused against eager", str(why))
         return
-    run.row("tail of a block", partial(_fused, run))
+    run.row("sum, norm and cast", partial(_fused, run, kernel))
+    run.row("engine", partial(_fused_engine, run))
 
 
-def _no_compiler(device: str) -> str:
-    """Why torch.compile cannot make kernels for ``device``; empty if it can."""
-    if device != "cuda":
-        return ""  # the toy run only traces
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed, so torch.compile has no compiler"
-    return "" if shutil.which("cc") or shutil.which("gcc") else "there is no C compiler for triton"
+def _fused(run: Check, kernel: fused.Kernel) -> Row:
+    width, dtype = run.size.bert.get("hidden_size", 768), getattr(torch, run.dtype)
+    num_rows = measurer.BATCH_TOKENS[run.device]
+    added = torch.randn(1, num_rows, width, device=run.device).to(dtype)
+    residual = torch.randn(1, num_rows, width, device=run.device)
+    norm = torch.nn.LayerNorm(width, eps=1e-12).to(run.device)
 
+    def repeated(way: fused.Kernel) -> None:
+        for _ in range(fused.QUEUED):
+            way(added, residual, norm, dtype)
 
-def _fused(run: Check) -> Row:
-    d, f = run.size.bert.get("hidden_size", 768), run.size.bert.get("intermediate_size", 3072)
-    num_rows, dtype = measurer.BATCH_TOKENS[run.device], getattr(torch, run.dtype)
-    made = partial(torch.randn, device=run.device)
-    attended, stream = made(num_rows, d).to(dtype), made(num_rows, d)
-    gain, bias = torch.ones(d, device=run.device), torch.zeros(d, device=run.device)
-    up, down = (made(f, d) / d**0.5).to(dtype), (made(d, f) / f**0.5).to(dtype)
-
-    def tail(attended: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
-        """From attention's output to the block's output, as ``model/linear`` mixes the dtypes."""
-        stream = functional.layer_norm(attended + stream, (d,), gain, bias, 1e-12)
-        inner = functional.gelu(functional.linear(stream.to(dtype), up))
-        return functional.layer_norm(
-            functional.linear(inner, down) + stream, (d,), gain, bias, 1e-12
-        )
-
-    backend = "inductor" if run.device == "cuda" else "eager"
     with torch.inference_mode():
-        eager_s = timed(lambda: tail(attended, stream), run.device)
         began = time.perf_counter()
-        compiled: Any = torch.compile(tail, backend=backend, dynamic=False)
-        difference = float((compiled(attended, stream) - tail(attended, stream)).abs().max())
+        full, low = kernel(added, residual, norm, dtype)
+        synchronize(run.device)
         compile_s = time.perf_counter() - began
-        fused_s = timed(lambda: compiled(attended, stream), run.device)
-    return {
+        expected, _ = fused.eager(added, residual, norm, dtype)
+        difference = float((full - expected).abs().max() / expected.abs().max())
+        ways = (fused.eager, kernel)
+        eager_s, fused_s = (timed(partial(repeated, w), run.device) / fused.QUEUED for w in ways)
+    row: Row = {
         "eager_ms": eager_s * 1e3,
         "fused_ms": fused_s * 1e3,
         "speedup": eager_s / fused_s,
         "compile_s": compile_s,
         "difference": difference,
-        "backend": backend,
     }
+    if not (difference <= fused.PARITY and torch.equal(low, full.to(dtype))):
+        row["error"] = f"differs by {difference:.1e}, more than {fused.PARITY:.0e}, or in its cast"
+    return row
+
+
+def _fused_engine(run: Check) -> Row:
+    """Whole batches of the engine as it chose, and with torch's kernels."""
+    chosen = run.load_bert(run.dtype)
+    left_out = fused.Unfused("it was left out, to compare")
+    with mock.patch.object(fused, "find_kernel", side_effect=left_out):
+        plain = run.load_bert(run.dtype)
+    mean, num_rows = (sizes[len(sizes) // 2] for sizes in (run.size.means, run.size.batches))
+    eager_s, chosen_s = (
+        _speed(run, loaded, run.dtype, mean, num_rows)["batch_ms"] for loaded in (plain, chosen)
+    )
+    assert isinstance(eager_s, float) and isinstance(chosen_s, float)
+    row: Row = {
+        "eager_ms": eager_s,
+        "fused_ms": chosen_s,
+        "speedup": eager_s / chosen_s,
+        "norm": chosen.norm,
+        "why": chosen.why_eager,
+    }
+    if chosen.why_eager.startswith(fused.FAULT):
+        row["error"] = chosen.why_eager
+    return row
 
 
 # --- files to committed Parquet ---
@@ -814,20 +831,29 @@ def _feed(run: Check, corpus: Path, num_tokenizers: int) -> Row:
 def _timed_shards(
     processor: worker.Processor, shards: Sequence[Shard], seconds: float
 ) -> tuple[Row, list[Commit]]:
-    """Process ``shards`` until ``seconds`` have passed; what it took, and the commits."""
+    """Process ``shards`` until ``seconds`` have passed; what it took, and the commits.
+
+    The speed is that between the first commit and the last, so filling the pipeline is left out.
+    """
     counters = processor.counters
     wait_s, model_s, cpu_s = counters.wait_s, counters.model_s, time.process_time()
     began = time.monotonic()
+    ended: list[tuple[float, int]] = []  # when each commit was there, and its tokens
 
     def process(shard: Shard) -> Commit | None:
-        return processor.process(shard) if time.monotonic() - began < seconds else None
+        if len(ended) > SLOTS and time.monotonic() - began > seconds:
+            return None
+        commit = processor.process(shard)
+        ended.append((time.monotonic(), commit.counts["tokens"]))
+        return commit
 
     with ThreadPoolExecutor(SLOTS) as pool:
         commits = [c for c in pool.map(process, shards) if c is not None]
     took, cpu_s = time.monotonic() - began, time.process_time() - cpu_s
     tokens = sum(c.counts["tokens"] for c in commits)
+    (first, _), *later = ended
     row: Row = {
-        "tokens_per_s": tokens / took,
+        "tokens_per_s": sum(n for _, n in later) / (later[-1][0] - first),
         "model_share": (counters.model_s - model_s) / took,
         "wait_share": (counters.wait_s - wait_s) / took,
         "cpu_us_per_token": cpu_s / tokens * 1e6,  # of the worker's own process

@@ -41,7 +41,7 @@ FIGURES = {
     "ceilings": set(),
     "speed": {"tokens_per_s", "tflops", "mfu", "batch_ms", "host_ms"},
     "pipeline": {"engine_tokens_per_s", "tuned_tokens_per_s", "ratio", "difference"},
-    "fused": {"eager_ms", "fused_ms", "speedup", "compile_s", "difference"},
+    "fused": {"eager_ms", "fused_ms", "speedup"},
     "feed": {"tokens_per_s", "of_engine", "model_share", "wait_share", "cpu_us_per_token"},
     "drills": {"found"},
 }
