@@ -30,6 +30,8 @@ SMALL_BENCH = {
         "short",
         "--variants",
         "loop,tuned,engine,job",
+        "--workers",
+        "1",
     ],
     "feed": ["--tokens", "2000", "--repeat", "1", "--processes", "0"],
     "monitor": ["--texts", "2"],
