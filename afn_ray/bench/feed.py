@@ -40,7 +40,7 @@ from afn_ray.tokens import feed
 
 STAGES = {
     "read": "JSONL files -> documents, in the worker",
-    "rust": "the tokenizers library alone, part of the next stage",
+    "rust": "the tokenizers library on whole texts, only to compare: no part of a worker",
     "prepare": "texts -> tokens, words as written and batches, in a tokenizer process if there is one",
     "send": "texts pickled for a tokenizer process, in the worker",
     "answer": "what is prepared pickled for the worker, in a tokenizer process",

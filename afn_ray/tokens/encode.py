@@ -5,8 +5,8 @@ from __future__ import annotations
 import bisect
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +14,28 @@ from tokenizers import Encoding, Tokenizer
 
 from afn_ray.errors import ModelError
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START, Span
+from afn_ray.tokens.characters import (
+    FIRST_MARK,
+    Bools,
+    Characters,
+    Integers,
+    Ints,
+    all_characters,
+    is_letter,
+    is_mark,
+    is_space,
+    ranges,
+)
 from afn_ray.tokens.culprits import find_culprits, first_line, is_of_input
+from afn_ray.tokens.segments import Segments, TextTokens, find_cut
 
 Int32 = npt.NDArray[np.int32]
 MOST_IDS = 1 << 31
 """Number of token ids that the tables can hold."""
 NAME_CHARS = 40
 """Longest token in a message, in characters."""
+MOST_DISTINCT = 0.5
+"""Largest share of distinct segments for which texts are encoded by segments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +65,7 @@ class Encoded:
     flags: npt.NDArray[np.uint8]
     word_end: Int32  # where the token starts a word: character offset of the word's end; else 0
     problems: dict[int, str] = field(default_factory=dict)  # document -> why it has no rows
+    same: Ints | None = None  # [n_text_tokens], equal numbers: equal words, at the same place
 
     @property
     def docs(self) -> Int32:
@@ -79,6 +95,7 @@ class TextEncoder:
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, not a control token
         self._tokenizer = tokenizer
+        self._cut = find_cut(tokenizer)
         self._num_ids = MOST_IDS if num_embeddings is None else num_embeddings
         self.template = self._find_template()
         if beyond := [
@@ -145,57 +162,81 @@ class TextEncoder:
         every text.
         """
         problems = dict(refused or {})
-        encodings = self._encodings(texts, problems)
-        kept = [i for i in range(len(texts)) if i not in problems]
-        lengths = np.zeros(len(texts), np.int64)
-        lengths[kept] = [len(e) for e in encodings]
-        before, after = len(self.template.prefix), len(self.template.suffix)
-        bounds = np.zeros(len(texts) + 1, np.int64)
-        np.cumsum(np.where(lengths > 0, lengths + before + after, 0), out=bounds[1:])
-        token_ids, start, end, word_end = (np.zeros(bounds[-1], np.int32) for _ in range(4))
-        flags = np.full(bounds[-1], SPECIAL, np.uint8)
+        given = ["" if i in problems else text for i, text in enumerate(texts)]
+        characters, origin = all_characters(given)
+        tokens = self._by_segments(given, characters, origin)
+        if tokens is None:
+            tokens = self._by_texts(given, problems)
+            if found := self._find_wrong(given, tokens):
+                return self.encode(texts, replaced, problems | found)
+        flags, word_end = _words(tokens, characters, origin)
+        if replaced is not None and any(replaced):
+            covers = _covers(tokens, ord("\ufffd"), characters, origin)
+            flags[covers & np.repeat(replaced, tokens.lengths)] |= REPLACED
+        return self._in_templates(tokens, flags, word_end, problems)
 
-        # All text tokens of all texts at once; ``rows`` are their rows, between the templates.
-        n = int(lengths.sum())
-        first = np.cumsum(lengths) - lengths  # index of each text's first text token
-        text_of = np.repeat(np.arange(len(texts)), lengths)
-        rows = np.arange(n) + (bounds[:-1] + before - first)[text_of]
-        ids = np.fromiter(chain.from_iterable(e.ids for e in encodings), np.int64, n)
-        spans = np.fromiter(
-            chain.from_iterable(chain.from_iterable(e.offsets for e in encodings)), np.int64, 2 * n
-        )
-        if found := self._find_wrong(texts, text_of, ids, spans):
-            return self.encode(texts, replaced, problems | found)
-        token_ids[rows], inside = ids, spans.astype(np.int32)
-        start[rows], end[rows] = inside[::2], inside[1::2]
-        words = _word_ids(encodings, n)
-        characters, origin = all_characters(texts)
-        at = origin[text_of]  # start of each token's text in ``characters``
-        starts = _word_starts(text_of, words, inside[::2], inside[1::2], characters, at)
-        flags[rows] = starts * np.uint8(WORD_START)
-        heads = np.flatnonzero(starts)
-        tails = np.append(heads, n)[1:] - 1  # the last token of each word
-        word_end[rows[heads]] = _with_marks(
-            tails, text_of, inside[::2], inside[1::2], characters, at, origin
-        )
-        for i in np.flatnonzero(replaced if replaced is not None else []).tolist():
-            for row in range(bounds[i] + before, bounds[i] + before + lengths[i]):
-                if "\ufffd" in texts[i][start[row] : end[row]]:
-                    flags[row] |= REPLACED
+    def _in_templates(
+        self,
+        tokens: TextTokens,
+        flags: npt.NDArray[np.uint8],
+        word_end: Int32,
+        problems: dict[int, str],
+    ) -> Encoded:
+        """Rows of ``tokens``, each text within its template; ``flags`` and ``word_end`` are theirs."""
+        lengths, template = tokens.lengths, self.template
+        before, after = len(template.prefix), len(template.suffix)
+        bounds = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(np.where(lengths > 0, lengths + before + after, 0), out=bounds[1:])
+        rows = ranges(bounds[:-1] + before, lengths)
+        token_ids, start, end, word_ends = (np.zeros(bounds[-1], np.int32) for _ in range(4))
+        every_flag = np.full(bounds[-1], SPECIAL, np.uint8)
+        token_ids[rows], start[rows], end[rows] = tokens.ids, tokens.start, tokens.end
+        every_flag[rows], word_ends[rows] = flags, word_end
         there = np.flatnonzero(lengths)
         last = bounds[there + 1] - after  # the first token of each suffix
-        for nth, token in enumerate(self.template.prefix):
+        for nth, token in enumerate(template.prefix):
             token_ids[bounds[there] + nth] = token
-        for nth, token in enumerate(self.template.suffix):
+        for nth, token in enumerate(template.suffix):
             token_ids[last + nth] = token
             start[last + nth] = end[last + nth] = end[last - 1]
-        return Encoded(bounds, token_ids, start, end, flags, word_end, problems)
+        return Encoded(bounds, token_ids, start, end, every_flag, word_ends, problems, tokens.same)
+
+    def _by_segments(
+        self, texts: Sequence[str], characters: Characters, origin: Ints
+    ) -> TextTokens | None:
+        """Tokens of ``texts``, for which each distinct segment is encoded once.
+
+        None where the texts cannot be cut, few segments are the same, or one has a problem.
+        """
+        if self._cut is None:
+            return None
+        try:
+            segments = Segments.of(texts, characters, origin, self._cut)
+            if len(segments.distinct) > MOST_DISTINCT * len(segments.which):
+                return None
+            tokens = segments.encode(self._batch)
+        except BaseException as error:
+            if not is_of_input(error):
+                raise
+            return None
+        return None if self._find_wrong(segments.distinct, tokens) else segments.spread(tokens)
+
+    def _by_texts(self, texts: Sequence[str], problems: dict[int, str]) -> TextTokens:
+        """Tokens of the ``texts`` without a problem; adds texts that fail to ``problems``."""
+        tokens = TextTokens.of(self._encodings(texts, problems))
+        lengths = np.zeros(len(texts), np.int64)
+        lengths[[i for i in range(len(texts)) if i not in problems]] = tokens.lengths
+        return replace(tokens, lengths=lengths)
+
+    def _batch(self, texts: list[str]) -> list[Encoding]:
+        """Encodings of ``texts``, without templates."""
+        return self._tokenizer.encode_batch(texts, add_special_tokens=False)
 
     def _encodings(self, texts: Sequence[str], problems: dict[int, str]) -> list[Encoding]:
         """Encodings of the ``texts`` without a problem; adds texts that fail to ``problems``."""
 
         def encode(some: Sequence[int]) -> list[Encoding]:
-            return self._tokenizer.encode_batch([texts[i] for i in some], add_special_tokens=False)
+            return self._batch([texts[i] for i in some])
 
         kept = [i for i in range(len(texts)) if i not in problems]
         try:
@@ -210,25 +251,17 @@ class TextEncoder:
         }
         return encode([i for i in kept if i not in problems])
 
-    def _find_wrong(
-        self,
-        texts: Sequence[str],
-        text_of: npt.NDArray[np.int64],
-        ids: npt.NDArray[np.int64],
-        spans: npt.NDArray[np.int64],
-    ) -> dict[int, str]:
+    def _find_wrong(self, texts: Sequence[str], tokens: TextTokens) -> dict[int, str]:
         """Texts with a token that has no vector or has offsets outside the text; and why."""
-        start, end = spans[::2], spans[1::2]
-        beyond = ids >= self._num_ids
-        outside = (
-            (start < 0)
-            | (end < start)
-            | (end > np.array([len(t) for t in texts], np.int64)[text_of])
-        )
+        start, end = tokens.start, tokens.end
+        num_characters = np.array([len(text) for text in texts], np.int64)
+        beyond = tokens.ids >= self._num_ids
+        outside = (start < 0) | (end < start) | (end > np.repeat(num_characters, tokens.lengths))
         problems: dict[int, str] = {}
-        for at in np.flatnonzero(beyond | outside).tolist():
-            text = int(text_of[at])
-            why = f"{self._name(int(ids[at]))}: {self._beyond}"
+        wrong = np.flatnonzero(beyond | outside)
+        of_text = np.searchsorted(np.cumsum(tokens.lengths), wrong, side="right")
+        for text, at in zip(of_text.tolist(), wrong.tolist(), strict=True):
+            why = f"{self._name(int(tokens.ids[at]))}: {self._beyond}"
             if not beyond[at]:
                 why = (
                     f"the tokenizer gives characters {start[at]} to {end[at]} of {len(texts[text])}"
@@ -248,33 +281,36 @@ class TextEncoder:
         return f"the model has embeddings for the ids 0 to {self._num_ids - 1}"
 
 
-def _word_ids(encodings: Sequence[Encoding], num_tokens: int) -> Int32:
-    """The pre-tokenizer's number of each token's word: [num_tokens]; -1 for a token without one."""
-    try:
-        return np.fromiter(chain.from_iterable(e.word_ids for e in encodings), np.int32, num_tokens)
-    except TypeError:  # None is no number
-        every = chain.from_iterable(e.word_ids for e in encodings)
-        return np.fromiter((-1 if w is None else w for w in every), np.int32, num_tokens)
+def _words(
+    tokens: TextTokens, characters: Characters, origin: Ints
+) -> tuple[npt.NDArray[np.uint8], Int32]:
+    """Flags of the tokens that start words, and offsets of the words' ends: [n_tokens] each.
 
-
-def all_characters(texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """Code points of all ``texts``, and the index at which each text begins.
-
-    The last index is the end of the last text.
+    The offset is 0 for a token that starts no word. ``characters`` and ``origin`` are those of the
+    texts.
     """
-    characters = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    return characters, np.cumsum([0, *map(len, texts)], dtype=np.int64)
+    lengths = tokens.lengths
+    base = np.repeat(origin[:-1], lengths)  # start of each token's text in ``characters``
+    new_text = np.zeros(len(base), np.bool_)
+    with_tokens = np.flatnonzero(lengths)
+    first = (np.cumsum(lengths) - lengths)[with_tokens]  # the first token of each text
+    new_text[first] = True
+    starts = _word_starts(tokens, new_text, characters, base)
+    heads = np.flatnonzero(starts)
+    word_end = np.zeros(len(base), np.int32)
+    tails = np.append(heads[1:], len(base))[: len(heads)] - 1  # the last token of each word
+    word_end[heads] = tokens.end[tails]
+    if _has_marks(characters):
+        # The next token's start limits a word, or the text's end.
+        limits = np.append((base + tokens.start)[1:], 0)
+        limits[np.append(first[1:], len(base))[: len(first)] - 1] = origin[1:][with_tokens]
+        ends = (base + tokens.end)[tails]
+        word_end[heads] += _num_marks(ends, limits[tails], characters)
+    return starts * np.uint8(WORD_START), word_end
 
 
-def _word_starts(
-    text_of: npt.NDArray[np.int64],
-    words: Int32,
-    start: Int32,
-    end: Int32,
-    characters: npt.NDArray[np.uint32],
-    origin: npt.NDArray[np.int64],
-) -> npt.NDArray[np.bool_]:
-    """Which text tokens start a word: [n_text_tokens].
+def _word_starts(tokens: TextTokens, new_text: Bools, characters: Characters, base: Ints) -> Bools:
+    """Which text tokens start a word: [n_tokens].
 
     A word starts at the first token of a text, at a new word of the pre-tokenizer, and at a token
     with white space before or at its first character. The last rule is for tokenizers without a
@@ -282,119 +318,88 @@ def _word_starts(
     before a rare word or a number, belongs to the word after it. No word starts within a character,
     even where a normalizer makes several words of one.
     """
-    new_text = np.diff(text_of, prepend=-1) != 0
-    new_word = np.diff(words, prepend=-2) != 0
-    starts: npt.NDArray[np.bool_] = new_text.copy()
-    rest = np.flatnonzero(~new_text)
-    at: npt.NDArray[np.int64] = origin[rest] + start[rest].astype(np.int64)
-    new_character = start[rest] >= end[rest - 1]  # else another piece of the same character
-    inside = (start[rest] < end[rest]) & is_space(characters, at)
-    behind = (start[rest] > 0) & is_space(characters, at - 1)
-    width = end[rest - 1] - start[rest - 1]  # 0 where the tokenizer leaves spaces out of offsets
-    lone_space = (width <= 1) & (end[rest - 1] == start[rest]) & behind
-    lone_space[lone_space] = (width[lone_space] == 0) | (characters[at[lone_space] - 1] == ord(" "))
-    starts[rest] = new_character & (inside | ((new_word[rest] | behind) & ~lone_space))
-    _join_at_marks(starts, new_text, start, end, characters, origin + start)
+    start, end = tokens.start, tokens.end
+    at = base + start
+    end_before, start_before = _shifted(end), _shifted(start)
+    inside = is_space(characters, at) & (start < end)
+    behind = is_space(characters, at - 1) & (start > 0)
+    width = end_before - start_before  # 0 where the tokenizer leaves spaces out of offsets
+    lone_space = np.flatnonzero((width <= 1) & (end_before == start) & behind)
+    is_lone = (width[lone_space] == 0) | (characters[at[lone_space] - 1] == ord(" "))
+    starts: Bools = tokens.new_word | behind
+    starts[lone_space[is_lone]] = False
+    starts |= inside
+    starts &= start >= end_before  # else another piece of the same character
+    starts |= new_text
+    if _has_marks(characters):
+        _join_at_marks(starts, new_text, tokens, characters, at)
     return starts
 
 
+def _shifted(values: Integers) -> Integers:
+    """Value before each of ``values``; 0 before the first."""
+    before = np.zeros_like(values)
+    before[1:] = values[:-1]
+    return before
+
+
+def _has_marks(characters: Characters) -> bool:
+    """Whether there may be a mark among ``characters``."""
+    return int(characters.max(initial=0)) >= FIRST_MARK
+
+
 def _join_at_marks(
-    starts: npt.NDArray[np.bool_],
-    new_text: npt.NDArray[np.bool_],
-    start: Int32,
-    end: Int32,
-    characters: npt.NDArray[np.uint32],
-    at_start: npt.NDArray[np.int64],
+    starts: Bools, new_text: Bools, tokens: TextTokens, characters: Characters, at_start: Ints
 ) -> None:
     """Join words that a pre-tokenizer like GPT-2's has split at accents, vowel signs and points.
 
     These marks are not letters to it: it ends a word before each mark, and makes another word of
     the mark and the punctuation after it. ``starts`` is changed in place.
     """
-    if not len(characters) or characters.max() < 0x300:  # no marks
-        return
+    start, end = tokens.start, tokens.end
     heads = np.flatnonzero(starts)
     glued = (
-        _MARK[_low(characters, at_start[heads])]
-        & ~new_text[heads]
-        & (start[heads] == end[heads - 1])
+        is_mark(characters, at_start[heads]) & ~new_text[heads] & (start[heads] == end[heads - 1])
     )
-    glued &= _LETTER[_low(characters, at_start[heads] - 1)]
+    glued &= is_letter(characters, at_start[heads] - 1)
     if not glued.any():
         return
     head_of = np.cumsum(starts) - 1
     starts[heads[glued]] = False
     apart = np.flatnonzero(
-        glued[head_of] & (start >= np.roll(end, 1)) & ~_LETTER[_low(characters, at_start)]
+        glued[head_of] & (start >= np.roll(end, 1)) & ~is_letter(characters, at_start)
     )
     of_heads, first = np.unique(head_of[apart], return_index=True)
     starts[apart[first]] = True
     glued[of_heads] = False
     after = heads[1:][glued[:-1]]
     goes_on = (
-        ~new_text[after]
-        & (start[after] == end[after - 1])
-        & _LETTER[_low(characters, at_start[after])]
+        ~new_text[after] & (start[after] == end[after - 1]) & is_letter(characters, at_start[after])
     )
     starts[after[goes_on]] = False
 
 
-def _with_marks(
-    tails: npt.NDArray[np.int64],
-    text_of: npt.NDArray[np.int64],
-    start: Int32,
-    end: Int32,
-    characters: npt.NDArray[np.uint32],
-    at: npt.NDArray[np.int64],
-    origin: npt.NDArray[np.int64],
-) -> Int32:
-    """Ends of the words whose last tokens are ``tails``, the marks after them included.
+def _num_marks(ends: Ints, limits: Ints, characters: Characters) -> Int32:
+    """Number of marks after each of the words that end at ``ends``, up to ``limits``.
 
     No token covers these marks where a tokenizer drops accents.
     """
-    ends = end[tails]
-    following = np.minimum(tails + 1, len(text_of) - 1)
-    text_end = np.diff(origin)[text_of[tails]]
-    limits = np.where(
-        (following > tails) & (text_of[following] == text_of[tails]), start[following], text_end
-    )
+    num_marks = np.zeros(len(ends), np.int32)
     open_ended = np.flatnonzero(ends < limits)
-    for i in open_ended[characters[at[tails[open_ended]] + ends[open_ended]] >= 0x300].tolist():
-        first = int(at[tails[i]])
-        while (
-            ends[i] < limits[i] and unicodedata.category(chr(characters[first + ends[i]]))[0] == "M"
-        ):
-            ends[i] += 1
-    return ends
+    for i in open_ended[characters[ends[open_ended]] >= FIRST_MARK].tolist():
+        at = first = int(ends[i])
+        while at < limits[i] and unicodedata.category(chr(characters[at]))[0] == "M":
+            at += 1
+        num_marks[i] = at - first
+    return num_marks
 
 
-def _low(characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
-    """Characters ``at``; those above ``_CATEGORIES`` become its last one, which is unassigned."""
-    if not len(characters):
-        return np.zeros(len(at), np.uint32)
-    return np.minimum(characters[np.clip(at, 0, len(characters) - 1)], len(_CATEGORIES) - 1)
-
-
-# CJK and emoji, which need no joining, start at U+2E80.
-_CATEGORIES = [unicodedata.category(chr(c))[0] for c in range(0x2E80)]
-"""Major category of each character below U+2E80."""
-_MARK = np.array([c == "M" for c in _CATEGORIES])
-_LETTER = np.array([c in "LM" for c in _CATEGORIES])
-_IS_SPACE = np.array([chr(c).isspace() for c in range(0x3002)])
-"""Whether each character up to U+3001 is white space; none above is."""
-
-
-def is_space(
-    characters: npt.NDArray[np.uint32], at: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """Whether the characters ``at`` are white space, bool [n_at].
-
-    Indices outside ``characters`` mean its first or last one.
-    """
-    if not len(characters):
-        return np.zeros(len(at), np.bool_)
-    here = characters[np.clip(at, 0, len(characters) - 1)]
-    return _IS_SPACE[np.minimum(here, len(_IS_SPACE) - 1)]
+def _covers(tokens: TextTokens, character: int, characters: Characters, origin: Ints) -> Bools:
+    """Whether each token covers ``character``, a code point: [n_tokens]."""
+    at = np.flatnonzero(characters == character)
+    base = np.repeat(origin[:-1], tokens.lengths)
+    first, last = (np.searchsorted(at, base + edge) for edge in (tokens.start, tokens.end))
+    return last > first
 
 
 def find_tags(

@@ -19,7 +19,7 @@ from concurrent.futures import (
 )
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from queue import Empty, Queue
 from typing import Any
@@ -134,6 +134,7 @@ class Preparer:
         text_of = np.searchsorted(encoded.bounds, [w.row for w in windows], side="right") - 1
         n_windows = np.bincount(text_of, minlength=len(texts))
         surfaces = self._speller.surfaces(encoded, texts)
+        encoded = replace(encoded, same=None)  # need not travel
         return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
 
 

@@ -9,10 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from afn_ray.schema import SPECIAL, WORD_START
-from afn_ray.tokens.encode import Encoded, all_characters, is_space
-
-Ints = npt.NDArray[np.int64]
-Characters = npt.NDArray[np.uint32]
+from afn_ray.tokens.characters import Bools, Characters, Ints, all_characters, is_space, ranges
+from afn_ray.tokens.encode import Encoded
 
 
 class Speller:
@@ -34,56 +32,70 @@ class Speller:
         """
         rows = np.flatnonzero((encoded.flags & SPECIAL) == 0)  # text tokens
         heads = np.flatnonzero(encoded.flags[rows] & WORD_START)  # the first token of each word
-        head_rows = rows[heads]
-        docs = encoded.docs[head_rows]
+        num_tokens = np.diff(heads, append=len(rows))
+        which, chosen = _distinct(heads if encoded.same is None else encoded.same[heads])
+        head_rows = rows[heads[chosen]]
+        docs = np.searchsorted(encoded.bounds, head_rows, side="right") - 1
         characters, origin = all_characters(texts)
         begin = origin[docs] + encoded.start[head_rows]
         end = np.maximum(begin, origin[docs] + encoded.word_end[head_rows])
         begin, end = _strip(characters, begin, end)
-        differs = self._differs(encoded.token_ids[rows], heads, characters, begin, end)
-        which = np.flatnonzero(differs)
-        first = (begin - origin[docs])[which].tolist()
-        last = (end - origin[docs])[which].tolist()
+        tokens = rows[ranges(heads[chosen], num_tokens[chosen])]
+        differs = self._differs(
+            encoded.token_ids[tokens], num_tokens[chosen], characters, begin, end
+        )
+        shown = np.flatnonzero(differs)
+        first, last = (begin - origin[docs])[shown].tolist(), (end - origin[docs])[shown].tolist()
         words = [
-            texts[doc][a:b] for doc, a, b in zip(docs[which].tolist(), first, last, strict=True)
+            texts[doc][a:b] for doc, a, b in zip(docs[shown].tolist(), first, last, strict=True)
         ]
-        return _at_rows(words, head_rows[which], len(encoded.token_ids))
+        strings = pa.array(words, pa.string()).dictionary_encode()
+        number = np.full(len(chosen), -1, np.int32)  # of each word's string
+        number[shown] = strings.indices.to_numpy()
+        number = number[which]
+        shown = np.flatnonzero(number >= 0)
+        return _at_rows(
+            strings.dictionary, number[shown], rows[heads[shown]], len(encoded.token_ids)
+        )
 
     def _differs(
         self,
         token_ids: npt.NDArray[np.int32],
-        heads: Ints,
+        num_tokens: Ints,
         characters: Characters,
         begin: Ints,
         end: Ints,
-    ) -> npt.NDArray[np.bool_]:
+    ) -> Bools:
         """Whether each word differs from the texts of its tokens, bool [n_words].
 
-        ``heads``: index of each word's first token in ``token_ids``. A word is written in
-        ``characters`` from ``begin`` to ``end``.
+        ``token_ids`` are those of the words, one after the other, and ``num_tokens`` how many each
+        has, at least 1. A word is written in ``characters`` from ``begin`` to ``end``.
         """
-        if not len(heads):
+        if not len(num_tokens):
             return np.zeros(0, np.bool_)
         type_begin = self._begins[token_ids]
         lengths = self._begins[token_ids + 1] - type_begin
-        differs: npt.NDArray[np.bool_] = np.add.reduceat(lengths, heads) != end - begin
+        first = np.cumsum(num_tokens) - num_tokens
+        differs: Bools = np.add.reduceat(lengths, first) != end - begin
         # The others have as many characters as their tokens, so these are compared one by one.
         same = ~differs
-        num_tokens = np.diff(heads, append=len(token_ids))
         tokens = np.flatnonzero(np.repeat(same, num_tokens))
-        spelled = self._characters[_ranges(type_begin[tokens], lengths[tokens])]
-        written = characters[_ranges(begin[same], (end - begin)[same])]
+        spelled = self._characters[ranges(type_begin[tokens], lengths[tokens])]
+        written = characters[ranges(begin[same], (end - begin)[same])]
         unequal = np.flatnonzero(spelled != written)
         word_ends = np.cumsum((end - begin)[same])
         differs[np.flatnonzero(same)[np.searchsorted(word_ends, unequal, side="right")]] = True
         return differs
 
 
-def _ranges(begins: Ints, lengths: Ints) -> Ints:
-    """The numbers from each of ``begins`` on, as many as its length, one range after the other."""
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.repeat(begins - (ends - lengths), lengths) + np.arange(total)
+def _distinct(numbers: Ints) -> tuple[Ints, Ints]:
+    """Index of each of ``numbers`` among its distinct ones, and where one of each of these is."""
+    size = int(numbers.max(initial=-1)) + 1
+    at = np.zeros(size, np.int64)
+    at[numbers] = np.arange(len(numbers))
+    occurs = np.zeros(size, np.bool_)
+    occurs[numbers] = True
+    return (np.cumsum(occurs) - 1)[numbers], at[occurs]
 
 
 def _strip(characters: Characters, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
@@ -97,10 +109,13 @@ def _strip(characters: Characters, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     return begin, np.maximum(begin, after_solid)
 
 
-def _at_rows(words: Sequence[str], rows: Ints, num_rows: int) -> pa.DictionaryArray:
-    """``words`` in their ``rows`` of a column; null in the others."""
-    encoded = pa.array(words, pa.string()).dictionary_encode()
+def _at_rows(
+    strings: pa.StringArray, numbers: npt.NDArray[np.int32], rows: Ints, num_rows: int
+) -> pa.DictionaryArray:
+    """The ``strings`` with these ``numbers`` in these ``rows`` of a column; null in the others."""
+    encoded = pa.array(numbers).dictionary_encode()  # in the order of the rows
     indices, is_null = np.zeros(num_rows, np.int32), np.ones(num_rows, np.bool_)
     indices[rows] = encoded.indices.to_numpy()
     is_null[rows] = False
-    return pa.DictionaryArray.from_arrays(pa.array(indices, mask=is_null), encoded.dictionary)
+    column = pa.array(indices, mask=is_null)
+    return pa.DictionaryArray.from_arrays(column, strings.take(encoded.dictionary))

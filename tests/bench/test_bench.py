@@ -495,7 +495,6 @@ def test_the_feed_is_measured_stage_by_stage_and_whole(tiny_bert: Path, tmp_path
     result = feed.measure(str(tiny_bert), [str(corpus)], [0, 1], 2000, 1, notes.append)
     assert list(result["stages"]) == list(feed.STAGES)
     assert all(len(values) == 1 and values[0] > 0 for values in result["stages"].values())
-    assert result["stages"]["rust"] < result["stages"]["prepare"]
     assert list(result["workers"]) == ["0", "1"] and result["tokens"] > 1000
     for found in result["workers"].values():
         assert found["tokens_per_s"][0] > 0 and found["own_us"][0] > 0

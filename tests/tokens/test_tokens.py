@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
+    AddedToken,
     Encoding,
     Regex,
     Tokenizer,
@@ -36,7 +39,9 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs import demo
 from afn_ray.schema import REPLACED, SPECIAL, WORD_START
-from afn_ray.tokens.encode import Encoded, Template, TextEncoder, _word_ids
+from afn_ray.tokens import encode
+from afn_ray.tokens.encode import Encoded, Template, TextEncoder
+from afn_ray.tokens.segments import find_cut, word_ids
 from afn_ray.tokens.surfaces import Speller
 from afn_ray.tokens.windows import (
     FILLED_TO,
@@ -416,8 +421,8 @@ def test_surfaces_of_odd_offsets_are_those_of_slices() -> None:
 
 def test_tokens_without_a_word_have_no_words_number() -> None:
     some = [SimpleNamespace(word_ids=[0, 0, 1]), SimpleNamespace(word_ids=[None, 0])]
-    assert _word_ids(cast(list[Encoding], some), 5).tolist() == [0, 0, 1, -1, 0]
-    assert _word_ids(cast(list[Encoding], some[:1]), 3).tolist() == [0, 0, 1]
+    assert word_ids(cast(list[Encoding], some), 5).tolist() == [0, 0, 1, -1, 0]
+    assert word_ids(cast(list[Encoding], some[:1]), 3).tolist() == [0, 0, 1]
 
 
 def written(encoder: TextEncoder, readable: Sequence[str], texts: Sequence[str]) -> list[list[str]]:
@@ -1001,3 +1006,170 @@ def test_the_readable_vocabulary_has_no_marks_of_the_tokenizer(
         pieces, readable = encoder.texts()
         assert readable[pieces.index(piece)] == "the"
         assert len(pieces) == len(readable) == encoder._tokenizer.get_vocab_size()
+
+
+# --- texts cut into segments
+
+
+def _byte_level(byte_bpe: Path, **changes: object) -> TextEncoder:
+    held = json.loads((byte_bpe / "tokenizer.json").read_text("utf-8"))
+    return TextEncoder(Tokenizer.from_str(json.dumps(held | changes)))
+
+
+@pytest.fixture(scope="module")
+def gpt2(byte_bpe: Path) -> TextEncoder:
+    """As GPT-2: spaces are part of the offsets."""
+    after = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    return _byte_level(byte_bpe, post_processor=after | {"use_regex": True})
+
+
+@pytest.fixture(scope="module")
+def roberta(byte_bpe: Path) -> TextEncoder:
+    """As RoBERTa: spaces are no part of the offsets."""
+    ends = {"sep": ["Z", 58], "cls": ["Y", 57]}
+    after = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
+    return _byte_level(byte_bpe, post_processor=after | ends)
+
+
+@pytest.fixture(scope="module")
+def minilm_encoder() -> TextEncoder:
+    return MINILM
+
+
+@pytest.fixture(scope="module")
+def llama3(split: TextEncoder) -> TextEncoder:
+    """As Llama 3: up to three digits are a word; with a token that was added."""
+    held = json.loads(split._tokenizer.to_str())
+    pattern = held["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    pattern["Regex"] = pattern["Regex"].replace(r"\p{N}|", r"\p{N}{1,3}|")
+    held["post_processor"] = {"type": "Sequence", "processors": [held["post_processor"]]}
+    tokenizer = Tokenizer.from_str(json.dumps(held))
+    tokenizer.add_tokens([AddedToken("<tool_call>"), AddedToken("or", normalized=False)])
+    return TextEncoder(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def smollm(byte_bpe: Path) -> TextEncoder:
+    """As SmolLM: GPT-2's pattern after a split at digits."""
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [{"type": "Digits", "individual_digits": True}, bytes_ | {"use_regex": True}]
+    splitter = {"type": "Sequence", "pretokenizers": steps}
+    return _byte_level(byte_bpe, pre_tokenizer=splitter, post_processor=None)
+
+
+CUT = ["minilm_encoder", "cased", "gpt2", "roberta", "split", "llama3", "smollm"]
+NEVER_CUT = ["byte_level", "metaspace", "unigram", "folding"]
+
+
+def assert_same_by_texts(encoder: TextEncoder, texts: Sequence[str]) -> Encoded:
+    """Every array and surface of ``texts`` is the one without segments; returns the tokens."""
+    whole = TextEncoder(encoder._tokenizer)
+    whole._cut = None  # the slow reference
+    replaced = [i % 2 == 0 for i in range(len(texts))]
+    got, expected = encoder.encode(texts, replaced), whole.encode(texts, replaced)
+    for name in ("bounds", "token_ids", "start", "end", "flags", "word_end"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert a.dtype == b.dtype and np.array_equal(a, b), name
+    assert got.problems == expected.problems
+    surfaces(got, texts, readable_of(encoder))
+    return got
+
+
+@functools.cache
+def readable_of(encoder: TextEncoder) -> list[str]:
+    return encoder.texts()[1]
+
+
+@given(st.lists(TEXTS, max_size=4))
+@example(
+    ["a \u0301b", "\u0301 a", " a  b\n\nc \n", "a\u2009 b", "a \x00b \x00", "\x85 \x1c x \x1c"]
+)
+@example(["[SEP] [UNK] </s> <|endoftext|> a", "don't ' s 's 12 ½", "\ufffd a\ufffd \ufffdb"])
+@example([" <tool_call> x<tool_call>  for or  or\n or", "12345 1 2  3\n4 \n 5a 6", ".\n\n. .\n  ."])
+@settings(deadline=None)
+@pytest.mark.parametrize("kind", CUT)
+def test_segments_have_the_tokens_of_whole_texts(
+    request: pytest.FixtureRequest, kind: str, texts: list[str]
+) -> None:
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    with mock.patch.object(encode, "MOST_DISTINCT", math.inf):  # however few are the same
+        got = assert_same_by_texts(encoder, [*texts, *reversed(texts)])
+    assert got.same is not None
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_segments_of_a_corpus_have_the_tokens_of_whole_texts(
+    request: pytest.FixtureRequest, kind: str, verses: list[str]
+) -> None:
+    texts = [*verses[:2000], *WRITINGS, "", *WRITINGS, SPACED]
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    with mock.patch.object(encoder, "_batch", wraps=encoder._batch) as batch:
+        got = assert_same_by_texts(encoder, texts)
+    assert got.same is not None
+    (encoded,) = batch.call_args_list  # the segments alone, and few of them
+    assert sum(map(len, encoded.args[0])) < sum(map(len, texts)) / 4
+
+
+@pytest.mark.parametrize("kind", NEVER_CUT)
+def test_texts_of_other_tokenizers_are_never_cut(
+    request: pytest.FixtureRequest, kind: str, verses: list[str]
+) -> None:
+    encoder: TextEncoder = request.getfixturevalue(kind)
+    assert encoder._cut is None
+    assert assert_same_by_texts(encoder, verses[:100]).same is None
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        AddedToken("in the"),
+        AddedToken("God", lstrip=True),
+        AddedToken("God", rstrip=True),
+        AddedToken("God", single_word=True),
+    ],
+)
+def test_tokens_added_to_a_vocabulary_forbid_cutting(token: AddedToken, verses: list[str]) -> None:
+    tokenizer = Tokenizer.from_file(str(FILE))
+    tokenizer.add_tokens([token])
+    encoder = TextEncoder(tokenizer)
+    assert find_cut(tokenizer) is None
+    got = assert_same_by_texts(encoder, verses[:20])
+    assert tokenizer.token_to_id(token.content) in got.token_ids
+
+
+def test_a_random_or_changed_tokenizer_is_not_cut(gpt2: TextEncoder) -> None:
+    def changed(encoder: TextEncoder, part: str, **changes: object) -> Tokenizer:
+        held = json.loads(encoder._tokenizer.to_str())
+        held[part] = (held[part] or {}) | changes
+        return Tokenizer.from_str(json.dumps(held))
+
+    assert find_cut(changed(gpt2, "model")) and find_cut(changed(MINILM, "model"))
+    assert not find_cut(changed(gpt2, "model", dropout=0.1))
+    assert not find_cut(changed(gpt2, "pre_tokenizer", add_prefix_space=True))
+    assert not find_cut(changed(gpt2, "pre_tokenizer", use_regex=False))
+    assert not find_cut(changed(gpt2, "post_processor", trim_offsets=True))
+    assert not find_cut(
+        changed(gpt2, "normalizer", type="Replace", pattern={"String": " "}, content="_")
+    )
+    assert not find_cut(changed(MINILM, "normalizer", type="Prepend", prepend="x"))
+    assert not find_cut(changed(MINILM, "pre_tokenizer", type="Whitespace"))
+
+
+def test_texts_of_few_equal_segments_are_encoded_whole() -> None:
+    assert MINILM.encode(["every word is another one"]).same is None
+    assert MINILM.encode(["again and again and again and again"]).same is not None
+
+
+def test_equal_numbers_are_equal_words(verses: list[str]) -> None:
+    texts = verses[:500]
+    encoded = MINILM.encode(texts)
+    assert encoded.same is not None
+    rows = np.flatnonzero((encoded.flags & SPECIAL) == 0)
+    seen: dict[int, tuple[object, ...]] = {}
+    written: list[tuple[object, ...]] = []
+    for row, number in zip(rows.tolist(), encoded.same.tolist(), strict=True):
+        text = texts[encoded.docs[row]]
+        piece = text[encoded.start[row] : max(encoded.end[row], encoded.word_end[row])]
+        written.append((piece, int(encoded.token_ids[row]), int(encoded.flags[row])))
+        assert seen.setdefault(number, written[-1]) == written[-1]
+    assert len(seen) < len(written) / 3
