@@ -149,14 +149,17 @@ class Recorder:
             **{s.name: values for s, values in tokens.by_series.items()},
         }
         table = records.make_table(columns, self._files.tokens.schema)
+        tags = tokens.tags
+        which: slice | npt.NDArray[np.bool_] = slice(None)  # without a copy, as nearly always
         if not keep.all():
-            table = table.filter(pa.array(keep))
+            table, tags = table.filter(pa.array(keep)), tags.filter(pa.array(keep))
+            which = keep
         self._summary.add(
-            tokens.docs[keep],
-            encoded.token_ids[keep],
-            encoded.flags[keep],
-            {s: values[keep] for s, values in tokens.by_series.items()},
-            tokens.tags.filter(pa.array(keep)),
+            tokens.docs[which],
+            encoded.token_ids[which],
+            encoded.flags[which],
+            {s: values[which] for s, values in tokens.by_series.items()},
+            tags,
         )
         return table
 

@@ -54,7 +54,7 @@ A chunk of a quarter of a million tokens then takes 0.6 GB, and a few chunks are
 RECORDERS = 3
 """Number of threads that make rows and summaries, for all shards of a worker.
 
-One uses about 0.25 us of CPU time a token (``afn bench feed``).
+One uses about 0.1 us of CPU time a token (``afn bench feed``).
 """
 WRITTEN_BEHIND = 2
 """Number of chunks that may always wait to be written."""

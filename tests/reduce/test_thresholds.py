@@ -29,6 +29,7 @@ from afn_ray.reduce.histogram import (
     round_strengths,
     to_bins,
     to_values,
+    whole_words,
 )
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
 
@@ -323,12 +324,28 @@ def test_a_summary_of_nothing_has_tables_without_rows() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, COUNTED_IDS, COUNTED_IDS + 1, 1 << 31])
-def test_types_are_counted_alike_in_an_array_and_by_sorting(size: int) -> None:
-    chance = np.random.default_rng(size)
-    for n in (0, 1, 500):
-        ids = chance.integers(max(0, size - 20), size, n)
-        special = chance.integers(0, 2, n)
-        found = Histogram.of_types(ids + size * special, size)
-        keys, counts = np.unique(special * SPECIAL_KEY + (ids << BIN_BITS), return_counts=True)
-        assert np.array_equal(found.keys, keys) and np.array_equal(found.counts, counts)
-        assert found.keys.dtype == found.counts.dtype == np.int64
+@pytest.mark.parametrize("n", [0, 1, 500])
+def test_a_summary_counts_what_numpys_unique_counts(size: int, n: int) -> None:
+    chance = np.random.default_rng(size + n)
+    ids = chance.integers(max(0, size - 20), size, n).astype(np.int32)
+    docs = np.sort(chance.integers(0, 30, n)).astype(np.int32)
+    flags = chance.choice(np.array([SPECIAL, 0, WORD_START], np.uint8), n)
+    by_series: dict[Series, Floats] = {}
+    for series, widest in zip(SERIES, (4, 1 << 20), strict=True):  # few bins, and many
+        bins = chance.integers(1 << 20, (1 << 20) + widest, n)
+        by_series[series] = to_values(bins)
+    summary = Summary(SERIES)
+    summary.add(docs, ids, flags, by_series)
+    types = (flags & SPECIAL).astype(np.int64) * SPECIAL_KEY + (ids.astype(np.int64) << BIN_BITS)
+    whole = whole_words(docs, flags)
+    pairs = np.unique(np.stack([types, docs]), axis=1)
+    expected = {
+        "_docs": pairs[0],
+        "_word_starts": types[flags == WORD_START],
+        "_whole_words": types[whole],
+    }
+    for name, keys in expected.items():
+        _same(getattr(summary, name)[0], Histogram(*np.unique(keys, return_counts=True)))
+    for series, values in by_series.items():
+        keys = types + to_bins(values)
+        _same(summary._values[series][0], Histogram(*np.unique(keys, return_counts=True)))
