@@ -11,7 +11,8 @@
     |-- ShardError          1   retry, then skip the shard: its attempt failed; others go on
     |   |-- CorpusChanged   1   skip the shard: its file differs from the planned one
     |   |-- OutOfMemory     1   retry the shard with fewer tokens in a batch
-    |   `-- HelperDied      1   retry the shard alone: a helper process of its worker died
+    |   |-- HelperDied      1   retry the shard alone: a helper process of its worker died
+    |   `-- DeviceFault     1   retry the shard alone: the device of its worker failed
     |-- Damaged             1   repair the store: it differs from the commit; see ``afn verify``
     |-- IncompleteRun       1   the run ended with missing shards; the message lists them
     `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
@@ -63,6 +64,10 @@ class OutOfMemory(ShardError):
 
 class HelperDied(ShardError):
     """A tokenizer process of a worker died; the shard that caused it is unknown."""
+
+
+class DeviceFault(ShardError):
+    """The device of a worker failed and may be unusable; the shard that caused it is unknown."""
 
 
 class Damaged(AfnError):

@@ -15,6 +15,7 @@ from afn_ray import logs
 from afn_ray.errors import (
     ConfigError,
     CorpusChanged,
+    DeviceFault,
     HelperDied,
     Interrupted,
     ModelError,
@@ -324,7 +325,7 @@ class Dispatcher:
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._retry(shard, self._todo, reason(error))
             return
-        if isinstance(error, HelperDied):
+        if isinstance(error, HelperDied | DeviceFault):
             others = self._replace(worker) if self._pool.can_replace else []
             self._blame(
                 [shard, *others], reason(error), alone=not others and not self._running.get(worker)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -17,13 +16,13 @@ from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, ModelError, OutOfMemory
 from afn_ray.model.signals import Signal, States, find_signals
-from afn_ray.reduce.histogram import round_strengths
+from afn_ray.runs.flow import SUBMITTED, Device, Flow
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.runs.values import Float32s, Values
 from afn_ray.schema import SPECIAL
-from afn_ray.tokens import culprits, encode, windows
-from afn_ray.tokens.feed import Chunk, Prepared, Preparer, Recipe
+from afn_ray.tokens import culprits, encode
+from afn_ray.tokens.feed import Chunk, Chunks, Prepared, Preparer, Recipe
 
 Result = TypeVar("Result")
 
@@ -43,8 +42,6 @@ LONG_PROBE_TOKENS = 640
 
 It exceeds most attention windows and is still measured quickly.
 """
-SUBMITTED = 4
-"""Largest number of batches queued on a GPU after the one whose result is awaited."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,10 @@ def text_encoder(files: model.ModelFiles) -> encode.TextEncoder:
 
 
 class Measurer:
-    """A loaded model and tokenizer that measure texts. One thread at a time may measure."""
+    """A loaded model and tokenizer that measure texts.
+
+    Threads may measure the chunks of a shard each, by ``flow``; otherwise one thread measures.
+    """
 
     def __init__(self, task: Task) -> None:
         """Load the model of ``task``. Raises ``ModelError`` for another one than was planned."""
@@ -129,9 +129,15 @@ class Measurer:
             self.model.packed,
             self.model.num_embeddings,
         )
-        self._num_neurons = measure.top_neurons * len(measure.neuron_layers)  # of each token
         self.preparer = Preparer(recipe, encoder)
         self._stopped = threading.Event()
+        self.device = Device(
+            lambda batch: self.model.submit(batch.ids, batch.lengths, self.signals),
+            (len(measure.series), measure.top_neurons * len(measure.neuron_layers)),
+            SUBMITTED if task.device == "cuda" else 0,
+            self.counters,
+            self.check_stopped,
+        )
 
     def stop(self) -> None:
         """End the measurement in process soon, with ``Interrupted``."""
@@ -152,12 +158,30 @@ class Measurer:
         prepared, values = self._without_culprits(given, self._prepare(given), self.values)
         return Measured(prepared.encoded, values.series, len(self.task.measure.layers))
 
-    def measure_chunk(self, chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
-        """``chunk`` and its ``values``, without the documents that the model cannot process."""
+    def flow(self, chunks: Chunks, oom_retries: int) -> Flow:
+        """The way of a shard's ``chunks`` through the model.
+
+        Its chunks are without the documents that the model cannot process.
+        """
+
+        def alone(chunk: Chunk, error: Exception | None) -> tuple[Chunk, Values]:
+            return self._measure_chunk(chunk, oom_retries, error)
+
+        return Flow(self.device, chunks, alone)
+
+    def _measure_chunk(
+        self, chunk: Chunk, oom_retries: int, error: Exception | None
+    ) -> tuple[Chunk, Values]:
+        """``chunk`` and its values, without the documents that the model cannot process.
+
+        ``error`` is what the chunk has raised already.
+        """
+        if error is not None and (known := self._out_of_memory(error)) is not None:
+            raise known from error
         texts = [d.text for d in chunk.documents]
         replaced = [d.num_replaced > 0 for d in chunk.documents]
         given = _Texts(texts, replaced, oom_retries)
-        prepared, values = self._without_culprits(given, chunk.prepared, self.values)
+        prepared, values = self._without_culprits(given, chunk.prepared, self.values, error)
         return replace(chunk, prepared=prepared), values
 
     def mean_squares(self, texts: list[str]) -> npt.NDArray[np.float64]:
@@ -166,7 +190,7 @@ class Measurer:
         The tokens are those of ``texts``, special ones apart.
         """
 
-        def squares(prepared: Prepared) -> npt.NDArray[np.float64]:
+        def squares(prepared: Prepared, counts: bool) -> npt.NDArray[np.float64]:
             total = np.zeros((len(self.task.measure.layers), self.model.files.hidden_size))
             n = 0
             for batch in prepared.batches:
@@ -180,48 +204,23 @@ class Measurer:
         _, found = self._without_culprits(given, self._prepare(given), squares)
         return found
 
-    def values(self, prepared: Prepared) -> Values:
-        """Measured values of all tokens. Raises ``OutOfMemory`` where a batch does not fit."""
+    def values(self, prepared: Prepared, counts: bool = True) -> Values:
+        """Measured values of all tokens. Raises ``OutOfMemory`` where a batch does not fit.
+
+        ``counts``: whether progress counts the texts as measured.
+        """
         try:
-            return self._values(prepared)
+            return self.device.measure(Chunk([], prepared, 0.0), counts=counts)
         except Exception as error:
-            if model.is_out_of_memory(error):
-                raise OutOfMemory(
-                    f"a batch did not fit into the memory of {self.task.device}: {error}"
-                ) from error
+            if (known := self._out_of_memory(error)) is not None:
+                raise known from error
             raise
 
-    def _values(self, prepared: Prepared) -> Values:
-        began = time.monotonic()
-        self.counters.tokenize_s += prepared.seconds
-        num_texts, num_tokens = len(prepared.n_windows), len(prepared.encoded.token_ids)
-        num_series = len(self.task.measure.series)
-        values = np.full((num_series + self._num_neurons, num_tokens), np.nan, np.float32)
-        neurons = np.zeros((self._num_neurons, num_tokens), np.int32)
-        submitted: deque[tuple[windows.TokenBatch, model.Pending]] = deque()
-        if not num_tokens:
-            self.counters.measured += num_texts
-
-        def collect() -> None:
-            batch, pending = submitted.popleft()
-            read = pending.result()
-            values[:, batch.rows] = read.values[:, batch.kept]
-            neurons[:, batch.rows] = read.numbers[:, batch.kept]
-            self.counters.tokens += len(batch.rows)
-            self.counters.measured += num_texts * len(batch.rows) / num_tokens
-
-        for batch in prepared.batches:
-            self.check_stopped()
-            submitted.append((batch, self.model.submit(batch.ids, batch.lengths, self.signals)))
-            self.counters.forward_tokens += batch.forward_tokens
-            if self.task.device == "cpu" or len(submitted) > SUBMITTED:
-                collect()
-        while submitted:
-            collect()
-        self.counters.model_s += time.monotonic() - began
-        for row in values:  # one row at a time: rounding needs several times a row's memory
-            row[:] = round_strengths(row)
-        return Values(values[:num_series], neurons, values[num_series:])
+    def _out_of_memory(self, error: Exception) -> OutOfMemory | None:
+        """What to raise for ``error``, if a batch did not fit."""
+        if not model.is_out_of_memory(error):
+            return None
+        return OutOfMemory(f"a batch did not fit into the memory of {self.task.device}: {error}")
 
     def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
         """Seconds that the forward passes of ``prepared`` take with ``signals``."""
@@ -235,35 +234,38 @@ class Measurer:
         return self.preparer.prepare(given.texts, given.replaced, given.oom_retries, refused)
 
     def _without_culprits(
-        self, given: _Texts, prepared: Prepared, run: Callable[[Prepared], Result]
+        self,
+        given: _Texts,
+        prepared: Prepared,
+        run: Callable[[Prepared, bool], Result],
+        error: Exception | None = None,
     ) -> tuple[Prepared, Result]:
         """Return ``prepared`` and ``run(prepared)``, with failing texts packed as empty ones.
 
         A text is at fault where it fails alone while the model still measures a probe. An error
-        that occurs for every text, or only for several together, is raised unchanged.
+        that occurs for every text, or only for several together, is raised unchanged. ``error`` is
+        what ``run(prepared)`` has raised already. The second argument of ``run`` is whether
+        progress counts the texts; they are not counted while they are tried.
         """
-        measured = self.counters.measured
-
-        def attempt(which: list[int]) -> None:
-            self.counters.measured = measured  # these texts are measured again later
-            run(self._prepare(given.some(which)))
-
-        try:
-            return prepared, run(prepared)
-        except Exception as error:
-            if not _may_blame(error) or not self._takes_probe():
-                raise
-            n_tokens = np.diff(prepared.encoded.bounds).tolist()
-            suspects = [i for i, n in enumerate(n_tokens) if n]
-            found = culprits.find_culprits(attempt, suspects, _may_blame)
-            if not found or not self._takes_probe():
-                raise
-        self.counters.measured = measured
+        if error is None:
+            try:
+                return prepared, run(prepared, True)
+            except Exception as raised:  # noqa: BLE001 - raised below, unless texts are at fault
+                error = raised
+        if not _may_blame(error) or not self._takes_probe():
+            raise error
+        n_tokens = np.diff(prepared.encoded.bounds).tolist()
+        suspects = [i for i, n in enumerate(n_tokens) if n]
+        found = culprits.find_culprits(
+            lambda which: run(self._prepare(given.some(which)), False), suspects, _may_blame
+        )
+        if not found or not self._takes_probe():
+            raise error
         refused = dict(prepared.encoded.problems)
         for i, reason in found.items():
             refused[i] = f"the model cannot take it: {culprits.first_line(reason)}"
         prepared = self._prepare(given, refused)
-        return prepared, run(prepared)
+        return prepared, run(prepared, True)
 
     def _takes_probe(self) -> bool:
         """Whether the model still measures a probe of the self-check."""

@@ -11,9 +11,9 @@ The hot path, in order, with what each module takes in and gives out::
     reduce/histogram  in: token ids, flags, rounded values  out: Summary: a histogram a type
     store/records     in: columns of tokens and documents   out: Parquet files in local scratch
 
-``runs/measurer`` calls the tokenizer and the model; ``runs/recorder`` writes the rows and adds them
-to the summaries. ``runs/worker`` then publishes the files by ``store/shard_files``, which writes
-commit.json last.
+``runs/measurer`` calls the tokenizer and the model, ``runs/flow`` queues the batches of several
+shards on the device, and ``runs/recorder`` writes the rows and adds them to the summaries.
+``runs/worker`` then publishes the files by ``store/shard_files``, which writes commit.json last.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import uuid
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 from afn_ray import kept, logs, model
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.corpus import reading
-from afn_ray.errors import ConfigError, ModelError, OutOfMemory, ShardError
+from afn_ray.errors import AfnError, ConfigError, DeviceFault, ModelError, OutOfMemory, ShardError
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
 from afn_ray.runs import scratch
@@ -147,11 +147,11 @@ def with_signals(task: Task, signals: str = STRENGTH) -> Task:
 class Processor:
     """A loaded model and tokenizer that turn shards into commits.
 
-    Several threads may each process a shard. One shard at a time holds the model, while the next
-    one is read and tokenized and the previous one is written and uploaded. Reading, tokenizing and
-    writing have threads of their own; with ``tokenizer_workers``, tokenizing has processes. Rows and
-    summaries are made by ``RECORDERS`` threads, so one shard's writer keeps up with a GPU. The
-    chunks that wait before and after the model are bounded.
+    Several threads may each process a shard. One shard at a time submits to the model, while the
+    next one is read and tokenized and the previous one is written and uploaded (``runs/flow``).
+    Reading, tokenizing and writing have threads of their own; with ``tokenizer_workers``,
+    tokenizing has processes. Rows and summaries are made by ``RECORDERS`` threads, so one shard's
+    writer keeps up with a GPU. The chunks that wait before and after the model are bounded.
     """
 
     def __init__(self, task: Task) -> None:
@@ -159,10 +159,9 @@ class Processor:
         scratch.sweep(task.config)
         self.measurer = Measurer(task)
         self.counters = self.measurer.counters
-        self.feed = Feed(self.measurer.preparer, task.config.tokenizer_workers)
+        self.feed = Feed(self.measurer.preparer, task.config.tokenizer_workers or 0)
         self._oom_retries = 0  # of the token budget of every shard, since a larger one did not fit
         self._makers = ThreadPoolExecutor(RECORDERS, "afn-record")
-        self._device = threading.Lock()  # held by the shard that uses the model
         self._counting = threading.Lock()
 
     def stop(self) -> None:
@@ -180,9 +179,10 @@ class Processor:
         Another attempt may have committed the shard first; its commit is then returned.
         ``oom_retries``: how often the token budget is halved, for a shard that ran out of memory.
         After such a failure, later shards begin with the smaller budget. All batches of a shard
-        have the same. Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its file has
-        changed), ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus
-        does not answer, and ``StoreError`` where the store fails.
+        have the same. Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its
+        file has changed), ``DeviceFault`` for one of any shard that uses the device,
+        ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus does not
+        answer, and ``StoreError`` where the store fails.
         """
         attempt = uuid.uuid4().hex[:16]
         oom_retries = max(oom_retries, self._oom_retries)
@@ -210,6 +210,9 @@ class Processor:
                 **known,
                 seconds=round(time.monotonic() - began, 3),
             )
+            if not isinstance(error, AfnError) and model.is_device_fault(error):
+                # Batches of several shards are on the device, and any of them may have caused it.
+                raise DeviceFault(f"{type(error).__name__}: {error}") from error
             raise
         ours = commit.attempt == attempt
         message = (
@@ -268,7 +271,7 @@ class Processor:
     def _measure_and_record(
         self, documents: Iterator[Document], oom_retries: int, recorder: Recorder
     ) -> float:
-        """Measure and record all ``documents``; return the seconds that the model was held.
+        """Measure and record all ``documents``; return the seconds for which it had the model.
 
         Raises ``ShardError`` where no token is measured and ``NONE_MEASURED`` documents or more
         failed.
@@ -279,20 +282,15 @@ class Processor:
             self.feed.chunks(documents, oom_retries) as chunks,
             ThreadPoolExecutor(1, "afn-write") as writer,
         ):
-            with self._turn():
-                began = waiting = time.monotonic()
-                for chunk in chunks:
-                    self.counters.wait_s += time.monotonic() - waiting
-                    self.counters.read_s += chunk.read_s
-                    chunk, values = self.measurer.measure_chunk(chunk, oom_retries)
+            flow = self.measurer.flow(chunks, oom_retries)
+            with closing(flow.measure()) as measured:
+                for chunk, values in measured:
                     made = self._makers.submit(self._make, recorder, chunk, values, first)
                     written = writer.submit(self._write, recorder, made)
                     unwritten.append((written, _num_bytes(chunk, values)))
                     first += len(chunk.documents)
                     del chunk, values, made  # the waiting chunks are bounded, this one included
                     _wait_for_room(unwritten)
-                    waiting = time.monotonic()
-                seconds = time.monotonic() - began
             for written, _ in unwritten:
                 written.result()
         if recorder.num_refused >= NONE_MEASURED and not recorder.counts["tokens"]:
@@ -300,13 +298,14 @@ class Processor:
                 f"none of {recorder.num_refused:,} documents could be measured, so the fault may "
                 f"be none of theirs: {recorder.first_refusal}"
             )
-        return seconds
+        return flow.turn_s
 
     def _make(self, recorder: Recorder, chunk: Chunk, values: Values, first: int) -> Part:
         """``recorder.make``, on one of the threads that make rows."""
         began = time.monotonic()
         part = recorder.make(chunk, values, first)
         with self._counting:  # other chunks are made at the same time
+            self.counters.read_s += chunk.read_s
             self.counters.write_s += time.monotonic() - began
         return part
 
@@ -318,16 +317,6 @@ class Processor:
         with self._counting:  # the next shard may write at the same time
             self.counters.documents += part.counts["documents"]
             self.counters.write_s += time.monotonic() - began
-
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Hold the model, which one shard at a time may use."""
-        while not self._device.acquire(timeout=0.2):
-            self.measurer.check_stopped()
-        try:
-            yield
-        finally:
-            self._device.release()
 
 
 def _num_bytes(chunk: Chunk, values: Values) -> int:

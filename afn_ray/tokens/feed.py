@@ -289,6 +289,7 @@ class Chunks:
         self._feed, self._executors, self._oom_retries = feed, feed.executors, oom_retries
         # items: (documents, seconds, work), or an error, or None at the end
         self._ready: Queue[Any] = Queue(feed.ahead)
+        self._first: list[Any] = []  # the next item, if ``is_ready`` has taken it from the queue
         self._stopped = threading.Event()
         self._reader = threading.Thread(
             target=self._read, args=(documents,), name="afn-read", daemon=True
@@ -302,7 +303,7 @@ class Chunks:
         if self._stopped.is_set():
             raise StopIteration
         try:
-            item = self._ready.get()
+            item = self._first.pop() if self._first else self._ready.get()
             if item is None:
                 raise StopIteration
             if isinstance(item, BaseException):
@@ -327,6 +328,18 @@ class Chunks:
                 "--tokenizer-workers? (A script that calls afn_ray.run with them must be a file, "
                 "and needs if __name__ == '__main__')"
             ) from error
+
+    def is_ready(self) -> bool:
+        """Whether the next chunk, an error or the end is there without a wait."""
+        if self._stopped.is_set():
+            return True
+        if not self._first:
+            with contextlib.suppress(Empty):
+                self._first.append(self._ready.get_nowait())
+        if not self._first:
+            return False
+        (item,) = self._first
+        return not isinstance(item, tuple) or item[2].prepared.done()
 
     def _result(self, work: _Work) -> Prepared:
         """Wait for the result of ``work``.
@@ -357,12 +370,11 @@ class Chunks:
     def close(self) -> None:
         """End the reader and drop the chunks that were not taken."""
         self._stopped.set()
+        while self._first:
+            _cancel(self._first.pop())
         while self._reader.is_alive():  # it may wait for room in the queue
             with contextlib.suppress(Empty):
-                item = self._ready.get(timeout=0.05)
-                if isinstance(item, tuple) and item[2].started is None:
-                    # Only on a thread: a process pool that breaks fails at a cancelled chunk.
-                    item[2].prepared.cancel()
+                _cancel(self._ready.get(timeout=0.05))
 
     def _read(self, documents: Iterable[Document]) -> None:
         """Read chunks, submit them and queue them, until the end, an error or ``close``."""
@@ -377,6 +389,13 @@ class Chunks:
             self._ready.put(None)
         except BaseException as error:  # noqa: BLE001 - raised again where the chunks are taken
             self._ready.put(error)
+
+
+def _cancel(item: Any) -> None:
+    """Give up the work of an item that nobody takes."""
+    # Only on a thread: a process pool that breaks fails at a cancelled chunk.
+    if isinstance(item, tuple) and item[2].started is None:
+        item[2].prepared.cancel()
 
 
 def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:

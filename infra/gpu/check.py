@@ -59,7 +59,7 @@ from afn_ray.bench import texts as made_texts
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.model import attention, fused
 from afn_ray.model.prove import TOLERANCE
-from afn_ray.runs import measurer, worker
+from afn_ray.runs import flow, measurer, worker
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import SPECIAL, Shard
@@ -78,7 +78,7 @@ LAYER = 8
 """Layer of the BERT-base shape that is measured; later blocks do not run."""
 REPEAT = 5
 """Number of timed repetitions; the median counts."""
-QUEUED = measurer.SUBMITTED
+QUEUED = flow.SUBMITTED
 """Batches that are submitted before the first result is awaited, as in a worker."""
 FLASH = ("varlen_attn", "flash_attention")
 """Parts of the names of torch's flash attention operators."""

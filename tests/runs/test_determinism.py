@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from afn_ray.config import RunConfig
-from afn_ray.runs import measurer, worker
+from afn_ray.runs import flow, measurer, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.worker import Processor
 from afn_ray.store import plans
@@ -60,7 +60,7 @@ def processors(request: pytest.FixtureRequest) -> Iterator[Callable[..., Process
 def unrounded() -> Iterator[None]:
     """Every bit that the model gives: rounding would hide most differences."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measurer, "round_strengths", lambda values: values)
+        patch.setattr(flow, "round_strengths", lambda values: values)
         yield
 
 

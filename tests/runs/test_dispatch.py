@@ -12,6 +12,7 @@ import pytest
 from afn_ray.errors import (
     ConfigError,
     CorpusChanged,
+    DeviceFault,
     HelperDied,
     Interrupted,
     ModelError,
@@ -311,6 +312,21 @@ def test_a_suspect_is_alone_on_its_worker_to_the_end() -> None:
             assert others == 0  # and nothing joins it
             later = pool.order[at + 1 :]
             assert not later or later[0][2] == 0
+
+
+def test_a_fault_of_the_device_convicts_the_shard_that_causes_it_alone() -> None:
+    """A GPU's error may come up in a batch of another shard than the one that caused it."""
+
+    def fate(shard: str, nth: int, alone: bool, oom_retries: int) -> Fate:
+        if shard == "s3" or (shard == "s4" and not alone):
+            return DeviceFault("CUDA error: device-side assert triggered")
+        return None
+
+    pool = FakePool(fate=fate)
+    state = run(pool)
+    assert list(state.failures) == ["s3"] and "device-side assert" in state.failures["s3"]
+    assert pool.attempts["s4"] == 2
+    assert sum(line.startswith("replace") for line in pool.log) >= ATTEMPTS
 
 
 @pytest.mark.parametrize("cause", [Cause.NODE])

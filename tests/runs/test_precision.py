@@ -87,15 +87,15 @@ def test_what_is_not_safe_is_refused_and_says_why(
     small_calibration: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = measurer.Measurer._values
+    right = measurer.Measurer.values
 
-    def damaged(self: Any, prepared: Any) -> Any:
-        exact = right(self, prepared)
+    def damaged(self: Any, prepared: Any, counts: bool = True) -> Any:
+        exact = right(self, prepared, counts)
         if self.task.measure.dtype == "float32":
             return exact
         return replace(exact, series=damage(exact.series))
 
-    monkeypatch.setattr(measurer.Measurer, "_values", damaged)
+    monkeypatch.setattr(measurer.Measurer, "values", damaged)
     task = task_of(make_config(dtype="auto"))
     decided = precision.decide(task, verses[:200])
     assert decided.dtype == "float32"

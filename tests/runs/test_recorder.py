@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from afn_ray.config import RunConfig
-from afn_ray.runs import measurer, worker
+from afn_ray.runs import flow, measurer, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.values import Values
@@ -76,13 +76,13 @@ def test_the_model_waits_for_the_writer_only_where_memory_ends(
     monkeypatch.setattr(worker, "WAITING_BYTES", waiting_bytes)
     processor = load(config)
     measured: list[Chunk] = []
-    measure_chunk = processor.measurer.measure_chunk
+    result = flow.Passage.result
 
-    def count(chunk: Chunk, oom_retries: int) -> tuple[Chunk, Values]:
-        measured.append(chunk)
-        return measure_chunk(chunk, oom_retries)
+    def count(self: flow.Passage) -> tuple[Chunk, Values]:
+        measured.append(self.chunk)
+        return result(self)
 
-    monkeypatch.setattr(processor.measurer, "measure_chunk", count)
+    monkeypatch.setattr(flow.Passage, "result", count)
     with ThreadPoolExecutor(1) as pool:
         commit = pool.submit(processor.process, only_shard(config))
         end = time.monotonic() + 30

@@ -48,7 +48,7 @@ from afn_ray.errors import (
 )
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
-from afn_ray.runs import cluster, demo, estimate, job, measurer, precision, status, worker
+from afn_ray.runs import cluster, demo, estimate, flow, job, measurer, precision, status, worker
 from afn_ray.runs.events import Complete, Event, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
@@ -349,14 +349,14 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}]
     )
-    right = measurer.Measurer._values
+    right = flow.Passage.values
 
-    def overflow(self: Any, prepared: Any) -> Any:
-        values = right(self, prepared)
-        values.series[:, prepared.encoded.bounds[1] + 1] = np.inf
+    def overflow(self: Any) -> Any:
+        values = right(self)
+        values.series[:, self.chunk.prepared.encoded.bounds[1] + 1] = np.inf
         return values
 
-    monkeypatch.setattr(measurer.Measurer, "_values", overflow)
+    monkeypatch.setattr(flow.Passage, "values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
             "ok",
@@ -527,16 +527,16 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in verses[:200]])
-    values = measurer.Measurer._values
+    begin = flow.Device.begin
     broken: list[bool] = []
 
-    def fail(self: Any, prepared: Any) -> Any:
+    def fail(self: Any, chunk: Any, **options: Any) -> Any:
         if not broken:
             broken.append(True)
             monkeypatch.setattr(model.Model, "submit", lambda *args: 1 / 0)
-        return values(self, prepared)
+        return begin(self, chunk, **options)
 
-    monkeypatch.setattr(measurer.Measurer, "_values", fail)
+    monkeypatch.setattr(flow.Device, "begin", fail)
     config = make_config(corpus=(str(corpus),))
     with pytest.raises(IncompleteRun, match="ZeroDivisionError: division by zero") as e:
         afn_ray.run(config)
@@ -675,25 +675,30 @@ def test_a_worker_keeps_the_token_budget_that_fitted(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:200]])
-    right = measurer.Measurer._values
+    load = measurer.Measurer.__init__
     walls: list[int] = []
-    largest: set[int] = set()
+    sizes: set[int] = set()
 
-    def small(self: Any, prepared: Any) -> Any:
-        most = max(batch.forward_tokens for batch in prepared.batches)
-        if most > 128:
-            walls.append(most)
-            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")
-        largest.add(most)
-        return right(self, prepared)
+    def load_on_small_device(self: Any, task: Any) -> None:
+        load(self, task)
+        submit = self.device.submit
 
-    monkeypatch.setattr(measurer.Measurer, "_values", small)
+        def small(batch: Any) -> Any:
+            if batch.forward_tokens > 128:
+                walls.append(batch.forward_tokens)
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED in cublasCreate")
+            sizes.add(batch.forward_tokens)
+            return submit(batch)
+
+        self.device.submit = small
+
+    monkeypatch.setattr(measurer.Measurer, "__init__", load_on_small_device)
     config = make_config(corpus=(str(corpus),), batch_tokens=256)
     with afn_ray.run(config) as run:
         assert run.info["counts"]["shards"] > 6
         assert {d["status"] for d in all_rows(run, "documents")} == {"ok"}
     assert 1 <= len(walls) <= 3  # one for each shard in process at the time
-    assert largest == {128}
+    assert max(sizes) == 128
 
 
 def test_rows_do_not_depend_on_the_order_of_shards(

@@ -18,6 +18,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -501,3 +502,34 @@ def test_a_killed_worker_leaves_no_tokenizer_processes(tmp_path: Path, recipe: R
     finally:
         for pid in filter(is_alive, running):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_what_is_ready_is_taken_without_a_wait(
+    preparer: Preparer, verses: list[str], small_chunks: None
+) -> None:
+    gate, rows = threading.Event(), documents(verses, 3)
+
+    class Gated(Preparer):
+        def prepare(self, *args: Any) -> Prepared:
+            assert gate.wait(60)
+            return super().prepare(*args)
+
+    made = Feed(Gated(preparer.recipe), 0)
+    error = OSError("the disk is gone")
+    with made.chunks(Counted(rows, error)) as chunks:
+        assert not chunks.is_ready() and not chunks.is_ready()
+        gate.set()
+        for row in rows:
+            assert eventually(chunks.is_ready)
+            assert next(chunks).documents == [row]
+        assert eventually(chunks.is_ready)
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(chunks)
+        assert chunks.is_ready() and next(chunks, None) is None
+    gate.clear()
+    with made.chunks(rows) as chunks:
+        assert not chunks.is_ready()
+        gate.set()  # the chunk that was looked at is given up
+    with made.chunks(rows) as chunks:
+        assert [d for chunk in chunks for d in chunk.documents] == rows
+    made.close()
