@@ -38,6 +38,8 @@ TOP_NEURONS, MOST_TOP_NEURONS = 8, 256
 """Default and largest number of neurons to record for each token and layer."""
 MOST_CORPUS_BYTES = 8 << 20
 """Largest ``corpus`` as JSON, in bytes; every plan.parquet and run.json stores it."""
+MOST_WORKERS_PER_GPU = 48
+"""Largest ``workers_per_gpu``: the processes that NVIDIA's MPS serves on one GPU."""
 MOST_QUARANTINED = 5_000
 """Largest ``allow_quarantined``, in shards: run.json lists every missing shard."""
 ANY_DEPTH = 10_000
@@ -143,10 +145,18 @@ class RunConfig:
         "tokens in one forward pass, filler included; default: 2048, on GPUs 32768; it may change "
         "the last bit of a strength",
     )
-    tokenizer_workers: int = _option(
-        0, "tokenizer processes per worker, each on its own CPU; 0: a thread of the worker"
+    tokenizer_workers: int | None = _option(
+        None,
+        "tokenizer processes per worker, each on its own CPU; 0: a thread of the worker; default: "
+        "0, but with Ray on GPUs the CPUs of a node divided by its workers, less the worker's own, "
+        "at most 15",
     )
-    workers: int | None = _option(None, "workers; default: one per GPU, else one per CPU")
+    workers: int | None = _option(
+        None, "workers; default: one per GPU (or --workers-per-gpu), else one per CPU"
+    )
+    workers_per_gpu: int = _option(
+        1, "workers that share a GPU, each with its share of the memory; needs Ray"
+    )
     device: str = _option("auto", "device of the workers; auto: GPUs if there are any, else CPUs")
     executor: str = _option(
         "auto",
@@ -224,6 +234,11 @@ class RunConfig:
                 f"allow_quarantined is {self.allow_quarantined}; expected at most "
                 f"{MOST_QUARANTINED}"
             )
+        if self.workers_per_gpu > MOST_WORKERS_PER_GPU:
+            raise ConfigError(
+                f"workers_per_gpu is {self.workers_per_gpu}; expected at most "
+                f"{MOST_WORKERS_PER_GPU}"
+            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -232,6 +247,7 @@ class RunConfig:
         for name, least in (
             ("window_tokens", 8),
             ("workers", 1),
+            ("workers_per_gpu", 1),
             ("batch_tokens", 16),
             ("tokenizer_workers", 0),
             ("allow_quarantined", 0),

@@ -126,8 +126,8 @@ def test_workers_tokenizers_and_a_local_ray_get_what_the_quota_gives(
     from afn_ray.runs import cluster
 
     assert model.count_devices("cpu") == 4
-    assert cluster.count_workers(asked(), "cpu") == 4
-    assert cluster.count_workers(asked(tokenizer_workers=1), "cpu") == 2
+    assert cluster.place_workers(asked(), "cpu").num_workers == 4
+    assert cluster.place_workers(asked(tokenizer_workers=1), "cpu").num_workers == 2
     monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **_: 64)
     assert connection._local_cpus(asked()) == 4  # Ray does not see the quota of a group above
     monkeypatch.setattr("ray._private.utils.get_num_cpus", lambda **_: 3)

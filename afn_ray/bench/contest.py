@@ -10,7 +10,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from afn_ray.bench.worker import dump_texts
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
 from afn_ray.runs import measurer, precision
+from afn_ray.runs.cluster import placement
 
 LONGEST_WINDOW = 512
 """Longest window of the benchmark, in tokens."""
@@ -184,7 +185,10 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
     if device == "cuda" and (options.workers or 1) > 1:
         raise ConfigError(f"--workers is {options.workers}; on a GPU every variant is one process")
     dtype = options.dtype if options.dtype != "auto" else likely_dtype(device)
-    default = next(f.default for f in fields(RunConfig) if f.name == "tokenizer_workers")
+    asked = RunConfig(
+        corpus=("-",), model=name, store="-", tokenizer_workers=options.tokenizer_workers
+    )
+    placed = placement.place(asked, [placement.this_machine()], device)
     workers = (options.workers or model.count_devices("cpu")) if device == "cpu" else 1
     base = Spec(
         "",
@@ -194,7 +198,7 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
         device,
         dtype,
         options.batch_tokens or measurer.BATCH_TOKENS[device],
-        int(str(default)) if options.tokenizer_workers is None else options.tokenizer_workers,
+        placed.tokenizer_workers,
         min(files.context_tokens, LONGEST_WINDOW),
         workers,
         "",

@@ -27,6 +27,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
 from afn_ray.runs import job, plan, worker
+from afn_ray.runs.cluster import placement
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.rates import speed_of
 from afn_ray.schema import Shard
@@ -76,8 +77,11 @@ def measure(
             prepared = job.prepare(
                 asked, lambda event: on_note(event.message) if event.message else None, keep=False
             )
+            task = prepared.task
+            placed = placement.place(task.config, [placement.this_machine()], device)
+            config = replace(task.config, tokenizer_workers=placed.tokenizer_workers)
             began = time.monotonic()
-            processor = worker.Processor(prepared.task)
+            processor = worker.Processor(replace(task, config=config))
             load_s = time.monotonic() - began
             rates, counted = [], 0
             with machine.Watch([os.getpid()]) as watch:

@@ -38,6 +38,8 @@ def print_estimate(e: Estimate, console: Console) -> None:
         ),
         ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
+        ("workers", e.workers),
+        *(("workers", notice) for notice in e.notices),
         *_pace(e),
         (
             "requests",
@@ -91,11 +93,14 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
             f"{_duration(e.load_s)}, reduce and screening {_duration(e.reduce_s)}"
         ),
     )
+    unit, shared = "worker", ""
+    if e.device == "cuda":
+        unit, shared = "GPU", f" / {e.workers_per_gpu}" if e.workers_per_gpu > 1 else ""
     yield (
         "work",
         (
-            f"about {e.worker_hours:,.2f} {'GPU' if e.device == 'cuda' else 'worker'}-hours = "
-            f"{e.num_workers} x {e.seconds / 3600:,.3f}"
+            f"about {e.worker_hours / e.workers_per_gpu:,.2f} {unit}-hours = {e.num_workers} x "
+            f"{e.seconds / 3600:,.3f}{shared}"
         ),
     )
 

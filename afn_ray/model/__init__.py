@@ -1,5 +1,6 @@
 """The only door to transformers: find a model, load and self-check it, and read its layers."""
 
+from afn_ray.model.device import limit_memory
 from afn_ray.model.engine import Model, Pending
 from afn_ray.model.files import (
     DEFAULT_WINDOW_TOKENS,
@@ -35,6 +36,7 @@ __all__ = [
     "identity",
     "is_device_fault",
     "is_out_of_memory",
+    "limit_memory",
     "load_tokenizer",
     "prepare",
 ]

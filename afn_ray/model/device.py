@@ -32,6 +32,16 @@ def pin_rounding(device: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
+def limit_memory(num_workers: int) -> None:
+    """Limit this process to its share of the GPU's memory, which ``num_workers`` share.
+
+    A batch that does not fit then fails in the worker whose batch it is. Raises ``ModelError`` where
+    torch can use no GPU.
+    """
+    check_device("cuda")
+    torch.cuda.set_per_process_memory_fraction(1 / num_workers)
+
+
 def describe_gpu(device: str) -> dict[str, str]:
     """Description of the GPU ``device`` in a commit: name, capability, rounding; {} for a CPU."""
     if torch.device(device).type != "cuda":

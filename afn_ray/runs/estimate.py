@@ -12,6 +12,8 @@ from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster
+from afn_ray.runs.cluster import placement
+from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.events import OnEvent
 from afn_ray.runs.job import normalised, prepare, take_stock
 from afn_ray.runs.measurer import Measurer, text_encoder
@@ -77,7 +79,10 @@ class Estimate:
     load_s: float | None  # part of ``seconds`` until models are loaded
     reduce_s: float  # part of ``seconds`` for the reduce and the screening
     num_workers: int
-    worker_hours: float | None  # hours of all workers together; GPU-hours where they have GPUs
+    workers_per_gpu: int  # 1 where workers have no GPU
+    workers: str  # the workers and their resources, for people
+    notices: tuple[str, ...]  # about nodes with too few CPUs for their GPUs, for people
+    worker_hours: float | None  # hours of all workers together
     num_puts: int  # requests to an object store
     num_gets: int
     tokens_per_second: float | None  # one worker's; None: not measured on the workers' device
@@ -162,7 +167,10 @@ def dry_run(
         seconds=times.seconds,
         load_s=times.load_s,
         reduce_s=times.reduce_s,
-        num_workers=times.workers,
+        num_workers=times.placed.num_workers,
+        workers_per_gpu=times.per_gpu,
+        workers=placement.describe(config, times.placed, asked.device),
+        notices=times.placed.notices,
         worker_hours=times.worker_hours,
         num_puts=puts,
         num_gets=gets,
@@ -214,7 +222,8 @@ class _Work:
 class _Times:
     """Time of a run; None: no rate is known."""
 
-    workers: int
+    placed: Placement  # the workers
+    per_gpu: int  # workers that share a GPU; 1 where they have none
     load_s: float | None
     reduce_s: float
     seconds: float | None  # with loading and reduce
@@ -227,7 +236,7 @@ class _Times:
     @property
     def worker_hours(self) -> float | None:
         """Hours of all workers together."""
-        return None if self.hours is None else self.workers * self.hours
+        return None if self.hours is None else self.placed.num_workers * self.hours
 
 
 def _find_work(asked: Preparation, on_event: OnEvent, *, reduce_only: bool) -> _Work:
@@ -251,7 +260,9 @@ def _find_work(asked: Preparation, on_event: OnEvent, *, reduce_only: bool) -> _
 def _times(asked: Preparation, work: _Work, known: Rate | None) -> _Times:
     """Time of the run ``asked`` at the rate ``known``."""
     config = asked.task.config
-    workers = min(cluster.count_workers(config, asked.device), max(1, len(work.todo)))
+    placed = cluster.place_workers(config, asked.device)
+    workers = min(placed.num_workers, max(1, len(work.todo)))
+    per_gpu = config.workers_per_gpu if asked.device == "cuda" else 1
     reduce_s = 0.0
     if not work.reduced:
         num_series = len(asked.task.measure.series)
@@ -261,8 +272,9 @@ def _times(asked: Preparation, work: _Work, known: Rate | None) -> _Times:
         load_s = None if known is None else known.load_s
     seconds = None if load_s is None else load_s + reduce_s
     if known and seconds is not None and known.tokens_per_second:
-        seconds += work.lacking.tokens / known.tokens_per_second / workers
-    return _Times(workers, load_s, reduce_s, seconds)
+        # The rate is of one worker that has its GPU alone. That several are faster is not assumed.
+        seconds += work.lacking.tokens / known.tokens_per_second / max(1.0, workers / per_gpu)
+    return _Times(replace(placed, num_workers=workers), per_gpu, load_s, reduce_s, seconds)
 
 
 def _num_requests(shards: Sequence[Shard], *, records_neurons: bool) -> tuple[int, int]:

@@ -43,6 +43,9 @@ class Rate:
 def speed_of(task: Task) -> dict[str, Any]:
     """The inputs of a worker's tokens per second, except the machine and the texts."""
     measure = task.measure
+    tokenizers = task.config.tokenizer_workers
+    if tokenizers is None and task.device == "cpu":
+        tokenizers = 0  # on a GPU the default depends on the node
     return {
         "model": fingerprint(dict(measure.model)),
         "layers": list(measure.layers),
@@ -53,7 +56,7 @@ def speed_of(task: Task) -> dict[str, Any]:
         "window_tokens": measure.window_tokens,
         "overlap_tokens": measure.overlap_tokens,
         "batch_tokens": task.config.batch_tokens,
-        "tokenizer_workers": task.config.tokenizer_workers,
+        "tokenizer_workers": tokenizers,
     }
 
 

@@ -282,15 +282,18 @@ def _ray(address: str | None) -> Check:
             )
     done = _probe(address)
     if done.returncode == 0:
-        found = f"{done.stdout.strip()}; {time.monotonic() - began:.0f} s"
+        found, *notices = done.stdout.strip().splitlines()
+        found = "; ".join([found, *notices, f"{time.monotonic() - began:.0f} s"])
         if exposed and os.environ.get("RAY_USE_TLS") != "1":
             return Check(
                 "Ray",
                 None,
                 f"{found}; its token travels in clear text",
-                "set RAY_USE_TLS=1 and its certificates on every node and here, or keep others "
-                "off that network",
+                "set RAY_USE_TLS=1 and its certificates on every node and here, or keep others off "
+                "that network",
             )
+        if notices:
+            return Check("Ray", None, found, "use nodes with more CPUs for each GPU")
         return Check("Ray", True, found)
     message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix(
         "; 'afn doctor' tells more"
@@ -330,12 +333,12 @@ def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
 def probe_ray(address: str | None = None) -> None:
     """Body of the process of ``_probe``.
 
-    Prints Ray's resources, or exits with the error as the last line.
+    Prints Ray's resources and then notices, a line each, or exits with the error as the last line.
     """
     try:
         from afn_ray.runs.cluster import connection
 
-        print(connection.probe(address))
+        print(*connection.probe(address), sep="\n")
     except (AfnError, ImportError) as error:
         sys.exit(" ".join(str(error).split()))
 

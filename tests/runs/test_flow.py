@@ -110,7 +110,9 @@ class Ground:
     def worker(self, device: str = "cpu", dtype: str = "float32") -> tuple[Processor, list[Shard]]:
         self._stores += 1
         store = str(self._folder / f"store-{self._stores}")
-        config = self._make_config(store=store, batch_tokens=64, shard_bytes=self._shard_bytes, layers="all")
+        config = self._make_config(
+            store=store, batch_tokens=64, shard_bytes=self._shard_bytes, layers="all"
+        )
         task = worker.prepare(config, measurer.find_model(config), device, dtype)
         self._workers.append(Processor(task))
         shards = sorted(make_plan(config).shards, key=lambda shard: shard.slices[0].uri)

@@ -209,6 +209,15 @@ def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_her
     assert known.seconds is not None and known.seconds > known.tokens / 50.0 / known.num_workers
     assert len(known.costs) == 4 and "GPU-hours" in printed_estimate(known, capsys)
 
+    config = replace(config, workers_per_gpu=2)  # together as fast as the one that was measured
+    shared = afn_ray.dry_run(config, rate=tmp_path / "rate.json")
+    measuring = []
+    for e in (known, shared):
+        assert e.seconds is not None and e.load_s is not None and e.num_workers == 3
+        measuring.append(e.seconds - e.load_s - e.reduce_s)
+    assert measuring[1] == pytest.approx(2 * measuring[0])
+    assert re.search(r"GPU-hours = 3 x [0-9.]+ / 2\n", printed_estimate(shared, capsys))
+
 
 def test_what_a_signal_costs_is_the_lesser_of_two_turns_and_never_less_than_nothing(
     make_config: MakeConfig, corpus: str, monkeypatch: pytest.MonkeyPatch

@@ -335,9 +335,9 @@ def test_the_probe_s_process_says_what_is_wrong_in_its_last_line(
     monkeypatch.setattr(connection, "probe", failing)
     with pytest.raises(SystemExit, match=r"^the cluster at x:1 cannot be reached: no route$"):
         doctor.probe_ray("x:1")
-    monkeypatch.setattr(connection, "probe", lambda address: f"fine: {address}")
+    monkeypatch.setattr(connection, "probe", lambda address: [f"fine: {address}", "few CPUs"])
     doctor.probe_ray()
-    assert capsys.readouterr().out == "fine: None\n"
+    assert capsys.readouterr().out == "fine: None\nfew CPUs\n"
 
 
 # --- rendering

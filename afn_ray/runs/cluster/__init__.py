@@ -11,9 +11,11 @@ from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.reduce.tasks import FAN_IN, Inline, Tasks
 from afn_ray.runs import scratch
+from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.calls import RayTasks, call_on_place
-from afn_ray.runs.cluster.connection import address, check_own, joined, num_units, units_for_workers
+from afn_ray.runs.cluster.connection import address, check_own, joined
 from afn_ray.runs.cluster.metrics import Published
+from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.cluster.pool import RayPool
 from afn_ray.runs.dispatch import Dispatcher, OnProgress, State, Tolerance
 from afn_ray.runs.inline import InlinePool
@@ -51,7 +53,8 @@ def process_shards(
                 on_progress(progress)
 
             try:
-                return _dispatch(RayPool(task, config), config, shards, publish)
+                pool = RayPool(task, config)
+                return _dispatch(pool, config, shards, publish, pool.notices)
             finally:
                 published.close()
     finally:
@@ -75,11 +78,18 @@ def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) ->
 
 
 def _dispatch(
-    pool: Pool, config: RunConfig, shards: Sequence[Shard], on_progress: OnProgress
+    pool: Pool,
+    config: RunConfig,
+    shards: Sequence[Shard],
+    on_progress: OnProgress,
+    notices: list[str] | None = None,
 ) -> State:
-    """Run a ``Dispatcher`` of ``shards`` on ``pool``."""
+    """Run a ``Dispatcher`` of ``shards`` on ``pool``, which may append to ``notices``."""
     tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)
-    return Dispatcher(pool, shards, on_progress, tolerance).run()
+    dispatcher = Dispatcher(pool, shards, on_progress, tolerance)
+    if notices is not None:
+        dispatcher.state.notices = notices
+    return dispatcher.run()
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
@@ -89,7 +99,10 @@ def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
     if any(map(uris.is_process_memory, (config.store, *config.corpus))):
         return True
     wants_ray = (
-        address(config) is not None or config.workers is not None or config.tokenizer_workers > 0
+        address(config) is not None
+        or config.workers is not None
+        or bool(config.tokenizer_workers)
+        or config.workers_per_gpu > 1
     )
     started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     return not (wants_ray or started) and sum(s.num_bytes for s in shards) < INLINE_BYTES
@@ -105,7 +118,7 @@ def find_device(config: RunConfig) -> str:
     if config.device != "auto":
         return config.device
     with joined(config):
-        return "cuda" if num_units("cuda") else "cpu"
+        return "cuda" if any(node.num_gpus for node in placement.nodes()) else "cpu"
 
 
 def _is_here(config: RunConfig) -> bool:
@@ -118,19 +131,14 @@ def local_device(device: str) -> str:
     return device if device == "cpu" else model.choose_device("auto")
 
 
-def count_workers(config: RunConfig, device: str) -> int:
-    """Number of workers that a run would start.
-
-    It is configured, or depends on the resources of this machine or the cluster.
-    """
+def place_workers(config: RunConfig, device: str) -> Placement:
+    """The workers that a run would start on this machine or on the cluster."""
     if config.executor == "inline":
-        return 1
-    if config.workers is not None:
-        return config.workers
+        return Placement(1, config.tokenizer_workers or 0)
     if _is_here(config):
-        return units_for_workers(config, model.count_devices(device), device)
+        return placement.place(config, [placement.this_machine()], device)
     with joined(config):
-        return units_for_workers(config, num_units(device), device)
+        return placement.place(config, placement.nodes(), device)
 
 
 def calibrate(

@@ -19,7 +19,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, ModelError
 from afn_ray.runs import reasons
 from afn_ray.runs.address import of_cluster
-from afn_ray.runs.cluster import access
+from afn_ray.runs.cluster import access, placement
 from afn_ray.store import uris
 from afn_ray.text import count
 
@@ -156,31 +156,14 @@ def _local_cpus(config: RunConfig) -> int:
     from ray._private.utils import get_num_cpus
 
     found = min(int(get_num_cpus(override_docker_cpu_warning=True)), model.count_devices("cpu"))
-    return max(1, found, (config.workers or 1) * (1 + config.tokenizer_workers))
-
-
-def num_units(device: str) -> int:
-    """Number of GPUs, or of CPUs, of the Ray that this process has joined."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU" if device == "cuda" else "CPU", 0))
-
-
-def units_for_workers(config: RunConfig, units: int, device: str) -> int:
-    """Number of workers that ``units`` GPUs or CPUs allow; tokenizer processes need CPUs too."""
-    if device == "cpu":
-        return max(1, units // (1 + config.tokenizer_workers))
-    if not config.tokenizer_workers:
-        return units
-    cpus = model.count_devices("cpu") if address(config) is None else num_units("cpu")
-    return max(1, min(units, cpus // (1 + config.tokenizer_workers)))
+    return max(1, found, (config.workers or 1) * (1 + (config.tokenizer_workers or 0)))
 
 
 def needs(config: RunConfig, device: str) -> dict[str, Any]:
     """Resources and environment of one worker, as options for Ray."""
     return {
-        "num_cpus": 1 + config.tokenizer_workers,
-        "num_gpus": 1 if device == "cuda" else 0,
+        "num_cpus": 1 + (config.tokenizer_workers or 0),
+        "num_gpus": placement.gpu_share(config) if device == "cuda" else 0,
         "runtime_env": {"env_vars": WORKER_ENV},
     }
 
@@ -193,7 +176,7 @@ def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0)
     import ray
 
     one = needs(config, device)
-    asks = f"{one['num_cpus']} CPU" + (" and 1 GPU" if one["num_gpus"] else "")
+    asks = f"{one['num_cpus']} CPU" + (f" and {one['num_gpus']:g} GPU" if one["num_gpus"] else "")
     has, free = ray.cluster_resources(), ray.available_resources()
     amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
     nodes = count(sum(node["Alive"] for node in ray.nodes()), "node")
@@ -223,12 +206,15 @@ def start_error(error: BaseException) -> BaseException:
     return cause
 
 
-def probe(address: str | None) -> str:
+def probe(address: str | None) -> list[str]:
     """Join the Ray at ``address`` or start a local one, run a task on it, and describe it.
 
-    Raises ``ConfigError`` when there is none, or when its nodes cannot run a task of afn-ray.
+    The first line describes it and the workers of a run with the default options. The others are
+    notices about nodes. Raises ``ConfigError`` when there is none, or when its nodes cannot run a
+    task of afn-ray.
     """
-    with joined(RunConfig(corpus=("-",), model="-", store="/", address=address)):
+    config = RunConfig(corpus=("-",), model="-", store="/", address=address)
+    with joined(config):
         import ray
 
         try:
@@ -239,11 +225,15 @@ def probe(address: str | None) -> str:
                 f"Ray answers, but a task failed within {PROBE_S:g} s: {why}"
             ) from error
         has = ray.cluster_resources()
-        return (
+        device = "cuda" if has.get("GPU") else "cpu"
+        placed = placement.place(config, placement.nodes(), device)
+        return [
             f"Ray {ray.__version__} ran a task of afn-ray on Python {python}; it has "
             f"{has.get('CPU', 0):g} CPU and {has.get('GPU', 0):g} GPU on "
-            f"{count(len(ray.nodes()), 'node')}"
-        )
+            f"{count(len(ray.nodes()), 'node')}; a run has "
+            f"{placement.describe(config, placed, device)}",
+            *placed.notices,
+        ]
 
 
 def _python_version() -> str:

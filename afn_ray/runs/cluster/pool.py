@@ -7,18 +7,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from afn_ray import logs
+from afn_ray import logs, model
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
 from afn_ray.runs import reasons
+from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.connection import (
     address,
     cause_of,
     lack,
     needs,
-    num_units,
     start_error,
-    units_for_workers,
 )
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
@@ -45,6 +44,8 @@ class _Worker:
         self._error: Exception | None = None
         logs.to_stderr(task.config.log_format, run=task.run, worker=task.worker)
         try:
+            if task.device == "cuda" and task.config.workers_per_gpu > 1:
+                model.limit_memory(task.config.workers_per_gpu)
             self._processor = Processor(task)
         except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
             self._error = error
@@ -100,8 +101,13 @@ class RayPool:
     def __init__(self, task: Task, config: RunConfig) -> None:
         import ray
 
-        self._ray, self._task, self._config = ray, task, config
-        self._check_local()
+        self._ray = ray
+        self.notices: list[str] = []  # messages for people
+        self._check_local(config, task.device)
+        # All workers have the same resources, also those on nodes that come later.
+        placed = self._place(config, task.device)
+        config = replace(config, tokenizer_workers=placed.tokenizer_workers)
+        self._task, self._config = replace(task, config=config), config
         self._class = ray.remote(
             max_restarts=-1,
             max_task_retries=0,
@@ -116,27 +122,34 @@ class RayPool:
         self._num_wanted = 0
         self._next_count = self._next_notices = 0.0
 
-    def _check_local(self) -> None:
+    def _check_local(self, config: RunConfig, device: str) -> None:
         """Raise ``ConfigError`` where a local Ray lacks a worker's resources: it never grows."""
-        if address(self._config) is not None:
+        if address(config) is not None:
             return
-        if not num_units(self._task.device):
-            name = "GPU" if self._task.device == "cuda" else "CPU"
+        nodes = placement.nodes()
+        if device == "cuda":
+            nodes = [node for node in nodes if node.num_gpus]
+        if not any(node.num_gpus if device == "cuda" else node.num_cpus for node in nodes):
+            name = "GPU" if device == "cuda" else "CPU"
             has = self._ray.cluster_resources()
             raise ConfigError(f"a worker needs one {name}, and this Ray has none; it has {has}")
-        needs = 1 + self._config.tokenizer_workers
-        nodes = [node for node in self._ray.nodes() if node["Alive"]]
-        cpus = [node["Resources"].get("CPU", 0) for node in nodes]
-        if max(cpus, default=0) < needs:
+        num_cpus = needs(config, device)["num_cpus"]
+        if max(node.num_cpus for node in nodes) < num_cpus:
             raise ConfigError(
-                f"a worker needs {needs} CPUs, one and its --tokenizer-workers, and no node of "
+                f"a worker needs {num_cpus} CPUs, one and its --tokenizer-workers, and no node of "
                 "this Ray has so many"
             )
+
+    def _place(self, config: RunConfig, device: str) -> placement.Placement:
+        """Place the workers on the nodes that are there; keep new notices."""
+        placed = placement.place(config, placement.nodes(), device)
+        self.notices += [notice for notice in placed.notices if notice not in self.notices]
+        return placed
 
     def grow(self, num_useful: int) -> int:
         if time.monotonic() >= self._next_count:
             self._next_count = time.monotonic() + UNITS_S
-            self._num_wanted = self._config.workers or self._num_places()
+            self._num_wanted = self._place(self._config, self._task.device).num_workers
         while len(self._actors) < min(self._num_wanted, num_useful):
             self._last += 1
             task = replace(self._task, worker=self._last)
@@ -144,11 +157,6 @@ class RayPool:
             self._actors[self._last] = actor
             self._send_poll(actor)
         return len(self._actors)
-
-    def _num_places(self) -> int:
-        """Number of workers for which the cluster has resources; at least 1."""
-        device = self._task.device
-        return max(1, units_for_workers(self._config, num_units(device), device))
 
     def _send_poll(self, actor: _Actor) -> None:
         """Poll ``actor``."""
