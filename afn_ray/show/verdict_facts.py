@@ -25,13 +25,13 @@ def verdict_facts(found: Audit) -> VerdictFacts:
     """The facts of ``found``, with a table of its limits: those that were not judged first."""
     rows = []
     for rule in audit.in_order(found.rules):
-        cause = rule.reason or rule.where or ""
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
-        rows.append((rule.key, rule.state, cause, value, limit))
-    heads = ("limit", "state", "where, or why not judged", "value", "allowed")
+        rows.append((rule.key, rule.state, rule.where or "", value, limit))
+    answer = audit.answer(found)
+    heads = ("limit", "state", "where", "value", "allowed")
     return VerdictFacts(
         state=found.state,
-        answer=audit.answer(found),
+        answer=answer[0].upper() + answer[1:],
         series=found.series,
         partition="" if found.partition is None else found.partition.isoformat(),
         unjudged=tuple(verdict.reasons(found.rules)),
