@@ -30,8 +30,6 @@ SIGNAL_GROUP = "afn_ray.signals"
 """Entry-point group for signals of other packages: ``name = "package.module:Class"``."""
 SIGNAL = re.compile(r"[a-z][a-z_]*")
 """Form of a signal's name."""
-SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-"""Form of the name of a series."""
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 """Form of one entry of ``layers``: a block number, or a share of the depth."""
 
@@ -134,6 +132,11 @@ class RunConfig:
         1000,
         "number of strangest documents to list, found in one more scan of the records; 0: no scan",
     )
+    group_by: str | None = _option(
+        None,
+        "how documents are grouped, for thresholds, classes and drift by group: a kept column, "
+        "source, or a key of the path as in /lang=de/",
+    )
     max_document_bytes: int = _option(
         8 << 20, "largest document, in bytes; larger ones are quarantined"
     )
@@ -187,11 +190,6 @@ class RunConfig:
         False, "allow pickled weights, which can run code, if the model has no safetensors"
     )
     allow_untested: bool = _option(False, "allow a model of a family that afn-ray does not test")
-    series: str | None = _option(
-        None,
-        "name of the series that the run belongs to, whose earlier runs an audit compares with; "
-        "default: from the store and the corpus, with dates replaced",
-    )
     allow_another_measure: bool = _option(False, "allow a second measure in a store that has one")
     allow_open_cluster: bool = _option(
         False, "allow a Ray without a token: everyone who reaches it can run code on it"
@@ -226,16 +224,12 @@ class RunConfig:
             raise ConfigError(
                 f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}"
             )
-        if self.series is not None and not SERIES.fullmatch(self.series):
-            raise ConfigError(
-                f"series is {self.series!r}; expected 1 to 100 letters, digits, dots, hyphens or "
-                "underscores, the first a letter or a digit"
-            )
         if self.labels == "":
             raise ConfigError(
                 "labels is empty; name the column that holds the tags, or leave it out"
             )
         self._check_kept()
+        self._check_group_by()
         if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
             raise ConfigError(
                 f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at "
@@ -283,6 +277,21 @@ class RunConfig:
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
         # This checks the form alone; the depth is checked once the model is known.
         resolve_layers(self.layers, ANY_DEPTH)
+
+    def _check_group_by(self) -> None:
+        """Raise ``ConfigError`` for a grouping that no run can have."""
+        if self.group_by is None:
+            return
+        if not kept.NAME.fullmatch(self.group_by):
+            raise ConfigError(
+                f"group_by is {self.group_by!r}; expected source, one of keep_columns, or a key of "
+                "the path: letters, digits, _ and -, at most 63"
+            )
+        if not self.screen:
+            raise ConfigError(
+                f"group_by is {self.group_by!r}, but screen is 0, and groups come from the scan "
+                "that screen asks for: give screen another number"
+            )
 
     def _check_kept(self) -> None:
         """Raise ``ConfigError`` for kept columns that cannot be; write them in canonical form."""

@@ -476,6 +476,37 @@ SOURCES_SCHEMA = _schema(
 ``bins`` and ``counts`` are the lossless histogram of strengths, as in ``SUMMARY_SCHEMA``.
 """
 
+GROUPS_SCHEMA = _schema(
+    "layer: int16",
+    "group: string or null",  # null: documents without a value
+    "n_documents: int64",  # documents read, empty and quarantined ones included
+    "n_docs: int64",  # documents with tokens
+    "n: int64",  # tokens, special ones apart
+    "n_high: int64",  # by the thresholds that label the run
+    "q1, q2, q3: float32 or null",  # of the group's own tokens
+    *_HISTOGRAM,
+)
+"""A run's tokens by group; ``bins`` and ``counts`` are as in ``SOURCES_SCHEMA``."""
+
+GROUP_TYPES_SCHEMA = _schema(
+    "layer: int16",
+    "group: repeated string or null",
+    "token_id: int32",
+    "n, n_high: int64",
+)
+"""Every type of each group, special tokens apart."""
+
+GROUP_CLASSES_SCHEMA = _schema(
+    "layer: int16",
+    "group: string or null",
+    "class: string",
+    "n: int64",
+    "share: float64",  # of the group's tokens
+    "n_high: int64",
+    "share_high, share_high_low, share_high_high: float64",  # Wilson interval, 95 %
+)
+"""The classes of each group, by the classes of the run's types."""
+
 HISTOGRAM_SCHEMA = _schema("layer: int16", "special: bool", "strength: float32", "n: int64")
 """The run's strengths: each distinct recorded value with its count, special tokens apart."""
 
@@ -579,18 +610,20 @@ SCREENED_SCHEMA = _schema(
 
 # --- tables of two runs compared, a and b
 
-DRIFT_SCHEMA = _schema(
-    "layer: int16",
-    "source: string or null",  # null: the whole corpus
-    "n_a, n_b: int64",  # tokens, special ones apart; 0: the source is new or gone
+_STRENGTHS_OF_TWO = (
+    "n_a, n_b: int64",  # tokens, special ones apart; 0: the source or group is new or gone
     "q1_a, q1_b, q2_a, q2_b, q3_a, q3_b: float32 or null",
     "share_high_a, share_high_b: float64 or null",  # at or above the Q3 of the run's labels
     "psi, ks, js: float64 or null",
 )
+DRIFT_SCHEMA = _schema(
+    "layer: int16",
+    "source: string or null",  # null: the whole corpus
+    *_STRENGTHS_OF_TWO,
+)
 """Strength distributions of two runs per layer: over all tokens, and per source."""
 
-CLASS_DRIFT_SCHEMA = _schema(
-    "layer: int16",
+_CLASSES_OF_TWO = (
     "class: string",
     "n_a: int64",
     "share_a: float64",
@@ -601,13 +634,13 @@ CLASS_DRIFT_SCHEMA = _schema(
     "n_high_b: int64",
     "share_high_b, share_high_low_b, share_high_high_b: float64",
 )
+CLASS_DRIFT_SCHEMA = _schema("layer: int16", *_CLASSES_OF_TWO)
 """Classes in two runs: their share of the tokens, and their HIGH share with its interval.
 
 The interval is Wilson's, 95 %.
 """
 
-MOVERS_SCHEMA = _schema(
-    "layer: int16",
+_MOVER = (
     *_TOKEN_TYPE,
     "status: string",  # "both", "new" (only in b) or "vanished"
     "n_a, n_b: int64",
@@ -618,4 +651,17 @@ MOVERS_SCHEMA = _schema(
     # p adjusted by Benjamini and Hochberg over the layer's types that both runs have
     "q: float64 or null",
 )
+MOVERS_SCHEMA = _schema("layer: int16", *_MOVER)
 """Every type that occurs in either of two runs, and how it moved between them."""
+
+GROUP_DRIFT_SCHEMA = _schema("layer: int16", "group: string or null", *_STRENGTHS_OF_TWO)
+"""Strength distributions of two runs per layer and group; null: documents without a value."""
+
+GROUP_CLASS_DRIFT_SCHEMA = _schema("layer: int16", "group: string or null", *_CLASSES_OF_TWO)
+"""Classes in each group of two runs, as in ``CLASS_DRIFT_SCHEMA``."""
+
+GROUP_MOVERS_SCHEMA = _schema("layer: int16", "group: string or null", *_MOVER)
+"""The types of each group that moved most between two runs, as in ``MOVERS_SCHEMA``.
+
+Medians are null: groups have none of each type.
+"""

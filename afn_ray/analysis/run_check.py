@@ -302,7 +302,8 @@ class RunCheck:
         if columns:
             tables["kept"] = kept_columns.kept_table(shards)
         if worst := self._config.get("screen"):
-            tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, worst)
+            asked = screen.Asked(worst, self._config.get("group_by"))
+            tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
         return tables
 
     def _ask_duckdb(self, measure: Measure, memory_limit: str, n_tokens: int) -> None:

@@ -24,6 +24,11 @@ from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
     FILES_SCHEMA,
+    GROUP_CLASS_DRIFT_SCHEMA,
+    GROUP_CLASSES_SCHEMA,
+    GROUP_DRIFT_SCHEMA,
+    GROUP_MOVERS_SCHEMA,
+    GROUPS_SCHEMA,
     HISTOGRAM_SCHEMA,
     KEPT_SCHEMA,
     MOVERS_SCHEMA,
@@ -47,10 +52,11 @@ SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
-    "kept": KEPT_SCHEMA,
+    "kept": KEPT_SCHEMA, "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
 }  # fmt: skip
 """Schemas of a run's small tables, by the names of their views."""
-MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept")
+MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept",
+            "groups", "group_classes")  # fmt: skip
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
@@ -100,18 +106,25 @@ def _small_tables(
         else:
             tables[name] = _small_table(folder, name, schema)
     # Histograms of many sources are too large for DuckDB.
-    tables["sources"] = tables["sources"].drop_columns(["bins", "counts"])
+    for name in ("sources", "groups"):
+        tables[name] = tables[name].drop_columns(["bins", "counts"])
     tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     if baseline is None:
         tables["movers"] = MOVERS_SCHEMA.empty_table()
         tables["drift"] = DRIFT_SCHEMA.empty_table()
         tables["class_drift"] = CLASS_DRIFT_SCHEMA.empty_table()
+        tables["group_drift"] = GROUP_DRIFT_SCHEMA.empty_table()
+        tables["group_class_drift"] = GROUP_CLASS_DRIFT_SCHEMA.empty_table()
+        tables["group_movers"] = GROUP_MOVERS_SCHEMA.empty_table()
     else:
         found = compare(baseline, folder)
         tables["movers"] = found.movers
         tables["drift"] = found.drift
         tables["class_drift"] = found.classes
+        tables["group_drift"] = found.groups.drift
+        tables["group_class_drift"] = found.groups.classes
+        tables["group_movers"] = found.groups.movers
     tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
     return tables
 

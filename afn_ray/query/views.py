@@ -38,11 +38,21 @@ VIEWS = {
     "empty where none were kept",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run "
     "has none",
+    "groups": "tokens and thresholds of each group of documents, per layer; empty where the run is "
+    "not grouped",
+    "group_classes": "classes of each group by the classes of its types, per layer; empty where the "
+    "run is not grouped",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",
     "drift": "distances of the strengths from the baseline, whole and by source; empty without a "
     "baseline",
     "class_drift": "classes here and in the baseline; empty without a baseline",
+    "group_drift": "distances of the strengths from the baseline by group; empty without a baseline "
+    "of the same groups",
+    "group_class_drift": "classes of each group here and in the baseline; empty without a baseline "
+    "of the same groups",
+    "group_movers": "the types that moved most in each group; empty without a baseline of the same "
+    "groups",
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }

@@ -7,7 +7,7 @@ the same corpus. ``reduce.distances`` defines them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,13 +25,18 @@ from afn_ray.reduce.drift import (
     histograms_by_source,
     matched_sources,
     movers_table,
-    renamed,
     table_by_layer,
     without_special,
 )
+from afn_ray.reduce.group_drift import (
+    NO_GROUPS,
+    GroupDrift,
+    group_drift,
+    grouped_by,
+)
 from afn_ray.reduce.histogram import Histogram
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
-from afn_ray.store import checksums, label_thresholds, manifest, series
+from afn_ray.store import checksums, label_thresholds, manifest
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
@@ -53,7 +58,8 @@ class Comparison:
     ``drift`` (``DRIFT_SCHEMA``) has, for each layer, one row for the whole run (``source`` is null)
     and one for each source of either run. ``classes`` (``CLASS_DRIFT_SCHEMA``) has one row for each
     class of either run. ``movers`` (``MOVERS_SCHEMA``) has one row for each type of either run.
-    Within a layer, movers in both runs come first, in ascending order of q.
+    Within a layer, movers in both runs come first, in ascending order of q. ``groups`` has the same
+    for each group.
     """
 
     a: RunFolder
@@ -62,6 +68,7 @@ class Comparison:
     classes: pa.Table
     movers: pa.Table
     notes: tuple[str, ...]  # sentences that a reader must know
+    groups: GroupDrift = NO_GROUPS
 
 
 def compare(
@@ -111,10 +118,7 @@ def _compared(
         whole_b = _strengths(tables[1].histogram[layer], types_b)
         drift.append(drift_row(layer, None, whole_a, whole_b, ranks_only=ranks_only))
         if all(of_run.sources for of_run in tables):
-            sources = (
-                renamed(histograms_by_source(of_run.sources[layer]), name)
-                for of_run, name in zip(tables, source_names(a, b), strict=True)
-            )
+            sources = (histograms_by_source(of_run.sources[layer]) for of_run in tables)
             drift += _rows_by_source(layer, *matched_sources(*sources), ranks_only=ranks_only)
         classes += class_rows(layer, types_a, types_b)
         movers.append(
@@ -127,16 +131,8 @@ def _compared(
         pa.Table.from_pylist(classes, CLASS_DRIFT_SCHEMA),
         pa.concat_tables(movers),
         tuple(_notes(a, b, layers, ranks_only)),
+        group_drift(a, b, layers, by_id=same_measure, ranks_only=ranks_only),
     )
-
-
-def source_names(a: RunFolder, b: RunFolder) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Functions that give the sources of two runs the names by which they are compared.
-
-    If the dates in the runs' corpora differ, they are left out of the names of sources.
-    """
-    corpora = (list(run.info["config"].get("corpus", [])) for run in (a, b))
-    return series.matched_names(*corpora)
 
 
 class _Tables(NamedTuple):
@@ -207,8 +203,6 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
                 "The measures differ, and types are matched by their piece: "
                 f"{'; '.join(differing)}."
             )
-    if source_names(a, b) != (str, str):
-        yield f"Sources are matched by their names with {series.DATE} in place of the runs' dates."
     if _labels_by_layer(a, layers) == _labels_by_layer(b, layers):
         yield "HIGH means the same in A and B: both label by the same Q3."
     else:
@@ -225,6 +219,12 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
+    by_a, by_b = grouped_by(a), grouped_by(b)
+    if by_a != by_b:
+        yield (
+            f"Groups were not compared: A is grouped by {by_a or 'nothing'}, B by "
+            f"{by_b or 'nothing'}."
+        )
     yield from _notes_on_classes(a, b)
 
 
@@ -279,6 +279,9 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "drift": drift.filter(is_whole).to_pylist(),
         "sources": sources.slice(0, JSON_ROWS).to_pylist(),
         "classes": comparison.classes.to_pylist(),
+        "group_by": comparison.groups.by,
+        "groups": comparison.groups.drift.to_pylist(),
+        "group_classes": comparison.groups.classes.to_pylist(),
         "movers": both.slice(0, JSON_ROWS).to_pylist(),
         "n_sources": len(_at(sources, deepest)),
         "n_types": len(_at(both, deepest)),

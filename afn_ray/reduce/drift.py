@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,10 +60,13 @@ StrengthsBySource = dict[str, SourceStrengths]
 """Strengths by source."""
 
 
-def histograms_by_source(table: pa.Table) -> StrengthsBySource:
-    """Histogram and number of HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``."""
+def histograms_by_source(table: pa.Table, key: str = "source") -> dict[Any, SourceStrengths]:
+    """Histogram and number of HIGH tokens of every source, from rows of ``SOURCES_SCHEMA``.
+
+    With ``key`` "group": of every group, from rows of ``GROUPS_SCHEMA``.
+    """
     by_source = {}
-    columns = (table[name] for name in ("source", "bins", "counts", "n_high"))
+    columns = (table[name] for name in (key, "bins", "counts", "n_high"))
     for name, bins, counts, n_high in zip(*columns, strict=True):
         keys = bins.values.to_numpy().astype(np.int64)
         n = counts.values.to_numpy().astype(np.int64)
@@ -86,14 +89,9 @@ def matched_sources(
 
 def _grouped_as(others: Collection[str], sources: StrengthsBySource) -> StrengthsBySource:
     """``sources`` added up into the folders that are among ``others``."""
-    return renamed(sources, lambda name: _name_among(others, name))
-
-
-def renamed(sources: StrengthsBySource, new_name: Callable[[str], str]) -> StrengthsBySource:
-    """``sources`` under the names that ``new_name`` gives, added up where names become equal."""
     groups: dict[str, list[SourceStrengths]] = {}
     for name in sorted(sources):
-        groups.setdefault(new_name(name), []).append(sources[name])
+        groups.setdefault(_name_among(others, name), []).append(sources[name])
     return {
         name: SourceStrengths(
             Histogram.merge(source.histogram for source in group),

@@ -11,12 +11,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.reduce.groups import Cells, Grouping, TypeCounter
 from afn_ray.reduce.histogram import (
     BIN_BITS,
     COMPACT_KEYS,
     Histogram,
     round_strengths,
+    starts,
     to_bins,
+    values_by_type,
 )
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.reduce.sources import Sources
@@ -61,13 +64,15 @@ def scan(
     layers: Sequence[int],
     limits: FeatureLimits,
     num_parts: int,
+    grouping: Grouping | None = None,
 ) -> list[Any]:
     """Sums by source, a table of the documents' features, and text hashes in ``num_parts`` parts.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
-    the index of the source above the bin.
+    the index of the source above the bin, those of strengths that of the cell (``groups.Cells``).
+    With ``grouping`` follow documents by group, those with tokens, and a ``TypeCounter``'s sums.
     """
-    scanned = [_scan_shard(place, sources, layers, limits) for place in places]
+    scanned = [_scan_shard(place, sources, layers, limits, grouping) for place in places]
     (sums,) = add(*(sums_of_shard for sums_of_shard, _ in scanned))
     table = pa.concat_tables([table for _, table in scanned]).unify_dictionaries()
     hashes = table["hash"].to_numpy()
@@ -77,13 +82,21 @@ def scan(
 
 
 def _scan_shard(
-    place: ShardTables, sources: Sources, layers: Sequence[int], limits: FeatureLimits
+    place: ShardTables,
+    sources: Sources,
+    layers: Sequence[int],
+    limits: FeatureLimits,
+    grouping: Grouping | None,
 ) -> tuple[Histograms, pa.Table]:
-    """Sums by source, and the features of the shard's documents with tokens."""
-    documents = read_columns(place.documents, ["source", "n_tokens", "text_sha256"])
+    """Sums of ``scan``, and the features of the shard's documents with tokens."""
+    of_groups = [] if grouping is None else grouping.columns
+    columns_read = list(dict.fromkeys(["source", "n_tokens", "text_sha256", *of_groups]))
+    documents = read_columns(place.documents, columns_read)
     uris = documents["source"].combine_chunks()
     source = sources.index_of(uris)
-    n, features, strengths = _scan_tokens(place, documents, source, layers, limits)
+    cells = Cells.of(source, documents, grouping)
+    n, features, of_tokens = _scan_tokens(place, documents, cells, layers, limits)
+    strengths, of_types = of_tokens[: len(layers)], of_tokens[len(layers) :]
     has_tokens = np.flatnonzero(n)
     hashes = _hashes(documents["text_sha256"])
     in_one_shard = np.zeros(len(has_tokens), np.int32)
@@ -101,24 +114,30 @@ def _scan_shard(
         columns[name] = values[has_tokens]
         of_features.append(Histogram.of(prefix + to_bins(values[has_tokens])))
     sums = (*strengths, *of_features, Histogram.of(source))
+    if grouping is not None:
+        counts = (Histogram.of(cells.group), Histogram.of(cells.group[has_tokens]))
+        sums = (*sums, *counts, *of_types)
     return sums, pa.table(columns)
 
 
 def _scan_tokens(
     place: ShardTables,
     documents: pa.Table,
-    source: Ints,
+    cells: Cells,
     layers: Sequence[int],
     limits: FeatureLimits,
 ) -> tuple[Ints, list[Float32s], Histograms]:
     """One pass over the shard's normal tokens.
 
     Returns the number of tokens of each document, its ``FEATURES``, and the strengths of each layer
-    by source. ``source`` [n_docs] has the index of each document's source.
+    by cell, followed by the sums of a ``TypeCounter`` if there are groups.
     """
-    n = np.zeros(len(source), np.int64)
-    features = [np.zeros(len(source), np.float32) for _ in FEATURES]
+    n = np.zeros(len(documents), np.int64)
+    features = [np.zeros(len(documents), np.float32) for _ in FEATURES]
     sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
+    present, ranks = np.unique(cells.cell, return_inverse=True)
+    keys, held, num_held = present << BIN_BITS, list[_Held](), 0
+    of_types = TypeCounter(cells, len(limits.rare)) if cells.q3 else None
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     columns = ["token_id", "flags", *map(strength_column, layers)]
@@ -134,12 +153,29 @@ def _scan_tokens(
         n[begin:end], found = _features(normal, end - begin, limits)
         for feature, values in zip(features, found, strict=True):
             feature[begin:end] = values
-        prefix = source[docs] << BIN_BITS
-        sums.append(tuple(Histogram.of(prefix + to_bins(values)) for values in by_layer))
+        held.append((ranks[docs], *by_layer))
+        num_held += len(docs) * len(layers)
+        if num_held > COMPACT_KEYS:
+            sums.append(_by_cell(keys, held))
+            held, num_held = [], 0
+        if of_types is not None:
+            of_types.add(docs, types, by_layer)
         if _num_keys(sums[1:]) > COMPACT_KEYS:
             sums = add(*sums)
+    if held:
+        sums.append(_by_cell(keys, held))
     (total,) = add(*sums)
-    return n, features, total
+    return n, features, total if of_types is None else (*total, *of_types.sums())
+
+
+_Held = tuple[npt.NDArray[Any], ...]
+"""Tokens that are not counted yet: the index of each one's cell, then its strength at each layer."""
+
+
+def _by_cell(keys: Ints, held: Sequence[_Held]) -> Histograms:
+    """The strengths of each layer by cell; ``keys`` are those of the cells with bin 0."""
+    ranks, *by_layer = (np.concatenate(columns) for columns in zip(*held, strict=True))
+    return tuple(values_by_type(keys, ranks, values) for values in by_layer)
 
 
 class _NormalTokens(NamedTuple):
@@ -170,7 +206,9 @@ def _features(
     def share(which: npt.NDArray[np.bool_]) -> Float64s:
         return np.asarray(np.bincount(docs[which], minlength=num_docs) / least)
 
-    pairs = np.unique((docs.astype(np.int64) << 32) + types)
+    # numpy's unique hashes, which takes six times as long as this sort of keys nearly in order.
+    pairs = np.sort((docs.astype(np.int64) << 32) + types, kind="stable")
+    pairs = pairs[starts(pairs)]
     num_types = np.maximum(np.bincount(pairs >> 32, minlength=num_docs), 1)
     herdan = np.log(num_types) / np.log(np.maximum(n, 2))
     features = {

@@ -9,8 +9,9 @@ order statistic.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -201,8 +202,11 @@ def _in_docs(types: Ints, ranks: Ints, docs: npt.NDArray[np.int32]) -> Histogram
     return _counted(types, ranks[first])
 
 
-def _of_values(types: Ints, ranks: Ints, values: Float32s) -> Histogram:
-    """The histogram of tokens by type and bin."""
+def values_by_type(types: Ints, ranks: Ints, values: Float32s) -> Histogram:
+    """The histogram of tokens by type and bin.
+
+    ``types`` are ascending keys with bin 0; ``ranks`` are the index among them of each token.
+    """
     if not len(ranks):
         return Histogram.empty()
     bins = to_bins(values)
@@ -228,6 +232,20 @@ def _cut_alike(parts: Sequence[Histogram]) -> Iterator[list[Histogram]]:
         ranges = zip(parts, begins, ends, strict=True)
         yield [part.slice(begin, end) for part, begin, end in ranges]
         begins = list(ends)
+
+
+def by_index(histogram: Histogram, num: int, bits: int) -> Iterator[Histogram]:
+    """The histogram of each of ``num`` indices, which its keys hold above ``bits``."""
+    ends = np.searchsorted(histogram.keys, np.arange(num + 1) << bits).tolist()
+    for begin, end in pairwise(ends):
+        part = histogram.slice(begin, end)
+        yield Histogram(part.keys & ((1 << bits) - 1), part.counts)
+
+
+def of_cells(histogram: Histogram, index_of: Callable[[Ints], Ints]) -> Histogram:
+    """``histogram``, whose keys hold a cell above the bin, with the index of each cell instead."""
+    cells, bins = histogram.keys >> BIN_BITS, histogram.keys & BIN_MASK
+    return Histogram.of((index_of(cells) << BIN_BITS) | bins, histogram.counts)
 
 
 class Summary:
@@ -262,7 +280,7 @@ class Summary:
         in_docs = _in_docs(types, ranks, docs)
         word_starts = _counted(types, ranks[(flags & WORD_START) > 0])
         wholes = _counted(types, ranks[whole_words(docs, flags)])
-        of_values = {s: _of_values(types, ranks, values[s]) for s in self._values}
+        of_values = {s: values_by_type(types, ranks, values[s]) for s in self._values}
         of_tags = None if self._tags is None else TypeTags.of(token_ids, tags)
         with self._adding:
             self._docs.append(in_docs)

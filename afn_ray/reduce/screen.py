@@ -33,6 +33,8 @@ share_distinct   log(distinct types) / log(n): Herdan's C          p (1 - p) / n
                                                                    p = n^(m - 1)
 ===============  ================================================  ==============================
 
+The same scan counts the tokens of each group of documents, if the run has groups (``reduce.groups``).
+
 A text that several documents share is strange too. log2(copies) log2(n) / 2 counts as a z, because
 the chance that independent texts agree falls with their length.
 """
@@ -40,7 +42,7 @@ the chance that independent texts agree falls with their length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +50,8 @@ import pyarrow.compute as pc
 
 from afn_ray.kept import KINDS, Kept, beside
 from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
+from afn_ray.reduce.group_tables import group_tables
+from afn_ray.reduce.groups import Grouping, find_groups
 from afn_ray.reduce.histogram import (
     Histogram,
 )
@@ -71,20 +75,27 @@ TEXT_CHARS = 300
 """Longest beginning of a text in the ``screened`` table, in characters."""
 
 
+class Asked(NamedTuple):
+    """What a scan is for."""
+
+    worst: int  # number of strangest documents to list
+    group_by: str | None = None  # how documents are grouped; None: they are not
+
+
 def scan_run(
     shards: CommittedShards,
     layers: Sequence[int],
     reduced: Mapping[str, pa.Table],
     readable: Sequence[str],
-    worst: int,
+    asked: Asked,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
     """The run's ``sources`` and ``screened`` tables, made by ``tasks`` or in this process.
 
-    ``reduced`` are the run's other tables by name; its ``files`` define the sources. ``readable``
-    has the tokenizer's texts by token id. ``screened`` has at most ``worst`` documents. Of
-    documents with the same text it has the strangest, or the first of several equally strange ones.
-    Raises ``StoreError`` for a file that differs from its commit.
+    With groups, their tables too. ``reduced`` are the run's other tables by name; its ``files``
+    define the sources. ``readable`` has the tokenizer's texts by token id. ``screened`` has at most
+    ``asked.worst`` documents. Of documents with the same text it has the strangest, or the first of
+    several equally strange ones. Raises ``StoreError`` for a file that differs from its commit.
     """
     tasks = tasks or Inline()
     labels = reduced["frozen" if "frozen" in reduced else "thresholds"]
@@ -93,27 +104,51 @@ def scan_run(
     layer = layers[-1]
     limits = _limits(layer, labels, reduced["vocabulary"], shards.n_docs)
     num_parts = 1 + shards.n_docs // PART_DOCS
+    grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     places = list(_places(shards))
     scanned = []
     for group in in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES):
-        args = (group, sources, layers, limits, num_parts)
+        args = (group, sources, layers, limits, num_parts, grouping)
         scanned.append(tasks.submit(scan, *args, num_results=2 + num_parts))
     of_sums, tables, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
     read = sums_by_source(files, sources)
+    num_groups = 1 if grouping is None else len(grouping.names)
     spread, described = tasks.submit(
-        describe, sources.names, layers, labels, sums, read, num_results=2
+        describe, sources.names, layers, labels, sums, read, num_groups, num_results=2
     )
+    of_groups = {}
+    if grouping is not None:
+        (made,) = tasks.submit(group_tables, grouping, layers, sums, reduced["vocabulary"])
+        of_groups = tasks.result(made)
     hashes = [merged(tasks, add, handles) for handles in of_parts]
     repeated = [tasks.submit(_repeated, part)[0] for part in hashes]
     ranked = []
     for table in tables:
-        ranked += tasks.submit(rank, layer, worst, table, sources, spread, *repeated)
-    strangest = tasks.result(merged(tasks, strangest_of, ranked, worst))
+        ranked += tasks.submit(rank, layer, asked.worst, table, sources, spread, *repeated)
+    strangest = tasks.result(merged(tasks, strangest_of, ranked, asked.worst))
     return {
         "sources": tasks.result(described),
         "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
+        **of_groups,
     }
+
+
+def _grouping(
+    shards: CommittedShards,
+    layers: Sequence[int],
+    labels: pa.Table,
+    sources: Sources,
+    asked: Asked,
+    tasks: Tasks,
+) -> Grouping | None:
+    """The groups that are ``asked`` for; None if none are."""
+    if asked.group_by is None:
+        return None
+    q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
+    limits = [np.inf if q3[layer] is None else q3[layer] for layer in layers]
+    is_column = asked.group_by in [column.name for column in shards.kept]
+    return find_groups(shards, Grouping(asked.group_by, is_column, sources), limits, tasks)
 
 
 def _places(shards: CommittedShards) -> Iterator[ShardTables]:

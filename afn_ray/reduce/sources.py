@@ -31,10 +31,14 @@ class Sources(NamedTuple):
         names = {source_of(uri, depth) for uri in uris}
         return cls(tuple(sorted(names)), depth)
 
+    def name_of(self, uri: str) -> str:
+        """The source of the file ``uri``."""
+        return source_of(uri, self.depth)
+
     def index_of(self, uris: pa.DictionaryArray) -> Ints:
         """Index of the source of each file in ``uris``."""
         index = {name: at for at, name in enumerate(self.names)}
-        names = [source_of(uri, self.depth) for uri in uris.dictionary.to_pylist()]
+        names = [self.name_of(uri) for uri in uris.dictionary.to_pylist()]
         of_uri = np.array([index[name] for name in names], np.int64)
         if not len(of_uri):
             return np.empty(0, np.int64)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from afn_ray.reduce.histogram import (
     BIN_BITS,
     BIN_MASK,
     Histogram,
+    by_index,
+    of_cells,
     to_values,
 )
 from afn_ray.reduce.sources import Sources
@@ -60,17 +61,29 @@ def describe(
     labels: pa.Table,
     sums: tuple[Histogram, ...],
     read: Mapping[str, Mapping[str, Any]],
+    num_groups: int = 1,
 ) -> tuple[Spread, pa.Table]:
-    """Spread of each source, and the ``sources`` table; ``read`` is the result of ``sums_by_source``."""
+    """Spread of each source, and the ``sources`` table.
+
+    ``sums`` are those of ``features.scan``. ``read`` is the result of ``sums_by_source``.
+    """
     num_layers, num_sources = len(layers), len(names)
-    strengths, features, documents = sums[:num_layers], sums[num_layers:-1], sums[-1]
+    num_sums = num_layers + len(FEATURES)
+    features, documents = sums[num_layers:num_sums], sums[num_sums]
+
+    def source_of(cells: Ints) -> Ints:
+        return cells // num_groups
+
+    strengths = sums[:num_layers]
+    if num_groups > 1:
+        strengths = tuple(of_cells(histogram, source_of) for histogram in strengths)
     spread = _spread(strengths[-1], features, num_sources)
     n_documents = np.zeros(num_sources, np.int64)
     n_documents[documents.keys] = documents.counts
     q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
     rows = []
     for layer, histogram in zip(layers, strengths, strict=True):
-        for at, of_source in enumerate(_by_source(histogram, num_sources)):
+        for at, of_source in enumerate(by_index(histogram, num_sources, BIN_BITS)):
             high = is_high(to_values(of_source.keys), q3[layer])
             rows.append(
                 {
@@ -100,19 +113,10 @@ def _spread(strengths: Histogram, features: Sequence[Histogram], num_sources: in
     )
 
 
-def _by_source(histogram: Histogram, num_sources: int) -> Iterator[Histogram]:
-    """The histogram of each source, from keys of a source and a bin."""
-    limits = np.arange(num_sources + 1) << BIN_BITS
-    ends = np.searchsorted(histogram.keys, limits).tolist()
-    for begin, end in pairwise(ends):
-        part = histogram.slice(begin, end)
-        yield Histogram(part.keys & BIN_MASK, part.counts)
-
-
 def _by_source_and_all(histogram: Histogram, num_sources: int) -> list[Histogram]:
     """The histogram of each source, and that of all sources together."""
     together = Histogram.of(histogram.keys & BIN_MASK, histogram.counts)
-    return [*_by_source(histogram, num_sources), together]
+    return [*by_index(histogram, num_sources, BIN_BITS), together]
 
 
 def _median_of(h: Histogram) -> float:

@@ -269,8 +269,9 @@ def _reduce(
             tables["kept"] = kept_columns.kept_table(shards, tasks)
         if config.screen:
             on_event(events.Screening())
+            asked_scan = screen.Asked(config.screen, config.group_by)
             tables |= screen.scan_run(
-                shards, measure.layers, tables, texts.readable, config.screen, tasks
+                shards, measure.layers, tables, texts.readable, asked_scan, tasks
             )
     return tables
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
+from afn_ray import kept
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
+from afn_ray.reduce.groups import check_group_by
 from afn_ray.schema import (
     FileInfo,
     FileSlice,
@@ -44,6 +46,7 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     options = config.read_options
     files, skipped = listing.list_files(config.corpus, options, config.store)
     listing.check_columns(files, options)
+    check_group_by(config.group_by, kept.parse(options.keep), [file.uri for file in files])
     shard_bytes = config.shard_bytes or listing.choose_shard_bytes(files)
     known = _remembered(config, shard_bytes)
     missing = [file for file in files if file not in known]

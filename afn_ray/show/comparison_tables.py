@@ -49,9 +49,23 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
             "all)"
         )
         _render_drift(title, "source", apart[:MOVED_SOURCES], console)
+    of_groups = found.groups.drift
+    if groups := of_groups.filter(pc.equal(of_groups["layer"], layer)).to_pylist():
+        apart = sorted(groups, key=lambda r: -1.0 if r["ks"] is None else -r["ks"])
+        title = (
+            f"Groups by {found.groups.by} at layer {layer}: new or gone, then the furthest apart "
+            f"({len(groups):,} in all)"
+        )
+        named = [{**row, "group": group_name(row["group"])} for row in apart[:MOVED_SOURCES]]
+        _render_drift(title, "group", named, console)
     console.print(
         Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True
     )
+
+
+def group_name(group: str | None) -> str:
+    """Name of a group for people."""
+    return "(no value)" if group is None else group
 
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:

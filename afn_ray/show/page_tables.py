@@ -10,6 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce import compare, losses
+from afn_ray.reduce.group_drift import GroupDrift
+from afn_ray.show.comparison_tables import group_name
 from afn_ray.show.figures import cut, number, percent
 from afn_ray.show.summary import RunSummary
 from afn_ray.store import manifest
@@ -150,6 +152,28 @@ def sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
     return Table(caption, ("source", "documents", "tokens", "HIGH"), tuple(cells))
 
 
+def groups_table(run: manifest.RunFolder, layer: int) -> Table | None:
+    """The largest groups with their own thresholds; None for a run without groups."""
+    if "groups" not in run.info["tables"]:
+        return None
+    table = manifest.read_table(run, "groups").drop_columns(["bins", "counts"])
+    rows = table.filter(pc.equal(table["layer"], layer)).sort_by([("n", "descending")])
+    some = f", the largest {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
+    cells = (
+        (
+            group_name(row["group"]),
+            f"{row['n_docs']:,}",
+            f"{row['n']:,}",
+            *(number(row[q]) for q in ("q1", "q2", "q3")),
+            percent(row["n_high"] / row["n"] if row["n"] else None),
+        )
+        for row in rows.slice(0, MAX_ROWS).to_pylist()
+    )
+    heads = ("group", "documents", "tokens", "Q1", "Q2", "Q3", "HIGH")
+    caption = f"Groups by {run.info['config']['group_by']} at layer {layer}{some}"
+    return Table(caption, heads, tuple(cells))
+
+
 def kept_table(run: manifest.RunFolder) -> Table | None:
     """The kept columns; None for a run without them."""
     if "kept" not in run.info["tables"]:
@@ -220,6 +244,7 @@ def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
         "layers": _layers_table(of_layers),
         "sources": _drift_of_sources(of_sources, layer),
         "num_sources": len(of_sources),
+        "groups": _drift_of_groups(comparison.groups, layer),
         "classes": _classes_table(comparison.classes, layer),
         "num_both": len(of_status["both"]),
         "num_moved": len(compare.moved(movers)),
@@ -264,15 +289,30 @@ def _layers_table(drift: Sequence[Mapping[str, Any]]) -> Table:
     return Table("Strengths, all tokens", ("layer", *DRIFT_HEADS), rows)
 
 
-def _drift_of_sources(drift: Sequence[Mapping[str, Any]], layer: int) -> Table:
-    """The sources whose strengths changed most; new and vanished ones, which have no KS, first."""
+def _furthest(drift: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows whose strengths changed most; new and vanished ones, which have no KS, first."""
 
     def order(row: Mapping[str, Any]) -> tuple[bool, float, int]:
         distance = row["ks"]
         num_tokens = row["n_a"] + row["n_b"]
         return distance is not None, -(distance or 0.0), -num_tokens
 
-    furthest = sorted(drift, key=order)[:MAX_ROWS]
+    return sorted(drift, key=order)[:MAX_ROWS]
+
+
+def _drift_of_groups(found: GroupDrift, layer: int) -> Table | None:
+    """The groups whose strengths changed most; None without groups in both runs."""
+    if found.by is None:
+        return None
+    here = found.drift.filter(pc.equal(found.drift["layer"], layer)).to_pylist()
+    rows = tuple((group_name(row["group"]), *_drift_cells(row)) for row in _furthest(here))
+    caption = f"Groups by {found.by} at layer {layer}, the furthest by KS first"
+    return Table(caption, ("group", *DRIFT_HEADS), rows)
+
+
+def _drift_of_sources(drift: Sequence[Mapping[str, Any]], layer: int) -> Table:
+    """The sources whose strengths changed most."""
+    furthest = _furthest(drift)
     rows = tuple((row["source"], *_drift_cells(row)) for row in furthest)
     caption = f"Sources at layer {layer}, the furthest by KS first"
     return Table(caption, ("source", *DRIFT_HEADS), rows)

@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
-from afn_ray.analysis.audit import Audit
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
@@ -30,6 +29,7 @@ from afn_ray.show.page_tables import (
     drift_tables,
     files_table,
     glance,
+    groups_table,
     kept_table,
     sources_table,
     thresholds_table,
@@ -38,7 +38,6 @@ from afn_ray.show.salient import salient_words
 from afn_ray.show.screened import screened_documents
 from afn_ray.show.summary import RunSummary, summarise
 from afn_ray.show.vega import Chart, VegaSpec
-from afn_ray.show.verdict_facts import verdict_facts
 from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
@@ -84,17 +83,15 @@ def render(
     comparison: compare.Comparison | None = None,
     *,
     with_claims: bool = True,
-    audit: Audit | None = None,
 ) -> str:
     """The page of a complete ``run``, and of ``comparison``, in which it is ``b``.
 
-    It begins with the verdict of ``audit``, if there is one. Reads the tokens once, and more often
-    ``with_claims``. Raises ``StoreError`` for a damaged run.
+    Reads the tokens once, and more often ``with_claims``. Raises ``StoreError`` for a damaged run.
     """
     jinja2, vl_convert = check_packages()
     try:
         with checksums.named_damage(run.uri):
-            return _render(jinja2, vl_convert, run, comparison, audit, with_claims)
+            return _render(jinja2, vl_convert, run, comparison, with_claims)
     except jinja2.UndefinedError as error:  # the template reads run.json too
         raise StoreError(f"{run.uri} is damaged: {error}{checksums.ASK_VERIFY}") from error
 
@@ -104,7 +101,6 @@ def _render(
     vl_convert: Any,
     run: manifest.RunFolder,
     comparison: compare.Comparison | None,
-    audit: Audit | None,
     with_claims: bool,
 ) -> str:
     info, summary = run.info, summarise(run)
@@ -151,7 +147,6 @@ def _render(
         model=run_facts.model_title(info["model"]["name"]),
         summary=summary,
         main=main,
-        verdict=None if audit is None else verdict_facts(audit),
         glance=glance(summary, comparison),
         facts=run_facts.facts(summary),
         cautions=run_facts.cautions(summary),
@@ -166,6 +161,7 @@ def _render(
         sources=sources_table(run, main.layer),
         files=files_table(run),
         kept=kept_table(run),
+        groups=groups_table(run, main.layer),
         comparison=comparison,
         drift=None if comparison is None else drift_tables(comparison, main.layer),
         command=command_line(info["config"]),

@@ -126,8 +126,7 @@ def request_id(
 ) -> str:
     """Last part of a run's name: a fingerprint of the request.
 
-    A run of a named series is another request than the same run of another series. ``frozen`` is
-    None for a plan that was written before frozen thresholds existed.
+    ``frozen`` is None for a plan that was written before frozen thresholds existed.
     """
     ask: dict[str, Any] = {
         "measure": measure_id,
@@ -137,8 +136,8 @@ def request_id(
     }
     if frozen is not None:
         ask |= {"screen": config.screen, "frozen": list(frozen)}
-    if config.series is not None:
-        ask["series"] = config.series
+    if config.group_by is not None:
+        ask["group_by"] = config.group_by
     return fingerprint(ask)[:12]
 
 

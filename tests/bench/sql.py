@@ -248,7 +248,9 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     seconds, peak = time.monotonic() - began, own_memory_bytes("VmHWM")
     began = time.monotonic()
     tables["files"] = losses.files_table(committed, shards, ())
-    tables |= screen.scan_run(committed, (LAYER,), tables, texts.readable, config.screen)
+    tables |= screen.scan_run(
+        committed, (LAYER,), tables, texts.readable, screen.Asked(config.screen)
+    )
     screening_s = time.monotonic() - began
     tokens = sum(c.counts["tokens"] for c in ordered)
     info = {

@@ -1,0 +1,118 @@
+"""Compare the groups of two runs: their strengths, classes and types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.kept import NAME
+from afn_ray.reduce.drift import (
+    SourceStrengths,
+    class_rows,
+    drift_row,
+    histograms_by_source,
+    movers_table,
+    table_by_layer,
+)
+from afn_ray.reduce.group_tables import classes_of
+from afn_ray.reduce.histogram import Histogram
+from afn_ray.schema import (
+    GROUP_CLASS_DRIFT_SCHEMA,
+    GROUP_DRIFT_SCHEMA,
+    GROUP_MOVERS_SCHEMA,
+)
+from afn_ray.store.manifest import RunFolder
+
+MOST_MOVERS = 50
+"""Largest number of types in both runs, new and vanished types each, of a group at a layer."""
+
+
+class GroupDrift(NamedTuple):
+    """The differences between the groups of two runs; empty unless both have the same groups."""
+
+    by: str | None  # how both are grouped
+    drift: pa.Table  # ``GROUP_DRIFT_SCHEMA``
+    classes: pa.Table  # ``GROUP_CLASS_DRIFT_SCHEMA``
+    movers: pa.Table  # ``GROUP_MOVERS_SCHEMA``
+
+
+NO_GROUPS = GroupDrift(
+    None,
+    GROUP_DRIFT_SCHEMA.empty_table(),
+    GROUP_CLASS_DRIFT_SCHEMA.empty_table(),
+    GROUP_MOVERS_SCHEMA.empty_table(),
+)
+"""Differences of two runs without the same groups."""
+
+
+class _Side(NamedTuple):
+    """Tables of the groups of one run, by layer."""
+
+    groups: dict[int, pa.Table]
+    group_types: dict[int, pa.Table]
+    vocabulary: dict[int, pa.Table]
+
+    @classmethod
+    def of(cls, run: RunFolder) -> _Side:
+        return cls(*(table_by_layer(run, name) for name in cls._fields))
+
+    def types(self, layer: int, group: str | None) -> pa.Table:
+        """The types of ``group`` as ``movers_table`` takes them; their medians are not known."""
+        table = self.group_types[layer]
+        names = table["group"].cast(pa.string())
+        is_here = pc.is_null(names) if group is None else pc.equal(names, group)
+        types = classes_of(table.filter(is_here), self.vocabulary[layer])
+        return types.append_column("q2", pa.array(np.zeros(len(types), np.float32)))
+
+
+def group_drift(
+    a: RunFolder, b: RunFolder, layers: list[int], *, by_id: bool, ranks_only: bool
+) -> GroupDrift:
+    """Compare the groups of ``b`` with those of ``a``, matched by name.
+
+    ``by_id`` and ``ranks_only`` are as in ``movers_table``.
+    """
+    by = grouped_by(a)
+    if by is None or by != grouped_by(b):
+        return NO_GROUPS
+    drift: list[dict[str, Any]] = []
+    classes: list[dict[str, Any]] = []
+    movers = [GROUP_MOVERS_SCHEMA.empty_table()]
+    nothing = SourceStrengths(Histogram.empty(), 0)
+    sides = _Side.of(a), _Side.of(b)
+    for layer in layers:
+        in_a, in_b = (histograms_by_source(side.groups[layer], "group") for side in sides)
+        for group in sorted({*in_a, *in_b}, key=lambda name: (name is None, name or "")):
+            of_two = in_a.get(group, nothing), in_b.get(group, nothing)
+            row = drift_row(layer, group, *of_two, ranks_only=ranks_only)
+            drift.append({"group": row.pop("source"), **row})
+            types = [side.types(layer, group) for side in sides]
+            classes += ({"group": group, **row} for row in class_rows(layer, *types))
+            moved = movers_table(layer, types[0], types[1], by_id=by_id, ranks_only=True)
+            movers += _first_of(moved, group)
+    return GroupDrift(
+        by,
+        pa.Table.from_pylist(drift, GROUP_DRIFT_SCHEMA),
+        pa.Table.from_pylist(classes, GROUP_CLASS_DRIFT_SCHEMA),
+        pa.concat_tables(movers),
+    )
+
+
+def _first_of(movers: pa.Table, group: str | None) -> Iterator[pa.Table]:
+    """The first ``MOST_MOVERS`` of each status in ``movers``, as rows of ``GROUP_MOVERS_SCHEMA``."""
+    for status in ("both", "new", "vanished"):
+        first = movers.filter(pc.equal(movers["status"], status)).slice(0, MOST_MOVERS)
+        names = pa.array([group] * len(first), pa.string())
+        yield first.append_column("group", names).select(GROUP_MOVERS_SCHEMA.names)
+
+
+def grouped_by(run: RunFolder) -> str | None:
+    """How the documents of ``run`` are grouped; None: they are not."""
+    by = run.info["config"].get("group_by")
+    # run.json may have been edited, and titles have this name.
+    is_name = isinstance(by, str) and NAME.fullmatch(by) is not None
+    return by if is_name and "groups" in run.info["tables"] else None

@@ -1,0 +1,215 @@
+"""Groups of a run's documents: by a kept column, by source, or by a partition key of the path.
+
+The scan of ``reduce.screen`` counts cells, the documents of one source and one group. Sums of cells
+give both the sources and the groups, so groups cost no sort of the tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+from urllib.parse import unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.errors import ConfigError
+from afn_ray.kept import Kept
+from afn_ray.reduce.histogram import COMPACT_KEYS, TYPE_BITS, Histogram
+from afn_ray.reduce.shards import CommittedFile, CommittedShards
+from afn_ray.reduce.sources import Sources
+from afn_ray.reduce.stats import Ints, is_high
+from afn_ray.reduce.tasks import Tasks, batches, merged
+from afn_ray.store import parquet
+
+MAX_GROUPS = 100
+"""Largest number of groups; the documents of all smaller ones are the group ``OTHERS``."""
+OTHERS = "(other groups)"
+"""Name of the group of all documents whose own group is not among the ``MAX_GROUPS`` largest."""
+MOST_VALUES = 1_000_000
+"""Largest number of values of the column that makes the groups."""
+BY_SOURCE = "source"
+"""Name of the grouping by source."""
+HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
+"""Value of a partition key that stands for none."""
+
+
+class Grouping(NamedTuple):
+    """How the documents of a run are grouped."""
+
+    by: str  # ``BY_SOURCE``, a kept column or a partition key
+    is_column: bool  # ``by`` is a kept column
+    sources: Sources
+    names: tuple[str | None, ...] = ()  # by index; None: documents without a value
+    q3: tuple[float, ...] = ()  # of the thresholds that label, by layer
+
+    def index_of(self, documents: pa.Table) -> Ints:
+        """Index of the group of each of ``documents``, with ``source`` and the kept column."""
+        index = {name: at for at, name in enumerate(self.names)}
+        others = index.get(OTHERS, 0)
+        values = self.values(documents)
+        of_value = [index.get(value, others) for value in values.dictionary.to_pylist()]
+        found = np.array([*of_value, index.get(None, others)], np.int64)
+        at = pc.fill_null(values.indices, len(of_value)).to_numpy(zero_copy_only=False)
+        return np.asarray(found[at])
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of ``documents`` that the groups need."""
+        return ["source", self.by] if self.is_column else ["source"]
+
+    def values(self, documents: pa.Table) -> pa.DictionaryArray:
+        """The group of each of ``documents`` before small ones are joined; null without a value."""
+        if self.is_column:
+            texts = documents[self.by].cast(pa.string()).combine_chunks()
+            return texts.dictionary_encode()
+        uris = documents["source"].combine_chunks()
+        names = [self.of_uri(uri) for uri in uris.dictionary.to_pylist()]
+        of_uri = pa.array(names, pa.string()).dictionary_encode()
+        return pa.DictionaryArray.from_arrays(of_uri.indices.take(uris.indices), of_uri.dictionary)
+
+    def of_uri(self, uri: str) -> str | None:
+        """The group of the documents of the file ``uri``."""
+        return self.sources.name_of(uri) if self.by == BY_SOURCE else partition_of(uri, self.by)
+
+
+def partition_of(uri: str, key: str) -> str | None:
+    """Value of the partition ``key`` in the folders of ``uri``, as in ``lang=de``; None without."""
+    found = re.findall(rf"(?<=/){re.escape(key)}=([^/]*)(?=/)", uri)
+    return None if not found or found[-1] == HIVE_NULL else unquote(found[-1])
+
+
+def check_group_by(group_by: str | None, kept: Kept, uris: Sequence[str]) -> None:
+    """Raise ``ConfigError`` if ``group_by`` is no way to group documents of the files ``uris``."""
+    if group_by is None or group_by in (BY_SOURCE, *(column.name for column in kept)):
+        return
+    if not any(partition_of(uri, group_by) is not None for uri in uris):
+        raise ConfigError(
+            f"group_by is {group_by!r}; expected source, one of keep_columns "
+            f"({', '.join(column.name for column in kept) or 'none'}), or a key of the path as in "
+            f"/{group_by}=VALUE/, which no file of the corpus has"
+        )
+
+
+def find_groups(
+    shards: CommittedShards, grouping: Grouping, q3: Sequence[float], tasks: Tasks
+) -> Grouping:
+    """``grouping`` with the names of its groups, and the ``q3`` of each layer.
+
+    The largest groups by tokens have names of their own; of equally large ones, the first by name.
+    Raises ``ConfigError`` for more than ``MOST_VALUES`` values.
+    """
+    files = list(shards.files("documents"))
+    handles = [tasks.submit(_count_tokens, some, grouping)[0] for some in batches(files)]
+    counts: Counter[str | None] = tasks.result(merged(tasks, _add_counts, handles))
+    named = [name for name in counts if name is not None]
+    if len(named) > MOST_VALUES:
+        raise ConfigError(
+            f"group_by is {grouping.by!r}, which has over {MOST_VALUES:,} values; group by another "
+            "column: 'afn run' computes the tables anew, and measures nothing again"
+        )
+    largest = sorted(named, key=lambda name: (-counts[name], name))[:MAX_GROUPS]
+    names: list[str | None] = [*sorted({*largest} - {OTHERS})]
+    if len(names) < len(named):
+        names.append(OTHERS)
+    if None in counts:
+        names.append(None)
+    return grouping._replace(names=tuple(names), q3=tuple(q3))
+
+
+def _count_tokens(files: Sequence[CommittedFile], grouping: Grouping) -> list[Counter[str | None]]:
+    """Number of tokens of each group in ``files``."""
+    counts: Counter[str | None] = Counter()
+    for file in files:
+        columns = [*grouping.columns, "n_tokens"]
+        documents = parquet.read(file.read(), columns, use_threads=False)
+        sums = pa.table({"group": grouping.values(documents), "n": documents["n_tokens"]})
+        sums = sums.group_by("group").aggregate([("n", "sum")])
+        names = sums["group"].cast(pa.string()).to_pylist()
+        for name, n in zip(names, sums["n_sum"].to_pylist(), strict=True):
+            counts[name] += n
+    return [counts]
+
+
+def _add_counts(*parts: Counter[str | None]) -> list[Counter[str | None]]:
+    """The sum of ``parts``; of far too many values, only so many that they are still too many."""
+    total: Counter[str | None] = Counter()
+    for part in parts:
+        for name, n in part.items():
+            total[name] += n  # a Counter's own sum drops groups without tokens
+        if len(total) > 2 * MOST_VALUES:
+            return [total]
+    return [total]
+
+
+# --- sums
+
+
+class Cells(NamedTuple):
+    """Cell and group of each document of a shard, both [n_docs]."""
+
+    cell: Ints  # index of its source times the number of groups, plus that of its group
+    group: Ints
+    q3: Sequence[float]  # of the thresholds that label, by layer; empty: there are no groups
+
+    @classmethod
+    def of(cls, source: Ints, documents: pa.Table, grouping: Grouping | None) -> Cells:
+        """Cells of ``documents``, whose sources have the indices ``source``."""
+        if grouping is None:
+            return cls(source, np.zeros_like(source), ())
+        group = grouping.index_of(documents)
+        return cls(source * len(grouping.names) + group, group, grouping.q3)
+
+
+DENSE_COUNTS = 1 << 24
+"""Number of counters up to which types are counted in one array for each shard, 128 MB."""
+
+
+class TypeCounter:
+    """How often each type occurs in each group of a shard, and how often it is HIGH at each layer.
+
+    The counters are one array. Where that would be too large, histograms are added instead.
+    """
+
+    def __init__(self, cells: Cells, num_types: int) -> None:
+        """Begin for a shard with ``cells``, whose token ids are below ``num_types``."""
+        self._present, self._local = np.unique(cells.group, return_inverse=True)
+        self._q3, self._num_types = cells.q3, num_types
+        self._sums = [[Histogram.empty()] for _ in range(1 + len(cells.q3))]
+        size = len(self._present) * num_types
+        self._counts: Ints | None = None
+        if len(self._sums) * size <= DENSE_COUNTS:
+            self._counts = np.zeros((len(self._sums), size), np.int64)
+
+    def add(
+        self,
+        docs: Ints,
+        types: npt.NDArray[np.int32],
+        strengths: Sequence[npt.NDArray[np.float32]],
+    ) -> None:
+        """Count normal tokens: their documents in the shard, types, and strengths at each layer."""
+        keys = self._local[docs] * self._num_types + types
+        high = (keys[is_high(s, limit)] for s, limit in zip(strengths, self._q3, strict=True))
+        for at, some in enumerate((keys, *high)):
+            if self._counts is not None:
+                np.add.at(self._counts[at], some, 1)
+                continue
+            self._sums[at].append(Histogram.of(some))
+            if sum(len(part.keys) for part in self._sums[at][1:]) > COMPACT_KEYS:
+                self._sums[at] = [Histogram.merge(self._sums[at])]
+
+    def sums(self) -> tuple[Histogram, ...]:
+        """Counts of all tokens, then of the HIGH ones at each layer; keys are group and type."""
+        found = []
+        for at, parts in enumerate(self._sums):
+            sums = Histogram.merge(parts)
+            if self._counts is not None:
+                there = np.flatnonzero(self._counts[at])
+                sums = Histogram(there, self._counts[at][there])
+            local, types = np.divmod(sums.keys, self._num_types)
+            found.append(Histogram((self._present[local] << TYPE_BITS) | types, sums.counts))
+        return tuple(found)

@@ -1,0 +1,315 @@
+"""Groups against pandas, numpy and scipy over the recorded rows: thresholds, classes and drift."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import scipy.stats
+
+import afn_ray
+from afn_ray.analysis import verify
+from afn_ray.config import RunConfig
+from afn_ray.errors import ConfigError
+from afn_ray.reduce import compare, groups, screen
+from afn_ray.reduce.groups import OTHERS, partition_of
+from afn_ray.store import manifest
+from conftest import config_of, write_jsonl
+
+LANGUAGES = [f"g{i:02}" for i in range(30)]
+DRIFTED = "g07"
+LAYERS = (1, 2)
+
+
+def rows_of(verses: list[str], drifted: bool) -> list[dict[str, Any]]:
+    """Ten verses of each group, and three documents of none; one group shouts where it drifted."""
+    rows: list[dict[str, Any]] = []
+    for at, text in enumerate(verses[:300]):
+        lang = LANGUAGES[at % 30]
+        is_other = drifted and lang == DRIFTED
+        rows.append({"text": "0 0 7 1 9 " * 12 if is_other else text, "lang": lang})
+    return [
+        *rows,
+        {"text": verses[400]},
+        {"text": verses[401], "lang": None},
+        {"text": "", "lang": "g00"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def nights(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> tuple[RunConfig, str, str]:
+    """The config of two runs of 30 groups, one of which drifts, and both runs."""
+    folder = tmp_path_factory.mktemp("groups")
+    (folder / "dt=2026-11-01").mkdir()
+    uris = []
+    for drifted in (False, True):
+        rows = rows_of(verses, drifted)
+        for part in range(3):
+            write_jsonl(folder / "dt=2026-11-01" / f"{part}.jsonl", rows[part::3])
+        config = config_of(
+            tiny_bert,
+            folder / "dt=2026-11-01",
+            folder / "store",
+            layers="1,2",
+            shard_bytes=4096,
+            keep_columns="lang",
+            group_by="lang",
+        )
+        with afn_ray.run(config) as run:
+            uris.append(run.uri)
+    return config, uris[0], uris[1]
+
+
+def tokens_of(uri: str) -> pd.DataFrame:
+    """The recorded normal tokens with the group of their document and the class of their type."""
+    with afn_ray.open_run(uri) as run:
+        return run.sql(
+            'SELECT t.doc, t.token_id, t.strength_1, t.strength_2, t.high_1, t.high_2, d.lang AS "group", '
+            "c.class FROM tokens t JOIN documents d USING (doc) JOIN (SELECT token_id, class FROM vocabulary "
+            "WHERE layer = 1 AND class <> 'special') c USING (token_id) WHERE NOT is_special"
+        ).df()
+
+
+def table(uri: str, query: str, baseline: str | None = None) -> list[dict[str, Any]]:
+    with afn_ray.open_run(uri, baseline=baseline) as run:
+        rows: list[dict[str, Any]] = run.sql(query).to_arrow_table().to_pylist()
+    return rows
+
+
+def by_group(frame: pd.DataFrame) -> dict[str | None, pd.DataFrame]:
+    found = frame.groupby("group", dropna=False)
+    return {None if pd.isna(name) else name: part for name, part in found}
+
+
+def test_thresholds_of_each_group_are_those_of_its_recorded_rows(
+    nights: tuple[RunConfig, str, str],
+) -> None:
+    frames = by_group(tokens_of(nights[2]))
+    rows = table(nights[2], "FROM groups ORDER BY layer")
+    assert len(rows) == 31 * len(LAYERS)
+    for row in rows:
+        frame, k = frames[row["group"]], row["layer"]
+        strengths = frame[f"strength_{k}"].to_numpy()
+        quartiles = np.quantile(strengths, [0.25, 0.5, 0.75], method="inverted_cdf")
+        assert [row["q1"], row["q2"], row["q3"]] == quartiles.tolist()
+        assert (row["n"], row["n_high"]) == (len(frame), int(frame[f"high_{k}"].sum()))
+        assert row["n_docs"] == frame["doc"].nunique()
+        assert row["n_documents"] == row["n_docs"] + (row["group"] == "g00")  # the empty one
+
+
+def test_groups_add_up_to_the_run_whose_thresholds_stay_beside_them(
+    nights: tuple[RunConfig, str, str],
+) -> None:
+    (found,) = table(
+        nights[1],
+        "SELECT sum(n)::BIGINT AS n, sum(n_high)::BIGINT AS n_high, sum(n_documents)::BIGINT AS docs "
+        "FROM groups WHERE layer = 2",
+    )
+    (whole,) = table(nights[1], "FROM labels WHERE layer = 2 AND population = 'tokens'")
+    (documents,) = table(nights[1], "SELECT count(*) AS n FROM documents")
+    assert found == {"n": whole["n"], "n_high": whole["n_high"], "docs": documents["n"]}
+
+
+def test_classes_of_each_group_are_those_of_its_tokens(nights: tuple[RunConfig, str, str]) -> None:
+    frames = by_group(tokens_of(nights[2]))
+    rows = table(nights[2], "FROM group_classes")
+    for group, frame in frames.items():
+        for k in LAYERS:
+            here = [r for r in rows if (r["group"], r["layer"]) == (group, k)]
+            expected = frame.groupby("class")[f"high_{k}"].agg(["size", "sum", "mean"])
+            assert {r["class"]: (r["n"], r["n_high"]) for r in here} == {
+                name: (row["size"], row["sum"]) for name, row in expected.iterrows()
+            }
+            for row in here:
+                assert row["share"] == pytest.approx(row["n"] / len(frame))
+                assert row["share_high_low"] <= row["share_high"] <= row["share_high_high"]
+
+
+def psi_of(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """The index by pandas: bins that end at the deciles of ``a``."""
+    ends = np.unique(np.quantile(a, np.arange(1, 10) / 10, method="inverted_cdf"))
+    edges = [-np.inf, *ends, np.inf]
+    shares = []
+    for values in (a, b):
+        counts = pd.cut(pd.Series(values), edges).value_counts(sort=False).to_numpy()
+        shares.append((counts, len(values)))
+    used = (shares[0][0] > 0) | (shares[1][0] > 0)
+    p, q = (np.maximum(counts[used], 0.5) / n for counts, n in shares)
+    return float(((q - p) * np.log(q / p)).sum())
+
+
+def test_one_group_of_thirty_drifts_and_is_found_while_the_corpus_holds(
+    nights: tuple[RunConfig, str, str],
+) -> None:
+    _, before, now = nights
+    frames = by_group(tokens_of(before)), by_group(tokens_of(now))
+    rows = table(now, "FROM group_drift", before)
+    assert len(rows) == 31 * len(LAYERS)
+    for row in rows:
+        k = row["layer"]
+        a, b = (frame[row["group"]][f"strength_{k}"].to_numpy() for frame in frames)
+        assert row["ks"] == pytest.approx(scipy.stats.ks_2samp(a, b).statistic)
+        assert row["psi"] == pytest.approx(psi_of(a, b))
+        assert (row["n_a"], row["n_b"]) == (len(a), len(b))
+    moved = {row["group"] for row in rows if row["psi"] > 0}
+    assert moved == {DRIFTED}
+    assert min(row["psi"] for row in rows if row["group"] == DRIFTED) > 0.25
+    whole = table(now, "SELECT psi FROM drift WHERE source IS NULL", before)
+    assert all(0 < row["psi"] < 0.1 for row in whole)
+
+
+def test_movers_of_a_group_are_its_types(nights: tuple[RunConfig, str, str]) -> None:
+    _, before, now = nights
+    frames = [by_group(tokens_of(uri))[DRIFTED] for uri in (before, now)]
+    counts = [Counter(frame["token_id"].tolist()) for frame in frames]
+    rows = table(now, f"FROM group_movers WHERE \"group\" = '{DRIFTED}' AND layer = 2", before)
+    assert {row["status"] for row in rows} == {"new", "vanished", "both"} or len(rows) > 50
+    for row in rows:
+        in_a, in_b = (of_night[row["token_id"]] for of_night in counts)
+        assert (row["n_a"], row["n_b"]) == (in_a, in_b)
+        status = "both" if in_a and in_b else "new" if in_b else "vanished"
+        assert row["status"] == status
+        if in_b:
+            high = frames[1].loc[frames[1]["token_id"] == row["token_id"], "high_2"]
+            assert row["share_high_b"] == pytest.approx(high.mean())
+    assert all(row["median_a"] is None for row in rows)
+
+
+def test_the_comparison_says_how_it_is_grouped_and_bounds_the_movers(
+    nights: tuple[RunConfig, str, str],
+) -> None:
+    found = compare.compare(nights[1], nights[2])
+    assert found.groups.by == "lang"
+    body = compare.to_json(found)
+    assert body["group_by"] == "lang" and len(body["groups"]) == 31 * len(LAYERS)
+    sizes = found.groups.movers.group_by(["layer", "group", "status"]).aggregate([("n_a", "count")])
+    assert max(sizes["n_a_count"].to_pylist()) <= 50
+
+
+def test_small_groups_beyond_the_limit_are_one_group_of_a_name_that_says_so(
+    nights: tuple[RunConfig, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, _, _ = nights
+    monkeypatch.setattr(groups, "MAX_GROUPS", 5)
+    all_rows = table(nights[2], "FROM groups WHERE layer = 2")
+    with afn_ray.run(replace(config, screen=7)) as run:
+        assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"]
+        rows = run.sql("FROM groups WHERE layer = 2").to_arrow_table().to_pylist()
+        sizes = run.sql(
+            "SELECT lang, sum(n_tokens) FROM documents WHERE lang IS NOT NULL GROUP BY ALL ORDER BY 2 DESC, 1"
+        ).fetchall()
+    largest = sorted(name for name, _ in sizes[:5])
+    assert [row["group"] for row in rows] == [*largest, OTHERS, None]
+    n = {row["group"]: row["n"] for row in all_rows}
+    found = {row["group"]: row["n"] for row in rows}
+    assert found == {
+        **{name: n[name] for name in largest},
+        OTHERS: sum(of for name, of in n.items() if name not in largest and name is not None),
+        None: n[None],
+    }
+
+
+def test_verify_proves_groups_however_the_scan_is_cut(
+    nights: tuple[RunConfig, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
+    monkeypatch.setattr(screen, "READ_BYTES", 1)
+    for uri in nights[1:]:
+        found = verify.verify_store(uri)
+        assert not found.findings and not found.unproved and found.num_runs == 1
+
+
+def test_groups_by_source_are_the_sources(nights: tuple[RunConfig, str, str]) -> None:
+    config, _, now = nights
+    with afn_ray.run(replace(config, group_by="source")) as run:
+        assert run.uri != now
+        assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"]
+        ask = 'SELECT layer, {} AS "name", n_documents, n_docs, n, n_high FROM {} ORDER BY ALL'
+        of_groups = run.sql(ask.format('"group"', "groups")).fetchall()
+        assert len(of_groups) == 3 * len(LAYERS)
+        assert of_groups == run.sql(ask.format("source", "sources")).fetchall()
+        with afn_ray.open_run(run.uri, baseline=now) as both:
+            assert not both.sql("FROM group_drift").fetchall()
+        notes = compare.compare(now, run.uri).notes
+    assert "Groups were not compared: A is grouped by lang, B by source." in notes
+
+
+@pytest.mark.parametrize(
+    ("uri", "value"),
+    [
+        ("s3://b/dt=1/lang=de/a.jsonl", "de"), ("/c/lang=pt%2FBR/x.txt", "pt/BR"), ("/c/lang=/x.txt", ""),
+        ("/lang=de/lang=en/x.txt", "en"), ("/c/language=de/x.txt", None), ("/c/lang=de.txt", None),
+        ("/c/lang=__HIVE_DEFAULT_PARTITION__/x.txt", None),
+    ],
+)  # fmt: skip
+def test_a_partition_key_is_read_off_the_folders(uri: str, value: str | None) -> None:
+    assert partition_of(uri, "lang") == value
+
+
+def test_groups_by_a_partition_key_of_the_path(
+    tmp_path: Path, tiny_bert: Path, verses: list[str]
+) -> None:
+    for lang, some in (("de", verses[:20]), ("en", verses[20:50])):
+        folder = tmp_path / "corpus" / "dt=2026-11-01" / f"lang={lang}"
+        folder.mkdir(parents=True)
+        write_jsonl(folder / "a.jsonl", [{"text": text} for text in some])
+    write_jsonl(tmp_path / "corpus" / "rest.jsonl", [{"text": verses[60]}])
+    config = config_of(
+        tiny_bert, tmp_path / "corpus", tmp_path / "store", layers="1", group_by="lang"
+    )
+    with afn_ray.run(config) as run:
+        found = run.sql('SELECT "group", n_docs FROM groups').fetchall()
+    assert found == [("de", 20), ("en", 30), (None, 1)]
+    with pytest.raises(ConfigError, match=r"group_by is 'land'.*no file of the corpus has"):
+        afn_ray.run(replace(config, group_by="land"))
+    with pytest.raises(ConfigError, match="screen is 0"):
+        replace(config, screen=0)
+    for name in ("", "a b", "[red]x", "1st"):
+        with pytest.raises(ConfigError, match=r"group_by is .*; expected source"):
+            replace(config, group_by=name)
+
+
+def test_a_run_that_is_not_grouped_has_empty_views(nights: tuple[RunConfig, str, str]) -> None:
+    config, _, now = nights
+    with afn_ray.run(replace(config, group_by=None)) as run:
+        assert "groups" not in manifest.find_run(run.uri).info["tables"]
+        for view in ("groups", "group_classes", "group_drift", "group_movers"):
+            assert run.sql(f"FROM {view}").fetchall() == []
+        same = run.sql("FROM sources ORDER BY ALL").fetchall()
+    assert same == [tuple(row.values()) for row in table(now, "FROM sources ORDER BY ALL")]
+
+
+def test_the_page_has_the_groups_and_those_that_drifted(
+    nights: tuple[RunConfig, str, str], tmp_path: Path
+) -> None:
+    page = afn_ray.write_report(
+        nights[2], tmp_path / "r.html", baseline=nights[1], with_claims=False
+    ).read_text()
+    assert "Groups by lang at layer 2, the largest 20 of 31" in page
+    begin = page.index("Groups by lang at layer 2, the furthest by KS first")
+    assert page.index(DRIFTED, begin) < page.index("g00", begin)
+
+
+def test_a_value_of_each_type_is_its_text() -> None:
+    from afn_ray.reduce.groups import Grouping
+    from afn_ray.reduce.sources import Sources
+
+    for values, texts in (
+        (pa.array([True, None]), ["true", None]),
+        (pa.array([5, None]), ["5", None]),
+        (pa.array([0, None], pa.date32()), ["1970-01-01", None]),
+        (pa.array(["a", None]).dictionary_encode(), ["a", None]),
+    ):
+        documents = pa.table({"c": values})
+        grouping = Grouping("c", True, Sources((), None))
+        assert grouping.values(documents).to_pylist() == texts
+        named = grouping._replace(names=(texts[0], None))
+        assert named.index_of(documents).tolist() == [0, 1]
