@@ -15,8 +15,10 @@ import torch
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, memory
 from afn_ray.model.device import check_device, describe_gpu, pin_rounding
-from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles, load_weights
-from afn_ray.model.linear import Cast, Product
+from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles
+from afn_ray.model.lend import Lender, move_rest, move_weights
+from afn_ray.model.linear import Cast, Product, count_weights, experts_in, make_fast
+from afn_ray.model.load import list_of, load_blocks, quiet
 from afn_ray.model.signals import Attention, Signal, Site, Strength, measured, numbered
 from afn_ray.schema import Series
 
@@ -29,6 +31,11 @@ ToTokens = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
 """Function from an array of a batch's form, [n, rows of the batch ...], to [n, n_tokens]."""
 
 STRENGTH = Strength()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Name of ``dtype`` as users give it, for example "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Place(NamedTuple):
@@ -139,32 +146,67 @@ class Model:
             k: torch.tensor(dims, device=self.device)
             for k, dims in zip(layers, outliers, strict=False)
         }
-        with memory.needed(self.name, torch.device("cpu"), lambda: files.weights_bytes):
-            self.module: Any = load_weights(files)
-        if self.device.type == "cuda":
-            # The text model of a larger one has its own flag. A cache makes its attention float32.
-            config: Any = self.module.config
-            config.get_text_config().use_cache = False
-        self.blocks = find_blocks(self.module, files)
-        for block in self.blocks:
-            block.register_forward_pre_hook(self._before_block, with_kwargs=True)
-            block.register_forward_hook(self._after_block)
-        padding = getattr(self.module.config, "pad_token_id", None) or 0
-        self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
-        # Set by ``prove.prepare``, as are the next eight.
+        # Set by ``prove.prepare``, as are the next ten.
         self.causal = False
         self.packed = False  # whether a batch is one packed sequence without padding
         self.why_padded: str | None = None
         self.flash = True  # whether attention may use flash attention, where the device has it
         self.attention = ""  # how it attends, from the names in ``attention``; "+" joins several
-        self.why_slow = ""  # why it attends more slowly than the device could; empty if it does not
+        self.why_slow = ""  # why it is slower than the device could be; empty if it is not
         self.cast: Cast | None = None  # that the fast products share
         # How it adds and normalises, from the names in ``fused``, and why not fused. Empty on a CPU.
         self.norm = self.why_eager = ""
+        self.experts = self.dtype  # dtype of the experts' products in a mixture
         self.kernels: set[str] = set()  # of attention that packed batches have used
         self.windowed = False  # whether attention has received a sliding window
         self.places: dict[torch.nn.Module, Place] = {}
         self._pass = Pass()
+        self.load()
+        padding = getattr(self.module.config, "pad_token_id", None) or 0
+        self._first_position = padding + 1 if files.model_type in POSITIONS_AFTER_PADDING else 0
+
+    def load(self) -> None:
+        """Load the blocks up to the last chosen layer, and one more, as the files have them.
+
+        The output of the last block may reach the plain model's ``hidden_states`` only after a
+        final norm, so the self-check needs one more. Until ``build``, a block has float32 weights
+        on the device only while it runs.
+        """
+        with memory.needed(self.name, torch.device("cpu"), lambda: self.files.weights_bytes):
+            loaded = load_blocks(self.files, self._num_used + 1)
+        self.module, self.blocks, self.depth, self._stored = loaded
+        if self.device.type == "cuda":
+            # The text model of a larger one has its own flag. A cache makes its attention float32.
+            self.module.config.get_text_config().use_cache = False
+        for block in self.blocks:
+            block.register_forward_pre_hook(self._before_block, with_kwargs=True)
+            block.register_forward_hook(self._after_block)
+        self._lender = Lender(self.blocks, self.device, self._stored)
+        self._sizes = count_weights(self.module, self.blocks, self._num_used)
+
+    def build(self, *, fast: bool = True, experts: torch.dtype | None = None) -> None:
+        """Give the blocks the weights with which they run from now on, one block after another.
+
+        With ``fast``, linear layers become products in the model's dtype, and experts multiply in
+        the dtype ``experts``, by default the model's. Otherwise they stay as they are, in float32.
+        """
+        self._lender.close()
+        self.cast = Cast(self.dtype) if fast else None
+        self.experts = (experts or self.dtype) if fast else torch.float32
+        for block in self.blocks:
+            stored = list(block.parameters())
+            if self.cast is None:
+                move_weights(block, self.device)
+            else:
+                make_fast(block, self.cast, self.batch_tokens, self.experts, self.device)
+            self._stored.release(stored)
+            del stored
+            memory.trim_memory()
+
+    @property
+    def _num_used(self) -> int:
+        """Number of blocks up to the last chosen layer; at least 1."""
+        return max(*self.layers, 1)
 
     @property
     def num_embeddings(self) -> int:
@@ -173,11 +215,10 @@ class Model:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weights that run: those of products in ``dtype``, the others in float32."""
-        total: int = 4 * sum(p.numel() for p in self.module.parameters())
-        in_blocks = {p for block in self.blocks for p in block.parameters() if p.dim() > 1}
-        saved: int = (4 - self.dtype.itemsize) * sum(p.numel() for p in in_blocks)
-        return total - saved
+        """Size of the weights that run: those of products in their dtypes, others in float32."""
+        products, experts, others = self._sizes
+        total: int = products * self.dtype.itemsize + experts * self.experts.itemsize
+        return total + others * torch.float32.itemsize
 
     @property
     def name(self) -> str:
@@ -186,18 +227,25 @@ class Model:
 
     @property
     def maker(self) -> dict[str, str]:
-        """Entries of a commit on how this model computes: attention, dtype, norms and the GPU."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        found = {"attention": self.attention, "dtype": dtype}
+        """Entries of a commit on how this model computes: attention, dtypes, norms and GPU."""
+        made_by = {"attention": self.attention, "dtype": name_of(self.dtype)}
+        if self.is_mixture:
+            made_by["experts"] = name_of(self.experts)
         if self.norm:
-            found["norm"] = self.norm
-        return found | describe_gpu(str(self.device))
+            made_by["norm"] = self.norm
+        return made_by | describe_gpu(str(self.device))
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether blocks have experts whose products are no linear layers."""
+        return self._sizes.experts > 0
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[], float]]:
         """Record the largest magnitude of any product's input or output in this context.
 
-        Yields a function that returns it; nan if any value was nan.
+        Experts count as one product. Yields a function that returns the magnitude; nan if any
+        value was nan.
         """
         peak = torch.zeros((), device=self.device)
 
@@ -206,8 +254,11 @@ class Model:
                 if x.numel():
                     peak.copy_(torch.maximum(peak, x.detach().abs().amax()))
 
-        modules = [m for block in self.blocks for m in block.modules() if isinstance(m, Product)]
-        handles = [m.register_forward_hook(look) for m in modules]
+        handles = []
+        for block in self.blocks:
+            products = [m for m in block.modules() if isinstance(m, Product)]
+            for module in (*products, *experts_in(block)):
+                handles.append(module.register_forward_hook(look))
         try:
             yield lambda: float(peak)
         finally:
@@ -219,35 +270,41 @@ class Model:
 
         One block is left where the embeddings alone are measured. Blocks that share one module stay.
         """
-        num_used = max(*self.layers, 1)
-        if len(self.blocks) != self.files.depth:
-            return
-        for module in self.module.modules():
-            if isinstance(module, torch.nn.ModuleList) and list(module) == self.blocks:
-                del module[num_used:]
-                self.blocks = self.blocks[:num_used]
-                return
+        found = list_of(self.module, self.blocks)
+        if found is not None and len(self.blocks) == self.depth:
+            del found[self._num_used :]
+            self.blocks = self.blocks[: self._num_used]
 
-    def read_from(self, places: dict[torch.nn.Module, Place]) -> None:
+    def move_rest(self) -> None:
+        """Move everything but the weights of the blocks to the device."""
+        if self.device.type != "cpu":
+            move_rest(self.module, self.blocks, self.device)
+
+    def attend_by(self, name: str) -> None:
+        """Use the attention function ``name`` of transformers' registry from now on."""
+        with quiet():
+            self.module.set_attn_implementation(name)
+
+    def read_from(self, places: Sequence[Place]) -> None:
         """Read what signals need beside hidden states from these ``places``, one for each block."""
-        for block, place in places.items():
+        for block, place in zip(self.blocks, places, strict=False):
             if place.neurons:
                 block.get_submodule(place.neurons).register_forward_pre_hook(self._before_neurons)
             if place.norm:
                 block.get_submodule(place.norm).register_forward_pre_hook(self._before_norm)
-        self.places = places
+            self.places[block] = place
 
     def run_plain(self, ids: Sequence[int]) -> tuple[Pass, Sequence[torch.Tensor] | None]:
-        """Run all blocks over one text, on the CPU, as transformers runs them.
+        """Run all loaded blocks over one text, in float32, as transformers runs them.
 
         Returns the finished pass, which read the strength at every layer, and the model's own
         ``hidden_states``.
         """
-        layers = range(self.files.depth + 1)
+        layers = range(self.depth + 1)
         self._pass = this = Pass(layers, (STRENGTH,), to_end=True, length=len(ids))
-        with torch.inference_mode(), one_thread(torch.device("cpu")):
+        with torch.inference_mode(), one_thread(self.device):
             states = self.module(
-                input_ids=torch.tensor([list(ids)]), output_hidden_states=True
+                input_ids=torch.tensor([list(ids)], device=self.device), output_hidden_states=True
             ).hidden_states
         return this, states
 
@@ -420,33 +477,6 @@ class Model:
                     this.read[Series(column, site.layer)] = values
         if not this.to_end and site.layer == this.layers[-1]:
             raise _Enough
-
-
-def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Module]:
-    """The modules whose outputs are the layers; a shared module (ALBERT) occurs once.
-
-    Raises ``ModelError`` if there are none.
-    """
-    recorded = getattr(model, "_can_record_outputs", None) or {}
-    spec = recorded.get("hidden_states")
-    classes = []
-    for item in spec if isinstance(spec, list | tuple) else [spec]:
-        target = getattr(item, "target_class", item)
-        if isinstance(target, type):
-            classes.append(target)
-    blocks = [m for m in model.modules() if isinstance(m, tuple(classes))] if classes else []
-    if not blocks:
-        lists = [
-            m
-            for m in model.modules()
-            if isinstance(m, torch.nn.ModuleList) and len(m) == files.depth
-        ]
-        blocks = list(lists[0]) if lists else []
-    if not blocks:
-        raise ModelError(
-            f"{files.name} ({files.model_type}): its blocks were not found; not supported"
-        )
-    return blocks
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ import transformers
 from afn_ray import cgroup
 from afn_ray.errors import ModelError
 from afn_ray.model import parts
-from afn_ray.model.memory import is_out_of_memory
 from afn_ray.tokens.culprits import is_of_input
 
 # With one worker per core, more threads would only compete for it.
@@ -129,7 +127,7 @@ def find_model(
             folder, gguf_file=gguf, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(_loading_failed(name, error)) from error
+        raise ModelError(loading_failed(name, error)) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and "
@@ -268,7 +266,7 @@ def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, st
     return files.identity | {"tokenizer": made} | MAKERS
 
 
-def _loading_failed(name: str, error: BaseException) -> str:
+def loading_failed(name: str, error: BaseException) -> str:
     """Message for a model that cannot be loaded, with a hint for common causes."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     hint = ""
@@ -300,7 +298,7 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     except BaseException as error:
         if not is_of_input(error) and not isinstance(error, OSError):
             raise
-        raise ModelError(_loading_failed(f"{files.name} (its tokenizer)", error)) from error
+        raise ModelError(loading_failed(f"{files.name} (its tokenizer)", error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one"
@@ -335,53 +333,3 @@ def choose_device(device: str) -> str:
 def count_devices(device: str) -> int:
     """Number of GPUs for "cuda"; otherwise the number of CPU cores that this process may use."""
     return torch.cuda.device_count() if device == "cuda" else cgroup.num_cores()
-
-
-def load_weights(files: ModelFiles, kind: Any = transformers.AutoModel) -> torch.nn.Module:
-    """Load the model as ``kind``, one of transformers' classes, frozen, in float32 on the CPU.
-
-    Raises ``ModelError`` if weights that ``kind`` needs are missing from the files and would be
-    random, if they have other shapes, or if the files hold weights that ``kind`` does not have.
-    """
-    parts.check_environment()
-    transformers.utils.logging.disable_progress_bar()
-    level = transformers.utils.logging.get_verbosity()
-    # Silence the report of unused heads; the checks below find missing weights.
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model, info = kind.from_pretrained(
-                files.folder,
-                gguf_file=files.gguf,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=files.trust_remote_code,
-                use_safetensors=not files.allow_pickle or None,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except Exception as error:  # transformers raises nearly any error for unusable files
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(_loading_failed(files.name, error)) from error
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-    missing = sorted(
-        k
-        for k in info["missing_keys"]
-        if not k.endswith("position_ids") and not (kind is transformers.AutoModel and "pooler" in k)
-    )
-    parts.check_shapes(files.name, info["mismatched_keys"])
-    parts.check_weights(files.name, model, files.depth, info["unexpected_keys"])
-    if missing:
-        raise ModelError(
-            f"model {files.name}: {len(missing)} weights are not in its files and would be random: "
-            f"{', '.join(missing[:3])}. config.json says {files.depth} blocks of "
-            f"{files.hidden_size}: is it another model's?"
-        )
-    model.eval()
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # no later pass would read cached keys and values
-    model.requires_grad_(False)
-    return model  # type: ignore[no-any-return]

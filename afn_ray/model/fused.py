@@ -20,7 +20,7 @@ import torch
 
 from afn_ray import logs
 from afn_ray.model.engine import Model
-from afn_ray.model.linear import Cast, Product, Replaced, restore
+from afn_ray.model.linear import Cast, Product
 
 FUSED, EAGER = "fused", "eager"
 """Names of the ways in which a model on a GPU adds and normalises, as commits record them."""
@@ -60,6 +60,9 @@ Kernel = Callable[
 
 It returns the norm of the sum in float32, and the same in the dtype.
 """
+
+Replaced = list[tuple[torch.nn.Module, str, torch.nn.Module]]
+"""Replaced modules: the parent, the name in the parent, and the original module."""
 
 _log = logging.getLogger(__name__)
 
@@ -213,7 +216,8 @@ def _fuse(model: Model, check: Callable[[], None], needs: frozenset[str]) -> Tim
             setattr(parent, name, Tail(plain, kernel, model.cast))
         check()
     except Exception as error:  # compilers fail in many ways, and the model runs without
-        restore(tails)
+        for parent, name, plain in tails:
+            setattr(parent, name, plain)
         if isinstance(error, Unfused):
             raise
         torch.cuda.synchronize()  # raises where the error has spoilt the GPU

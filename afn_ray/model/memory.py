@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +28,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` means that the device or this process ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # a file cannot be mapped
+        return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
 
 
@@ -37,6 +41,13 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def trim_memory() -> None:
+    """Return freed memory of the CPU to the system, where the C library can: glibc keeps some."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager

@@ -6,22 +6,20 @@ import inspect
 import logging
 import re
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from afn_ray import logs
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, fused, memory
-from afn_ray.model.engine import Model, Norms, Place
+from afn_ray.model.engine import Model, Norms, name_of
 from afn_ray.model.files import is_device_fault
-from afn_ray.model.linear import replace_linear_layers, restore
+from afn_ray.model.places import find_places
 from afn_ray.model.signals import Centred, States, norm
-from afn_ray.schema import MOST_NEURONS, Series
+from afn_ray.schema import Series
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Largest relative difference of norms that the self-check accepts, by the dtype of the products.
@@ -60,23 +58,6 @@ class Probe(NamedTuple):
     plain: list[Norms]  # norms [n_tokens] of every layer of the plain model
 
 
-class _Call(NamedTuple):
-    """One call of a linear layer during the search for places."""
-
-    name: str  # of the layer in its block
-    module: torch.nn.Module
-    input: torch.Tensor
-    width: int  # size of the output's last dimension
-    attended: attention.Seen | None  # the block's attention call before this one
-
-
-class _Block(NamedTuple):
-    """Record of one block's calls during the search for places."""
-
-    calls: list[_Call]
-    norm: str  # LayerNorm that makes the block's output; empty if none does
-
-
 def prepare(
     model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[str] = frozenset()
 ) -> None:
@@ -98,12 +79,12 @@ def prepare(
 
 
 def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[str]) -> None:
+    model.move_rest()
     probes = [Probe(ids, _plain_norms(model, ids)) for ids in sequences]
     model.drop_unused_blocks()
-    model.module.to(device=model.device)
     _choose_attention(model, probes)
     needs -= {"outliers"}  # passed to the constructor
-    places = _find_places(model, max(sequences, key=len), needs) if needs else {}
+    places = find_places(model, max(sequences, key=len), needs) if needs else []
     _choose_products(model, probes)
     fused.choose(model, lambda: _check(model, probes, model.dtype), needs)
     model.read_from(places)  # only now: a product may have replaced a layer
@@ -115,16 +96,19 @@ def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[
 
 
 def _log_choice(model: Model) -> None:
-    """Log how the model attends, and why it does not attend faster."""
-    dtype, why = str(model.dtype).removeprefix("torch."), model.why_slow or model.why_padded or ""
+    """Log how the model attends and computes its experts, and why it is not faster."""
+    dtype, why = name_of(model.dtype), model.why_slow or model.why_padded or ""
+    experts = name_of(model.experts) if model.is_mixture else ""
     logs.report(
         _log,
         "attention_chosen",
         f"{model.name} attends by {model.attention} in {dtype} on {model.device}"
+        + (f", with experts in {experts}" if experts else "")
         + (f", since {why}" if why else ""),
         level=logging.WARNING if why else logging.INFO,
         attention=model.attention,
         dtype=dtype,
+        experts=experts,
         why=why,
     )
 
@@ -133,24 +117,33 @@ def _log_choice(model: Model) -> None:
 
 
 def _plain_norms(model: Model, ids: Sequence[int]) -> list[Norms]:
-    """Norms [n_tokens] of every layer of the plain model, as the hooks read them.
+    """Norms [n_tokens] of every loaded layer of the plain model, as the hooks read them.
 
-    Raises ``ModelError`` if they differ from the norms of the model's ``hidden_states``.
+    Raises ``ModelError`` if the model does not run without its last blocks, or if the norms
+    differ from those of its ``hidden_states``.
     """
-    depth = model.files.depth
-    done, states = model.run_plain(ids)
+    depth = model.depth
+    try:
+        done, states = model.run_plain(ids)
+    except REFUSALS as error:
+        if not _is_refusal(error):
+            raise
+        raise ModelError(
+            f"{model.name} does not run with {depth} of its {model.files.depth} blocks: "
+            f"{_first_line(error)}; this architecture is not supported"
+        ) from error
     if states is None or len(states) != depth + 1 or done.calls != depth:
         num_states = 0 if states is None else len(states)
         raise ModelError(
             f"{model.name} gave {num_states} hidden states and ran {done.calls} blocks, expected "
             f"{depth + 1} and {depth}; this architecture is not supported"
         )
-    hooked = [done.read[Series("strength", layer)][0].numpy() for layer in range(depth + 1)]
+    hooked = [done.read[Series("strength", layer)][0].cpu().numpy() for layer in range(depth + 1)]
     for layer in model.layers:
         # The last entry of hidden_states may be after a final norm.
         if layer < depth:
             what = f"layer {layer} hooked against hidden_states[{layer}]"
-            compare_norms(what, hooked[layer], norm(states[layer][0]).numpy(), torch.float32)
+            compare_norms(what, hooked[layer], norm(states[layer][0]).cpu().numpy(), torch.float32)
     return hooked
 
 
@@ -190,7 +183,7 @@ def _choose_attention(model: Model, probes: Sequence[Probe]) -> None:
                 "its attention does not go through transformers' interface"
             )
         model.packed = True
-        model.module.set_attn_implementation(attention.NAME)
+        model.attend_by(attention.NAME)
         _check(model, probes, torch.float32)
         if (
             _masks_only(model.module.config.get_text_config(), model.files.context_tokens)
@@ -206,7 +199,7 @@ def _choose_attention(model: Model, probes: Sequence[Probe]) -> None:
         model.why_padded = _first_line(error)
     model.packed = False
     try:
-        model.module.set_attn_implementation(before)
+        model.attend_by(before)
         _check(model, probes, torch.float32)
     except REFUSALS as error:
         if not _is_refusal(error):
@@ -232,45 +225,76 @@ def _masks_only(config: Any, context_tokens: int) -> bool:
 
 
 def _choose_products(model: Model, probes: Sequence[Probe]) -> None:
-    """Use fast linear layers if the model passes its self-check with them.
+    """Use fast linear layers and experts if the model passes its self-check with them.
 
-    In half precision, attention falls back from flash attention to torch's, where flash attention
-    is refused. It falls back to float32 where the model gets a dtype that it cannot take, or values
-    too far from the plain model's. Half precision requires fast layers: raises ``ModelError`` if
-    the check still fails.
+    Half precision requires fast layers: raises ``ModelError`` if no way passes the check.
     """
-    full, wide = model.dtype == torch.float32, False
-    model.flash, model.why_slow = True, ""
-    while True:
-        replaced, model.cast = replace_linear_layers(
-            model.blocks, model.dtype, model.batch_tokens, wide=wide
-        )
-        model.kernels.clear()
-        try:
-            _check(model, probes, model.dtype)
-        except (*REFUSALS, ModelError) as error:
-            restore(replaced)
-            model.cast = None
-            if not _is_refusal(error):
-                raise
-            why = _first_line(error)
-            if model.flash and isinstance(error, attention.FlashRefused):
-                model.flash, model.why_slow = False, f"flash attention is refused: {why}"
-                continue
-            if not full and not wide and _is_of_dtype(error):
-                wide, model.why_slow = True, f"its blocks need float32 between products: {why}"
-                continue
-            if not full:
-                raise ModelError(
-                    f"{model.name} does not run in {str(model.dtype)[6:]} ({why}); give --dtype "
-                    "float32"
-                ) from error
-            model.kernels = {attention.FLOAT32}  # the plain layers have passed it before
-        break
+    full = model.dtype == torch.float32
+    reasons: dict[str, str] = {}
+    model.flash = True
+    model.build()
+    while (error := _fault(model, probes)) is not None:
+        _choose_slower(model, error, reasons)
+    model.why_slow = "; ".join(reasons.values())
     model.attention = "+".join(sorted(model.kernels)) if model.packed else attention.PADDED
     slow = model.packed and attention.FLOAT32 in model.kernels and not full
     if slow and not model.why_slow:
         model.why_slow = "its blocks give queries, keys and values in float32"
+
+
+def _fault(model: Model, probes: Sequence[Probe]) -> Exception | None:
+    """The error for which the model is refused as it is; None if it passes its self-check.
+
+    Errors of memory and of the device are raised.
+    """
+    model.kernels.clear()
+    try:
+        _check(model, probes, model.dtype)
+    except (*REFUSALS, ModelError) as error:
+        if not _is_refusal(error):
+            raise
+        return error.with_traceback(None)  # which holds tensors of the pass
+    return None
+
+
+def _choose_slower(model: Model, error: Exception, reasons: dict[str, str]) -> None:
+    """Choose the next slower way to run ``model`` after ``error``; keep its reason in ``reasons``.
+
+    Attention falls back from flash attention to torch's where flash attention is refused. After
+    a fault of half precision, the products return float32, and so attention becomes float32; if
+    that does not help, the experts become float32. Raises ``ModelError`` if there is no slower
+    way.
+    """
+    why, is_full, cast = _first_line(error), model.dtype == torch.float32, model.cast
+    is_of_dtype = not is_full and _is_of_dtype(error)
+    if model.flash and isinstance(error, attention.FlashRefused):
+        model.flash, reasons["flash"] = False, f"flash attention is refused: {why}"
+    elif is_of_dtype and cast is not None and not cast.wide:
+        cast.wide = True
+        reasons["wide"] = f"its blocks need float32 between products: {why}"
+    elif is_of_dtype and model.is_mixture and model.experts == model.dtype:
+        reasons.pop("wide")  # as it did not help
+        reasons["experts"] = f"its experts run in float32: {why}"
+        _build_again(model, experts=torch.float32)
+    elif is_full and cast is not None:
+        _build_again(model, fast=False)
+    else:
+        raise ModelError(
+            f"{model.name} does not run in {name_of(model.dtype)} ({why})"
+            + ("" if is_full else "; give --dtype float32")
+        ) from error
+
+
+def _build_again(model: Model, **options: Any) -> None:
+    """``Model.build`` from weights that are loaded anew, for it keeps none that it replaces."""
+    model.module, model.blocks = None, []
+    memory.free_memory()
+    model.load()
+    model.move_rest()
+    model.drop_unused_blocks()
+    if model.packed:
+        model.attend_by(attention.NAME)
+    model.build(**options)
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -281,137 +305,6 @@ def _is_refusal(error: BaseException) -> bool:
 def _is_of_dtype(error: BaseException) -> bool:
     """Whether ``error`` is one of half precision: values that differ, or a dtype not taken."""
     return isinstance(error, ModelError) or OF_DTYPE.search(str(error)) is not None
-
-
-# --- places of signals ---
-
-
-def _find_places(
-    model: Model, ids: Sequence[int], needs: frozenset[str]
-) -> dict[torch.nn.Module, Place]:
-    """Find the places in each block that ``needs`` names, in one forward pass of the blocks.
-
-    Raises ``ModelError`` if a block has no such place.
-    """
-    if "attention" in needs and not model.packed:
-        raise ModelError(
-            f"{model.name} gives no attention weights to read: its batches are padded, since "
-            f"{model.why_padded}; leave the signal attention out"
-        )
-    ran = _watch_blocks(model, ids)
-    return {block: _find_place(model, ran[block], needs) for block in model.blocks}
-
-
-def _watch_blocks(model: Model, ids: Sequence[int]) -> dict[torch.nn.Module, _Block]:
-    """Run the blocks over one text, and record what ran in each of them."""
-    calls: dict[torch.nn.Module, list[_Call]] = {block: [] for block in model.blocks}
-    norms: dict[torch.nn.Module, str] = {}
-    last: tuple[str, torch.Tensor | None] = "", None  # name and output of the last LayerNorm
-
-    def begin(block: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        if (layout := attention.current()) is not None:
-            layout.watched = True  # after the model's own hook, which keeps no call here
-
-    def linear(
-        block: torch.nn.Module,
-        name: str,
-        module: torch.nn.Module,
-        args: tuple[Any, ...],
-        output: torch.Tensor,
-    ) -> None:
-        layout = attention.current()
-        seen = None if layout is None else layout.seen
-        calls[block].append(_Call(name, module, args[0], output.shape[-1], seen))
-
-    def layer_norm(
-        name: str, module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor
-    ) -> None:
-        nonlocal last
-        last = name, output
-
-    def end(block: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        made = output[0] if isinstance(output, tuple) else output
-        norms[block] = last[0] if last[1] is made else ""
-
-    handles = []
-    for block in model.blocks:
-        handles.append(block.register_forward_pre_hook(begin))
-        for name, module in block.named_modules():
-            if isinstance(module, torch.nn.Linear | Conv1D):
-                handles.append(module.register_forward_hook(partial(linear, block, name)))
-            elif isinstance(module, torch.nn.LayerNorm):
-                handles.append(module.register_forward_hook(partial(layer_norm, name)))
-        # Before the model's own hook, which stops the pass after the last block.
-        handles.append(block.register_forward_hook(end, prepend=True))
-    try:
-        model.measure(*_joined([ids]), layers=range(max(*model.layers, 1) + 1))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {block: _Block(calls[block], norms[block]) for block in model.blocks}
-
-
-def _find_place(model: Model, block: _Block, needs: frozenset[str]) -> Place:
-    """The places in one block that ``needs`` names. Raises ``ModelError`` if it lacks one."""
-    width = model.files.hidden_size
-    found = {
-        "attention": [c for c in block.calls if _follows(c)],
-        "neurons": [c for c in block.calls if c.width == width and not _follows(c)],
-    }
-    if lacking := sorted(n for n in needs & found.keys() if not found[n]):
-        raise ModelError(
-            f"{model.name}: no linear layer of its blocks was found to be the one behind its "
-            f"{lacking[0]}; leave signals out that need {lacking[0]}"
-        )
-    behind, num_neurons = "", 0
-    if "neurons" in needs:
-        behind, num_neurons = found["neurons"][-1].name, found["neurons"][-1].input.shape[-1]
-        if experts := num_experts(model.module.config):
-            raise ModelError(
-                f"{model.name} is a mixture of {experts} experts: its neurons are other ones for "
-                "each token; leave the signal neurons out"
-            )
-        if num_neurons > MOST_NEURONS:
-            raise ModelError(
-                f"{model.name} has {num_neurons:,} neurons in a block, and they are recorded as "
-                f"numbers below {MOST_NEURONS:,}; leave the signal neurons out"
-            )
-    if "norm" in needs and not block.norm:
-        raise ModelError(
-            f"{model.name}: its blocks do not end with a LayerNorm, so there is no gain to leave "
-            "out; leave the signal centred out"
-        )
-    gram = _gram(found["attention"][0]) if "attention" in needs else None
-    return Place(block.norm if "norm" in needs else "", gram, behind, num_neurons)
-
-
-def _follows(call: _Call) -> bool:
-    """Whether the input of ``call`` is the output of attention, unchanged."""
-    return call.attended is not None and torch.equal(
-        call.input.flatten(), call.attended.output.flatten()
-    )
-
-
-def _gram(call: _Call) -> torch.Tensor:
-    """P P^T for each head's part P of the output projection in ``call``: [heads, size, size]."""
-    assert call.attended is not None
-    weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
-    weight = weight if isinstance(call.module, Conv1D) else weight.t()
-    parts = weight.detach().float().unflatten(0, (call.attended.query.shape[1], -1))
-    gram: torch.Tensor = parts @ parts.transpose(1, 2)
-    return gram
-
-
-def num_experts(config: Any) -> int:
-    """Number of experts in a mixture-of-experts model; 0 for any other model.
-
-    In a mixture each token has neurons of its own experts.
-    """
-    counts = [
-        getattr(config.get_text_config(), n, None)
-        for n in ("num_experts", "num_local_experts", "moe_num_experts")
-    ]
-    return next((n for n in counts if isinstance(n, int) and n > 1), 0)
 
 
 def _check_centred(model: Model, ids: Sequence[int]) -> None:

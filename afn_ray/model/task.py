@@ -11,9 +11,11 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from afn_ray.errors import ModelError
-from afn_ray.model.engine import Norms, find_blocks
-from afn_ray.model.files import ModelFiles, load_weights
-from afn_ray.model.prove import compare_norms, num_experts
+from afn_ray.model.engine import Norms
+from afn_ray.model.files import ModelFiles
+from afn_ray.model.load import find_blocks, load_weights
+from afn_ray.model.places import num_experts
+from afn_ray.model.prove import compare_norms
 from afn_ray.model.signals import norm
 
 

@@ -2,8 +2,9 @@
 
 The CPU computes the values. What a GPU would be asked for is logged: kernels, copies, and what the
 host waits for. A tensor on the wrong device, a shape that flash attention refuses and a dtype that a
-CUDA kernel does not take raise the errors that torch raises on a GPU. A launch takes a millisecond,
-whatever it computes. torch's grouped products of mixtures are not simulated.
+CUDA kernel does not take raise the errors that torch raises on a GPU. The bytes of the tensors that
+live on the device are counted. A launch takes a millisecond, whatever it computes. torch's grouped
+products of mixtures run as on the CPU.
 """
 
 from __future__ import annotations
@@ -54,6 +55,41 @@ H200 = Gpu("NVIDIA H200", (9, 0), 139 << 30)
 T4 = Gpu("Tesla T4", (7, 5), 15 << 30)
 
 
+class Memory:
+    """The tensors that live on the device, counted by the memory that they share."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, list[int]] = {}  # address -> number of tensors, bytes
+        self.live_bytes = 0
+        self.peak_bytes = 0
+
+    def add(self, address: int, num_bytes: int) -> None:
+        held = self._held.setdefault(address, [0, num_bytes])
+        held[0] += 1
+        if held[0] == 1:
+            self.live_bytes += num_bytes
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def remove(self, address: int) -> None:
+        held = self._held[address]
+        held[0] -= 1
+        if held[0] == 0:
+            self.live_bytes -= held[1]
+            del self._held[address]
+
+
+class _Share:
+    """One tensor's share of the device's memory; ends with the tensor."""
+
+    def __init__(self, memory: Memory, inner: torch.Tensor) -> None:
+        storage = inner.untyped_storage()
+        self._memory, self._address = memory, storage.data_ptr()
+        memory.add(self._address, storage.nbytes())
+
+    def __del__(self) -> None:
+        self._memory.remove(self._address)
+
+
 @dataclass(slots=True)
 class Log:
     """What the device was asked for, by name, since the last ``clear``."""
@@ -63,6 +99,7 @@ class Log:
     waits: Counter[str] = field(default_factory=Counter)  # of the host, with the line that waits
     # Whether each event lets the host sleep while it waits.
     events: list[bool] = field(default_factory=list)
+    memory: Memory = field(default_factory=Memory)  # not cleared
 
     def clear(self) -> None:
         for counter in (self.kernels, self.copies, self.waits):
@@ -88,6 +125,8 @@ class OnDevice(torch.Tensor):
     """
 
     held: torch.Tensor
+    share: _Share
+    memory = Memory()  # of the device in use
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> OnDevice:
@@ -100,6 +139,7 @@ class OnDevice(torch.Tensor):
             device=torch.device("meta"),
         )
         made.held = inner
+        made.share = _Share(cls.memory, inner)
         return made
 
     @property
@@ -166,6 +206,9 @@ class _Operators(TorchDispatchMode):
             self._log.wait("copy to the host")
         elif name == "native_layer_norm":
             _check_layer_norm(*args)
+        elif name == "histc":  # a GPU takes integers, too
+            self._log.kernels[name] += 1
+            return OnDevice(func(args[0].held.float(), *args[1:], **kwargs).to(args[0].dtype))
         self._check_devices(name, args, tensors)
         if name in WAITS:
             self._log.wait(name)
@@ -499,6 +542,7 @@ def device(
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, answer)
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(OnDevice, "memory", log.memory)
         patch.setattr(torch, "inference_mode", torch.no_grad)  # in it, torch hides its operators
         patch.setattr(varlen, "varlen_attn", varlen_attn)
         patch.setattr(fused, "find_kernel", find_kernel)

@@ -25,7 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
 from afn_ray.errors import ModelError
-from afn_ray.model import attention, files, linear, parts
+from afn_ray.model import attention, linear, parts
+from afn_ray.model.load import load_weights
 from afn_ray.model.signals import Signal, Site, norm
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.tokens.encode import TextEncoder
@@ -560,7 +561,9 @@ def test_a_product_is_the_linear_layer_it_replaces(
         monkeypatch.setattr(linear, "_can_prepack", lambda dtype: False)
     torch.manual_seed(0)
     layer = torch.nn.Linear(48, 32, bias=bias).requires_grad_(False)
-    product = linear.Product(layer.weight.detach(), layer.bias, linear.Cast(dtype), 64, wide)
+    cast = linear.Cast(dtype)
+    cast.wide = wide
+    product = linear.Product(layer.weight.detach(), layer.bias, cast, 64)
     assert product._prepacked == (prepacked and linear._can_prepack(dtype))
     for shape in ((1, 64, 48), (1, 3, 48), (2, 5, 48), (7, 48)):
         x = torch.randn(shape)
@@ -624,12 +627,12 @@ def test_one_input_of_several_layers_is_cast_once() -> None:
     half = x.bfloat16()
     assert cast(half) is half and cast._source is None
     layers = [torch.nn.Linear(4, 2).requires_grad_(False) for _ in range(3)]
-    products = [linear.Product(m.weight, m.bias, cast, 3, False) for m in layers]
+    products = [linear.Product(m.weight, m.bias, cast, 3) for m in layers]
     casts = [(p(x), cast._result)[1] for p in products]
     assert all(c is casts[0] for c in casts)
 
 
-def test_linear_layers_are_replaced_and_put_back() -> None:
+def test_linear_layers_are_replaced_and_no_others() -> None:
     torch.manual_seed(0)
     special = type("Special", (torch.nn.Linear,), {})(8, 8)
     block = torch.nn.Sequential(
@@ -639,17 +642,13 @@ def test_linear_layers_are_replaced_and_put_back() -> None:
         special,
     ).requires_grad_(False)
     x = torch.randn(5, 8)
-    before, names = block(x), dict(block.named_modules())
-    replaced, cast = linear.replace_linear_layers([block], torch.float32, 5, wide=False)
-    assert cast.dtype == torch.float32 and len(replaced) == 2
+    before = block(x)
+    linear.make_fast(block, linear.Cast(torch.float32), 5, torch.float32, CPU)
     inner = block[1]
     assert isinstance(inner, torch.nn.Sequential)
     assert isinstance(block[0], linear.Product) and isinstance(inner[1], linear.Product)
     assert block[3] is special  # a subclass may compute something else
     torch.testing.assert_close(block(x), before, rtol=1e-5, atol=1e-5)
-    linear.restore(replaced)
-    assert dict(block.named_modules()) == names
-    assert torch.equal(block(x), before)
 
 
 def test_fast_products_are_those_that_the_processor_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -883,7 +882,7 @@ def test_heads_that_no_layer_depends_on_may_be_in_the_weights(
     made = getattr(transformers, config)(**size)
     whole = getattr(transformers, f"AutoModelFor{kind}").from_config(made)
     whole.save_pretrained(tmp_path)
-    loaded = files.load_weights(find_model(tmp_path))
+    loaded = load_weights(find_model(tmp_path))
     for name, value in loaded.named_parameters():
         if "pooler" not in name:
             assert torch.equal(value, whole.base_model.get_parameter(name)), name
@@ -893,7 +892,7 @@ def test_buffers_that_old_checkpoints_hold_are_no_weights(
     folder: Path, tmp_path: Path, tiny_gpt: Path
 ) -> None:
     edit_weights(folder, lambda w: w | {"embeddings.position_ids": torch.arange(64)[None]})
-    assert files.load_weights(find_model(folder))
+    assert load_weights(find_model(folder))
     gpt = shutil.copytree(tiny_gpt, tmp_path / "gpt")
     edit_weights(
         gpt,
@@ -901,7 +900,7 @@ def test_buffers_that_old_checkpoints_hold_are_no_weights(
             w | {"h.0.attn.bias": torch.ones(1, 1, 48, 48), "h.0.attn.masked_bias": torch.ones(1)}
         ),
     )
-    assert files.load_weights(find_model(gpt))
+    assert load_weights(find_model(gpt))
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -981,9 +980,7 @@ def test_weights_that_the_config_names_are_those_of_the_measure(folder: Path) ->
     with pytest.raises(ModelError, match=r"has mine\.safetensors, expected model\.safetensors"):
         find_model(folder)
     edit_json(folder / "config.json", transformers_weights="mine.safetensors")
-    assert "mine.safetensors" in find_model(folder).identity and files.load_weights(
-        find_model(folder)
-    )
+    assert "mine.safetensors" in find_model(folder).identity and load_weights(find_model(folder))
     edit_json(folder / "config.json", transformers_weights="lost.safetensors")
     with pytest.raises(ModelError, match=r"names lost\.safetensors as its weights"):
         find_model(folder)
@@ -1023,7 +1020,7 @@ def test_an_environment_that_rounds_float32_products_is_refused(
 ) -> None:
     monkeypatch.setenv(variable, "BF16" if "FPMATH" in variable else "1")
     with pytest.raises(ModelError, match=f"{variable} is .* rounds the inputs of float32 products"):
-        files.load_weights(find_model(tiny_bert))
+        load_weights(find_model(tiny_bert))
 
 
 def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(

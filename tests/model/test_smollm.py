@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from afn_ray import model
-from afn_ray.model import engine, files
+from afn_ray.model import engine, load
 from afn_ray.tokens.encode import TextEncoder
 from conftest import find_model
 from test_tokens import SPACED, written
@@ -62,14 +62,15 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
         for a, b in zip(encoded.bounds, encoded.bounds[1:], strict=False)
     ]
 
-    plain = files.load_weights(found)  # and no second time: it takes seconds to read
+    once = load.load_blocks(found, 30)  # and no second time: it takes seconds to read
+    plain = once.module
     with torch.inference_mode():
         states = [
             plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
             for ids in rows
         ]
     expected = [[x[k][0].double().norm(dim=-1).numpy() for k in LAYERS] for x in states]
-    monkeypatch.setattr(engine, "load_weights", lambda _: plain)
+    monkeypatch.setattr(engine, "load_blocks", lambda *_: once)
     loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
     model.prepare(loaded, [rows[1], rows[0]])  # the self-check
     assert loaded.packed and loaded.causal
