@@ -348,7 +348,7 @@ def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
 def _working(on_event: OnEvent) -> dispatch.OnProgress:
     """Callback that passes progress on as events.
 
-    It reports each notice once, and warns once if the model needs padding or slow attention.
+    It reports each notice once, and warns once if the model needs padding or is slow.
     """
     warned: set[str] = set()
     num_reported = 0
@@ -358,7 +358,7 @@ def _working(on_event: OnEvent) -> dispatch.OnProgress:
         work = progress.work
         for what, reason in (
             ("sequences are padded, not packed, which is slower", work.why_padded),
-            ("attention is slower than the GPU allows", work.why_slow),
+            ("the model is slower than the device allows", work.why_slow),
         ):
             if reason and what not in warned:
                 warned.add(what)
