@@ -21,6 +21,7 @@ from afn_ray.errors import (
 if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit, run_audit
     from afn_ray.analysis.findings import Finding
+    from afn_ray.analysis.nights import Night
     from afn_ray.analysis.policy import Policy, read_policy
     from afn_ray.analysis.verify import Verification, verify_store
     from afn_ray.query.catalog import write_catalog
@@ -48,6 +49,7 @@ __all__ = [
     "IncompleteRun",
     "Interrupted",
     "ModelError",
+    "Night",
     "Policy",
     "QueryError",
     "Run",
@@ -75,6 +77,7 @@ _LAZY = {
     "Estimate": "runs.estimate",
     "Finding": "analysis.findings",
     "Garbage": "store.garbage",
+    "Night": "analysis.nights",
     "Policy": "analysis.policy",
     "Run": "query.database",
     "Verification": "analysis.verify",

@@ -30,6 +30,8 @@ SIGNAL_GROUP = "afn_ray.signals"
 """Entry-point group for signals of other packages: ``name = "package.module:Class"``."""
 SIGNAL = re.compile(r"[a-z][a-z_]*")
 """Form of a signal's name."""
+SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+"""Form of the name of a series."""
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 """Form of one entry of ``layers``: a block number, or a share of the depth."""
 
@@ -190,6 +192,11 @@ class RunConfig:
         False, "allow pickled weights, which can run code, if the model has no safetensors"
     )
     allow_untested: bool = _option(False, "allow a model of a family that afn-ray does not test")
+    series: str | None = _option(
+        None,
+        "name of the series that the run belongs to, whose earlier runs an audit compares with; "
+        "default: from the store and the corpus, with dates replaced",
+    )
     allow_another_measure: bool = _option(False, "allow a second measure in a store that has one")
     allow_open_cluster: bool = _option(
         False, "allow a Ray without a token: everyone who reaches it can run code on it"
@@ -223,6 +230,11 @@ class RunConfig:
         if self.top_neurons > MOST_TOP_NEURONS:
             raise ConfigError(
                 f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}"
+            )
+        if self.series is not None and not SERIES.fullmatch(self.series):
+            raise ConfigError(
+                f"series is {self.series!r}; expected 1 to 100 letters, digits, dots, hyphens or "
+                "underscores, the first a letter or a digit"
             )
         if self.labels == "":
             raise ConfigError(

@@ -5,9 +5,9 @@ a policy.
     /var/audit
 
 is ``afn audit``; config and policy are files or their URLs. Exit code 0: the policy holds; 1: it is
-broken; 2: the audit failed or was stopped, and the same command resumes it. On a cluster: ``ray job
-submit --working-dir . -- python jobs/nightly_audit.py s3://bucket/run.toml --policy
-s3://bucket/policy.toml ...``.
+broken; 2: the audit failed or was stopped, and the same command resumes it; 3: a limit could not be
+judged, and none is broken. On a cluster: ``ray job submit --working-dir . -- python
+jobs/nightly_audit.py s3://bucket/run.toml --policy s3://bucket/policy.toml ...``.
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ SLOW = (
     "test_ray",
     "test_readme",
     "test_audit",
+    "test_nights",
     "test_bench",
     "test_generators",
     "test_object_store",

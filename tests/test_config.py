@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afn_ray.analysis.policy import read_policy
-from afn_ray.config import CHOICES, HINTS, MOST_QUARANTINED, RunConfig, resolve_layers
+from afn_ray.config import (
+    CHOICES,
+    HINTS,
+    MOST_QUARANTINED,
+    MOST_WORKERS_PER_GPU,
+    SERIES,
+    RunConfig,
+    resolve_layers,
+)
 from afn_ray.errors import ConfigError
 from afn_ray.store.settings import MOST_BYTES, config_from
 from conftest import write_new
@@ -41,6 +49,10 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["lang", "lang,year:int64"])
     if name == "group_by":
         return st.sampled_from(["source", "lang"])
+    if name == "series":
+        return st.from_regex(SERIES, fullmatch=True)
+    if name == "workers_per_gpu":
+        return st.integers(1, MOST_WORKERS_PER_GPU)
     if name == "top_neurons":
         return st.just(8)  # others want the signal
     if name == "allow_quarantined":

@@ -30,6 +30,7 @@ import pytest
 import yaml
 
 from afn_ray.analysis import audit
+from afn_ray.analysis.nights import Night
 from afn_ray.analysis.policy import read_policy
 from afn_ray.cli import grammar
 from afn_ray.config import RunConfig
@@ -1140,7 +1141,8 @@ def test_a_run_needs_the_rights_that_the_template_gives(
 
     monkeypatch.setattr(S3FileSystem, "_call_s3", recorded)
     config = make_config(corpus=(corpus,), store=store, executor="inline")
-    night = audit.run_audit(config, read_policy(KUBERNETES / "values" / "policy.toml"), frozen=True)
+    policy_of_nights = read_policy(KUBERNETES / "values" / "policy.toml")
+    night = audit.run_audit(config, policy_of_nights, Night(frozen=True))
     assert audit.write_json(night, f"{object_store}/audits") == f"{object_store}/audits/audit.json"
     bucket = object_store.removeprefix("s3://")
     policy = template()["Resources"]["RunPolicy"]["Properties"]["PolicyDocument"]["Statement"]

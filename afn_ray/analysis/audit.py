@@ -1,125 +1,188 @@
-"""The nightly audit: run today's corpus, compare with an earlier run, judge by a policy."""
+"""The nightly audit: run tonight's corpus, compare with earlier nights, judge by a policy."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from typing import Any
 
 from afn_ray.analysis import baselines, verdict
-from afn_ray.analysis.policy import WHOLE, Policy
-from afn_ray.analysis.verdict import Rule
+from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.nights import Night, choose_partition
+from afn_ray.analysis.policy import Policy, check_kind
+from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, Evidence, Rule
 from afn_ray.config import RunConfig
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
-from afn_ray.runs import job
+from afn_ray.runs import events, job
 from afn_ray.runs.events import OnEvent
-from afn_ray.store import checksums, manifest, storage, uris
+from afn_ray.store import checksums, manifest, series, storage, uris
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
 PAGE = "report.html"
-JSON_VERSION = 1
+JSON_VERSION = 2
 """Version of audit.json's layout; raised when an entry goes or changes its meaning."""
+ANSWERS = {HELD: "the policy holds", BROKEN: "the policy is broken", NOT_JUDGED: "not judged"}
+"""What a state says of the policy, in the last line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Audit:
     """One night's verdict and the evidence for it."""
 
-    passed: bool
+    state: str  # "held", "broken" or "not judged"
     rules: tuple[Rule, ...]
     run: RunFolder
-    baseline: RunFolder | None  # None: the first night
+    held_against: Baseline
     comparison: Comparison | None
     losses: Losses  # of ``run``
     notes: tuple[str, ...]
+    window: str = "all"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the policy holds."""
+        return self.state == HELD
+
+    @property
+    def baseline(self) -> RunFolder | None:
+        """The run compared with; None if there is none."""
+        return self.held_against.run
+
+    @property
+    def series(self) -> str:
+        """Name of the series that the run belongs to."""
+        return series.name_of(self.run.store, self.run.info["config"])
+
+    @property
+    def partition(self) -> date | None:
+        """Day of the partition that the run covers; None if it covers the whole corpus."""
+        if self.window == "all":
+            return None
+        return series.day_of(self.run.info["config"]["corpus"])
+
+    @property
+    def num_unjudged(self) -> int:
+        """Number of limits that were not judged."""
+        return sum(rule.passed is None for rule in self.rules)
+
+    @property
+    def reason(self) -> str | None:
+        """What was not judged, and why; None if every limit was judged."""
+        return "; ".join(verdict.reasons(self.rules)) or None
 
 
 def run_audit(
     config: RunConfig,
     policy: Policy,
+    night: Night = Night(),  # noqa: B008 - frozen
     *,
-    baseline: str = "previous",
-    frozen: bool = False,
     mark: bool = True,
     on_event: OnEvent = lambda event: None,
 ) -> Audit:
-    """Run ``config``, compare the run with ``baseline`` and judge it by ``policy``.
+    """Run ``config``, compare the run with its baseline and judge it by ``policy``.
 
     Writes the run and, with ``mark``, the mark that it was audited. With ``mark`` false the caller
     calls ``manifest.mark_audited`` once it has reported the verdict.
 
-    ``baseline`` is one of:
+    The baseline is an earlier complete run of the same measure and series (``series.name_of``), by
+    kind one of:
 
-    - "previous": the store's newest earlier run of the same measure and corpus that
-      ``manifest.mark_audited`` marked; without any, the newest complete one.
-    - "week": the newest complete one that began at least 6.5 days earlier.
-    - the URI of a run.
+    - "previous": the newest that ``manifest.mark_audited`` marked; without any, the newest.
+    - "week": the newest that began at least 6.5 days earlier.
+    - "weekday": the one whose partition is seven days older.
+    - "median:7": "previous", with the medians of the last 7 nights for scalar figures.
 
-    Without a baseline this is the first night, and rules that need one are not judged. ``frozen``
-    labels with the thresholds that the named run used, otherwise with those that the newest audited
-    run of this corpus used. Every night passes its thresholds on, so HIGH keeps its meaning from
-    the first night.
+    With the window "new" the run covers one partition, and earlier runs are those of earlier
+    partitions, whenever they were made. A limit that lacks what it needs is not judged. Then the
+    state is "not judged", unless the policy or ``night.first_night`` says otherwise.
+
+    ``night.frozen`` labels with the thresholds that the named run used, otherwise with those that
+    the newest audited run of this series used. Every night passes its thresholds on, so HIGH keeps
+    its meaning from the first night.
 
     The same call gives the same verdict while the corpus is the same, however the previous call
     ended. Raises what ``job.run`` and ``compare.compare`` raise.
     """
-    # Find a named baseline before the run, so that a wrong name fails early.
-    named = None if baseline in baselines.BASELINES else baselines.named(baseline)
-    if frozen:
+    kind = night.baseline or policy.baseline
+    named = _named_baseline(kind, policy.window)  # before the run: a wrong name fails early
+    covered = choose_partition(config, policy, night)
+    config = covered.config
+    if covered.message is not None:
+        event = events.Warned if covered.is_late else events.Complete
+        on_event(event(covered.message))
+    if night.frozen:
         config = baselines.with_frozen_thresholds(config, named)
-    baselines.begin_nights(config)
+    baselines.begin_nights(config, policy.window)
     with job.run(config, on_event) as opened:
         run = manifest.find_run(opened.uri)
-    before = named or baselines.BASELINES[baseline](run)
-    comparison = None if before is None else compare.compare(before, run)
-    with checksums.named_damage(run.uri):
-        lost = losses.of_run(run)
-        sources = _sources_of(run)
-        rules = tuple(verdict.judge(policy, run, comparison, lost, sources))
-        notes = tuple(_notes(policy, run, comparison, baseline, sources))
+    baseline = Baseline(named) if named else baselines.find(run, kind, policy.window)
+    found = _judge(policy, run, baseline, night)
     if mark:
         manifest.mark_audited(run)
-    passed = all(rule.passed is not False for rule in rules)
-    return Audit(passed, rules, run, before, comparison, lost, notes)
+    return found
 
 
-def _notes(
-    policy: Policy,
-    run: RunFolder,
-    comparison: Comparison | None,
-    baseline: str,
-    sources: Collection[str],
-) -> Iterator[str]:
+def _named_baseline(baseline: str, window: str) -> RunFolder | None:
+    """The run whose URI is ``baseline``; None if it is a kind of baseline that ``window`` has."""
+    if baselines.is_kind(baseline):
+        check_kind(baseline, window)
+        return None
+    return baselines.named(baseline)
+
+
+def _judge(policy: Policy, run: RunFolder, baseline: Baseline, night: Night) -> Audit:
+    """The verdict on the complete ``run``, held against ``baseline``."""
+    excused = None
+    if night.first_night and baseline.lacking is not None:
+        excused = f"first night: {baseline.lacking}"
+        baseline = replace(baseline, lacking=excused)
+    before = baseline.run
+    comparison = None if before is None else compare.compare(before, run)
+    with checksums.named_damage(run.uri):
+        sources = _sources_of(run, before)
+        evidence = Evidence(run, losses.of_run(run), sources, comparison, baseline)
+        rules = tuple(verdict.judge(policy, evidence))
+        notes = tuple(_notes(policy, evidence, night))
+    state = verdict.state_of(rules, policy.unjudged, excused)
+    return Audit(state, rules, run, baseline, comparison, evidence.lost, notes, policy.window)
+
+
+def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
     """Facts that a reader of the verdict needs."""
+    run, baseline, comparison = evidence.run, evidence.baseline, evidence.comparison
     if (labels_of := run.info["config"].get("thresholds")) is not None:
         yield f"HIGH is decided by the thresholds of {labels_of}."
+    if baseline.median_of:
+        yield (
+            f"Quartiles, HIGH shares, classes and tokens are held against medians of "
+            f"{count(len(baseline.median_of), 'night')}, all else against the previous one."
+        )
+    if night.first_night and baseline.lacking is None:
+        yield "--first-night had no effect: this night has a baseline."
     if comparison is None:
-        if next(baselines.comparable_runs(run), None) is None:
-            yield (
-                "First night: no earlier run of this corpus and measure is here, and what needs "
-                "one was not judged."
-            )
-        else:
-            days = baselines.WEEK.total_seconds() / 86_400
-            yield (
-                f"No earlier run is {days:g} days old yet (--baseline {baseline}); what needs one "
-                "was not judged."
-            )
         return
     yield from comparison.notes
     if policy.source_limits:
-        yield from verdict.unjudged_sources(policy, run, comparison, sources)
+        yield from verdict.unjudged_sources(policy, run, comparison, evidence.sources)
 
 
-def _sources_of(run: RunFolder) -> frozenset[str]:
-    """Files that ``run`` read, with tokens or without; folders where there are many files."""
+def _sources_of(run: RunFolder, before: RunFolder | None) -> frozenset[str]:
+    """Files that ``run`` read, with tokens or without; folders where there are many files.
+
+    Their names are those in the comparison with ``before``.
+    """
     if "sources" not in run.info["tables"]:
         return frozenset()
-    return frozenset(manifest.read_table(run, "sources")["source"].to_pylist())
+    names = manifest.read_table(run, "sources")["source"].to_pylist()
+    if before is not None:
+        _, renamed = compare.source_names(before, run)
+        names = map(renamed, names)
+    return frozenset(names)
 
 
 # --- results
@@ -127,12 +190,20 @@ def _sources_of(run: RunFolder) -> frozenset[str]:
 
 def to_json(found: Audit) -> dict[str, Any]:
     """The verdict as plain values, the same for the same runs and policy."""
+    rules = [asdict(rule) | {"state": rule.state} for rule in found.rules]
+    median_of = [compare.describe(run) for run in found.held_against.median_of]
     return {
         "schema_version": JSON_VERSION,
-        "verdict": "pass" if found.passed else "broken",
-        "rules": [asdict(rule) for rule in found.rules],
+        "state": found.state,
+        "reason": found.reason,
+        "verdict": "pass" if found.passed else found.state,
+        "series": found.series,
+        "window": found.window,
+        "partition": None if found.partition is None else found.partition.isoformat(),
+        "rules": rules,
         "run": compare.describe(found.run),
         "baseline": None if found.baseline is None else compare.describe(found.baseline),
+        "median_of": median_of,
         "counts": found.run.info["counts"],
         "lost": losses.to_json(found.losses),
         "notes": list(found.notes),
@@ -159,27 +230,48 @@ def write_json(found: Audit, folder: str) -> str:
 
 
 def lines(found: Audit) -> Iterator[str]:
-    """The verdict as lines of text: rules, broken ones first; then notes; then the answer."""
-    for rule in sorted(found.rules, key=lambda r: (r.passed is not False, r.passed is not None)):
-        state = {True: "holds", False: "BROKEN", None: "not judged"}[rule.passed]
-        value = "" if rule.passed is None else _value_in_words(rule)
+    """The verdict as lines of text: limits, notes, what was not judged and why, the answer."""
+    for rule in in_order(found.rules):
+        state = {HELD: "holds", BROKEN: "BROKEN", NOT_JUDGED: NOT_JUDGED}[rule.state]
         where = f" ({rule.where})" if rule.where is not None else ""
-        sign = ">=" if verdict.is_minimum(rule.key) else "<="
-        limit = f"{rule.limit:,}" if rule.key in WHOLE else f"{rule.limit:g}"
-        yield f"{state:<11}{rule.key:<24}{value:>12} {sign} {limit}{where}"
+        value, limit = verdict.value_text(rule), verdict.limit_text(rule)
+        yield f"{state:<11}{rule.key:<24}{value:>12} {limit}{where}"
     yield from found.notes
-    broken = sum(rule.passed is False for rule in found.rules)
-    against = "" if found.baseline is None else f", against {found.baseline.uri}"
-    judged = sum(rule.passed is not None for rule in found.rules)
-    answer = "the policy holds"
-    if broken:
-        answer = f"the policy is broken: {count(broken, 'limit')} of {len(found.rules)}"
-    elif judged < len(found.rules):
-        answer += f" as far as it was judged: {judged} of {count(len(found.rules), 'limit')}"
-    yield f"{answer}; run {found.run.uri}{against}"
+    for line in verdict.reasons(found.rules):
+        yield f"not judged: {line}"
+    partition = "" if found.partition is None else f"partition {found.partition}, "
+    yield f"{answer(found)}; {partition}run {found.run.uri}{_against(found)}"
 
 
-def _value_in_words(rule: Rule) -> str:
-    if rule.value is None:
-        return "unknown" if rule.key == "lost_documents" else "infinite"
-    return f"{rule.value:,}" if rule.key in WHOLE else f"{rule.value:.5g}"
+def in_order(rules: tuple[Rule, ...]) -> list[Rule]:
+    """``rules`` by state: first those that were not judged, then broken ones, then the others."""
+    states = (NOT_JUDGED, BROKEN, HELD)
+    return sorted(rules, key=lambda rule: states.index(rule.state))
+
+
+def answer(found: Audit) -> str:
+    """The state of the night in words."""
+    num_rules = count(len(found.rules), "limit")
+    num_broken = sum(rule.passed is False for rule in found.rules)
+    num_judged = len(found.rules) - found.num_unjudged
+    unjudged = f"{found.num_unjudged} of {num_rules} could not be judged"
+    text = ANSWERS[found.state]
+    if found.state == NOT_JUDGED:
+        return f"{text}: {unjudged}"
+    if num_broken:
+        text += f": {count(num_broken, 'limit')} of {len(found.rules)}"
+        return f"{unjudged}; {text}" if found.num_unjudged else text
+    if not found.num_unjudged:
+        return text
+    if found.state == BROKEN:
+        return f"{unjudged}, which the policy counts as broken; {text}"
+    return f"{unjudged}; {text} as far as it was judged: {num_judged} of {num_rules}"
+
+
+def _against(found: Audit) -> str:
+    """The run that the night is held against, for the end of the last line."""
+    if found.baseline is None:
+        return ""
+    nights = len(found.held_against.median_of)
+    medians = f" and medians of {count(nights, 'night')}" if nights else ""
+    return f", against {found.baseline.uri}{medians}"

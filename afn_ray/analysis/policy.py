@@ -59,9 +59,22 @@ SOURCE_LIMITS = {
     "min_tokens_ratio": "tokens of a source in this run over those in the baseline, at least",
 }
 """Limits in ``[source]`` on the worst source; ``max_vanished_sources`` limits vanished ones."""
+BASELINES = {"all": ("previous", "week"), "new": ("previous", "weekday")}
+"""Kinds of baseline by window; with "new" there are those of the form ``MEDIAN`` too."""
+MEDIAN = re.compile(r"median:([2-9]|[1-9][0-9]{1,2})")
+"""Form of the baseline that is the median of the last nights, of which there are 2 to 999."""
 WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
 """Limits on the run alone that are counts, not shares."""
-OPTIONS = {"layer": "layer that is judged; default: the deepest that both runs recorded"}
+OPTIONS = {
+    "layer": "layer that is judged; default: the deepest that both runs recorded",
+    "window": "what a night covers: all, the whole corpus, or new, one dated partition; default: all",
+    "baseline": "what a night is held against: previous, week (window all), weekday or median:7 "
+                "(window new); default: previous",
+    "unjudged": "what a limit counts as that could not be judged: pass or fail; default: neither, "
+                "and the night is not judged",
+}  # fmt: skip
+CHOICES = {"window": tuple(BASELINES), "unjudged": ("pass", "fail")}
+"""Accepted values of the options that take one of a fixed set."""
 SOURCE_OPTIONS = {
     "min_tokens": "tokens that a source needs in both runs (for min_tokens_ratio: in the "
                   f"baseline) to be judged; default: {LEAST_TOKENS}"
@@ -87,6 +100,12 @@ class Policy:
     source_limits: Mapping[str, float]
     layer: int | None
     min_tokens: int
+    window: str = "all"
+    """What a night covers: "all", the whole corpus, or "new", one dated partition of it."""
+    baseline: str = "previous"
+    """Kind of the baseline, as ``check_kind`` allows it."""
+    unjudged: str | None = None
+    """What a limit counts as that could not be judged: "pass", "fail", or neither."""
 
 
 def read_policy(file: str | Path) -> Policy:
@@ -101,6 +120,15 @@ def read_policy(file: str | Path) -> Policy:
     _check_keys(file, "", values, RUN_LIMITS | DRIFT_LIMITS | OPTIONS)
     _check_keys(file, "[source] ", source, SOURCE_LIMITS | SOURCE_OPTIONS)
     layer = _whole(file, "layer", values.pop("layer")) if "layer" in values else None
+    window = _choice(file, "window", values.pop("window", "all"))
+    unjudged = values.pop("unjudged", None)
+    if unjudged is not None:
+        _choice(file, "unjudged", unjudged)
+    baseline = values.pop("baseline", "previous")
+    try:
+        check_kind(baseline, window)
+    except ConfigError as error:
+        raise ConfigError(f"policy {file}: {error}") from None
     min_tokens = _whole(file, "min_tokens", source.pop("min_tokens", LEAST_TOKENS))
     limits = {key: _limit(file, key, value) for key, value in values.items()}
     source_limits = {key: _limit(file, f"source.{key}", value) for key, value in source.items()}
@@ -110,7 +138,27 @@ def read_policy(file: str | Path) -> Policy:
             f"policy {file} has no limit, so nothing could break it; it may have:\n"
             f"{known}{IN_SOURCE}"
         )
-    return Policy(limits, source_limits, layer, min_tokens)
+    return Policy(limits, source_limits, layer, min_tokens, window, baseline, unjudged)
+
+
+def check_kind(baseline: object, window: str) -> None:
+    """Raise ``ConfigError`` for a kind of ``baseline`` that ``window`` does not have."""
+    if baseline in BASELINES[window]:
+        return
+    known = " or ".join(BASELINES[window])
+    if window == "new":
+        if isinstance(baseline, str) and MEDIAN.fullmatch(baseline):
+            return
+        known += ", or a median of 2 to 999 nights, as in median:7"
+    raise ConfigError(f'baseline is {baseline!r}; with window = "{window}" expected {known}')
+
+
+def _choice(file: str | Path, key: str, value: Any) -> str:
+    if value not in CHOICES[key]:
+        raise ConfigError(
+            f"policy {file}: {key} is {value!r}; expected one of {', '.join(CHOICES[key])}"
+        )
+    return str(value)
 
 
 def _check_keys(

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.analysis.policy import (
-    DISTANCE_LIMITS,
-    DRIFT_LIMITS,
-    RUN_LIMITS,
-    SOURCE_LIMITS,
-    Policy,
-)
+from afn_ray.analysis import scalars
+from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.policy import DRIFT_LIMITS, RUN_LIMITS, SOURCE_LIMITS, WHOLE, Policy
 from afn_ray.errors import ConfigError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
@@ -27,6 +24,11 @@ from afn_ray.text import count
 SHOWN_SOURCES = 5
 """Largest number of sources that a note names."""
 OF_SOURCES = ("max_new_sources", "max_vanished_sources")
+OF_SCALARS = ("q1_shift", "q2_shift", "q3_shift", "share_high_shift", "class_share_shift",
+              "class_high_shift", "min_tokens_ratio", "max_tokens_ratio")  # fmt: skip
+"""Limits on scalar figures, which may be held against medians of several nights."""
+HELD, BROKEN, NOT_JUDGED = "held", "broken", "not judged"
+"""States of a limit and of a night."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,61 +41,129 @@ class Rule:
     passed: bool | None  # None: not judged
     where: str | None  # source, class, files or layer that the value belongs to
     meaning: str
+    reason: str | None = None  # why it was not judged
+
+    @property
+    def state(self) -> str:
+        return {True: HELD, False: BROKEN, None: NOT_JUDGED}[self.passed]
 
 
-def judge(
-    policy: Policy,
-    run: RunFolder,
-    comparison: Comparison | None,
-    lost: Losses,
-    sources: Collection[str],
-) -> Iterator[Rule]:
-    """Compare ``run`` and ``comparison`` with each limit of ``policy``, in the policy's order.
+class Found(NamedTuple):
+    """A value to hold against a limit, or the reason why there is none."""
 
-    ``lost`` is what the run lost. ``sources`` are the sources that it read, with tokens or
-    without. Rules that need a comparison are not judged without one, nor rules on sources where the
-    baseline has no table of sources. Raises ``ConfigError`` for limits that this run's layers or
-    tables can never be compared with.
+    value: float | None
+    where: str | None = None  # source, class or files that it belongs to
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a policy is compared with: one run and what it is held against."""
+
+    run: RunFolder
+    lost: Losses  # what the run lost
+    sources: Collection[
+        str
+    ]  # that the run read, with tokens or without; named as in ``comparison``
+    comparison: Comparison | None
+    baseline: Baseline
+
+
+def judge(policy: Policy, evidence: Evidence) -> Iterator[Rule]:
+    """Compare ``evidence`` with each limit of ``policy``, in the policy's order.
+
+    What cannot be compared is not judged, with the reason. Raises ``ConfigError`` for limits that
+    this run's layers or tables can never be compared with.
     """
-    layer = _judged_layer(policy, run, comparison)
+    run, comparison = evidence.run, evidence.comparison
+    layer = judged_layer(policy, run, comparison)
     limits_sources = policy.source_limits or policy.limits.keys() & set(OF_SOURCES)
     if limits_sources and "sources" not in run.info["tables"]:
         raise ConfigError(
             f"the policy limits sources, but run {run.uri} has no table of them: run it with its "
             "screening (--screen)"
         )
-    measured = dict(_of_run(run, lost))
+    measured = dict(_of_run(run, evidence.lost))
     if comparison is not None:
-        measured = dict(_of_comparison(comparison, layer)) | measured
+        measured |= _of_comparison(comparison, layer)
+        measured |= _of_scalars_of(evidence, comparison, layer)
+    nothing = Found(None, reason=evidence.baseline.lacking)
     meanings = RUN_LIMITS | DRIFT_LIMITS
     for key, limit in policy.limits.items():
-        value, where = measured.get(key, (None, None))
-        yield _rule(key, limit, value, where, meanings[key])
+        yield _rule(key, limit, measured.get(key, nothing), meanings[key])
     for key, limit in policy.source_limits.items():
-        value, where = None, None
+        found = nothing
         if comparison is not None:
-            value, where = _worst_source(policy, key, comparison, layer, sources)
-        yield _rule(f"source.{key}", limit, value, where, SOURCE_LIMITS[key])
+            found = _worst_source(policy, key, comparison, layer, evidence.sources)
+        yield _rule(f"source.{key}", limit, found, SOURCE_LIMITS[key])
+
+
+def state_of(rules: Sequence[Rule], unjudged: str | None, excused: str | None) -> str:
+    """The state of a night with ``rules``.
+
+    ``unjudged`` is the policy's: what a limit counts as that was not judged. Limits that were not
+    judged for the reason ``excused`` do not count.
+    """
+    if any(rule.passed is False for rule in rules):
+        return BROKEN
+    open_rules = [rule for rule in rules if rule.passed is None]
+    if excused is not None:
+        open_rules = [rule for rule in open_rules if rule.reason != excused]
+    if not open_rules:
+        return HELD
+    return {"pass": HELD, "fail": BROKEN, None: NOT_JUDGED}[unjudged]
+
+
+def reasons(rules: Sequence[Rule]) -> Iterator[str]:
+    """The limits that were not judged, as text: a line for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for rule in rules:
+        if rule.reason is not None:
+            by_reason.setdefault(rule.reason, []).append(rule.key)
+    for reason, keys in by_reason.items():
+        yield f"{', '.join(keys)}: {reason}"
 
 
 def _worst_source(
     policy: Policy, key: str, comparison: Comparison, layer: int, sources: Collection[str]
-) -> tuple[float | None, str | None]:
-    """The worst value of a ``SOURCE_LIMITS`` key, and its source; None where no source is judged."""
+) -> Found:
+    """The worst value of a ``SOURCE_LIMITS`` key, and its source."""
+    least = f"{policy.min_tokens:,} tokens"
+    if not _sources_at(comparison, layer):
+        return _WITHOUT_SOURCES
     if key == "min_tokens_ratio":
         rows = _shrinkable(comparison, layer, policy.min_tokens, sources)
         ratios = [(row["n_b"] / row["n_a"], row["source"]) for row in rows]
-        return min(ratios, default=(None, None))
+        if ratios:
+            return Found(*min(ratios))
+        return Found(None, reason=f"no source that was read has {least} in the baseline")
     rows = _judged_sources(comparison, layer, policy.min_tokens)
     distances = [(_distance(row, key), row["source"]) for row in rows]
-    return max(distances, default=(None, None))
+    if distances:
+        return Found(*max(distances))
+    return Found(None, reason=f"no source has {least} in both runs")
+
+
+def value_text(rule: Rule) -> str:
+    """The value of ``rule``; empty if it was not judged."""
+    if rule.passed is None:
+        return ""
+    if rule.value is None:
+        return "unknown" if rule.key == "lost_documents" else "infinite"
+    return f"{rule.value:,}" if rule.key in WHOLE else f"{rule.value:.5g}"
+
+
+def limit_text(rule: Rule) -> str:
+    """The limit of ``rule``, with its sign."""
+    sign = ">=" if is_minimum(rule.key) else "<="
+    return f"{sign} {rule.limit:,}" if rule.key in WHOLE else f"{sign} {rule.limit:g}"
 
 
 def unjudged_sources(
     policy: Policy, run: RunFolder, comparison: Comparison, sources: Collection[str]
 ) -> Iterator[str]:
     """Notes on the sources that no limit in ``[source]`` was compared with; ``sources`` as above."""
-    layer = _judged_layer(policy, run, comparison)
+    layer = judged_layer(policy, run, comparison)
     rows = _judged_sources(comparison, layer, policy.min_tokens)
     if "min_tokens_ratio" in policy.source_limits:
         rows += _shrinkable(comparison, layer, policy.min_tokens, sources)
@@ -128,7 +198,7 @@ def _named(rows: Sequence[Mapping[str, Any]], tokens: str) -> str:
     return names
 
 
-def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
+def judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
     layers = run.info["layers"]
     if comparison is not None:
         layers = comparison.drift["layer"].unique().to_pylist()
@@ -139,9 +209,10 @@ def _judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None)
     return max(layers) if policy.layer is None else policy.layer
 
 
-def _rule(key: str, limit: float, value: float | None, where: str | None, meaning: str) -> Rule:
+def _rule(key: str, limit: float, found: Found, meaning: str) -> Rule:
+    value, where, reason = found
     if value is None:
-        return Rule(key, limit, None, None, where, meaning)
+        return Rule(key, limit, None, None, where, meaning, reason)
     passed = value >= limit if is_minimum(key) else value <= limit
     finite = value if math.isfinite(value) else None
     return Rule(key, limit, finite, passed, where, meaning)
@@ -151,7 +222,8 @@ def is_minimum(key: str) -> bool:
     return key.removeprefix("source.").startswith("min_")
 
 
-LimitValues = tuple[str, tuple[float | None, str | None]]
+LimitValues = tuple[str, Found]
+_WITHOUT_SOURCES = Found(None, reason="the baseline has no table of sources")
 
 
 def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
@@ -160,40 +232,68 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
     num_documents = max(1, counts["documents"])
     num_quarantined = len(run.info["quarantined"])
     num_shards = max(1, counts["shards"] + num_quarantined)
-    yield "quarantined_documents", (counts["quarantined"] / num_documents, None)
-    yield "quarantined_shards", (num_quarantined / num_shards, None)
-    yield "empty_documents", (counts["empty"] / num_documents, None)
+    yield "quarantined_documents", Found(counts["quarantined"] / num_documents)
+    yield "quarantined_shards", Found(num_quarantined / num_shards)
+    yield "empty_documents", Found(counts["empty"] / num_documents)
     files = losses.worst_files(lost) or None
-    yield "lost_bytes", (lost.lost_bytes, files)
-    yield "lost_share", (lost.share, files)
+    yield "lost_bytes", Found(lost.lost_bytes, files)
+    yield "lost_share", Found(lost.share, files)
     documents = None if files is None else f"{losses.documents_text(lost)}: {files}"
     lost_documents = math.inf if lost.lost_unknown else lost.lost_documents
-    yield "lost_documents", (lost_documents, documents)
+    yield "lost_documents", Found(lost_documents, documents)
     replaced_files = losses.replaced_files(lost) or None
     replaced_share = min(1.0, lost.replaced / max(1, counts["chars"]))
-    yield "replaced_characters", (lost.replaced, replaced_files)
-    yield "replaced_share", (replaced_share, replaced_files)
+    yield "replaced_characters", Found(lost.replaced, replaced_files)
+    yield "replaced_share", Found(replaced_share, replaced_files)
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[LimitValues]:
-    """Values of ``DRIFT_LIMITS`` at ``layer``; of sources only where both runs have their table."""
-    drift = _at(comparison.drift, layer).to_pylist()
-    whole = next(row for row in drift if row["source"] is None)
-    if whole["n_a"] and whole["n_b"]:
-        for key in DISTANCE_LIMITS:
-            yield key, (_distance(whole, key), None)
-    ratio = _ratio(whole["n_b"], whole["n_a"])
-    yield "min_tokens_ratio", (ratio, None)
-    yield "max_tokens_ratio", (ratio, None)
-    yield from _of_classes(_at(comparison.classes, layer).to_pylist())
+    """Values of ``DRIFT_LIMITS`` at ``layer`` that are not among ``OF_SCALARS``."""
+    whole = scalars.of_comparison(comparison, layer).whole
+    for key in ("psi", "ks", "js"):
+        yield key, _of_whole(whole, key)
     movers = _at(comparison.movers, layer)
-    yield "max_moved_types", (compare.num_moved(movers), None)
+    num_of = Counter(movers["status"].to_pylist())
+    no_type = Found(None, reason="no type is in both runs")
+    moved = Found(compare.num_moved(movers)) if num_of["both"] else no_type
+    yield "max_moved_types", moved
     for status in ("new", "vanished"):
-        num_types = pc.sum(pc.equal(movers["status"], status)).as_py()
-        yield f"max_{status}_types", (num_types or 0, None)
-    if sources := _sources_at(comparison, layer):
-        yield "max_new_sources", (sum(not row["n_a"] for row in sources), None)
-        yield "max_vanished_sources", (sum(not row["n_b"] for row in sources), None)
+        yield f"max_{status}_types", Found(num_of[status])
+    sources = _sources_at(comparison, layer)
+    new, vanished = _WITHOUT_SOURCES, _WITHOUT_SOURCES
+    if sources:
+        new = Found(sum(not row["n_a"] for row in sources))
+        vanished = Found(sum(not row["n_b"] for row in sources))
+    yield "max_new_sources", new
+    yield "max_vanished_sources", vanished
+
+
+def _of_scalars_of(evidence: Evidence, comparison: Comparison, layer: int) -> Iterator[LimitValues]:
+    """Values of ``OF_SCALARS``: against the baseline, or against medians of several nights."""
+    baseline = evidence.baseline
+    if baseline.is_median and not baseline.median_of:
+        for key in OF_SCALARS:
+            yield key, Found(None, reason=baseline.lacking)
+        return
+    figures = scalars.of_comparison(comparison, layer)
+    if baseline.is_median:
+        figures = scalars.of_medians(comparison, baseline.median_of, layer)
+    for key in ("q1_shift", "q2_shift", "q3_shift", "share_high_shift"):
+        yield key, _of_whole(figures.whole, key)
+    ratio = Found(None, reason="the baseline has no token")
+    if figures.whole["n_a"]:
+        ratio = Found(figures.whole["n_b"] / figures.whole["n_a"])
+    yield "min_tokens_ratio", ratio
+    yield "max_tokens_ratio", ratio
+    yield from _of_classes(figures.classes)
+
+
+def _of_whole(whole: Mapping[str, Any], key: str) -> Found:
+    """Value of a ``DISTANCE_LIMITS`` key of the whole run."""
+    for name, run in (("n_b", "this run"), ("n_a", "the baseline")):
+        if not whole[name]:
+            return Found(None, reason=f"{run} has no token")
+    return Found(_distance(whole, key))
 
 
 def _of_classes(rows: Sequence[Mapping[str, Any]]) -> Iterator[LimitValues]:
@@ -203,8 +303,10 @@ def _of_classes(rows: Sequence[Mapping[str, Any]]) -> Iterator[LimitValues]:
         shares.append((abs(row["share_b"] - row["share_a"]), row["class"]))
         if row["n_a"] and row["n_b"]:
             high_shares.append((abs(row["share_high_b"] - row["share_high_a"]), row["class"]))
-    yield "class_share_shift", max(shares, default=(0.0, None))
-    yield "class_high_shift", max(high_shares, default=(0.0, None))
+    of_shares = Found(*max(shares)) if shares else Found(None, reason="neither run has a class")
+    no_class = Found(None, reason="no class is in both runs")
+    yield "class_share_shift", of_shares
+    yield "class_high_shift", Found(*max(high_shares)) if high_shares else no_class
 
 
 def _at(table: pa.Table, layer: int) -> pa.Table:
@@ -238,7 +340,7 @@ def _shrinkable(
     return found
 
 
-def _distance(row: dict[str, Any], key: str) -> float:
+def _distance(row: Mapping[str, Any], key: str) -> float:
     """Value of a ``DISTANCE_LIMITS`` key in a ``DRIFT_SCHEMA`` row with tokens in both runs."""
     if key == "share_high_shift":
         return float(abs(row["share_high_b"] - row["share_high_a"]))

@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,11 +71,12 @@ class Engine(_Ours):
         documents = (Document("bench", i, text.text) for i, text in enumerate(every))
         strengths: list[Norms] = []
         with self._processor.feed.chunks(documents) as chunks:  # as for a shard
-            for chunk in chunks:
-                values = self._processor.measurer.values(chunk.prepared)
-                if len(strengths) < len(texts):
-                    bounds = chunk.prepared.encoded.bounds
-                    strengths += np.split(values.series[0], bounds[1:-1])
+            flow = self._processor.measurer.flow(chunks, 0)
+            with closing(flow.measure()) as measured:
+                for chunk, values in measured:
+                    if len(strengths) < len(texts):
+                        bounds = chunk.prepared.encoded.bounds
+                        strengths += np.split(values.series[0], bounds[1:-1])
         return self._outcome(before, strengths[: len(texts)])
 
 

@@ -57,17 +57,7 @@ def measure(
     texts = sample_texts(config, config.corpus)
     with tempfile.TemporaryDirectory(prefix="afn-bench-", dir=config.scratch) as name:
         folder = Path(name)
-        asked = replace(
-            config,
-            corpus=(str(folder / "corpus.jsonl"),),
-            store=str(folder / "store"),
-            scratch=name,
-            format="auto",
-            text_column="text",
-            id_column=None,
-            labels=None,
-            executor="inline",
-        )
+        asked = _in_folder(config, folder)
         device = model.choose_device(config.device)
         least_s = 0.0 if num_tokens else LEAST_S[device]
         num_tokens = num_tokens or TOKENS_PER_WORKER[device] * NUM_SHARDS
@@ -101,6 +91,21 @@ def measure(
         "tokens_per_second": rates,
         "speed": speed_of(prepared.task),
     }
+
+
+def _in_folder(config: RunConfig, folder: Path) -> RunConfig:
+    """``config`` with a JSONL corpus and a store in ``folder``, in this process."""
+    return replace(
+        config,
+        corpus=(str(folder / "corpus.jsonl"),),
+        store=str(folder / "store"),
+        scratch=str(folder),
+        format="auto",
+        text_column="text",
+        id_column=None,
+        labels=None,
+        executor="inline",
+    )
 
 
 def sample_texts(config: RunConfig, corpus: Sequence[str]) -> list[str]:

@@ -65,7 +65,8 @@ def render(result: dict[str, Any], console: Console) -> None:
         for name, f in variants.items():
             stages = ", ".join(f"{k[:-2]} {v:.2f}" for k, v in f["stages"].items())
             seconds = statistics.median(f["seconds"])
-            took = f"{f['texts']} texts, {seconds:.2f} s; stages, which overlap"
+            times = f" {f['passes']} times" if f["passes"] > 1 else ""
+            took = f"{f['texts']} texts{times}, {seconds:.2f} s; stages, which overlap"
             console.print(f"  {name}: {took}: {stages}", markup=False)
         _render_bars(result, profile, console)
     console.print()

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit
     from afn_ray.query.database import Run
 
-POLICY_BROKEN, AUDIT_FAILED = 1, 2
+AUDIT_FAILED = 2
+VERDICTS = {"held": 0, "broken": 1, "not judged": 3}
+"""Exit code of ``afn audit`` by the state of the night; 2 is ``AUDIT_FAILED``."""
 Calls = Mapping[str, Callable[[argparse.Namespace], int | None]]
 """The function of each command, whose result is its exit code; ``None`` is 0."""
 
@@ -220,48 +222,40 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from afn_ray.analysis.nights import Night, choose_partition
+    from afn_ray.analysis.policy import read_policy
     from afn_ray.runs import precheck
     from afn_ray.store import settings
 
-    config = settings.config_from({}, args.config)
+    given = {} if args.series is None else {"series": args.series}
+    config = settings.config_from(given, args.config)
     log_as(config.log_format, args.quiet)
-    settings.read_toml(args.policy, "policy")
+    policy = read_policy(args.policy)
     if args.frozen:
         precheck.check_frozen(config)
-    precheck.check_run(config)
-    from afn_ray.analysis import audit, notify
-    from afn_ray.analysis.policy import read_policy
+    night = Night(args.baseline, args.partition, args.first_night, args.frozen)
+    precheck.check_run(choose_partition(config, policy, night).config)
+    from afn_ray.analysis import audit
     from afn_ray.runs.cluster import connection
     from afn_ray.show import report
     from afn_ray.store import manifest, uris
 
     connection.exit_when_lost_with(AUDIT_FAILED)
-    policy = read_policy(args.policy)
     out = uris.absolute(args.out)  # fails now, not after the run
-    # A Secret made from a file ends with its newline.
-    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
-    webhook = notify.check_webhook(url, args.allow_http) if url else None
-    command = notify.parse_command(args.on_broken) if args.on_broken is not None else None
+    notifications = _notifications(args)
     if not args.no_report:
         report.check_packages()  # fails now, not after the run
     errors = Console(stderr=True, highlight=False)
     with shown_progress(errors, args.quiet) as on_event:
-        found = audit.run_audit(
-            config,
-            policy,
-            baseline=args.baseline,
-            frozen=args.frozen,
-            mark=False,
-            on_event=on_event,
-        )
+        found = audit.run_audit(config, policy, night, mark=False, on_event=on_event)
     written = audit.write_json(found, out)
     failures: list[str | None] = []
-    if webhook and not found.passed:
-        failures.append(notify.post(webhook, audit.to_bytes(found)))
-    if command and not found.passed:
-        failures.append(notify.call_command(command, written))
+    if not found.passed:
+        failures += [notify(found, written) for notify in notifications]
     if not args.no_report:
         failures.append(_write_page(found, out))
+    if found.partition is not None and args.partition in (None, "latest"):
+        failures.append(_repeated(found))
     # The exit code is the verdict even if a notification fails.
     for failure in failures:
         if failure is not None:
@@ -269,7 +263,38 @@ def _audit(args: argparse.Namespace) -> int:
     _print_lines(audit.lines(found))
     # Last: without this mark, the next audit reports this run's drift again.
     manifest.mark_audited(found.run)
-    return 0 if found.passed else POLICY_BROKEN
+    return VERDICTS[found.state]
+
+
+def _notifications(args: argparse.Namespace) -> list[Callable[[Audit, str], str | None]]:
+    """Calls that report a verdict, given it and the URI of audit.json; each returns what failed.
+
+    Raises ``ConfigError`` for a wrong webhook or command.
+    """
+    from afn_ray.analysis import audit, notify
+
+    calls: list[Callable[[Audit, str], str | None]] = []
+    # A Secret made from a file ends with its newline.
+    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
+    if url:
+        webhook = notify.check_webhook(url, args.allow_http)
+        calls.append(lambda found, written: notify.post(webhook, audit.to_bytes(found)))
+    if args.on_broken is not None:
+        command = notify.parse_command(args.on_broken)
+        calls.append(lambda found, written: notify.call_command(command, written))
+    return calls
+
+
+def _repeated(found: Audit) -> str | None:
+    """A warning if the latest partition was audited before, so that tonight's may be late."""
+    from afn_ray.store import manifest
+
+    if not manifest.is_audited(found.run):
+        return None
+    return (
+        f"partition {found.partition} was audited before, and no newer one is there: this is its "
+        "verdict again; --partition DATE fails if the partition of that date is late"
+    )
 
 
 def _write_page(found: Audit, out: str) -> str | None:
@@ -279,7 +304,7 @@ def _write_page(found: Audit, out: str) -> str | None:
     from afn_ray.store import storage, uris
 
     try:
-        page = report.render(found.run, found.comparison, with_claims=False)
+        page = report.render(found.run, found.comparison, with_claims=False, audit=found)
         storage.write_over(uris.join(out, audit.PAGE), page.encode(), retry_for_s=None)
     except Exception as error:  # noqa: BLE001 - the verdict does not depend on the page
         return f"report.html could not be written: {error or type(error).__name__}"

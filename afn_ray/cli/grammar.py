@@ -33,7 +33,8 @@ STATUS_EPILOG = (
 )
 AUDIT_EPILOG = (
     "exit codes: 0 = the policy holds; 1 = the policy is broken; 2 = the audit failed or was "
-    "stopped, and the same command resumes it"
+    "stopped, and the same command resumes it; 3 = a limit could not be judged, and no other is "
+    "broken"
 )
 INVALID_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 """argparse's message for a value that is not among the allowed choices."""
@@ -193,8 +194,8 @@ def _add_audit(commands: Commands) -> None:
         "audit",
         help="measure a corpus, compare the run with an earlier one, and check a policy",
         epilog=AUDIT_EPILOG,
-        description="Made for a nightly job. It writes audit.json. The same command again reports "
-        "a broken policy again.",
+        description="Made for a nightly job. It writes audit.json. The same command again gives the "
+        "same verdict, and reports it again unless the policy holds.",
     )
     audit.add_argument(
         "config", metavar="RUN_TOML", help="config of the run: a file or URL, as for 'afn run'"
@@ -205,10 +206,27 @@ def _add_audit(commands: Commands) -> None:
     audit.add_argument(
         "--baseline",
         metavar="RUN",
-        default="previous",
-        help="run to compare with: 'previous' is the store's newest run before this one, 'week' "
-        "the newest that began at least 6.5 days earlier, anything else a run's URI (default: "
-        "previous)",
+        help="run to compare with: 'previous' is the newest run of the series before this one, "
+        "'week' the newest that began at least 6.5 days earlier; of dated partitions 'weekday' is "
+        "that of seven days earlier, 'median:7' the median of the last 7; anything else is a run's "
+        "URI (default: the policy's baseline)",
+    )
+    audit.add_argument(
+        "--series",
+        metavar="NAME",
+        help="name of the series whose earlier runs are the baselines (default: the config's, "
+        "otherwise derived from the store and the corpus with dates replaced)",
+    )
+    audit.add_argument(
+        "--partition",
+        metavar="DATE",
+        help='with window = "new" in the policy: date of the partition to measure, as in '
+        "2026-11-02, or latest (default: latest)",
+    )
+    audit.add_argument(
+        "--first-night",
+        action="store_true",
+        help="accept that limits cannot be judged because the series has no baseline yet",
     )
     audit.add_argument(
         "--frozen",
@@ -229,7 +247,7 @@ def _add_audit(commands: Commands) -> None:
     audit.add_argument(
         "--webhook",
         metavar="URL",
-        help="POST audit.json to this URL if the policy is broken (default: the environment "
+        help="POST audit.json to this URL unless the policy holds (default: the environment "
         "variable AFN_WEBHOOK, which keeps the URL out of the list of processes)",
     )
     audit.add_argument(
@@ -240,7 +258,7 @@ def _add_audit(commands: Commands) -> None:
     audit.add_argument(
         "--on-broken",
         metavar="COMMAND",
-        help="run this command, without a shell, if the policy is broken; the environment variable "
+        help="run this command, without a shell, unless the policy holds; the environment variable "
         "AFN_AUDIT_JSON names audit.json",
     )
     arguments.add_quiet(audit)

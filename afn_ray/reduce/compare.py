@@ -7,7 +7,7 @@ the same corpus. ``reduce.distances`` defines them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from afn_ray.reduce.drift import (
     histograms_by_source,
     matched_sources,
     movers_table,
+    renamed,
     table_by_layer,
     without_special,
 )
@@ -36,7 +37,7 @@ from afn_ray.reduce.group_drift import (
 )
 from afn_ray.reduce.histogram import Histogram
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
-from afn_ray.store import checksums, label_thresholds, manifest
+from afn_ray.store import checksums, label_thresholds, manifest, series
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
@@ -118,7 +119,10 @@ def _compared(
         whole_b = _strengths(tables[1].histogram[layer], types_b)
         drift.append(drift_row(layer, None, whole_a, whole_b, ranks_only=ranks_only))
         if all(of_run.sources for of_run in tables):
-            sources = (histograms_by_source(of_run.sources[layer]) for of_run in tables)
+            sources = (
+                renamed(histograms_by_source(of_run.sources[layer]), name)
+                for of_run, name in zip(tables, source_names(a, b), strict=True)
+            )
             drift += _rows_by_source(layer, *matched_sources(*sources), ranks_only=ranks_only)
         classes += class_rows(layer, types_a, types_b)
         movers.append(
@@ -133,6 +137,15 @@ def _compared(
         tuple(_notes(a, b, layers, ranks_only)),
         group_drift(a, b, layers, by_id=same_measure, ranks_only=ranks_only),
     )
+
+
+def source_names(a: RunFolder, b: RunFolder) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Functions that give the sources of two runs the names by which they are compared.
+
+    If the dates in the runs' corpora differ, they are left out of the names of sources.
+    """
+    corpora = (list(run.info["config"].get("corpus", [])) for run in (a, b))
+    return series.matched_names(*corpora)
 
 
 class _Tables(NamedTuple):
@@ -203,6 +216,8 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
                 "The measures differ, and types are matched by their piece: "
                 f"{'; '.join(differing)}."
             )
+    if source_names(a, b) != (str, str):
+        yield f"Sources are matched by their names with {series.DATE} in place of the runs' dates."
     if _labels_by_layer(a, layers) == _labels_by_layer(b, layers):
         yield "HIGH means the same in A and B: both label by the same Q3."
     else:

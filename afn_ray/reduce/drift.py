@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,9 +89,14 @@ def matched_sources(
 
 def _grouped_as(others: Collection[str], sources: StrengthsBySource) -> StrengthsBySource:
     """``sources`` added up into the folders that are among ``others``."""
+    return renamed(sources, lambda name: _name_among(others, name))
+
+
+def renamed(sources: StrengthsBySource, new_name: Callable[[str], str]) -> StrengthsBySource:
+    """``sources`` under the names that ``new_name`` gives, added up where names become equal."""
     groups: dict[str, list[SourceStrengths]] = {}
     for name in sorted(sources):
-        groups.setdefault(_name_among(others, name), []).append(sources[name])
+        groups.setdefault(new_name(name), []).append(sources[name])
     return {
         name: SourceStrengths(
             Histogram.merge(source.histogram for source in group),

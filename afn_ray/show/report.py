@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
+from afn_ray.analysis.audit import Audit
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
@@ -38,6 +39,7 @@ from afn_ray.show.salient import salient_words
 from afn_ray.show.screened import screened_documents
 from afn_ray.show.summary import RunSummary, summarise
 from afn_ray.show.vega import Chart, VegaSpec
+from afn_ray.show.verdict_facts import verdict_facts
 from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
@@ -83,15 +85,17 @@ def render(
     comparison: compare.Comparison | None = None,
     *,
     with_claims: bool = True,
+    audit: Audit | None = None,
 ) -> str:
     """The page of a complete ``run``, and of ``comparison``, in which it is ``b``.
 
-    Reads the tokens once, and more often ``with_claims``. Raises ``StoreError`` for a damaged run.
+    It begins with the verdict of ``audit``, if there is one. Reads the tokens once, and more often
+    ``with_claims``. Raises ``StoreError`` for a damaged run.
     """
     jinja2, vl_convert = check_packages()
     try:
         with checksums.named_damage(run.uri):
-            return _render(jinja2, vl_convert, run, comparison, with_claims)
+            return _render(jinja2, vl_convert, run, comparison, audit, with_claims)
     except jinja2.UndefinedError as error:  # the template reads run.json too
         raise StoreError(f"{run.uri} is damaged: {error}{checksums.ASK_VERIFY}") from error
 
@@ -101,6 +105,7 @@ def _render(
     vl_convert: Any,
     run: manifest.RunFolder,
     comparison: compare.Comparison | None,
+    audit: Audit | None,
     with_claims: bool,
 ) -> str:
     info, summary = run.info, summarise(run)
@@ -147,6 +152,7 @@ def _render(
         model=run_facts.model_title(info["model"]["name"]),
         summary=summary,
         main=main,
+        verdict=None if audit is None else verdict_facts(audit),
         glance=glance(summary, comparison),
         facts=run_facts.facts(summary),
         cautions=run_facts.cautions(summary),

@@ -84,7 +84,7 @@ def collect_garbage(
 
     * the ``keep`` newest complete runs;
     * ``keep_runs`` (names or URIs);
-    * the newest audited run of each measure and corpus, because the next audit is compared with it;
+    * the newest audited run of each measure and series, because the next audit is compared with it;
     * every run begun after the newest complete one;
     * copies of runs under other names;
     * any other incomplete run that may be under way: a file of it, or of a shard that it plans, is

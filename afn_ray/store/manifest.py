@@ -103,6 +103,8 @@ def _is_time(value: Any) -> bool:
 def _is_config(value: Any) -> bool:
     if not isinstance(value.get("model", ""), str):
         return False
+    if not isinstance(value.get("series"), str | None):
+        return False
     return all(isinstance(pattern, str) for pattern in value.get("corpus", []))
 
 

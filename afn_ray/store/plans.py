@@ -126,7 +126,8 @@ def request_id(
 ) -> str:
     """Last part of a run's name: a fingerprint of the request.
 
-    ``frozen`` is None for a plan that was written before frozen thresholds existed.
+    A run of a named series is another request than the same run of another series. ``frozen`` is
+    None for a plan that was written before frozen thresholds existed.
     """
     ask: dict[str, Any] = {
         "measure": measure_id,
@@ -138,6 +139,8 @@ def request_id(
         ask |= {"screen": config.screen, "frozen": list(frozen)}
     if config.group_by is not None:
         ask["group_by"] = config.group_by
+    if config.series is not None:
+        ask["series"] = config.series
     return fingerprint(ask)[:12]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from afn_ray.errors import StoreError
 from afn_ray.schema import fingerprint
-from afn_ray.store import layout, manifest, plans, storage, uris
+from afn_ray.store import layout, manifest, plans, series, storage, uris
 from afn_ray.store.layout import ShardKey
 
 
@@ -64,17 +64,20 @@ def _is_under_way(store: str, there: layout.StoreFiles, name: str, old_s: float)
 
 
 def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
-    """The newest of the ``audited`` runs of each measure and corpus.
+    """The newest of the ``audited`` runs of each measure and series, and that of the newest day.
 
-    The next audit is compared with it.
+    The next audit is compared with one of them; a late partition makes them two.
     """
-    newest: dict[str, str] = {}
+    newest: dict[tuple[str, str], str] = {}
+    of_day: dict[tuple[str, str], tuple[date, str]] = {}
     for name in audited:
         info = manifest.open_folder(store, name).info
-        measure_id = info["measure"]["id"]
-        corpus = info["config"]["corpus"]
-        newest[json.dumps([measure_id, corpus])] = name
-    return set(newest.values())
+        key = info["measure"]["id"], series.name_of(store, info["config"])
+        newest[key] = name
+        day = series.day_of(info["config"]["corpus"])
+        if day is not None:
+            of_day[key] = max(of_day.get(key, (day, name)), (day, name))
+    return {*newest.values(), *(name for _, name in of_day.values())}
 
 
 def _name_of(store: str, run: str, names: Sequence[str]) -> str:

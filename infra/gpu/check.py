@@ -719,8 +719,8 @@ def check_fused(run: Check) -> None:
 def _fused(run: Check, kernel: fused.Kernel) -> Row:
     width, dtype = run.size.bert.get("hidden_size", 768), getattr(torch, run.dtype)
     num_rows = measurer.BATCH_TOKENS[run.device]
-    added = torch.randn(1, num_rows, width, device=run.device).to(dtype)
-    residual = torch.randn(1, num_rows, width, device=run.device)
+    added = torch.randn(1, num_rows, width).to(dtype).to(run.device)
+    residual = torch.randn(1, num_rows, width).to(run.device)
     norm = torch.nn.LayerNorm(width, eps=1e-12).to(run.device)
 
     def repeated(way: fused.Kernel) -> None:

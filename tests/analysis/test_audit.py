@@ -7,9 +7,7 @@ from __future__ import annotations
 import gzip
 import http.server
 import json
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -26,6 +24,7 @@ import pytest
 
 import afn_ray
 from afn_ray.analysis import audit, baselines, notify, verdict, verify
+from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.policy import (
     DRIFT_LIMITS,
     OPTIONS,
@@ -34,21 +33,19 @@ from afn_ray.analysis.policy import (
     Policy,
     read_policy,
 )
-from afn_ray.analysis.verdict import Rule
-from afn_ray.cli import commands
+from afn_ray.analysis.verdict import Evidence, Rule
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.reduce import compare
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job
-from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, PLAN_SCHEMA
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.show import report
 from afn_ray.store import label_thresholds, manifest, storage
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
-from conftest import RUN_INFO, fenced, interrupted, stop_after, write_jsonl
-
-SCRIPT = Path(__file__).parents[2] / "jobs" / "nightly_audit.py"
+from conftest import fenced, interrupted, stop_after, write_jsonl
+from nights import SCRIPT, Nights, complete
 
 
 def names(folder: Path) -> list[str]:
@@ -110,6 +107,13 @@ def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean
         ("[source]\nks = '-1%'", "source.ks is '-1%'; expected"),
         ("layer = 2", "has no limit, so nothing could break it"),
         ("= 1", "is not TOML"),
+        ('psi = 1\nwindow = "some"', "window is 'some'; expected one of all, new"),
+        ("psi = 1\nwindow = 7", "window is 7; expected one of all, new"),
+        ('psi = 1\nunjudged = "held"', "unjudged is 'held'; expected one of pass, fail"),
+        ('psi = 1\nbaseline = "weekday"', 'with window = "all" expected previous or week'),
+        ('psi = 1\nbaseline = ["week"]', 'with window = "all" expected previous or week'),
+        ('psi = 1\nwindow = "new"\nbaseline = "week"', "expected previous or weekday, or a median"),
+        ('psi = 1\nwindow = "new"\nbaseline = "median:1"', "of 2 to 999 nights, as in median:7"),
         ("quarantined_documents = 1.5", 'a share is at most 1; is it "1.5%"?'),
         ("[source]\nks = 2", 'source.ks is 2, and a share is at most 1; is it "2%"?'),
     ],
@@ -275,8 +279,20 @@ def one_rule(
     policy = Policy(
         {} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000
     )
-    (rule,) = verdict.judge(policy, run or run_of(), comparison, lost, SOURCES)
+    (rule,) = verdict.judge(policy, evidence(comparison, run, lost))
     return rule
+
+
+def evidence(
+    comparison: Comparison | None = COMPARED,
+    run: RunFolder | None = None,
+    lost: Losses = LOST,
+    sources: Sequence[str] = SOURCES,
+) -> Evidence:
+    baseline = Baseline(None, "nothing is earlier")
+    if comparison is not None:
+        baseline = Baseline(comparison.a)
+    return Evidence(run or run_of(), lost, sources, comparison, baseline)
 
 
 def test_every_key_is_judged() -> None:
@@ -307,15 +323,16 @@ def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
         assert rule.passed is False
     else:
         assert rule.passed is None and rule.value is None
+        assert (rule.state, rule.reason) == ("not judged", "nothing is earlier")
 
 
 def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
-    (rule,) = verdict.judge(Policy({"psi": 0.5}, {}, 0, 1), run_of(), COMPARED, LOST, SOURCES)
+    (rule,) = verdict.judge(Policy({"psi": 0.5}, {}, 0, 1), evidence())
     assert rule.value == 0.9 and rule.passed is False
     with pytest.raises(
         ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"
     ):
-        list(verdict.judge(Policy({"psi": 0.5}, {}, 7, 1), run_of(), None, LOST, SOURCES))
+        list(verdict.judge(Policy({"psi": 0.5}, {}, 7, 1), evidence(None)))
 
 
 def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -> None:
@@ -325,7 +342,7 @@ def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -
         None,
         "86 documents or more: a.gz (50% read)",
     )
-    found = audit.Audit(False, (rule,), run_of(), None, None, LOST, ())
+    found = audit.Audit("broken", (rule,), run_of(), Baseline(None), None, LOST, ())
     said = next(audit.lines(found))
     assert said.split()[:5] == ["BROKEN", "lost_documents", "unknown", "<=", "1,000,000,000"]
     assert said.endswith("(86 documents or more: a.gz (50% read))")
@@ -343,13 +360,13 @@ def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_go
     None
 ):
     policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
-    gone, ratio = verdict.judge(policy, run_of(), COMPARED, LOST, SOURCES)
+    gone, ratio = verdict.judge(policy, evidence())
     assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
     for there in (
         "gone too",
         "gone too/or a file of the folder",
     ):  # the run read it, and found nothing
-        _, ratio = verdict.judge(policy, run_of(), COMPARED, LOST, (*SOURCES, there))
+        _, ratio = verdict.judge(policy, evidence(sources=(*SOURCES, there)))
         assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
     notes = verdict.unjudged_sources(policy, run_of(), COMPARED, SOURCES)
     (note,) = (n for n in notes if "of the baseline" in n)
@@ -359,7 +376,7 @@ def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_go
     )
     assert "max_vanished_sources limits them" in note
     small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
-    (ratio,) = verdict.judge(small, run_of(), COMPARED, LOST, SOURCES)
+    (ratio,) = verdict.judge(small, evidence())
     assert ratio.passed is None
 
 
@@ -373,13 +390,40 @@ def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_on
         assert one_rule(key, 1, whole).passed is None
 
 
+def test_what_has_nothing_to_be_held_against_is_not_judged_and_says_why() -> None:
+    """Where nothing is in both runs, the largest shift is not 0: nobody knows it."""
+    classes = COMPARED.classes.filter(pa.compute.equal(COMPARED.classes["class"], "number"))
+    nothing = replace(
+        COMPARED,
+        drift=pa.Table.from_pylist([drift_row(2, None, 0, 5)], DRIFT_SCHEMA),
+        classes=classes,
+        movers=COMPARED.movers.filter(pa.compute.equal(COMPARED.movers["status"], "new")),
+    )
+    expected = {
+        "psi": "the baseline has no token",
+        "q3_shift": "the baseline has no token",
+        "min_tokens_ratio": "the baseline has no token",
+        "class_high_shift": "no class is in both runs",
+        "max_moved_types": "no type is in both runs",
+        "max_new_sources": "the baseline has no table of sources",
+        "source.ks": "the baseline has no table of sources",
+    }
+    for key, reason in expected.items():
+        rule = one_rule(key, 0, nothing)
+        assert (rule.state, rule.value, rule.reason) == ("not judged", None, reason), key
+    small = Policy({}, {"ks": 1, "min_tokens_ratio": 0.1}, None, 4001)
+    of_ks, of_ratio = verdict.judge(small, evidence())
+    assert of_ks.reason == "no source has 4,001 tokens in both runs"
+    assert of_ratio.reason == "no source that was read has 4,001 tokens in the baseline"
+
+
 def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> None:
     rows = [drift_row(2, None, 10, 10, q1_a=0.0, q2_a=0.0, q2_b=0.0)]
     moved = replace(COMPARED, drift=pa.Table.from_pylist(rows, DRIFT_SCHEMA))
     rule = one_rule("q1_shift", 1e9, moved)
     assert rule.passed is False and rule.value is None
     assert one_rule("q2_shift", 0, moved).passed is True
-    found = audit.Audit(False, (rule,), run_of(), COMPARED.a, moved, LOST, ())
+    found = audit.Audit("broken", (rule,), run_of(), Baseline(COMPARED.a), moved, LOST, ())
     assert "infinite" in next(audit.lines(found)) and json.dumps(
         audit.to_json(found), allow_nan=False
     )
@@ -389,25 +433,12 @@ def test_a_quartile_that_was_0_shifts_without_bound_and_breaks_every_limit() -> 
 # -------------------------------------------------------------------------------------------
 
 
-def complete(
-    store: Path,
-    began: datetime,
-    measure: str = "m",
-    done: bool = True,
-    corpus: Sequence[str] = ("c",),
-    ask: str = "",
-    shards: str = "",
-) -> RunFolder:
-    name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
-    run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
-    plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
-    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
-        "measure": {"id": measure},
-        "tables": {"plan": plan}
-        | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
-        "config": {"corpus": list(corpus)},
-    }
-    return manifest.finish_run(run, info) if done else run
+def previous(run: RunFolder) -> RunFolder | None:
+    return baselines.find(run, "previous", "all").run
+
+
+def of_last_week(run: RunFolder) -> RunFolder | None:
+    return baselines.find(run, "week", "all").run
 
 
 def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week_before(
@@ -415,97 +446,27 @@ def test_the_baseline_is_the_newest_of_the_same_measure_before_the_run_or_a_week
 ) -> None:
     tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
     run = complete(tmp_path, tonight)
-    assert baselines.BASELINES["previous"](run) is baselines.BASELINES["week"](run) is None
+    assert previous(run) is of_last_week(run) is None
     complete(tmp_path, tonight + timedelta(hours=1))
     complete(tmp_path, tonight - timedelta(days=1), "other")
     complete(tmp_path, tonight - timedelta(days=2), done=False)
     three = complete(tmp_path, tonight - timedelta(days=3))
-    assert (
-        baselines.BASELINES["previous"](run) == three and baselines.BASELINES["week"](run) is None
-    )
+    assert previous(run) == three and of_last_week(run) is None
     complete(tmp_path, tonight - timedelta(days=6, hours=11))
     week = complete(tmp_path, tonight - timedelta(days=6, hours=12))
     complete(tmp_path, tonight - timedelta(days=9))
-    assert baselines.BASELINES["week"](run) == week
+    assert of_last_week(run) == week
     manifest.mark_audited(
         week
     )  # that of the newer ones was killed: nobody has heard of their steps
-    assert baselines.BASELINES["previous"](run) == week
+    assert previous(run) == week
     manifest.mark_audited(three)
     manifest.mark_audited(three)
-    assert baselines.BASELINES["previous"](run) == three
+    assert previous(run) == three
 
 
 # --- whole nights
 # ----------------------------------------------------------------------------------------
-
-
-class Nights:
-    """A corpus that changes, and the audit of it as a user types it."""
-
-    reports = False
-
-    def __init__(
-        self,
-        folder: Path,
-        model: Path,
-        verses: list[str],
-        policy: str,
-        store: str = "",
-        executor: str = "inline",
-    ) -> None:
-        self.folder, self.verses, self.store = folder, verses, store or str(folder / "store")
-        self.config = folder / "run.toml"
-        folder.mkdir(exist_ok=True)
-        self.config.write_text(
-            f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = "{self.store}"\nlayers = "0,2"\n'
-            f'dtype = "float32"\nexecutor = "{executor}"\nshard_bytes = 2048\nbatch_tokens = 256\n'
-        )
-        (folder / "corpus").mkdir()
-        (folder / "policy.toml").write_text(policy)
-        self.add(0, 0, 30)
-
-    def add(self, file: int, begin: int, end: int) -> None:
-        rows = [{"text": t} for t in self.verses[begin:end]]
-        write_jsonl(self.folder / "corpus" / f"{file}.jsonl", rows)
-
-    def words(self, *more: str) -> list[str]:
-        given = {"policy": self.folder / "policy.toml", "out": self.folder / "out"}
-        flags = [f"--{name}={path}" for name, path in given.items()]
-        return [
-            "audit",
-            str(self.config),
-            *flags,
-            "--quiet",
-            *(() if self.reports else ("--no-report",)),
-            *more,
-        ]
-
-    def audit(self, *more: str) -> int:
-        """Exit code of ``afn audit``, in this process."""
-        with pytest.raises(SystemExit) as left:
-            commands.main(self.words(*more))
-        assert isinstance(left.value.code, int)
-        return left.value.code
-
-    def start(self, *more: str) -> subprocess.Popen[str]:
-        """The real job."""
-        command = [sys.executable, str(SCRIPT), *self.words(*more)[1:]]
-        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-
-    def script(self, *more: str) -> tuple[int, str, str]:
-        process = self.start(*more)
-        out, err = process.communicate(timeout=300)
-        return process.returncode, out, err
-
-    @property
-    def said(self) -> dict[str, Any]:
-        body = json.loads((self.folder / "out" / "audit.json").read_text("utf-8"))
-        assert body["schema_version"] == 1
-        return dict(body)
 
 
 LOOSE = "psi = 2\nq3_shift = '50%'\nmax_new_types = 9999\nquarantined_documents = '0.1%'\n"
@@ -561,7 +522,7 @@ def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
     rows = [{"text": verse} for verse in verses[:600]]
     nights = Nights(tmp_path / "nights", tiny_bert, verses, POLICIES[policy])
     damage(nights.folder / "corpus", rows, True)
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     damage(nights.folder / "corpus", rows, False)
     assert nights.audit() == 1
     said = nights.said
@@ -577,14 +538,27 @@ def test_the_example_policies_do_not_hold_when_one_row_stands_for_many(
     assert lost == expected[damage]
 
 
-def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> None:
+def test_the_real_job_leaves_with_0_1_2_and_3(nights: Nights, tmp_path: Path) -> None:
     code, out, err = nights.script()
-    assert code == 0, err
-    assert "First night" in out and "not judged psi" in out
-    assert "the policy holds as far as it was judged: 1 of 4 limits" in out
+    assert code == 3, err
+    lacking = f'the series "store: {nights.folder}/corpus" has no earlier run with this measure'
+    *_, why, answer = out.splitlines()
+    assert why == f"not judged: psi, q3_shift, max_new_types: {lacking}"
+    assert answer.startswith("not judged: 3 of 4 limits could not be judged; run ")
     first = nights.said
-    assert first["verdict"] == "pass" and first["baseline"] is None
+    assert (first["state"], first["verdict"]) == ("not judged", "not judged")
+    assert first["reason"] == why.removeprefix("not judged: ") and first["baseline"] is None
     assert [r["passed"] for r in first["rules"]] == [None, None, None, True]
+    assert [r["state"] for r in first["rules"]] == [*["not judged"] * 3, "held"]
+
+    code, out, err = nights.script("--first-night")
+    assert code == 0, err
+    *_, why, answer = out.splitlines()
+    assert why == f"not judged: psi, q3_shift, max_new_types: first night: {lacking}"
+    says = "3 of 4 limits could not be judged; the policy holds as far as it was judged: 1 of 4 "
+    assert answer.startswith(f"{says}limits; run ")
+    assert (nights.said["state"], nights.said["verdict"]) == ("held", "pass")
+    assert nights.said["run"] == first["run"]  # nothing was done again
 
     nights.add(1, 600, 640)
     hook = tmp_path / "hook.py"
@@ -592,24 +566,65 @@ def test_the_real_job_leaves_with_0_1_and_2(nights: Nights, tmp_path: Path) -> N
         "import os, sys\n"
         "print('hook:', *sys.argv[1:], open(os.environ['AFN_AUDIT_JSON']).read()[:20])\n"
     )
-    (nights.folder / "policy.toml").write_text(
-        LOOSE
-        + "max_vanished_types = 0\nmax_new_types = 3\n".replace(
-            "max_new_types = 3\n", "ks = 0.0001\n"
-        )
-    )
+    limits = LOOSE + "max_vanished_types = 0\nks = 0.0001\n"
+    (nights.folder / "policy.toml").write_text(limits)
     code, out, err = nights.script("--on-broken", f"{sys.executable} {hook} 'two words' $HOME")
     assert code == 1, err
-    assert "\nBROKEN     ks " in out and "the policy is broken: 1 limit of 6" in out
+    assert out.startswith("hook") or out.startswith("BROKEN     ks ")
+    assert "the policy is broken: 1 limit of 6; run " in out.splitlines()[-1]
     assert 'hook: two words $HOME {\n "schema_version"' in out  # no shell
     second = nights.said
-    assert second["verdict"] == "broken" and second["baseline"] == first["run"]
+    assert second["verdict"] == second["state"] == "broken" and second["reason"] is None
+    assert second["baseline"] == first["run"]
     assert [r["key"] for r in second["rules"] if r["passed"] is False] == ["ks"]
 
     (nights.folder / "policy.toml").write_text("kss = 1")
     code, out, err = nights.script()
     assert code == 2 and "no such key: kss" in err and "Traceback" not in err
     assert nights.said == second  # of the last night that had a verdict
+
+
+@pytest.mark.parametrize(
+    ("unjudged", "code", "state"), [("pass", 0, "held"), ("fail", 1, "broken")]
+)
+def test_a_policy_may_count_what_was_not_judged_as_held_or_as_broken(
+    unjudged: str, code: int, state: str, nights: Nights, hook: Hook
+) -> None:
+    (nights.folder / "policy.toml").write_text(f'unjudged = "{unjudged}"\nks = 1\n')
+    assert nights.audit("--webhook", hook.url) == code
+    said = nights.said
+    assert said["state"] == state and "has no earlier run" in said["reason"]
+    assert [r["state"] for r in said["rules"]] == ["not judged"]
+    assert len(hook.got) == (state == "broken")
+    assert nights.begin() == 0  # whatever the policy says of others
+
+
+def test_a_night_that_was_not_judged_is_reported_and_is_the_next_ones_baseline(
+    nights: Nights, hook: Hook
+) -> None:
+    assert nights.audit("--webhook", hook.url) == 3
+    assert hook.got == [(nights.folder / "out" / "audit.json").read_bytes()]
+    first = nights.said["run"]
+    nights.add(1, 600, 640)
+    assert nights.audit("--webhook", hook.url) == 0
+    assert nights.said["baseline"] == first and len(hook.got) == 1
+
+
+def test_a_first_night_excuses_only_what_lacks_a_baseline(nights: Nights) -> None:
+    """On another night it changes nothing, nor does it excuse a source that is too small."""
+    (nights.folder / "policy.toml").write_text("empty_documents = 0\nks = 0\n")
+    write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}])
+    assert nights.begin() == 1
+    write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": "something new"}])
+    assert nights.begin() == 1
+    assert {r["key"]: r["state"] for r in nights.said["rules"]} == {
+        "empty_documents": "held",
+        "ks": "broken",
+    }
+    assert "--first-night had no effect: this night has a baseline." in nights.said["notes"]
+    (nights.folder / "policy.toml").write_text("[source]\nks = 1\nmin_tokens = 1_000_000\n")
+    assert nights.begin() == 3
+    assert nights.said["reason"] == "source.ks: no source has 1,000,000 tokens in both runs"
 
 
 def killed_night(nights: Nights, module: object, step: str) -> None:
@@ -627,7 +642,7 @@ def killed_night(nights: Nights, module: object, step: str) -> None:
 @pytest.mark.parametrize("before", ["an audit", "a run"])
 def test_a_step_whose_audit_was_killed_is_judged_with_the_next(before: str, nights: Nights) -> None:
     if before == "an audit":
-        assert nights.audit() == 0
+        assert nights.begin() == 0
     else:
         job.run(config_from({}, nights.config)).close()
     first = compare.describe(manifest.find_run(nights.store))
@@ -663,7 +678,7 @@ def test_a_bucket_and_ray_give_the_verdict_of_a_disk(
                 night.add(file, 600, 620)
             if night is there:
                 fs.put(f"{there.folder}/corpus/", f"{bucket}/corpus/", recursive=True)
-            assert night.audit("--frozen") == 0
+            assert night.audit("--frozen", "--first-night") == 0
         said = night.said
         verdicts.append([said["rules"], said["counts"]])
         found = verify.verify_store(night.store)
@@ -690,19 +705,33 @@ def without_place(table: pa.Table) -> pa.Table:
 
 def test_the_report_lies_beside_the_verdict(nights: Nights) -> None:
     nights.reports = True
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     nights.add(1, 600, 640)
     assert nights.audit() == 0
     assert sorted(names(nights.folder / "out")) == ["audit.json", "report.html"]
     page = (nights.folder / "out" / "report.html").read_text("utf-8")
     assert nights.said["run"]["id"] in page and nights.said["baseline"]["id"] in page
+    assert '<section id="verdict"><h2>Verdict: held</h2>' in page and "Not judged:" not in page
+
+
+def test_the_page_of_a_night_begins_with_what_was_not_judged(nights: Nights) -> None:
+    nights.reports = True
+    assert nights.audit() == 3
+    page = (nights.folder / "out" / "report.html").read_text("utf-8")
+    verdict_of_page = page[page.index("<section") : page.index('<section id="glance"')]
+    assert "Verdict: not judged" in verdict_of_page and 'href="#verdict"' in page
+    places = [
+        verdict_of_page.index(text)
+        for text in ("psi, q3_shift, max_new_types: the series", "3 of 4 limits", "<td", "held")
+    ]
+    assert places == sorted(places)
 
 
 def test_a_verdict_and_its_page_lie_behind_a_url_too(
     nights: Nights, memory: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     nights.reports = True
-    assert nights.audit("--out", f"{memory}/verdicts") == 0
+    assert nights.begin("--out", f"{memory}/verdicts") == 0
     assert storage.list_names(f"{memory}/verdicts") == ["audit.json", "report.html"]
     first = storage.read_bytes(f"{memory}/verdicts/audit.json")
     assert json.loads(first)["run"]["id"].encode() in storage.read_bytes(
@@ -738,7 +767,7 @@ def test_without_the_reports_packages_an_audit_says_so_before_the_run(
 def test_a_file_without_tokens_is_neither_new_nor_vanished(nights: Nights) -> None:
     nights.add(7, 0, 0)
     (nights.folder / "policy.toml").write_text("max_new_sources = 0\nmax_vanished_sources = 0\n")
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     (nights.folder / "corpus" / "7.jsonl").write_text('{"text": ""}\n')
     assert nights.audit() == 0
     assert [r["value"] for r in nights.said["rules"]] == [0, 0]
@@ -746,9 +775,9 @@ def test_a_file_without_tokens_is_neither_new_nor_vanished(nights: Nights) -> No
 
 def test_the_first_frozen_night_given_again_is_the_same_night(nights: Nights) -> None:
     (nights.folder / "policy.toml").write_text("min_tokens_ratio = 1.1\n")
-    assert nights.audit("--frozen") == 0
+    assert nights.begin("--frozen") == 0
     first = (nights.folder / "out" / "audit.json").read_bytes()
-    assert nights.audit("--frozen") == 0
+    assert nights.begin("--frozen") == 0
     assert (nights.folder / "out" / "audit.json").read_bytes() == first
     nights.add(1, 600, 640)
     assert nights.audit("--frozen") == 0
@@ -761,7 +790,7 @@ def test_a_run_tried_again_for_what_it_lacked_is_no_baseline_of_itself(tmp_path:
     for hours in (0, 1):
         manifest.mark_audited(complete(tmp_path, tonight + timedelta(hours=hours), ask="2" * 12))
     run = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
-    assert baselines.BASELINES["previous"](run) == old
+    assert previous(run) == old
 
 
 def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: Path) -> None:
@@ -773,7 +802,7 @@ def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: P
     manifest.mark_audited(complete(tmp_path, tonight, ask="2" * 12))
     complete(tmp_path, tonight + timedelta(hours=1), corpus=["elsewhere"], ask="3" * 12)
     again = complete(tmp_path, tonight + timedelta(hours=2), ask="2" * 12)
-    assert baselines.BASELINES["previous"](again) == old
+    assert previous(again) == old
     for hours, of in (
         (5, "these"),
         (6, "others"),
@@ -781,7 +810,7 @@ def test_another_corpus_in_between_makes_a_run_no_baseline_of_itself(tmp_path: P
     ):  # the last two differ in what they were asked for
         run = complete(tmp_path, tonight + timedelta(hours=hours), ask=f"{hours}" * 12, shards=of)
         manifest.mark_audited(run)
-    assert baselines.BASELINES["previous"](run) == complete_before(run, 2)
+    assert previous(run) == complete_before(run, 2)
 
 
 def complete_before(run: RunFolder, n: int) -> RunFolder:
@@ -794,7 +823,7 @@ def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(
     nights: Nights,
 ) -> None:
     """The config is worded anew for the same measure, and that night is killed."""
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     first = nights.said["run"]
     nights.config.write_text(
         nights.config.read_text().replace('layers = "0,2"', 'layers = "0,2/3"')
@@ -804,7 +833,7 @@ def test_a_run_whose_audit_was_killed_is_not_told_of_by_the_next_ones_beginning(
 
 
 def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights) -> None:
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     first = nights.said["run"]
     nights.reports = True
     killed_night(nights, report, "render")
@@ -814,7 +843,7 @@ def test_killed_at_the_report_the_step_is_judged_with_the_next(nights: Nights) -
 def test_another_corpus_in_the_store_is_no_baseline(tmp_path: Path) -> None:
     tonight = datetime(2026, 11, 22, 3, tzinfo=UTC)
     complete(tmp_path, tonight - timedelta(days=1), corpus=["elsewhere"], ask="1" * 12)
-    assert baselines.BASELINES["previous"](complete(tmp_path, tonight)) is None
+    assert previous(complete(tmp_path, tonight)) is None
 
 
 def test_a_report_that_fails_costs_no_verdict(
@@ -826,13 +855,13 @@ def test_a_report_that_fails_costs_no_verdict(
         raise QueryError("too slow")
 
     monkeypatch.setattr(report, "render", fail)
-    assert nights.audit() == 0 and nights.said["verdict"] == "pass"
+    assert nights.begin() == 0 and nights.said["verdict"] == "pass"
     assert "report.html could not be written: too slow" in capsys.readouterr().err
     assert manifest.is_audited(manifest.find_run(nights.store))
 
 
 def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Nights) -> None:
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     nights.add(1, 600, 620)
     assert nights.audit() == 0
     before = (nights.folder / "out" / "audit.json").read_bytes()
@@ -846,7 +875,7 @@ STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
     "a shard": lambda patch: stop_after(patch, 1),
     "reducing": lambda patch: patch.setattr(job, "reduce_run", interrupted),
     "the run's end": lambda patch: patch.setattr(manifest, "finish_run", interrupted),
-    "the baseline": lambda patch: patch.setitem(baselines.BASELINES, "previous", interrupted),
+    "the baseline": lambda patch: patch.setattr(baselines, "find", interrupted),
     "comparing": lambda patch: patch.setattr(compare, "compare", interrupted),
     "judging": lambda patch: patch.setattr(verdict, "judge", interrupted),
     "writing": lambda patch: patch.setattr(Path, "replace", interrupted),
@@ -866,7 +895,7 @@ def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_i
     verdicts = []
     for steps in ({}, STEPS):
         nights = Nights(tmp_path / f"{len(steps)}", tiny_bert, verses, broken)
-        assert nights.audit(*command) == 0
+        assert nights.begin(*command) == 0
         nights.add(1, 600, 630)
         for step, stop in steps.items():
             nights.reports = step == "the report"
@@ -920,9 +949,13 @@ def test_a_mistake_in_what_was_typed_is_2_before_any_work(
     for more, said in (
         (
             ["--baseline", "prevous"],
-            "baseline is 'prevous'; expected previous, week or a run's URI",
+            "baseline is 'prevous'; expected previous, week, weekday, median:N or a run's URI",
         ),
         (["--baseline", "no/such/run"], "neither a store nor a run"),
+        (["--baseline", "weekday"], 'with window = "all" expected previous or week'),
+        (["--baseline", "median:7"], 'with window = "all" expected previous or week'),
+        (["--partition", "latest"], "the policy's window is all, the whole corpus"),
+        (["--series", "a series"], "series is 'a series'; expected 1 to 100 letters"),
         (
             ["--on-broken", "no-such-command x"],
             "'no-such-command' is no command that can be found here",
@@ -948,7 +981,7 @@ def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
     def q3(run: RunFolder) -> list[float]:
         return [r["q3"] for r in label_thresholds.labels(run).to_pylist()]
 
-    assert nights.audit("--frozen") == 0
+    assert nights.begin("--frozen") == 0
     first = manifest.find_run(nights.store)
     for night in (1, 2):
         nights.add(night, 600 * night, 600 * night + 20)
@@ -968,7 +1001,7 @@ def test_a_named_baseline_is_a_run_and_frozen_nights_label_by_the_first(
 def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
     nights: Nights, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     (nights.folder / "policy.toml").write_text(
         "max_new_sources = 0\n[source]\nks = 0\nmin_tokens = 1\n"
     )
@@ -994,7 +1027,7 @@ def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
 
 
 def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
-    assert nights.audit() == 0
+    assert nights.begin() == 0
     first = nights.said
     for file in range(1, 30):
         nights.add(file, 100 * file, 100 * file + 20)
@@ -1102,7 +1135,7 @@ def test_a_broken_policy_is_told_and_stays_broken_where_nobody_listens(
     nights: Nights, hook: Hook, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("AFN_WEBHOOK", f"{hook.url}\n")  # as a Secret made of a file has it
-    assert nights.audit() == 0 and not hook.got  # nothing to tell
+    assert nights.begin() == 0 and not hook.got  # nothing to tell
     (nights.folder / "policy.toml").write_text("empty_documents = 0\n")
     write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}, {"text": "word"}])
     broken = nights.folder / "no-program"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -109,6 +110,10 @@ def test_the_table_fits_and_names_what_it_shows(tiny_result: dict[str, Any]) -> 
     ):
         assert expected in text
     assert "bars" not in text  # only the built-in model has bars
+    assert "times," not in text  # one pass is enough on a CPU
+    longer = copy.deepcopy(tiny_result)
+    longer["profiles"]["mixed"]["engine"]["passes"] = 40
+    assert "texts 40 times," in printed(results.render, longer)
 
 
 def spec_of(folder: Path, own: Path, **changes: Any) -> peers.Spec:

@@ -300,6 +300,8 @@ WRONG = [
     ("run c.jsonl --model {model} --store s --dry-run --layers 9", "layer 9 does not exist"),
     ("audit run.toml --policy none.toml", "policy none.toml cannot be read"),
     ("audit run.toml --policy p.toml", "no.jsonl: no such file or folder"),
+    ("audit run.toml --policy p.toml --partition latest", "the policy's window is all"),
+    ("audit run.toml --policy p.toml --series a:b", "series is 'a:b'; expected 1 to 100"),
     ("explain {store} hello --layer 7", "layer 7 was not recorded; the run has"),
     ("explain {store} hello --layers 7", "layer 7 does not exist; the model has layers 0"),
     ("explain {store} hello --signals shfit", "did you mean shift?"),
@@ -344,7 +346,7 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(
             (tmp_path / folder / "config.json").write_text(config)
     (tmp_path / "broken" / "model.safetensors").touch()
     (tmp_path / "run.toml").write_text(f'corpus = "no.jsonl"\nmodel = "{tiny_bert}"\nstore = "s"\n')
-    (tmp_path / "p.toml").write_text("")
+    (tmp_path / "p.toml").write_text("psi = 1")
     named = {"model": tiny_bert, "store": store, "long": "x" * 300}
     asked = [[word.format(**named) for word in line.split()] for line, _ in WRONG]
     done = subprocess.run(

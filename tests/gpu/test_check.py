@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,30 @@ def test_parity_fails_where_flash_attention_is_refused(
     with simulated.device(varlen_attn=simulated.varlen_of_2_10):
         row = check._compare(check._Family("bert", tmp_path / "bert"), "float16", "cuda")
     assert row["error"].startswith("no flash attention, but ") and "is refused" in row["error"]
+
+
+def test_the_engines_own_kernel_is_compared_where_it_can_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(CHECK.parent))
+    check = importlib.import_module("check")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(check, "REPEAT", 1)
+    monkeypatch.setattr(check, "QUEUED", 1)
+    size = replace(check.TOY, device="cuda", fast=("float16",))
+    run = check.Check("fused", size, check.Report(tmp_path / "check.json"), tmp_path, None)
+    run.report.write({"parts": {}})
+    with simulated.device():
+        check.check_fused(run)
+    assert run.report.rows("fused") == {
+        "fused against eager": {"skipped": "triton is not installed"}
+    }
+    with simulated.device(kernel=simulated.fused_norm) as log:
+        check.check_fused(run)
+    _, alone, engine = run.report.rows("fused").values()
+    assert log.kernels["add_norm_cast"] > 0 and alone["difference"] == 0
+    assert engine["norm"] == "fused" and engine["why"] == ""
+    assert not {"error"} & (alone.keys() | engine.keys())
 
 
 def test_the_arithmetic_of_the_guide_follows_from_its_rates() -> None:

@@ -27,7 +27,7 @@ from afn_ray.bench import contest
 from afn_ray.cli import estimates
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
-from afn_ray.runs import cluster, measurer, worker
+from afn_ray.runs import cluster, measurer, rates, worker
 from afn_ray.runs.cluster import connection, placement, pool
 from afn_ray.runs.cluster.placement import MOST_TOKENIZERS, Node, place
 from afn_ray.runs.task import Task
@@ -379,3 +379,16 @@ def test_a_benchmark_on_a_gpu_has_the_tokenizers_of_a_real_worker(
         options = contest.Options(str(tiny_bert), device=device, tokenizer_workers=given)
         spec, _, _ = contest._plan(options, tmp_path)
         assert spec.tokenizer_workers == expected
+
+
+def test_a_rate_is_of_the_number_of_tokenizers_that_was_asked_for(make_config: MakeConfig) -> None:
+    """On GPUs the default depends on the node, so a rate by default holds for a run by default."""
+    for device, given, expected in (
+        ("cuda", None, None),
+        ("cuda", 0, 0),
+        ("cpu", None, 0),
+        ("cpu", 3, 3),
+    ):
+        config = make_config(tokenizer_workers=given)
+        task = worker.prepare(config, measurer.find_model(config), device, "float32")
+        assert rates.speed_of(task)["tokenizer_workers"] == expected

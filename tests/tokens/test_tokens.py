@@ -1011,24 +1011,38 @@ def test_the_readable_vocabulary_has_no_marks_of_the_tokenizer(
 # --- texts cut into segments
 
 
-def _byte_level(byte_bpe: Path, **changes: object) -> TextEncoder:
-    held = json.loads((byte_bpe / "tokenizer.json").read_text("utf-8"))
+@pytest.fixture(scope="module")
+def spaced(verses: list[str]) -> dict[str, object]:
+    """JSON of a tokenizer of bytes that has tokens for runs of white space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
+    runs = ["a   b    c\n\n\nd \n\n e\t\t f \t\n  "] * 99
+    tokenizer.train_from_iterator([*verses[:200], *3 * WRITINGS, *runs], trainer)
+    assert {"\u0120\u0120", "\u010a\u010a"} < tokenizer.get_vocab().keys()
+    held: dict[str, object] = json.loads(tokenizer.to_str())
+    return held
+
+
+def _changed(held: dict[str, object], **changes: object) -> TextEncoder:
     return TextEncoder(Tokenizer.from_str(json.dumps(held | changes)))
 
 
 @pytest.fixture(scope="module")
-def gpt2(byte_bpe: Path) -> TextEncoder:
+def gpt2(spaced: dict[str, object]) -> TextEncoder:
     """As GPT-2: spaces are part of the offsets."""
     after = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
-    return _byte_level(byte_bpe, post_processor=after | {"use_regex": True})
+    return _changed(spaced, post_processor=after | {"use_regex": True})
 
 
 @pytest.fixture(scope="module")
-def roberta(byte_bpe: Path) -> TextEncoder:
+def roberta(spaced: dict[str, object]) -> TextEncoder:
     """As RoBERTa: spaces are no part of the offsets."""
     ends = {"sep": ["Z", 58], "cls": ["Y", 57]}
     after = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
-    return _byte_level(byte_bpe, post_processor=after | ends)
+    return _changed(spaced, post_processor=after | ends)
 
 
 @pytest.fixture(scope="module")
@@ -1049,12 +1063,12 @@ def llama3(split: TextEncoder) -> TextEncoder:
 
 
 @pytest.fixture(scope="module")
-def smollm(byte_bpe: Path) -> TextEncoder:
+def smollm(spaced: dict[str, object]) -> TextEncoder:
     """As SmolLM: GPT-2's pattern after a split at digits."""
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = [{"type": "Digits", "individual_digits": True}, bytes_ | {"use_regex": True}]
     splitter = {"type": "Sequence", "pretokenizers": steps}
-    return _byte_level(byte_bpe, pre_tokenizer=splitter, post_processor=None)
+    return _changed(spaced, pre_tokenizer=splitter)
 
 
 CUT = ["minilm_encoder", "cased", "gpt2", "roberta", "split", "llama3", "smollm"]
@@ -1080,7 +1094,25 @@ def readable_of(encoder: TextEncoder) -> list[str]:
     return encoder.texts()[1]
 
 
-@given(st.lists(TEXTS, max_size=4))
+PARTS = [
+    "the",
+    " the",
+    " and",
+    "God",
+    " LORD",
+    "   ",
+    "\n",
+    " \n\n",
+    " \t",
+    "s",
+    "'s",
+    "12",
+    " 345",
+]
+WORDED = st.lists(st.sampled_from(PARTS), max_size=12).map("".join)
+
+
+@given(st.lists(TEXTS | WORDED, max_size=4))
 @example(
     ["a \u0301b", "\u0301 a", " a  b\n\nc \n", "a\u2009 b", "a \x00b \x00", "\x85 \x1c x \x1c"]
 )

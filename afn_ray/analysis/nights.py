@@ -1,0 +1,56 @@
+"""How one night is audited: its baseline, its partition, and whether it begins a series."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from afn_ray.analysis.policy import Policy
+from afn_ray.config import RunConfig
+from afn_ray.corpus import partitions
+from afn_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Night:
+    """How one night is audited, beside what the policy says."""
+
+    baseline: str | None = None
+    """What to compare with: a kind as in the policy, or a run's URI; None: what the policy says."""
+    partition: str | None = None
+    """Date of the partition to measure, or "latest"; None: the latest if the window is "new"."""
+    first_night: bool = False
+    """Whether limits may stay unjudged because the series has no baseline yet."""
+    frozen: bool = False
+    """Whether to label with the thresholds of the runs before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Covered:
+    """What one night measures."""
+
+    config: RunConfig
+    """The config of the run, whose corpus is what the night covers."""
+    message: str | None
+    """Which partition was chosen; None if the night covers the whole corpus."""
+    is_late: bool
+    """Whether a part of a newer partition is there, but not all of it."""
+
+
+def choose_partition(config: RunConfig, policy: Policy, night: Night) -> Covered:
+    """What ``night`` measures of ``config``'s corpus: with the window "new", one partition.
+
+    Raises ``ConfigError`` for a partition that the window or the corpus does not have.
+    """
+    if policy.window == "all":
+        if night.partition is not None:
+            raise ConfigError(
+                f"partition is {night.partition!r}, but the policy's window is all, the whole "
+                'corpus; give the policy window = "new", or leave the partition out'
+            )
+        return Covered(config, None, is_late=False)
+    chosen = partitions.choose(config.corpus, night.partition or partitions.LATEST)
+    message = f"partition {chosen.day}: {', '.join(chosen.corpus)}"
+    if chosen.incomplete is not None:
+        message += f"; a part of {chosen.incomplete} is there, but not in every glob of the corpus"
+    covered = replace(config, corpus=chosen.corpus)
+    return Covered(covered, message, is_late=chosen.incomplete is not None)

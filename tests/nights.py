@@ -1,0 +1,150 @@
+"""Nights of a corpus and runs of a store, which several files of tests audit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from afn_ray.cli import commands
+from afn_ray.schema import PLAN_SCHEMA
+from afn_ray.store import manifest
+from afn_ray.store.manifest import RunFolder
+from conftest import RUN_INFO, write_jsonl
+
+SCRIPT = Path(__file__).parents[1] / "jobs" / "nightly_audit.py"
+
+
+PRELOADED = [
+    "afn_ray.cli.commands",
+    "afn_ray.analysis.audit",
+    "afn_ray.show.report",
+    "transformers.models.bert.modeling_bert",
+]
+"""What takes seconds to import; a job is a fork of a process that has it."""
+
+
+def real_job(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of jobs/nightly_audit.py in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    out, err = folder / "job-out", folder / "job-err"
+    words = ([str(SCRIPT), *arguments], str(out), str(err), dict(os.environ))
+    process = context.Process(target=_become_job, args=words, daemon=False)
+    process.start()
+    process.join(300)
+    assert process.exitcode is not None, err.read_text()
+    return process.exitcode, out.read_text(), err.read_text()
+
+
+def _become_job(words: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Nights:
+    """A corpus that changes, and the audit of it as a user types it."""
+
+    reports = False
+
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        verses: list[str],
+        policy: str,
+        store: str = "",
+        executor: str = "inline",
+    ) -> None:
+        self.folder, self.verses, self.store = folder, verses, store or str(folder / "store")
+        self.config = folder / "run.toml"
+        folder.mkdir(exist_ok=True)
+        self.config.write_text(
+            f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = "{self.store}"\nlayers = "0,2"\n'
+            f'dtype = "float32"\nexecutor = "{executor}"\nshard_bytes = 2048\nbatch_tokens = 256\n'
+        )
+        (folder / "corpus").mkdir()
+        (folder / "policy.toml").write_text(policy)
+        self.add(0, 0, 30)
+
+    def add(self, file: int, begin: int, end: int) -> None:
+        rows = [{"text": t} for t in self.verses[begin:end]]
+        write_jsonl(self.folder / "corpus" / f"{file}.jsonl", rows)
+
+    def words(self, *more: str) -> list[str]:
+        given = {"policy": self.folder / "policy.toml", "out": self.folder / "out"}
+        flags = [f"--{name}={path}" for name, path in given.items()]
+        return [
+            "audit",
+            str(self.config),
+            *flags,
+            "--quiet",
+            *(() if self.reports else ("--no-report",)),
+            *more,
+        ]
+
+    def audit(self, *more: str) -> int:
+        """Exit code of ``afn audit``, in this process."""
+        with pytest.raises(SystemExit) as left:
+            commands.main(self.words(*more))
+        assert isinstance(left.value.code, int)
+        return left.value.code
+
+    def begin(self, *more: str) -> int:
+        """Exit code of the audit of the night that begins the series."""
+        return self.audit("--first-night", *more)
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        """The real job."""
+        command = [sys.executable, str(SCRIPT), *self.words(*more)[1:]]
+        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def script(self, *more: str) -> tuple[int, str, str]:
+        process = self.start(*more)
+        out, err = process.communicate(timeout=300)
+        return process.returncode, out, err
+
+    @property
+    def said(self) -> dict[str, Any]:
+        body = json.loads((self.folder / "out" / "audit.json").read_text("utf-8"))
+        assert body["schema_version"] == 2
+        return dict(body)
+
+
+def complete(
+    store: Path,
+    began: datetime,
+    measure: str = "m",
+    done: bool = True,
+    corpus: Sequence[str] = ("c",),
+    ask: str = "",
+    shards: str = "",
+) -> RunFolder:
+    name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
+    run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
+    plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
+    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
+        "measure": {"id": measure},
+        "tables": {"plan": plan}
+        | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
+        "config": {"corpus": list(corpus)},
+    }
+    return manifest.finish_run(run, info) if done else run
