@@ -12,10 +12,10 @@
     |   |-- CorpusChanged   1   skip the shard: its file differs from the planned one
     |   |-- OutOfMemory     1   retry the shard with fewer tokens in a batch
     |   |-- HelperDied      1   retry the shard alone: a helper process of its worker died
-    |   `-- DeviceFault     1   retry the shard alone: the device of its worker failed
+    |   `-- DeviceFault     1   retry the shard alone, in a new process: its worker's GPU failed
     |-- Damaged             1   repair the store: it differs from the commit; see ``afn verify``
     |-- IncompleteRun       1   the run ended with missing shards; the message lists them
-    `-- Interrupted        75   stop, resumable: full disk, signal, no capacity; call again
+    `-- Interrupted        75   stop, resumable: full disk, signal, no capacity, dead GPU; call again
         `-- Unavailable    75   retry elsewhere or later: the store or the corpus does not answer
 
 Every constructor takes the message alone, so that errors survive pickling between processes.

@@ -108,6 +108,8 @@ class Dispatcher:
     - A crash or a hang with several shards in flight charges none of them. They are suspects and
       run again, each alone on a worker. A shard that crashes alone is charged.
     - The loss of a node charges no shard.
+    - A GPU that fails does so for the whole process. Where that cannot be replaced, the run stops,
+      resumable, and charges no shard.
     - A memory failure halves the shard's token budget first.
     - A shard charged ``ATTEMPTS`` times is quarantined. After a crash alone, its last attempt has
       half the token budget.
@@ -325,6 +327,12 @@ class Dispatcher:
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._retry(shard, self._todo, reason(error))
             return
+        if isinstance(error, DeviceFault) and not self._pool.can_replace:
+            raise Interrupted(
+                f"the GPU failed: {reason(error)}. It is unusable for this process, which cannot "
+                "be replaced; the same command resumes in a new one. With --executor ray a worker "
+                "whose GPU fails is replaced"
+            ) from error
         if isinstance(error, HelperDied | DeviceFault):
             others = self._replace(worker) if self._pool.can_replace else []
             self._blame(

@@ -329,6 +329,24 @@ def test_a_fault_of_the_device_convicts_the_shard_that_causes_it_alone() -> None
     assert sum(line.startswith("replace") for line in pool.log) >= ATTEMPTS
 
 
+@pytest.mark.parametrize("num_before", [0, 3])
+def test_a_fault_of_the_device_of_this_process_stops_the_run_and_charges_nobody(
+    num_before: int,
+) -> None:
+    """The GPU is dead for each later shard, too, so none of them shows who caused it."""
+    states: list[Progress] = []
+
+    def fate(shard: str, *_: object) -> Fate:
+        return None if int(shard[1:]) < num_before else DeviceFault("CUDA error: an assert")
+
+    pool = FakePool(fate=fate, can_replace=False, num_places=1, wanted=1)
+    with pytest.raises(Interrupted, match=r"CUDA error: an assert.*the same command resumes"):
+        run(pool, on_progress=states.append)
+    assert pool.closed and len(pool.attempts) <= num_before + SLOTS
+    assert set(pool.attempts.values()) == {1}
+    assert not any(progress.failures or progress.retries for progress in states)
+
+
 @pytest.mark.parametrize("cause", [Cause.NODE])
 def test_the_loss_of_a_node_charges_nobody_however_often(cause: Cause) -> None:
     pool = FakePool(fate=lambda shard, nth, *_: cause if shard == "s7" and nth <= 10 else None)

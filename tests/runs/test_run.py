@@ -39,6 +39,7 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.corpus import reading
 from afn_ray.errors import (
+    AfnError,
     ConfigError,
     CorpusError,
     IncompleteRun,
@@ -501,26 +502,33 @@ def test_the_rows_of_documents_beside_one_at_fault_do_not_depend_on_how_often_it
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("error", "ends_in", "num_attempts"),
     [
-        RuntimeError("CUDA error: an illegal memory access was encountered"),
-        OSError(5, "input/output error"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), Interrupted, 1),
+        (OSError(5, "input/output error"), IncompleteRun, 2),
     ],
 )
 def test_a_broken_device_or_disk_quarantines_no_document(
     error: Exception,
+    ends_in: type[AfnError],
+    num_attempts: int,
     tmp_path: Path,
     make_config: MakeConfig,
     verses: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    corpus = write_jsonl(
-        tmp_path / "c.jsonl", [{"text": v} for v in [*verses[:20], "Abraham went", *verses[20:30]]]
-    )
-    failed = fail_on(monkeypatch, "abraham", error)
-    with pytest.raises(IncompleteRun, match=f"{type(error).__name__}: .*{error.args[-1]}"):
-        afn_ray.run(make_config(corpus=(str(corpus),), shard_bytes=1 << 20))
-    assert len(failed) == 2  # once in each of the shard's two attempts
+    """A dead GPU stops the run of this process, which goes on in a new one with all documents."""
+    rows = [{"text": v} for v in [*verses[:20], "Abraham went", *verses[20:30]]]
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    config = make_config(corpus=(str(corpus),), shard_bytes=1 << 20)
+    with monkeypatch.context() as patch:
+        failed = fail_on(patch, "abraham", error)
+        with pytest.raises(ends_in, match=f"{type(error).__name__}: .*{error.args[-1]}"):
+            afn_ray.run(config)
+    assert len(failed) == num_attempts  # once in each of the shard's attempts
+    with afn_ray.run(config) as run:
+        assert run.info["counts"]["documents"] == len(rows)
+        assert run.info["counts"]["quarantined"] == 0
 
 
 def test_a_model_that_fails_on_everything_quarantines_no_document(
