@@ -8,6 +8,13 @@ import torch
 
 from afn_ray import nvidia
 from afn_ray.errors import ModelError
+from afn_ray.model.memory import GB
+
+CONTEXT_BYTES = 1 << 30
+"""Memory of a GPU that a process takes outside of torch's allocator, in bytes; an upper estimate.
+
+It holds the CUDA context, the code of kernels, and the handles of cuBLAS and cuDNN.
+"""
 
 
 def check_device(device: str) -> None:
@@ -35,11 +42,20 @@ def pin_rounding(device: str) -> None:
 def limit_memory(num_workers: int) -> None:
     """Limit this process to its share of the GPU's memory, which ``num_workers`` share.
 
-    A batch that does not fit then fails in the worker whose batch it is. Raises ``ModelError`` where
-    torch can use no GPU.
+    torch's limit does not count ``CONTEXT_BYTES`` of each process, so they are left out of the
+    shares. A batch that does not fit then fails in the worker whose batch it is. Raises
+    ``ModelError`` where torch can use no GPU, or where nothing is left to share.
     """
     check_device("cuda")
-    torch.cuda.set_per_process_memory_fraction(1 / num_workers)
+    total_bytes = torch.cuda.get_device_properties().total_memory
+    shared_bytes = total_bytes - num_workers * CONTEXT_BYTES
+    if shared_bytes <= 0:
+        raise ModelError(
+            f"workers_per_gpu is {num_workers}, but the GPU on {platform.node()} has "
+            f"{total_bytes / GB:.1f} GB, and each process on it takes about "
+            f"{CONTEXT_BYTES / GB:.1f} GB beside its model; give fewer --workers-per-gpu"
+        )
+    torch.cuda.set_per_process_memory_fraction(shared_bytes / total_bytes / num_workers)
 
 
 def describe_gpu(device: str) -> dict[str, str]:

@@ -74,8 +74,12 @@ def _available(device: torch.device) -> str:
     if device.type == "cuda":
         try:
             free, total = torch.cuda.mem_get_info(device)
+            share = torch.cuda.get_per_process_memory_fraction(device)
         except (RuntimeError, AssertionError):  # the device is in no state to answer
             return "the device does not say what is free"
-        return f"{free / GB:.1f} of its {total / GB:.1f} GB are free"
+        found = f"{free / GB:.1f} of its {total / GB:.1f} GB are free"
+        if share == 1:
+            return found
+        return f"{found}, and this worker may use {share * total / GB:.1f} GB in all"
     limit = cgroup.memory_bytes()
     return "there is less" if limit is None else f"this process may use {limit / GB:.1f} GB"

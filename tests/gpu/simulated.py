@@ -100,6 +100,7 @@ class Log:
     # Whether each event lets the host sleep while it waits.
     events: list[bool] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)  # not cleared
+    memory_share: float = 1.0  # that torch's allocator may use; not enforced, and not cleared
 
     def clear(self) -> None:
         for counter in (self.kernels, self.copies, self.waits):
@@ -529,6 +530,7 @@ def device(
         "get_device_capability": lambda index=None: gpu.capability,
         "get_device_name": lambda index=None: gpu.name,
         "get_device_properties": lambda index=None: facts,
+        "get_per_process_memory_fraction": lambda index=None: log.memory_share,
         "is_available": lambda: True,
         "is_bf16_supported": lambda including_emulation=True: (
             including_emulation or gpu.capability >= (8, 0)
@@ -536,6 +538,7 @@ def device(
         "max_memory_allocated": lambda index=None: 0,
         "mem_get_info": lambda index=None: (gpu.total_bytes, gpu.total_bytes),
         "memory_allocated": lambda index=None: 0,
+        "set_per_process_memory_fraction": lambda share: setattr(log, "memory_share", share),
         "synchronize": lambda index=None: log.wait("synchronize"),
     }
     with pytest.MonkeyPatch.context() as patch:

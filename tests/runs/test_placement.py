@@ -26,7 +26,8 @@ from afn_ray import model
 from afn_ray.bench import contest
 from afn_ray.cli import estimates
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, ModelError
+from afn_ray.model import memory
 from afn_ray.runs import cluster, measurer, rates, worker
 from afn_ray.runs.cluster import connection, placement, pool
 from afn_ray.runs.cluster.placement import MOST_TOKENIZERS, Node, place
@@ -233,22 +234,45 @@ def test_what_waits_for_a_place_asks_for_a_share_of_a_gpu(fake_ray: FakeRay) -> 
 def test_a_worker_that_shares_a_gpu_takes_its_share_of_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shares: list[float] = []
-    loaded: list[Task] = []
-
-    def load(task: Task) -> Any:
-        loaded.append(task)
-        assert len(shares) == (task.config.workers_per_gpu == 4)  # before the model takes any
-
-    monkeypatch.setattr(pool, "Processor", load)
+    """torch counts only the memory of its own allocator, so the others' contexts are left out."""
+    at_load: list[float] = []  # share of each worker before its model takes any
+    logs: list[simulated.Log] = []  # the last one is of the device in use
+    monkeypatch.setattr(pool, "Processor", lambda task: at_load.append(logs[-1].memory_share))
+    total_bytes = simulated.T4.total_bytes
     measure: Any = None
-    with simulated.device():
-        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
-        for num in (1, 4):
+    for num in (1, 2, 4, 14):
+        with simulated.device(simulated.T4) as log:
+            logs.append(log)
             worker_of = Task(asked(workers_per_gpu=num), measure, "cuda")
             assert pool._Worker(worker_of)._error is None
-    assert pool._Worker(Task(asked(), measure, "cpu"))._error is not None  # of the check above
-    assert shares == [0.25] and len(loaded) == 3
+        taken = num * (at_load[-1] * total_bytes + (num > 1) * (1 << 30))
+        assert taken == pytest.approx(total_bytes)
+    assert pool._Worker(Task(asked(workers_per_gpu=2), measure, "cpu"))._error is None
+    assert at_load[0] == 1 and len(at_load) == 5
+
+
+def test_more_workers_than_a_gpu_has_memory_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "Processor", lambda task: pytest.fail("it loads a model"))
+    measure: Any = None
+    with simulated.device(simulated.T4):
+        started = pool._Worker(Task(asked(workers_per_gpu=15), measure, "cuda"))
+    with pytest.raises(ModelError, match=r"workers_per_gpu is 15, but .* has 16\.1 GB.*fewer"):
+        started.poll()
+
+
+def test_a_model_that_does_not_fit_into_its_share_of_a_gpu_says_how_much_that_is() -> None:
+    device = torch.device("cuda")
+    for num, said in (
+        (1, r"16\.1 of its 16\.1 GB are free \("),
+        (3, r"free, and .* 4\.3 GB in all"),
+    ):
+        with simulated.device(simulated.T4):
+            if num > 1:
+                model.limit_memory(num)
+            with pytest.raises(ModelError, match=said), memory.needed("m", device, lambda: 1):
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_workers_that_share_a_gpu_measure_the_same(make_config: MakeConfig) -> None:
