@@ -48,11 +48,11 @@ CASES: dict[str, tuple[list[Node], dict[str, Any], int, int, str]] = {
         {},
         4,
         0,
-        "1 node with 8 GPUs and 4 CPUs: 4 of 8 workers fit, with 1 CPU each",
+        "each node with 8 GPUs and 4 CPUs has room for 4 of 8 workers, with 1 CPU each",
     ),
-    "one each": ([Node(8, 8)], {}, 8, 0, "8 GPUs and 8 CPUs: 8 of 8 workers fit, with 1 CPU each"),
+    "one each": ([Node(8, 8)], {}, 8, 0, "8 CPUs has room for 8 of 8 workers, with 1 CPU each"),
     "one each, asked for": ([Node(8, 8)], {"tokenizer_workers": 0}, 8, 0, ""),
-    "none": ([Node(0, 2)], {}, 1, 0, "1 node with 2 GPUs and 0 CPUs: 0 of 2 workers fit"),
+    "none": ([Node(0, 2)], {}, 1, 0, "2 GPUs and 0 CPUs has room for 0 of 2 workers"),
     "no gpu": ([Node(64, 0)], {}, 1, 0, "no node with a GPU is up yet"),
     "no gpu, asked for": ([Node(64, 0)], {"tokenizer_workers": 3, "workers": 8}, 8, 3, ""),
     "beside CPUs alone": ([Node(64, 0), Node(16, 8), Node(64, 0)], {}, 8, 1, ""),
@@ -63,8 +63,8 @@ CASES: dict[str, tuple[list[Node], dict[str, Any], int, int, str]] = {
         {"tokenizer_workers": 6},
         4,
         6,
-        "2 nodes with 8 GPUs and 16 CPUs: 2 of 8 workers fit, since each takes 7 CPUs: give fewer "
-        "--tokenizer-workers",
+        "each node with 8 GPUs and 16 CPUs has room for 2 of 8 workers, since a worker takes 7 CPUs: "
+        "give fewer --tokenizer-workers",
     ),
     "as many as asked for": ([Node(16, 8)], {"tokenizer_workers": 6, "workers": 2}, 2, 6, ""),
     "fewer workers": ([Node(16, 8)], {"workers": 2}, 2, 7, ""),
@@ -76,14 +76,14 @@ CASES: dict[str, tuple[list[Node], dict[str, Any], int, int, str]] = {
         {"workers_per_gpu": 4},
         16,
         0,
-        "1 node with 8 GPUs and 16 CPUs: 16 of 32 workers fit, with 1 CPU each",
+        "each node with 8 GPUs and 16 CPUs has room for 16 of 32 workers, with 1 CPU each",
     ),
     "one short and one not": (
         [Node(4, 8), Node(64, 8)],
         {},
         12,
         0,
-        "1 node with 8 GPUs and 4 CPUs: 4 of 8 workers fit, with 1 CPU each",
+        "each node with 8 GPUs and 4 CPUs has room for 4 of 8 workers, with 1 CPU each",
     ),
 }
 
@@ -210,9 +210,48 @@ def test_nodes_that_come_later_get_workers_and_are_looked_at_too(
     assert made.grow(100) == 10  # of two CPUs each
     assert made.grow(100) == 10
     assert made.notices == [
-        "1 node with 8 GPUs and 4 CPUs: 2 of 8 workers fit, since each takes 2 CPUs: give fewer "
+        "each node with 8 GPUs and 4 CPUs has room for 2 of 8 workers, since a worker takes 2 CPUs, "
+        "as many as fit on the nodes that were up first: set a smaller number for all with "
         "--tokenizer-workers"
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "options", "num_notices"),
+    [
+        ([Node(16, 8)], [Node(4, 8)], {}, 1),
+        ([Node(4, 8)], [Node(4, 8)], {}, 1),
+        ([Node(4, 8)], [Node(4, 8), Node(8, 8)], {}, 2),
+        ([Node(16, 8)], [Node(16, 8)], {"tokenizer_workers": 6}, 1),
+    ],
+)
+def test_a_growing_cluster_has_one_notice_for_each_kind_of_node(
+    first: list[Node],
+    more: list[Node],
+    options: dict[str, Any],
+    num_notices: int,
+    fake_ray: FakeRay,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "UNITS_S", 0.0)
+    made = pool_of(fake_ray, first, **options)
+    num_workers = made.grow(10_000)
+    for _ in range(100):
+        fake_ray.at = [*fake_ray.at, *more]
+        assert made.grow(10_000) > num_workers
+        num_workers = made.grow(10_000)
+    assert len(made.notices) == num_notices
+
+
+def test_only_a_user_who_gave_tokenizers_is_asked_to_give_fewer(fake_ray: FakeRay) -> None:
+    """The two calls differ in who chose the same number of tokenizer processes."""
+    for options, is_given in (({}, False), ({"tokenizer_workers": 1}, True)):
+        made = pool_of(fake_ray, [Node(16, 8)], **options)
+        fake_ray.at = [Node(4, 8)]
+        made.grow(100)
+        (notice,) = made.notices
+        assert notice.endswith("CPUs: give fewer --tokenizer-workers") is is_given
+        assert ("the nodes that were up first" in notice) is not is_given
 
 
 def test_a_local_ray_without_a_place_is_refused(fake_ray: FakeRay) -> None:
@@ -347,7 +386,7 @@ def test_two_workers_share_each_gpu_of_a_real_ray(
     assert [w["resources"] for w in workers] == [{"CPU": 1.0, "GPU": 0.5}] * 4
     assert Counter(str(gpu) for w in workers for gpu in w["gpus"]) == {"0": 2, "1": 2}
     assert {w["tokenizers"] for w in workers} == {0}
-    assert notices[0].startswith("1 node with 2 GPUs and 4 CPUs: 4 of 4 workers fit")
+    assert notices[0].startswith("each node with 2 GPUs and 4 CPUs has room for 4 of 4 workers")
 
 
 # --- what the doctor, a dry run and a benchmark say
@@ -368,7 +407,11 @@ def test_the_doctor_says_how_many_workers_a_run_has(
     for nodes, ok, said in (
         ([Node(64, 0)], True, "a run has 64 workers;"),
         ([Node(64, 0), Node(16, 8)], True, "a run has 8 workers, each on a GPU, each with 1 token"),
-        ([Node(4, 8)], None, "a run has 4 workers, each on a GPU; 1 node with 8 GPUs and 4 CPUs:"),
+        (
+            [Node(4, 8)],
+            None,
+            "a run has 4 workers, each on a GPU; each node with 8 GPUs and 4 CPUs",
+        ),
     ):
         fake_ray.at = nodes
         found = doctor._ray(None)
@@ -391,7 +434,7 @@ def test_a_dry_run_says_how_many_workers_a_run_has(
     estimates.print_estimate(found, Console(file=out, width=200))
     assert (found.num_workers, found.workers_per_gpu) == (4, 2)
     assert "workers  4 workers, 2 on a GPU" in out.getvalue()
-    assert "workers  1 node with 4 GPUs and 4 CPUs: 4 of 8 workers fit" in out.getvalue()
+    assert "workers  each node with 4 GPUs and 4 CPUs has room for 4 of 8" in out.getvalue()
 
 
 def test_a_benchmark_on_a_gpu_has_the_tokenizers_of_a_real_worker(

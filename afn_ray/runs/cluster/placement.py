@@ -1,9 +1,8 @@
-"""Places of workers on a Ray's nodes: how many fit, with how many tokenizers, and why no more."""
+"""Placement of workers on the nodes of a Ray cluster: their number, tokenizers and shortages."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,8 @@ from afn_ray.text import count
 MOST_TOKENIZERS = 15
 """Largest default number of tokenizer processes of a worker on a GPU.
 
-As many feed a model of 3 M tokens a second if each prepares 0.22 M. More would only take memory.
+As many feed a model of 3 M tokens a second with the slowest tokenizers, of which each process
+prepares 0.22 M; BERT's and byte-level ones prepare ten times as many. More would only take memory.
 """
 GPU_PARTS = 10_000
 """Number of parts of a GPU that Ray counts."""
@@ -39,7 +39,8 @@ class Placement:
 
     num_workers: int  # as configured, else as many as fit; at least 1
     tokenizer_workers: int  # tokenizer processes of each
-    notices: tuple[str, ...] = ()  # messages about nodes with too few CPUs, for people
+    # messages for people; their texts do not depend on how many nodes of a kind there are
+    notices: tuple[str, ...] = ()
 
 
 def nodes() -> list[Node]:
@@ -60,27 +61,35 @@ def gpu_share(config: RunConfig) -> float:
     return math.floor(GPU_PARTS / config.workers_per_gpu) / GPU_PARTS
 
 
-def place(config: RunConfig, nodes: Sequence[Node], device: str) -> Placement:
-    """Place workers on ``nodes``. A node without GPUs has no place for a worker on "cuda"."""
+def place(
+    config: RunConfig, nodes: Sequence[Node], device: str, known: Placement | None = None
+) -> Placement:
+    """Place workers on ``nodes``. A node without GPUs has no place for a worker on "cuda".
+
+    ``known``: an earlier placement of the same run, whose number of tokenizer processes holds for
+    workers on nodes that came later, too.
+    """
     if device == "cuda":
-        return _on_gpus(config, [node for node in nodes if node.num_gpus])
+        return _on_gpus(config, [node for node in nodes if node.num_gpus], known)
     tokenizers = config.tokenizer_workers or 0
     fit = sum(node.num_cpus // (1 + tokenizers) for node in nodes)
     return Placement(config.workers or max(1, fit), tokenizers)
 
 
-def _on_gpus(config: RunConfig, nodes: Sequence[Node]) -> Placement:
+def _on_gpus(config: RunConfig, nodes: Sequence[Node], known: Placement | None) -> Placement:
     """Place workers on ``nodes``, which have GPUs."""
     tokenizers = config.tokenizer_workers
-    if tokenizers is None:
+    if tokenizers is None and known is not None:
+        tokenizers = known.tokenizer_workers
+    elif tokenizers is None:
         tokenizers = min((_tokenizers(config, node) for node in nodes), default=0)
     fit = sum(_num_fit(config, node, tokenizers) for node in nodes)
     notices: list[str] = []
     if not nodes and config.tokenizer_workers is None:
         notices.append(NO_NODE)
     if config.workers is None or fit < config.workers:
-        for node, num_nodes in Counter(nodes).items():
-            if notice := _too_few_cpus(config, node, num_nodes, tokenizers):
+        for node in dict.fromkeys(nodes):
+            if notice := _too_few_cpus(config, node, tokenizers):
                 notices.append(notice)
     return Placement(config.workers or max(1, fit), tokenizers, tuple(notices))
 
@@ -101,7 +110,7 @@ def _tokenizers(config: RunConfig, node: Node) -> int:
     return min(MOST_TOKENIZERS, node.num_cpus // num_workers - 1) if num_workers else 0
 
 
-def _too_few_cpus(config: RunConfig, node: Node, num_nodes: int, tokenizers: int) -> str:
+def _too_few_cpus(config: RunConfig, node: Node, tokenizers: int) -> str:
     """Notice about nodes like ``node`` that lack CPUs for their GPUs; empty if they do not."""
     wanted, fit = _num_wanted(config, node), _num_fit(config, node, tokenizers)
     given = config.tokenizer_workers is not None
@@ -109,11 +118,16 @@ def _too_few_cpus(config: RunConfig, node: Node, num_nodes: int, tokenizers: int
         return ""
     cpus = count(1 + tokenizers, "CPU")
     found = (
-        f"{count(num_nodes, 'node')} with {count(node.num_gpus, 'GPU')} and "
-        f"{count(node.num_cpus, 'CPU')}: {fit} of {count(wanted, 'worker')} fit"
+        f"each node with {count(node.num_gpus, 'GPU')} and {count(node.num_cpus, 'CPU')} has room "
+        f"for {fit} of {count(wanted, 'worker')}"
     )
     if given and tokenizers:
-        return f"{found}, since each takes {cpus}: give fewer --tokenizer-workers"
+        return f"{found}, since a worker takes {cpus}: give fewer --tokenizer-workers"
+    if tokenizers:
+        return (
+            f"{found}, since a worker takes {cpus}, as many as fit on the nodes that were up first: "
+            "set a smaller number for all with --tokenizer-workers"
+        )
     return (
         f"{found}, with {cpus} each: that is too few CPUs for the GPUs, whose models may wait for "
         "text"

@@ -104,9 +104,10 @@ class RayPool:
         self._ray = ray
         self.notices: list[str] = []  # messages for people
         self._check_local(config, task.device)
+        self._asked = config
         # All workers have the same resources, also those on nodes that come later.
-        placed = self._place(config, task.device)
-        config = replace(config, tokenizer_workers=placed.tokenizer_workers)
+        self._placed = self._place(task.device)
+        config = replace(config, tokenizer_workers=self._placed.tokenizer_workers)
         self._task, self._config = replace(task, config=config), config
         self._class = ray.remote(
             max_restarts=-1,
@@ -140,16 +141,16 @@ class RayPool:
                 "this Ray has so many"
             )
 
-    def _place(self, config: RunConfig, device: str) -> placement.Placement:
+    def _place(self, device: str, known: placement.Placement | None = None) -> placement.Placement:
         """Place the workers on the nodes that are there; keep new notices."""
-        placed = placement.place(config, placement.nodes(), device)
+        placed = placement.place(self._asked, placement.nodes(), device, known)
         self.notices += [notice for notice in placed.notices if notice not in self.notices]
         return placed
 
     def grow(self, num_useful: int) -> int:
         if time.monotonic() >= self._next_count:
             self._next_count = time.monotonic() + UNITS_S
-            self._num_wanted = self._place(self._config, self._task.device).num_workers
+            self._num_wanted = self._place(self._task.device, self._placed).num_workers
         while len(self._actors) < min(self._num_wanted, num_useful):
             self._last += 1
             task = replace(self._task, worker=self._last)
