@@ -17,7 +17,7 @@ from afn_ray.config import RunConfig
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
-from afn_ray.runs import events, job
+from afn_ray.runs import events
 from afn_ray.runs.events import OnEvent
 from afn_ray.store import checksums, manifest, series, storage, uris
 from afn_ray.store.manifest import RunFolder
@@ -118,6 +118,8 @@ def run_audit(
     if night.frozen:
         config = baselines.with_frozen_thresholds(config, named)
     baselines.begin_nights(config, policy.window)
+    from afn_ray.runs import job  # loads torch, which readers of a verdict do not need
+
     with job.run(config, on_event) as opened:
         run = manifest.find_run(opened.uri)
     baseline = Baseline(named) if named else baselines.find(run, kind, policy.window)

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime, timedelta
 from afn_ray.analysis.policy import BASELINES, MEDIAN
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
-from afn_ray.runs import job, precheck
+from afn_ray.runs import precheck
 from afn_ray.store import manifest, series, storage, uris
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
@@ -102,7 +102,7 @@ def begin_nights(config: RunConfig, window: str) -> None:
 
 def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
     """Complete runs of this series and, by the config's keys, of its measure; newest first."""
-    asked = asdict(job.normalised(config))
+    asked = asdict(precheck.normalised(config))
     name = series.name_of(asked["store"], asked)
     for run in _complete_runs(asked["store"]):
         same_measure = all(run.info["config"].get(key) == asked[key] for key in OF_MEASURE)

@@ -26,7 +26,7 @@ from afn_ray.bench import LEAST_S, TOKENS_PER_WORKER, machine, more_passes
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
-from afn_ray.runs import job, plan, worker
+from afn_ray.runs import job, plan, precheck, worker
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.rates import speed_of
@@ -53,7 +53,7 @@ def measure(
     does so ``repeat`` times, each in a fresh store. On a CPU the whole process uses one core, as a
     worker does beside others. Raises ``CorpusError`` when no document has text.
     """
-    config = job.normalised(config)
+    config = precheck.normalised(config)
     texts = sample_texts(config, config.corpus)
     with tempfile.TemporaryDirectory(prefix="afn-bench-", dir=config.scratch) as name:
         folder = Path(name)

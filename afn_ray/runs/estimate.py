@@ -11,11 +11,11 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.errors import CorpusError
 from afn_ray.reduce import lexicon
-from afn_ray.runs import cluster
+from afn_ray.runs import cluster, precheck
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.events import OnEvent
-from afn_ray.runs.job import normalised, prepare, take_stock
+from afn_ray.runs.job import prepare, take_stock
 from afn_ray.runs.measurer import Measurer, text_encoder
 from afn_ray.runs.prices import Cost, Prices, bill, read_prices
 from afn_ray.runs.rates import Rate, read_rate, speed_of
@@ -123,7 +123,7 @@ def dry_run(
     money = None if prices is None else read_prices(prices)
     # before the corpus is read, which may take hours
     known = None if rate is None else read_rate(rate)
-    config = normalised(config)
+    config = precheck.normalised(config)
     lexicon.function_words(config.language)
     probes.try_writable(config.store)
     asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -20,7 +19,7 @@ from afn_ray.reduce import kept_columns, lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
-from afn_ray.runs import cluster, dispatch, events, measurer, worker
+from afn_ray.runs import cluster, dispatch, events, measurer, precheck, worker
 from afn_ray.runs.calibrator import Calibrator
 from afn_ray.runs.events import Event, OnEvent, on_warning
 from afn_ray.runs.plan import make_plan
@@ -37,7 +36,6 @@ from afn_ray.store import (
     run_claims,
     shard_files,
     storage,
-    uris,
 )
 from afn_ray.store.commits import Commit, Commits, describe_makers, total_counts
 from afn_ray.text import count
@@ -153,7 +151,7 @@ def run(
     before any work, ``IncompleteRun`` when shards are quarantined or missing (the others are
     committed), and ``Interrupted`` when the same call resumes the run.
     """
-    config = normalised(config)
+    config = precheck.normalised(config)
     lexicon.function_words(config.language)
     probes.check_writable(config.store)
     manifest.keep_from_jobs(config.store)
@@ -369,18 +367,6 @@ def _working(on_event: OnEvent) -> dispatch.OnProgress:
         on_event(events.Working(progress))
 
     return on_progress
-
-
-def normalised(config: RunConfig) -> RunConfig:
-    """``config`` with absolute paths and URIs, which workers on other machines see too."""
-    return replace(
-        config,
-        store=uris.absolute(config.store).rstrip("/"),
-        corpus=tuple(map(uris.absolute, config.corpus)),
-        model=uris.absolute(config.model) if Path(config.model).exists() else config.model,
-        scratch=None if config.scratch is None else uris.absolute(config.scratch),
-        thresholds=None if config.thresholds is None else uris.absolute(config.thresholds),
-    )
 
 
 def _hashing(on_event: OnEvent) -> Callable[[int, int], None]:

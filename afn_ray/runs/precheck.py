@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,15 @@ def _depth(name: str, file: Path) -> int | None:
         return None
     found = [text[key] for key in DEPTH_KEYS if isinstance(text.get(key), int)]
     return found[0] if len(found) == 1 else None
+
+
+def normalised(config: RunConfig) -> RunConfig:
+    """``config`` with absolute paths and URIs, which workers on other machines see too."""
+    return replace(
+        config,
+        store=uris.absolute(config.store).rstrip("/"),
+        corpus=tuple(map(uris.absolute, config.corpus)),
+        model=uris.absolute(config.model) if Path(config.model).exists() else config.model,
+        scratch=None if config.scratch is None else uris.absolute(config.scratch),
+        thresholds=None if config.thresholds is None else uris.absolute(config.thresholds),
+    )
