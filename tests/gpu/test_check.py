@@ -213,6 +213,11 @@ def test_the_arithmetic_of_the_guide_follows_from_its_rates() -> None:
         assert f"{us:.3f}" == said and said in section
         assert f"{1 / us:.1f} M tokens/s" in section
         assert f"{flop / us / 788:.0%}".replace("%", " %") in section
+    (prepared,) = re.findall(r"prepares ([\d.]+) M tokens/s", section)
+    (own_us,) = re.findall(r"takes ([\d.]+) microseconds\s+of CPU a token", section)
+    cores = [float(n) for n in re.findall(r"^\| [a-z][^|]+ \| (\d\.\d) \|$", section, re.M)]
+    tokenizing, own = 3.3 / float(prepared), 3.3 * float(own_us)
+    assert cores == [round(tokenizing, 1), round(own, 1), round(tokenizing + own, 1)]
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
