@@ -31,6 +31,7 @@ from afn_ray.model import memory
 from afn_ray.runs import cluster, measurer, rates, worker
 from afn_ray.runs.cluster import connection, placement, pool
 from afn_ray.runs.cluster.placement import MOST_TOKENIZERS, Node, place
+from afn_ray.runs.events import Event, Working
 from afn_ray.runs.task import Task
 from afn_ray.show import doctor
 from conftest import MakeConfig, write_jsonl
@@ -71,6 +72,15 @@ CASES: dict[str, tuple[list[Node], dict[str, Any], int, int, str]] = {
     "more workers than places": ([Node(16, 8)], {"workers": 20}, 20, 1, ""),
     "two on a GPU": ([Node(16, 4)], {"workers_per_gpu": 2}, 8, 1, ""),
     "three on a GPU": ([Node(64, 0), Node(24, 4)], {"workers_per_gpu": 3}, 12, 1, ""),
+    "GPUs that stay idle": (
+        [Node(16, 4)],
+        {"workers_per_gpu": 2, "workers": 3},
+        3,
+        4,
+        "3 workers with --workers-per-gpu 2 may take only 2 GPUs, and the others stay idle",
+    ),
+    "no GPU stays idle": ([Node(16, 4)], {"workers_per_gpu": 2, "workers": 7}, 7, 1, ""),
+    "fewer workers than GPUs": ([Node(16, 4)], {"workers": 1}, 1, 15, ""),
     "too many on a GPU": (
         [Node(16, 8)],
         {"workers_per_gpu": 4},
@@ -314,7 +324,40 @@ def test_a_model_that_does_not_fit_into_its_share_of_a_gpu_says_how_much_that_is
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_workers_that_share_a_gpu_measure_the_same(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize("num", [1, 2])
+def test_workers_per_gpu_without_a_gpu_to_share_is_noted(num: int) -> None:
+    on_cpus = place(asked(workers_per_gpu=num), [Node(4, 0)], "cpu")
+    inline = cluster.place_workers(asked(workers_per_gpu=num, executor="inline"), "cuda")
+    for placed in (on_cpus, inline):
+        found = [notice.partition(":")[0] for notice in placed.notices]
+        assert found == ["--workers-per-gpu has no effect"] * (num - 1)
+
+
+@pytest.mark.parametrize(("device", "is_inline"), [("cpu", True), ("cuda", False), ("auto", False)])
+def test_workers_per_gpu_starts_ray_where_a_gpu_may_be_shared(
+    device: str, is_inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert cluster.runs_inline(asked(workers_per_gpu=2, device=device), []) is is_inline
+
+
+def test_a_run_in_this_process_notes_that_no_workers_share_its_gpu(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello there"}])
+    notices: set[str] = set()
+
+    def look(event: Event) -> None:
+        if isinstance(event, Working):
+            notices.update(event.progress.notices)
+
+    config = make_config(corpus=(str(corpus),), device="cpu", workers_per_gpu=2)
+    with afn_ray.run(config, look):
+        assert notices == {placement.NOT_SHARED.format("a run in one process")}
+
+
+def test_how_many_workers_share_a_gpu_is_no_input_of_a_measure(make_config: MakeConfig) -> None:
     def measure_of(**options: Any) -> tuple[str, dict[str, Any]]:
         config = make_config(**options)
         task = worker.prepare(config, measurer.find_model(config), "cuda", "float16")

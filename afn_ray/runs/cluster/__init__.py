@@ -44,7 +44,8 @@ def process_shards(
     """
     try:
         if runs_inline(config, shards):
-            return _dispatch(InlinePool(task), config, shards, on_progress)
+            notices = list(placement.place_inline(config).notices)
+            return _dispatch(InlinePool(task), config, shards, on_progress, notices)
         with joined(config):
             published = Published(task.run)
 
@@ -82,13 +83,12 @@ def _dispatch(
     config: RunConfig,
     shards: Sequence[Shard],
     on_progress: OnProgress,
-    notices: list[str] | None = None,
+    notices: list[str],
 ) -> State:
     """Run a ``Dispatcher`` of ``shards`` on ``pool``, which may append to ``notices``."""
     tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)
     dispatcher = Dispatcher(pool, shards, on_progress, tolerance)
-    if notices is not None:
-        dispatcher.state.notices = notices
+    dispatcher.state.notices = notices
     return dispatcher.run()
 
 
@@ -102,7 +102,7 @@ def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
         address(config) is not None
         or config.workers is not None
         or bool(config.tokenizer_workers)
-        or config.workers_per_gpu > 1
+        or (config.workers_per_gpu > 1 and config.device != "cpu")
     )
     started = "ray" in sys.modules and sys.modules["ray"].is_initialized()
     return not (wants_ray or started) and sum(s.num_bytes for s in shards) < INLINE_BYTES
@@ -134,7 +134,7 @@ def local_device(device: str) -> str:
 def place_workers(config: RunConfig, device: str) -> Placement:
     """The workers that a run would start on this machine or on the cluster."""
     if config.executor == "inline":
-        return Placement(1, config.tokenizer_workers or 0)
+        return placement.place_inline(config)
     if _is_here(config):
         return placement.place(config, [placement.this_machine()], device)
     with joined(config):

@@ -23,6 +23,8 @@ NO_NODE = (
     "to the CPUs of a node divided by its workers, less 1"
 )
 """Notice of a cluster that may grow, where nothing decides the number of tokenizer processes."""
+NOT_SHARED = "--workers-per-gpu has no effect: {} has no GPU that workers share"
+"""Notice of a run that cannot have several workers on a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,14 @@ def place(
         return _on_gpus(config, [node for node in nodes if node.num_gpus], known)
     tokenizers = config.tokenizer_workers or 0
     fit = sum(node.num_cpus // (1 + tokenizers) for node in nodes)
-    return Placement(config.workers or max(1, fit), tokenizers)
+    notices = (NOT_SHARED.format("a run on CPUs"),) if config.workers_per_gpu > 1 else ()
+    return Placement(config.workers or max(1, fit), tokenizers, notices)
+
+
+def place_inline(config: RunConfig) -> Placement:
+    """Place the one worker of a run in this process."""
+    notices = (NOT_SHARED.format("a run in one process"),) if config.workers_per_gpu > 1 else ()
+    return Placement(1, config.tokenizer_workers or 0, notices)
 
 
 def _on_gpus(config: RunConfig, nodes: Sequence[Node], known: Placement | None) -> Placement:
@@ -91,6 +100,8 @@ def _on_gpus(config: RunConfig, nodes: Sequence[Node], known: Placement | None) 
         for node in dict.fromkeys(nodes):
             if notice := _too_few_cpus(config, node, tokenizers):
                 notices.append(notice)
+    elif notice := _idle_gpus(config, nodes):
+        notices.append(notice)
     return Placement(config.workers or max(1, fit), tokenizers, tuple(notices))
 
 
@@ -131,6 +142,21 @@ def _too_few_cpus(config: RunConfig, node: Node, tokenizers: int) -> str:
     return (
         f"{found}, with {cpus} each: that is too few CPUs for the GPUs, whose models may wait for "
         "text"
+    )
+
+
+def _idle_gpus(config: RunConfig, nodes: Sequence[Node]) -> str:
+    """Notice of GPUs on ``nodes`` that stay idle, since the others are shared; empty if none do.
+
+    Ray fills one GPU with its workers before it takes the next one of a node.
+    """
+    per_gpu, num_workers = config.workers_per_gpu, config.workers or 0
+    num_filled = math.ceil(num_workers / per_gpu)
+    if per_gpu == 1 or num_filled >= sum(node.num_gpus for node in nodes):
+        return ""
+    return (
+        f"{count(num_workers, 'worker')} with --workers-per-gpu {per_gpu} may take only "
+        f"{count(num_filled, 'GPU')}, and the others stay idle: give more --workers, or leave it out"
     )
 
 
