@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from afn_ray import model
+from afn_ray.errors import OutOfMemory
 from afn_ray.model.engine import Read
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.runs.progress import Counters
@@ -31,15 +33,15 @@ A shard that follows another one may queue as many behind the last ones of that 
 POLL_S = 0.2
 """Pause between two checks whether the worker is stopped, of a thread that waits for its turn."""
 
-Alone = Callable[[Chunk, Exception | None], tuple[Chunk, Values]]
+MeasureAlone = Callable[[Chunk, Exception | None], tuple[Chunk, Values]]
 """Function that measures one chunk with nothing else of its shard in the model.
 
 The error is the one that the chunk has raised already, if any.
 """
 
 
-class Passage:
-    """A chunk on its way through the model, with the values that are collected so far."""
+class PendingChunk:
+    """A chunk whose batches are measured, with the values that are collected so far."""
 
     def __init__(
         self, chunk: Chunk, num_series: int, num_neurons: int, *, counts: bool = True
@@ -47,7 +49,7 @@ class Passage:
         """``counts``: whether progress counts the chunk's documents as measured."""
         prepared = chunk.prepared
         self.chunk = chunk
-        self.error: Exception | None = None  # of one of its batches
+        self.error: Exception | None = None  # of one of its batches, except those of memory
         self.num_left = len(prepared.batches)  # batches that are not collected
         self.measured = 0.0  # documents that progress counts so far
         self.num_documents = len(prepared.n_windows) if counts else 0
@@ -71,89 +73,117 @@ class Passage:
         return Values(series, self._numbers, neurons)
 
     def result(self) -> tuple[Chunk, Values]:
-        """The chunk and its values, once no batch is left; the passage does not keep the values."""
+        """The chunk and its values, once no batch is left; the values are not kept here."""
         values = self.values()
         del self._values, self._numbers
         return self.chunk, values
 
 
-class Device:
-    """The model on its device, which the threads of several shards use.
+class Turns:
+    """The turns of several shards' threads to use one model on its device.
 
-    A thread submits batches while it has the ``turn``, and collects its own at any time.
+    A thread submits batches while it has the turn, and collects its own at any time.
     """
 
     def __init__(
         self,
         submit: Callable[[TokenBatch], model.Pending],
-        shape: tuple[int, int],
-        num_queued: int,
+        num_values: tuple[int, int],
+        device: str,
         counters: Counters,
         check_stopped: Callable[[], None],
     ) -> None:
-        """``submit`` starts a forward pass; ``shape`` is the number of series and of neurons of a
-        token. ``num_queued`` batches of a thread may follow the one that it waits for.
-        ``check_stopped`` raises ``Interrupted`` once the worker is to stop.
+        """``submit`` starts a forward pass. ``num_values``: numbers of series and of neurons that
+        each token has. ``device`` is "cpu" or "cuda". ``check_stopped`` raises ``Interrupted`` once
+        the worker is to stop.
         """
         self.submit, self.check_stopped = submit, check_stopped
-        self.num_queued = num_queued
-        self._shape, self._counters = shape, counters
+        # batches of a thread that may follow the one that it waits for
+        self.num_queued = SUBMITTED if device == "cuda" else 0
+        self._num_values, self._device, self._counters = num_values, device, counters
         self._turn = threading.RLock()
         self._counting = threading.Lock()
         self._num_batches = 0  # on the device
-        self._num_busy = 0  # 1 while a thread has the turn and its text, else 0
+        self._num_busy = 0  # threads that have the turn: 0 or 1, or more if one took it again
         self._num_waiting = 0  # threads that wait for text
         self._since = time.monotonic()  # of the last change of these three
 
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Hold the right to submit batches, which one thread at a time has."""
+    def take(self) -> None:
+        """Wait for the turn, the right to submit batches, which one thread at a time has.
+
+        A thread that has the turn may take it again, and then passes it on as often.
+        """
         while not self._turn.acquire(timeout=POLL_S):
             self.check_stopped()
         self._change(busy=1)
-        try:
-            yield
-        finally:
-            self._change(busy=-1)
-            self._turn.release()
+
+    def pass_on(self) -> None:
+        """Give the turn to another thread."""
+        self._change(busy=-1)
+        self._turn.release()
 
     @contextmanager
-    def waiting(self, *, in_turn: bool) -> Iterator[None]:
-        """Wait for text in this context; ``in_turn``: the thread has the turn."""
-        self._change(waiting=1, busy=-in_turn)
+    def waiting(self) -> Iterator[None]:
+        """Wait for text in this context, without the turn."""
+        self._change(waiting=1)
         try:
             yield
         finally:
-            self._change(waiting=-1, busy=in_turn)
+            self._change(waiting=-1)
+
+    def free(self, error: BaseException) -> None:
+        """Free what a batch holds in memory that has failed with ``error``.
+
+        Its activations are locals of the frames in the traceback, so they would stay on the device
+        as long as the error. Raises ``OutOfMemory`` if the batch did not fit.
+        """
+        forget_locals(error)
+        if not model.is_out_of_memory(error):
+            return
+        for each in _with_causes(error):
+            each.__traceback__ = None  # a frame also refers to its function, and so to a closure
+        model.free_memory()
+        reason = str(error) or type(error).__name__
+        raise OutOfMemory(
+            f"a batch did not fit into the memory of {self._device}: {reason}"
+        ) from error
 
     def measure(self, chunk: Chunk, *, counts: bool) -> Values:
         """Values of all tokens of ``chunk``; none of its batches is left on the device.
 
-        ``counts``: whether progress counts the chunk's documents as measured.
+        ``counts``: whether progress counts the chunk's documents as measured. Raises
+        ``OutOfMemory`` where a batch does not fit.
         """
         queue = Queue(self)
-        passage = self.begin(chunk, counts=counts)
+        pending = self.begin(chunk, counts=counts)
         try:
-            with self.turn():
+            self.take()
+            try:
                 for batch in chunk.prepared.batches:
-                    queue.submit(passage, batch)
+                    queue.submit(pending, batch)
                 while queue:
                     queue.collect()
-            return passage.values()
+            finally:
+                self.pass_on()
+            return pending.values()
         except BaseException:
-            self.uncount(passage)
+            self.uncount(pending)
             raise
         finally:
             queue.drop()
 
-    def begin(self, chunk: Chunk, *, counts: bool = True) -> Passage:
-        """A passage for ``chunk``."""
-        passage = Passage(chunk, *self._shape, counts=counts)
+    def begin(self, chunk: Chunk, *, counts: bool = True) -> PendingChunk:
+        """``chunk`` with room for its values. Raises ``OutOfMemory`` where there is none."""
+        try:
+            pending = PendingChunk(chunk, *self._num_values, counts=counts)
+        except MemoryError as error:
+            self.free(error)
+            raise
         with self._counting:
             self._counters.tokenize_s += chunk.prepared.seconds
-        if not passage.num_left:  # there is no token
-            self._count(passage, passage.num_documents)
-        return passage
+        if not pending.num_left:  # there is no token
+            self._count(pending, pending.num_documents)
+        return pending
 
     def add_batch(self) -> None:
         """Count a batch that is about to be submitted."""
@@ -163,19 +193,19 @@ class Device:
         """Count a batch that has left the device, or failed there."""
         self._change(batches=-1)
 
-    def count_batch(self, passage: Passage, batch: TokenBatch) -> None:
+    def count_batch(self, pending: PendingChunk, batch: TokenBatch) -> None:
         """Count the tokens of a batch that is collected, and its share of the documents."""
         with self._counting:
             self._counters.tokens += len(batch.rows)
             self._counters.forward_tokens += batch.forward_tokens
-        self._count(passage, passage.num_documents * len(batch.rows) / passage.num_tokens)
+        self._count(pending, pending.num_documents * len(batch.rows) / pending.num_tokens)
 
-    def uncount(self, passage: Passage) -> None:
-        """Take back the documents of a passage that is given up: they are measured again."""
-        self._count(passage, -passage.measured)
+    def uncount(self, pending: PendingChunk) -> None:
+        """Take back the documents of a chunk that is not completed: they are measured again."""
+        self._count(pending, -pending.measured)
 
-    def _count(self, passage: Passage, num_documents: float) -> None:
-        passage.measured += num_documents
+    def _count(self, pending: PendingChunk, num_documents: float) -> None:
+        pending.measured += num_documents
         with self._counting:
             self._counters.measured += num_documents
 
@@ -196,68 +226,94 @@ class Device:
 class Queue:
     """The batches of one thread on the device, the oldest first."""
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self._batches: deque[tuple[Passage, TokenBatch, model.Pending]] = deque()
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._batches: deque[tuple[PendingChunk, TokenBatch, model.Pending]] = deque()
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def submit(self, passage: Passage, batch: TokenBatch) -> None:
+    def submit(self, pending: PendingChunk, batch: TokenBatch) -> None:
         """Submit ``batch``, then collect the oldest ones while too many are queued."""
-        self._device.check_stopped()
-        self._device.add_batch()
+        self._turns.check_stopped()
+        self._turns.add_batch()
         try:
-            pending = self._device.submit(batch)
+            reading = self._turns.submit(batch)
         except BaseException as error:
-            self._device.remove_batch()
-            _remember(passage, error)
+            self._turns.remove_batch()
+            self._turns.free(error)
+            _remember(pending, error)
             raise
-        self._batches.append((passage, batch, pending))
-        while len(self._batches) > self._device.num_queued:
+        self._batches.append((pending, batch, reading))
+        while len(self._batches) > self._turns.num_queued:
             self.collect()
 
     def collect(self) -> None:
-        """Wait for the oldest batch and add its values to its passage."""
-        passage, batch, pending = self._batches.popleft()
+        """Wait for the oldest batch and add its values to those of its chunk."""
+        pending, batch, reading = self._batches.popleft()
         try:
-            passage.add(batch, pending.result())
-            self._device.count_batch(passage, batch)
+            pending.add(batch, reading.result())
+            self._turns.count_batch(pending, batch)
         except BaseException as error:
-            _remember(passage, error)
+            self._turns.free(error)
+            _remember(pending, error)
             raise
         finally:
-            self._device.remove_batch()
+            self._turns.remove_batch()
 
     def drop(self) -> None:
-        """Forget all batches, whose values nobody needs."""
+        """Drop all batches without their values."""
         while self._batches:
             self._batches.popleft()
-            self._device.remove_batch()
+            self._turns.remove_batch()
 
 
-def _remember(passage: Passage, error: BaseException) -> None:
+def _remember(pending: PendingChunk, error: BaseException) -> None:
     if isinstance(error, Exception):
-        passage.error = error
+        pending.error = error
+
+
+def forget_locals(error: BaseException) -> None:
+    """Clear the local variables of all finished frames in the tracebacks of ``error``.
+
+    The tracebacks keep their lines. Without this, what the frames refer to may live until the next
+    garbage collection, since a frame often refers to the error that it raised.
+    """
+    for each in _with_causes(error):
+        traceback.clear_frames(each.__traceback__)
+
+
+def _with_causes(error: BaseException) -> list[BaseException]:
+    """``error`` and all errors that led to it."""
+    found: list[BaseException] = []
+    left: list[BaseException | None] = [error]
+    while left:
+        this = left.pop()
+        if this is not None and not any(this is other for other in found):
+            found.append(this)
+            left += [this.__cause__, this.__context__]
+    return found
 
 
 class Flow:
     """The chunks of one shard in the model.
 
-    The thread takes its turn with its first text at hand, and passes it on when the last batch is
-    submitted; so another shard's batches follow at once.
+    The thread takes its turn with text at hand, and passes it on when no more text is ready, when
+    the caller waits, and when the last batch is submitted; another shard's batches follow at once.
     """
 
-    def __init__(self, device: Device, chunks: Chunks, alone: Alone) -> None:
-        self._device, self._chunks, self._alone = device, chunks, alone
-        self._queue = Queue(device)
-        self._passages: deque[Passage] = deque()  # not yielded yet, in order
+    def __init__(self, turns: Turns, chunks: Chunks, measure_alone: MeasureAlone) -> None:
+        self._turns, self._chunks, self._measure_alone = turns, chunks, measure_alone
+        self._queue = Queue(turns)
+        self._pending: deque[PendingChunk] = deque()  # not yielded yet, in order
+        self._turn_began: float | None = None  # time; None: this shard has not the turn
         self.turn_s = 0.0  # seconds for which this shard has had the turn
 
     def measure(self) -> Generator[tuple[Chunk, Values], None, None]:
         """Yield each chunk with its values, in order; to be closed in the same thread.
 
         After an error of the model, the chunks that are not complete are measured one at a time.
+        Raises ``OutOfMemory`` where a batch does not fit.
         """
         try:
             while True:
@@ -265,66 +321,99 @@ class Flow:
                     yield from self._run()
                     return
                 except Exception:
-                    if all(passage.error is None for passage in self._passages):
-                        raise  # of the text
+                    if all(pending.error is None for pending in self._pending):
+                        raise  # of the text or of memory
                     yield from self._one_by_one()
         finally:
-            self._give_up()
+            self._drop()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let other shards have the turn in this context, in which the caller of ``measure`` waits."""
+        had_turn = self._turn_began is not None
+        self._pass_on()
+        yield
+        if had_turn:
+            self._take()
 
     def _run(self) -> Iterator[tuple[Chunk, Values]]:
-        chunk = self._next_chunk(in_turn=False)
-        if chunk is not None:
-            with self._device.turn():
-                began = time.monotonic()
-                try:
-                    while chunk is not None:
-                        yield from self._submit(chunk)
-                        chunk = self._next_chunk(in_turn=True)
-                finally:
-                    self.turn_s += time.monotonic() - began
+        chunk = self._next_chunk()
+        while chunk is not None:
+            with self._turn():
+                yield from self._submit(chunk)
+                while self._chunks.is_ready() and (chunk := next(self._chunks, None)):
+                    yield from self._submit(chunk)
+            while self._queue and not self._chunks.is_ready():
+                yield from self._collect()
+            chunk = self._next_chunk()
         while self._queue:
-            self._queue.collect()
-            yield from self._complete()
+            yield from self._collect()
 
     def _submit(self, chunk: Chunk) -> Iterator[tuple[Chunk, Values]]:
-        """Submit the batches of ``chunk``; yield what is complete by the time of the next chunk."""
-        passage = self._device.begin(chunk)
-        self._passages.append(passage)
+        """Submit the batches of ``chunk``; yield what is complete by then."""
+        pending = self._turns.begin(chunk)
+        self._pending.append(pending)
         for batch in chunk.prepared.batches:
-            self._queue.submit(passage, batch)
+            self._queue.submit(pending, batch)
             yield from self._complete()
         yield from self._complete()
-        while self._queue and not self._chunks.is_ready():
-            self._queue.collect()
-            yield from self._complete()
 
-    def _next_chunk(self, *, in_turn: bool) -> Chunk | None:
+    def _collect(self) -> Iterator[tuple[Chunk, Values]]:
+        """Collect the oldest batch; yield what is then complete."""
+        self._queue.collect()
+        yield from self._complete()
+
+    def _next_chunk(self) -> Chunk | None:
         """Wait for the next chunk; None at the end."""
-        with self._device.waiting(in_turn=in_turn):
+        with self._turns.waiting():
             return next(self._chunks, None)
 
     def _complete(self) -> Iterator[tuple[Chunk, Values]]:
         """Yield the first chunks as far as they are complete."""
-        while self._passages and not self._passages[0].num_left:
-            yield self._passages.popleft().result()  # this frame keeps no reference to it
+        while self._pending and not self._pending[0].num_left:
+            yield self._pending.popleft().result()  # this frame keeps no reference to it
 
     def _one_by_one(self) -> Iterator[tuple[Chunk, Values]]:
         """Measure the chunks that are not complete again, each alone.
 
         Raises the error of the one that failed, unless some of its texts are at fault.
         """
-        passages = self._give_up()
-        failed = next(p for p in passages if p.error is not None)
-        with self._device.turn():
-            repaired = self._alone(failed.chunk, failed.error)
-            for passage in passages:
-                yield repaired if passage is failed else self._alone(passage.chunk, None)
+        dropped = self._drop()
+        failed = next(p for p in dropped if p.error is not None)
+        with self._turn():
+            repaired = self._measure_alone(failed.chunk, failed.error)
+            for pending in dropped:
+                if pending is failed:
+                    yield repaired
+                else:
+                    yield self._measure_alone(pending.chunk, None)
 
-    def _give_up(self) -> list[Passage]:
-        """Drop all batches on the device; return the passages that were not complete."""
+    def _drop(self) -> list[PendingChunk]:
+        """Drop all batches on the device; return the chunks that were not complete."""
         self._queue.drop()
-        passages = list(self._passages)
-        self._passages.clear()
-        for passage in passages:
-            self._device.uncount(passage)
-        return passages
+        dropped = list(self._pending)
+        self._pending.clear()
+        for pending in dropped:
+            self._turns.uncount(pending)
+        return dropped
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the turn in this context, except while the flow is paused."""
+        self._take()
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _take(self) -> None:
+        """Wait for the turn."""
+        self._turns.take()
+        self._turn_began = time.monotonic()
+
+    def _pass_on(self) -> None:
+        """Pass the turn on, if this shard has it."""
+        if self._turn_began is not None:
+            self.turn_s += time.monotonic() - self._turn_began
+            self._turn_began = None
+            self._turns.pass_on()

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from afn_ray import model
 from afn_ray.config import RunConfig
-from afn_ray.errors import Interrupted, ModelError, OutOfMemory
+from afn_ray.errors import Interrupted, ModelError
 from afn_ray.model.signals import Signal, States, find_signals
-from afn_ray.runs.flow import SUBMITTED, Device, Flow
+from afn_ray.runs.flow import Flow, Turns
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.runs.values import Float32s, Values
@@ -131,10 +131,10 @@ class Measurer:
         )
         self.preparer = Preparer(recipe, encoder)
         self._stopped = threading.Event()
-        self.device = Device(
+        self.turns = Turns(
             lambda batch: self.model.submit(batch.ids, batch.lengths, self.signals),
             (len(measure.series), measure.top_neurons * len(measure.neuron_layers)),
-            SUBMITTED if task.device == "cuda" else 0,
+            task.device,
             self.counters,
             self.check_stopped,
         )
@@ -167,7 +167,7 @@ class Measurer:
         def alone(chunk: Chunk, error: Exception | None) -> tuple[Chunk, Values]:
             return self._measure_chunk(chunk, oom_retries, error)
 
-        return Flow(self.device, chunks, alone)
+        return Flow(self.turns, chunks, alone)
 
     def _measure_chunk(
         self, chunk: Chunk, oom_retries: int, error: Exception | None
@@ -176,8 +176,6 @@ class Measurer:
 
         ``error`` is what the chunk has raised already.
         """
-        if error is not None and (known := self._out_of_memory(error)) is not None:
-            raise known from error
         texts = [d.text for d in chunk.documents]
         replaced = [d.num_replaced > 0 for d in chunk.documents]
         given = _Texts(texts, replaced, oom_retries)
@@ -209,18 +207,7 @@ class Measurer:
 
         ``counts``: whether progress counts the texts as measured.
         """
-        try:
-            return self.device.measure(Chunk([], prepared, 0.0), counts=counts)
-        except Exception as error:
-            if (known := self._out_of_memory(error)) is not None:
-                raise known from error
-            raise
-
-    def _out_of_memory(self, error: Exception) -> OutOfMemory | None:
-        """What to raise for ``error``, if a batch did not fit."""
-        if not model.is_out_of_memory(error):
-            return None
-        return OutOfMemory(f"a batch did not fit into the memory of {self.task.device}: {error}")
+        return self.turns.measure(Chunk([], prepared, 0.0), counts=counts)
 
     def seconds(self, prepared: Prepared, signals: Sequence[Signal]) -> float:
         """Seconds that the forward passes of ``prepared`` take with ``signals``."""
@@ -250,7 +237,9 @@ class Measurer:
         if error is None:
             try:
                 return prepared, run(prepared, True)
-            except Exception as raised:  # noqa: BLE001 - raised below, unless texts are at fault
+            except Exception as raised:
+                if not _may_blame(raised):
+                    raise  # a local variable would keep it, and all that it refers to
                 error = raised
         if not _may_blame(error) or not self._takes_probe():
             raise error

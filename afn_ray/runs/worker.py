@@ -24,7 +24,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -36,6 +36,7 @@ from afn_ray.errors import AfnError, ConfigError, DeviceFault, ModelError, OutOf
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
 from afn_ray.runs import scratch
+from afn_ray.runs.flow import Flow, forget_locals
 from afn_ray.runs.measurer import Measurer, window_tokens
 from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.task import Task
@@ -200,6 +201,7 @@ class Processor:
         try:
             commit = self._process(shard, oom_retries, attempt)
         except BaseException as error:
+            forget_locals(error)  # the attempt's texts and values end here, not with its error
             if isinstance(error, OutOfMemory):
                 self._remember_halvings(oom_retries + 1)
             logs.report(
@@ -290,7 +292,7 @@ class Processor:
                     unwritten.append((written, _num_bytes(chunk, values)))
                     first += len(chunk.documents)
                     del chunk, values, made  # the waiting chunks are bounded, this one included
-                    _wait_for_room(unwritten)
+                    _wait_for_room(unwritten, flow)
             for written, _ in unwritten:
                 written.result()
         if recorder.num_refused >= NONE_MEASURED and not recorder.counts["tokens"]:
@@ -326,13 +328,17 @@ def _num_bytes(chunk: Chunk, values: Values) -> int:
     return TOKEN_BYTES * num_tokens + sum(array.nbytes for array in arrays)
 
 
-def _wait_for_room(unwritten: deque[tuple[Future[None], int]]) -> None:
+def _wait_for_room(unwritten: deque[tuple[Future[None], int]], flow: Flow) -> None:
     """Take off what is written; wait while more than ``WAITING_BYTES`` are not.
 
-    Raises the first error of the writing.
+    Other shards have their turn in the model meanwhile. Raises the first error of the writing.
     """
     while unwritten:
         waits = len(unwritten) > WRITTEN_BEHIND and sum(n for _, n in unwritten) > WAITING_BYTES
         if not waits and not unwritten[0][0].done():
             return
-        unwritten.popleft()[0].result()
+        written, _ = unwritten.popleft()
+        if not written.done():
+            with flow.paused():
+                wait([written])
+        written.result()

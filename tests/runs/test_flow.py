@@ -4,15 +4,18 @@ one, and each row is what its shard alone gives.
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import simulated
 from afn_ray import model
@@ -59,9 +62,9 @@ class LateDevice:
 
     def __init__(self, processor: Processor, num_batches: int | None = None) -> None:
         """``num_batches`` that will come in all; None: it is done with each at once."""
-        device = processor.measurer.device
-        self._submit = device.submit
-        device.submit, device.num_queued = self.submit, SUBMITTED
+        turns = processor.measurer.turns
+        self._submit = turns.submit
+        turns.submit, turns.num_queued = self.submit, SUBMITTED
         self._num_batches = num_batches
         self._changed = threading.Condition()
         self.num_submitted = self.num_collected = self.most_queued = 0
@@ -144,14 +147,14 @@ def contents(commit: Commit) -> list[str]:
 def one_after_the_other(ground: Ground) -> tuple[list[list[str]], list[int]]:
     """Contents of the shards, and their numbers of batches, where nothing overlaps."""
     processor, shards = ground.worker()
-    submit = processor.measurer.device.submit
+    submit = processor.measurer.turns.submit
     num_batches: list[int] = []
 
     def count(batch: TokenBatch) -> model.Pending:
         num_batches[-1] += 1
         return submit(batch)
 
-    processor.measurer.device.submit = count
+    processor.measurer.turns.submit = count
     found = []
     for shard in shards:
         num_batches.append(0)
@@ -207,8 +210,8 @@ def test_a_worker_on_a_gpu_queues_batches_and_never_makes_the_host_wait(ground: 
     _, shards = ground.worker()
     with simulated.device() as log:
         processor, _ = ground.worker("cuda", "float16")
-        device = processor.measurer.device
-        submit, collect = device.submit, flow.Queue.collect
+        turns = processor.measurer.turns
+        submit, collect = turns.submit, flow.Queue.collect
         queued: list[int] = []
 
         def look(batch: TokenBatch) -> model.Pending:
@@ -220,7 +223,7 @@ def test_a_worker_on_a_gpu_queues_batches_and_never_makes_the_host_wait(ground: 
             queued.append(queued[-1] - 1)
             collect(self)
 
-        device.submit = look
+        turns.submit = look
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(flow.Queue, "collect", count)
             log.clear()
@@ -306,6 +309,229 @@ def test_an_error_fails_its_own_shard(
         assert contents(alone.process(same_shards[1], 1)) == contents(commit)
 
 
+class Activation:
+    """What a forward pass holds on the device."""
+
+
+@pytest.fixture
+def uncollected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In this context no garbage is collected: what refers to itself stays."""
+    gc.collect()
+    monkeypatch.setattr(gc, "collect", lambda *args: 0)
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("where", ["fail_at_submit", "fail_at_result"])
+def test_a_batch_that_does_not_fit_leaves_nothing_for_the_next_one_to_meet(
+    where: str, ground: Ground, uncollected: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, shards = ground.worker()
+    late = LateDevice(processor)
+    made: list[weakref.ref[Activation]] = []
+    freed: list[int] = []  # batches submitted before each call
+    alive: list[int] = []  # activations, as each batch after the failed one finds them
+
+    def forward(batch: TokenBatch) -> None:
+        activation = Activation()
+        made.append(weakref.ref(activation))
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def fail(batch: TokenBatch) -> None:
+        if not made:
+            forward(batch)
+        alive.append(sum(ref() is not None for ref in made))
+
+    setattr(late, where, fail)
+    monkeypatch.setattr(model, "free_memory", lambda: freed.append(len(alive)))
+    errors = [error for f in together(processor, shards) if (error := f.exception())]
+    assert [type(error) for error in errors] == [OutOfMemory]
+    assert "memory of cpu: CUDA out of memory" in str(errors[0])
+    assert len(made) == 1 and made[0]() is None
+    assert freed == [0] and len(alive) > SUBMITTED and set(alive) == {0}
+
+
+def test_a_gpu_is_empty_again_after_a_batch_that_does_not_fit(
+    ground: Ground, uncollected: None
+) -> None:
+    _, shards = ground.worker()
+    with simulated.device() as log:
+        processor, _ = ground.worker("cuda", "float16")
+        processor.process(shards[1])
+        loaded, held = log.memory.live_bytes, 0
+
+        def run_out(module: torch.nn.Module, args: Any, output: Any) -> None:
+            nonlocal held
+            held = log.memory.live_bytes - loaded
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        handle = processor.measurer.model.blocks[0].register_forward_hook(run_out)
+        with pytest.raises(OutOfMemory, match="memory of cuda") as raised:
+            processor.process(shards[0])
+        assert held > 0 and log.memory.live_bytes == loaded
+        assert raised.value.__traceback__ is not None
+        handle.remove()
+        assert processor.process(shards[0], 1).counts["documents"] == NUM_DOCUMENTS
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError, OSError), (MemoryError, OutOfMemory)],
+)
+def test_nothing_of_a_failed_shard_outlives_its_attempt(
+    error: type[Exception],
+    raised: type[Exception],
+    ground: Ground,
+    uncollected: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    processor, shards = ground.worker()
+    begin, made = flow.Turns.begin, list[weakref.ref[Any]]()
+
+    def look(self: flow.Turns, chunk: feed.Chunk, **options: Any) -> flow.PendingChunk:
+        pending = begin(self, chunk, **options)
+        made.append(weakref.ref(pending))
+        return pending
+
+    def fail(batch: TokenBatch) -> None:
+        raise error("no")
+
+    monkeypatch.setattr(flow.Turns, "begin", look)
+    LateDevice(processor).fail_at_submit = fail
+    with pytest.raises(raised):
+        processor.process(shards[0])
+    assert made and [ref() for ref in made] == [None] * len(made)
+
+
+def test_a_chunk_whose_values_do_not_fit_is_an_error_of_memory(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, shards = ground.worker()
+
+    def run_out(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(flow.PendingChunk, "__init__", run_out)
+    with pytest.raises(OutOfMemory, match="memory of cpu: MemoryError"):
+        processor.process(shards[0])
+
+
+def test_a_worker_remembers_the_token_budget_that_fitted(ground: Ground) -> None:
+    processor, shards = ground.worker()
+    late = LateDevice(processor)
+    budgets: list[int] = []  # of the batches, in tokens
+
+    def look(batch: TokenBatch) -> None:
+        budgets.append(len(batch.ids))
+
+    def run_out(batch: TokenBatch) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def process(shard: Shard) -> int:
+        budgets.clear()
+        processor.process(shard)
+        return min(budgets)  # only a batch of one window is larger
+
+    def fail(shard: Shard, oom_retries: int) -> None:
+        late.fail_at_submit = run_out
+        with pytest.raises(OutOfMemory):
+            processor.process(shard, oom_retries)
+        late.fail_at_submit = look
+
+    late.fail_at_submit = look
+    assert process(shards[0]) == 64
+    fail(shards[1], 0)
+    assert process(shards[1]) == 32  # another one begins with half
+    fail(shards[2], 5)
+    assert worker.LASTING_HALVINGS == 2
+    assert process(shards[2]) == 16  # however small the budget of the shard that failed
+
+
+def test_a_shard_without_text_lets_another_one_have_the_model(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = one_after_the_other(ground)
+    processor, shards = ground.worker()
+    late = LateDevice(processor)
+    began, text = threading.Event(), threading.Event()
+    in_chunks = feed.in_chunks
+
+    def delay(documents: Any) -> Iterator[Any]:
+        for i, chunk in enumerate(in_chunks(documents)):
+            if i and chunk[0].source == shards[0].slices[0].uri:
+                text.wait()
+            yield chunk
+
+    monkeypatch.setattr(feed, "in_chunks", delay)
+    late.fail_at_submit = lambda batch: began.set()
+    with ThreadPoolExecutor(SLOTS) as pool:
+        try:
+            slow = pool.submit(processor.process, shards[0])
+            assert began.wait(60)
+            other = pool.submit(processor.process, shards[1])
+            assert contents(other.result(60)) == expected[1]
+            assert not slow.done()
+        finally:
+            text.set()
+        assert contents(slow.result()) == expected[0]
+
+
+def test_a_shard_that_waits_for_its_writer_lets_another_one_have_the_model(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = one_after_the_other(ground)
+    processor, shards = ground.worker()
+    LateDevice(processor)
+    monkeypatch.setattr(worker, "WAITING_BYTES", 0)
+    waits, room = threading.Event(), threading.Event()
+    write = Processor._write
+    recorders: list[object] = []
+
+    def write_late(self: Processor, recorder: Any, made: Any) -> None:
+        recorders.append(recorder)
+        if recorder is recorders[0]:
+            room.wait()
+        write(self, recorder, made)
+
+    def look(futures: Any) -> Any:
+        waits.set()
+        return wait(futures)
+
+    monkeypatch.setattr(Processor, "_write", write_late)
+    monkeypatch.setattr("afn_ray.runs.worker.wait", look)
+    with ThreadPoolExecutor(SLOTS) as pool:
+        try:
+            slow = pool.submit(processor.process, shards[0])
+            assert waits.wait(60)
+            other = pool.submit(processor.process, shards[1])
+            assert contents(other.result(60)) == expected[1]
+            assert not slow.done()
+        finally:
+            room.set()
+        assert contents(slow.result()) == expected[0]
+
+
+def test_the_seconds_of_a_shard_count_chunks_that_are_measured_again(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processor, shards = ground.worker()
+    late, has_culprit = LateDevice(processor), culprit_in(processor)
+    now, tried = [0.0], list[TokenBatch]()
+    monkeypatch.setattr(flow, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def fail(batch: TokenBatch) -> None:
+        tried.append(batch)
+        now[0] += 1.0  # each batch takes a second
+        if has_culprit(batch):
+            raise ValueError("no such place")
+
+    late.fail_at_submit = fail
+    commit = processor.process(shards[1])
+    assert commit.counts["quarantined"] == 1
+    assert commit.seconds == len(tried) > late.num_submitted
+
+
 def test_an_error_of_the_corpus_fails_its_own_shard(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,27 +577,28 @@ def test_time_counts_once_however_many_shards_share_the_device(
     def submit(batch: TokenBatch) -> model.Pending:
         raise AssertionError("nothing is submitted")
 
-    device = flow.Device(submit, (1, 0), SUBMITTED, counters, lambda: None)
+    turns = flow.Turns(submit, (1, 0), "cuda", counters, lambda: None)
 
     def work(seconds: float) -> tuple[float, float]:
         """Seconds of work and of waits so far, after some more."""
         now[0] += seconds
-        device._change()
+        turns._change()
         return counters.model_s, counters.wait_s
 
     assert work(1.0) == (0, 0)  # nobody wants anything
-    with device.waiting(in_turn=False):
+    with turns.waiting():
         assert work(2.0) == (0, 2)
-        with device.turn():
-            assert work(4.0) == (0, 2)  # a shard has the turn and text: it prepares a batch
-            device.add_batch()
-            device.add_batch()
-            assert work(8.0) == (8, 2)
-            device.remove_batch()
-            assert work(16.0) == (24, 2)
-            device.remove_batch()
-            with device.waiting(in_turn=True):
-                assert work(32.0) == (24, 34)
-                device.add_batch()  # the last batch of the shard before
-                assert work(64.0) == (88, 34)
-                device.remove_batch()
+        turns.take()
+        assert work(4.0) == (0, 2)  # a shard has the turn and text: it prepares a batch
+        turns.add_batch()
+        turns.add_batch()
+        assert work(8.0) == (8, 2)
+        turns.remove_batch()
+        assert work(16.0) == (24, 2)
+        turns.remove_batch()
+        turns.pass_on()
+        with turns.waiting():
+            assert work(32.0) == (24, 34)
+            turns.add_batch()  # the last batch of the shard before
+            assert work(64.0) == (88, 34)
+            turns.remove_batch()

@@ -76,13 +76,13 @@ def test_the_model_waits_for_the_writer_only_where_memory_ends(
     monkeypatch.setattr(worker, "WAITING_BYTES", waiting_bytes)
     processor = load(config)
     measured: list[Chunk] = []
-    result = flow.Passage.result
+    result = flow.PendingChunk.result
 
-    def count(self: flow.Passage) -> tuple[Chunk, Values]:
+    def count(self: flow.PendingChunk) -> tuple[Chunk, Values]:
         measured.append(self.chunk)
         return result(self)
 
-    monkeypatch.setattr(flow.Passage, "result", count)
+    monkeypatch.setattr(flow.PendingChunk, "result", count)
     with ThreadPoolExecutor(1) as pool:
         commit = pool.submit(processor.process, only_shard(config))
         end = time.monotonic() + 30

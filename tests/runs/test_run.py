@@ -350,14 +350,14 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"text": "fine"}, {"text": "poison here"}, {"text": "fine too"}]
     )
-    right = flow.Passage.values
+    right = flow.PendingChunk.values
 
     def overflow(self: Any) -> Any:
         values = right(self)
         values.series[:, self.chunk.prepared.encoded.bounds[1] + 1] = np.inf
         return values
 
-    monkeypatch.setattr(flow.Passage, "values", overflow)
+    monkeypatch.setattr(flow.PendingChunk, "values", overflow)
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert [d["status"] for d in all_rows(run, "documents")] == [
             "ok",
@@ -535,7 +535,7 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": v} for v in verses[:200]])
-    begin = flow.Device.begin
+    begin = flow.Turns.begin
     broken: list[bool] = []
 
     def fail(self: Any, chunk: Any, **options: Any) -> Any:
@@ -544,7 +544,7 @@ def test_a_model_that_fails_on_everything_quarantines_no_document(
             monkeypatch.setattr(model.Model, "submit", lambda *args: 1 / 0)
         return begin(self, chunk, **options)
 
-    monkeypatch.setattr(flow.Device, "begin", fail)
+    monkeypatch.setattr(flow.Turns, "begin", fail)
     config = make_config(corpus=(str(corpus),))
     with pytest.raises(IncompleteRun, match="ZeroDivisionError: division by zero") as e:
         afn_ray.run(config)
@@ -689,7 +689,7 @@ def test_a_worker_keeps_the_token_budget_that_fitted(
 
     def load_on_small_device(self: Any, task: Any) -> None:
         load(self, task)
-        submit = self.device.submit
+        submit = self.turns.submit
 
         def small(batch: Any) -> Any:
             if batch.forward_tokens > 128:
@@ -698,7 +698,7 @@ def test_a_worker_keeps_the_token_budget_that_fitted(
             sizes.add(batch.forward_tokens)
             return submit(batch)
 
-        self.device.submit = small
+        self.turns.submit = small
 
     monkeypatch.setattr(measurer.Measurer, "__init__", load_on_small_device)
     config = make_config(corpus=(str(corpus),), batch_tokens=256)
