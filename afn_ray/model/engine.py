@@ -16,7 +16,7 @@ from afn_ray.errors import ModelError
 from afn_ray.model import attention, memory
 from afn_ray.model.device import check_device, describe_gpu, pin_rounding
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles
-from afn_ray.model.lend import Lender, move_rest, move_weights
+from afn_ray.model.lend import Lender, copy_out, move_rest, move_weights
 from afn_ray.model.linear import Cast, Product, count_weights, experts_in, make_fast
 from afn_ray.model.load import list_of, load_blocks, quiet
 from afn_ray.model.signals import Attention, Signal, Site, Strength, measured, numbered
@@ -189,6 +189,7 @@ class Model:
 
         With ``fast``, linear layers become products in the model's dtype, and experts multiply in
         the dtype ``experts``, by default the model's. Otherwise they stay as they are, in float32.
+        No weight is in a file afterwards, so files that change during a run change nothing.
         """
         self._lender.close()
         self.cast = Cast(self.dtype) if fast else None
@@ -202,6 +203,8 @@ class Model:
             self._stored.release(stored)
             del stored
             memory.trim_memory()
+        copy_out(self.module, self._stored)
+        self._stored.close()
 
     @property
     def _num_used(self) -> int:

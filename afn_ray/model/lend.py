@@ -55,6 +55,21 @@ def move_weights(block: torch.nn.Module, device: torch.device) -> None:
         put(part, name, to_float(weight, device))
 
 
+def copy_out(model: torch.nn.Module, files: MappedFiles) -> None:
+    """Copy what ``model`` still has in files into memory of its own, one tensor after another.
+
+    ``files`` are not all of them: safetensors and torch map the files that they read, too. So all
+    tensors on the CPU are copied, but for those that inference has computed, which are copies.
+    """
+    for part in model.modules():
+        own = (*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values())
+        for value in (v for v in own if isinstance(v, torch.Tensor)):
+            if value.device.type == "cpu" and not value.is_inference():
+                stored = value.detach()
+                value.data = stored.clone()
+                files.release([stored])
+
+
 class Lender:
     """Lends the blocks their weights, in float32 on ``device``, one block at a time.
 

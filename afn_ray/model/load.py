@@ -121,7 +121,8 @@ def load_blocks(files: ModelFiles, num_blocks: int) -> Loaded:
         model = load_weights(files)
         return Loaded(model, find_blocks(model, files), files.depth, MappedFiles([]))
     _check(files, model, info, short.left_out, with_pooler=False)
-    return Loaded(_frozen(model), short.blocks, short.depth, mapped)
+    blocks, short.blocks = short.blocks, []  # the model's class refers to ``short``
+    return Loaded(_frozen(model), blocks, short.depth, mapped)
 
 
 def _class_of(files: ModelFiles, config: Any) -> Any:

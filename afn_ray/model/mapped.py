@@ -14,7 +14,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""Dtypes by their names in the files. Tensors of other dtypes are read at once."""
+"""Dtypes by their names in the files. Tensors of other dtypes are copied at once."""
 
 LENGTH_BYTES = 8
 """Size of the number before a file's header, which is the header's size."""
@@ -24,8 +24,8 @@ class MappedFiles:
     """The tensors of ``paths``. A page of a file takes memory from its first use on.
 
     These pages belong to the system's cache of files: workers of one machine share them.
-    ``release`` takes them out of this process; a later use reads them again. Raises what
-    ``safe_open`` raises for a damaged file.
+    ``release`` takes them out of this process; a later use reads them again. Tensors that are not
+    aligned to their dtype are copied at once. Raises what ``safe_open`` raises for a damaged file.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -44,12 +44,12 @@ class MappedFiles:
             for name in checked.keys():  # noqa: SIM118 - no mapping
                 entry = header[name]
                 dtype, size = DTYPES.get(entry["dtype"]), entry["shape"]
-                if dtype is None or 0 in size:
-                    self.tensors[name] = checked.get_tensor(name)
+                first, end = (begin + offset for offset in entry["data_offsets"])
+                if dtype is None or 0 in size or first % dtype.itemsize:
+                    self.tensors[name] = checked.get_tensor(name).clone()  # it maps the file, too
                     continue
-                first, end = entry["data_offsets"]
                 values = torch.frombuffer(
-                    mapped, dtype=dtype, count=(end - first) // dtype.itemsize, offset=begin + first
+                    mapped, dtype=dtype, count=(end - first) // dtype.itemsize, offset=first
                 )
                 self.tensors[name] = values.reshape(size)
         address = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
@@ -72,3 +72,8 @@ class MappedFiles:
                     length = end // mmap.PAGESIZE * mmap.PAGESIZE - first
                     if length > 0:
                         mapped.madvise(mmap.MADV_DONTNEED, first, length)
+
+    def close(self) -> None:
+        """Forget the files. A file stays mapped until no tensor is in it any more."""
+        self.tensors.clear()
+        self._maps.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from afn_ray import model
 from afn_ray.errors import ModelError
-from afn_ray.model.lend import Lender
+from afn_ray.model import linear
+from afn_ray.model.lend import Lender, copy_out
 from afn_ray.model.load import load_blocks, load_weights
 from afn_ray.model.mapped import MappedFiles
 from conftest import find_model, save_model
@@ -192,6 +194,7 @@ def test_pickled_weights_are_loaded_up_to_the_same_block(bert: Path) -> None:
     assert len(pickled.blocks) == 2
     model.prepare(pickled, PROBES)
     np.testing.assert_array_equal(measure(pickled), expected)
+    assert_owns_its_weights(pickled, bert)  # torch maps such files, too
 
 
 # --- mapped files
@@ -213,15 +216,74 @@ def test_mapped_tensors_are_those_of_the_files(tmp_path: Path) -> None:
         assert torch.equal(got.to(torch.float64), expected.to(torch.float64))
 
 
-def test_a_header_of_any_length_is_mapped(tmp_path: Path) -> None:
-    """Some programs do not pad it, and so the tensors begin at odd addresses."""
+def test_after_a_header_of_any_length_tensors_are_aligned(tmp_path: Path) -> None:
+    """Some programs do not pad it, and so the tensors in the file begin at odd addresses."""
     file = tmp_path / "a.safetensors"
     data = np.arange(5, dtype=np.float32).tobytes()
     for spaces in range(5):
         entry = {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}
         header = json.dumps({"w": entry}).encode() + b" " * spaces
         file.write_bytes(len(header).to_bytes(8, "little") + header + data)
-        assert MappedFiles([file]).tensors["w"].tolist() == [0, 1, 2, 3, 4]
+        got = MappedFiles([file]).tensors["w"]
+        assert got.tolist() == [0, 1, 2, 3, 4]
+        assert got.data_ptr() % got.itemsize == 0
+
+
+def is_mapped(file: Path) -> bool:
+    return str(file) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "prepacked"),
+    [
+        *((name, "float32", True) for name in FAMILIES),
+        ("bert", "bfloat16", True),
+        ("bert", "float32", False),
+        ("bert", "bfloat16", False),
+    ],
+)
+def test_a_file_that_changes_after_loading_changes_no_value(
+    name: str,
+    dtype: str,
+    prepacked: bool,
+    folder: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """oneDNN's reordering copies the weights of products, where this machine has it."""
+    if not prepacked:
+        monkeypatch.setattr(linear, "_can_prepack", lambda dtype: False)
+    shutil.copytree(folder(name, dtype), tmp_path / "model")
+    assert_owns_its_weights(load(tmp_path / "model", [0, 1, 3], dtype), tmp_path / "model")
+
+
+def assert_owns_its_weights(loaded: model.Model, folder: Path) -> None:
+    expected = measure(loaded)
+    model.free_memory()
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        assert not is_mapped(file)
+        with file.open("r+b") as overwritten:  # in place: a new file would leave the old pages
+            overwritten.write(bytes(file.stat().st_size))
+    np.testing.assert_array_equal(measure(loaded), expected)
+
+
+def test_a_model_is_in_its_file_until_it_is_built(bert: Path) -> None:
+    loaded = model.Model(find_model(bert), [1], "float32", "cpu", 64)
+    assert is_mapped(bert / "model.safetensors")
+    model.prepare(loaded, PROBES)
+    assert_owns_its_weights(loaded, bert)
+
+
+def test_tied_weights_stay_one_when_they_are_copied(tmp_path: Path) -> None:
+    save_file({"w": torch.rand(3, 3)}, tmp_path / "a.safetensors")
+    files = MappedFiles([tmp_path / "a.safetensors"])
+    both = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    both[0].weight = both[1].weight = torch.nn.Parameter(files.tensors["w"], requires_grad=False)
+    expected = files.tensors["w"].clone()
+    copy_out(both, files)
+    files.close()
+    assert not is_mapped(tmp_path / "a.safetensors")
+    assert both[0].weight is both[1].weight and torch.equal(both[0].weight, expected)
 
 
 @pytest.mark.parametrize(
