@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from afn_ray import model
 from afn_ray.model.signals import DIMENSIONS
 from afn_ray.runs.measurer import Measurer
 from afn_ray.runs.task import Task
@@ -28,6 +29,8 @@ def find_dimensions(task: Task, texts: Sequence[str]) -> list[list[int]]:
         if size >= CALIBRATION_CHARS:
             break
     task = with_signals(task)
-    measurer = Measurer(replace(task, measure=replace(task.measure, dtype="float32")))
-    squares = measurer.mean_squares(sample)
+    squares = Measurer(replace(task, measure=replace(task.measure, dtype="float32"))).mean_squares(
+        sample
+    )
+    model.free_memory()  # for the next model, here or in a worker
     return [np.argsort(-row, kind="stable")[:DIMENSIONS].tolist() for row in squares]

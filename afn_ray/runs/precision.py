@@ -12,7 +12,9 @@ from afn_ray.errors import ModelError, OutOfMemory, StoreError
 from afn_ray.schema import SPECIAL
 
 if TYPE_CHECKING:  # torch is loaded where a calibration runs, not where its decision is read
+    from afn_ray.runs.measurer import Measurer
     from afn_ray.runs.task import Task
+    from afn_ray.runs.values import Float32s
 
 CALIBRATION_TOKENS = 16_384
 """Tokens that the calibration measures; 0.2 % of them is 33."""
@@ -112,10 +114,10 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
     A precision is safe if less than ``MAX_FLIPS`` of the tokens change their HIGH label at any
     layer, each against the Q3 of its own precision, and the median relative error is under
     ``MAX_MEDIAN_ERROR``. A float16 product must also stay within ``FLOAT16_RANGE``. A precision
-    that the config names is taken in any case, with the same figures.
+    that the config names is taken in any case, with the same figures. Errors of memory and of the
+    device are raised: they say nothing about a precision.
     """
     from afn_ray import model
-    from afn_ray.runs.measurer import Measurer
     from afn_ray.runs.worker import with_signals
 
     task = with_signals(task)
@@ -124,25 +126,16 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
     if not names:
         why = "asked for" if asked == "float32" else "half-precision products are no faster"
         return Precision("float32", asked, task.device, why, 0)
-    chunks, expected, n = [], [], 0
-    measurer = Measurer(_in_dtype(task, "float32"))
-    for chunk in _groups(texts):
-        measured = measurer.measure(chunk, [False] * len(chunk))
-        counted = (measured.encoded.flags & SPECIAL) == 0
-        chunks.append(chunk)
-        expected.append(measured.strengths[:, counted])
-        n += int(counted.sum())
-        if n >= CALIBRATION_TOKENS or measurer.counters.model_s > CALIBRATION_S:
-            break
-    del measurer
+    chunks, reference = _reference(_in_dtype(task, "float32"), texts)
     model.free_memory()
+    n = reference.shape[1]
     if n < LEAST_TOKENS:
         why = f"the sample has {n:,} tokens, too few to decide"
         return Precision("float32" if asked == "auto" else asked, asked, task.device, why, n)
-    reference = np.concatenate(expected, axis=1)
     trials: list[Trial] = []
     for name in names:
         trials.append(_try(_in_dtype(task, name), chunks, reference))
+        model.free_memory()  # for the next model, here or in a worker
         if trials[-1].safe:
             break
     if asked != "auto":
@@ -179,24 +172,61 @@ def _groups(texts: Sequence[str]) -> list[list[str]]:
     return [g for g in groups if g]
 
 
-def _try(task: Task, chunks: Sequence[list[str]], reference: np.ndarray) -> Trial:
-    """Measure ``chunks`` in the task's dtype and compare the strengths with ``reference``."""
+def _reference(task: Task, texts: Sequence[str]) -> tuple[list[list[str]], Float32s]:
+    """Chunks of ``texts``, as many as the calibration takes, and their strengths.
+
+    Strengths are [n_layers, n_tokens], without special tokens.
+    """
+    from afn_ray.runs.measurer import Measurer
+
+    chunks, found, n = [], [np.empty((len(task.measure.layers), 0), np.float32)], 0
+    measurer = Measurer(task)
+    for chunk in _groups(texts):
+        chunks.append(chunk)
+        found.append(_strengths(measurer, chunk))
+        n += found[-1].shape[1]
+        if n >= CALIBRATION_TOKENS or measurer.counters.model_s > CALIBRATION_S:
+            break
+    return chunks, np.concatenate(found, axis=1)
+
+
+def _strengths(measurer: Measurer, chunk: list[str]) -> Float32s:
+    """Strengths of the tokens of ``chunk`` without special ones, [n_layers, n_tokens].
+
+    Raises ``OutOfMemory`` where a batch does not fit.
+    """
+    try:
+        measured = measurer.measure(chunk, [False] * len(chunk))
+    except OutOfMemory as error:
+        dtype = measurer.task.measure.dtype
+        raise OutOfMemory(
+            f"the calibration in {dtype} stopped: {error}. Give a smaller --batch-tokens"
+        ) from error
+    return measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0]
+
+
+def _try(task: Task, chunks: Sequence[list[str]], reference: Float32s) -> Trial:
+    """Measure ``chunks`` in the task's dtype and compare the strengths with ``reference``.
+
+    The caller frees the memory: in this function the model is still in use.
+    """
     from afn_ray import model
     from afn_ray.runs.measurer import Measurer
 
-    found = []
     try:
         measurer = Measurer(task)
         with measurer.model.watched() as peak:
-            for chunk in chunks:
-                measured = measurer.measure(chunk, [False] * len(chunk))
-                found.append(measured.strengths[:, (measured.encoded.flags & SPECIAL) == 0])
+            found = [_strengths(measurer, chunk) for chunk in chunks]
     # RuntimeError: an operator without this dtype
-    except (ModelError, OutOfMemory, RuntimeError) as error:
+    except (ModelError, RuntimeError) as error:
+        if model.is_out_of_memory(error.__cause__ or error) or model.is_device_fault(error):
+            raise
         return Trial(task.measure.dtype, False, str(error).strip().splitlines()[0])
-    finally:
-        model.free_memory()
-    got, largest = np.concatenate(found, axis=1), peak()
+    return _compared(task, np.concatenate(found, axis=1), reference, peak())
+
+
+def _compared(task: Task, got: Float32s, reference: Float32s, largest: float) -> Trial:
+    """The trial whose strengths are ``got`` and whose largest product is ``largest``."""
     if got.shape != reference.shape:
         return Trial(
             task.measure.dtype, False, "it cannot take a text that float32 takes", peak=largest

@@ -4,18 +4,22 @@ remembers.
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import afn_ray
+import simulated
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError, OutOfMemory, StoreError
-from afn_ray.runs import calibrator, measurer, precision, worker
+from afn_ray.runs import calibrator, measurer, outliers, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
 from afn_ray.schema import Document
@@ -108,7 +112,6 @@ def test_what_is_not_safe_is_refused_and_says_why(
     [
         (ModelError("tiny does not run in bfloat16"), "tiny does not run in bfloat16"),
         (RuntimeError("not implemented for 'Half'\nat"), "not implemented for 'Half'"),
-        (OutOfMemory("a batch does not fit"), "a batch does not fit"),
     ],
 )
 def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
@@ -130,6 +133,105 @@ def test_a_model_that_does_not_run_in_half_precision_runs_in_float32(
     monkeypatch.setattr(model, "prepare", refuse)
     decided = precision.decide(task_of(make_config(dtype="auto")), verses[:200])
     assert (decided.dtype, decided.trials[0].why) == ("float32", why)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("error", "raised", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            OutOfMemory,
+            "the calibration in {} stopped: .*CUDA out of memory.*Give a smaller --batch-tokens",
+        ),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), RuntimeError, "illegal"),
+    ],
+)
+def test_an_error_of_memory_or_of_the_device_says_nothing_of_a_precision(
+    error: Exception,
+    raised: type[Exception],
+    says: str,
+    dtype: str,
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    small_calibration: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = model.Model.submit
+
+    def fail(loaded: model.Model, ids: Any, lengths: Any, *args: Any) -> Any:
+        if loaded.attention and str(loaded.dtype) == f"torch.{dtype}" and len(ids) > 200:
+            raise error
+        return right(loaded, ids, lengths, *args)
+
+    monkeypatch.setattr(model.Model, "submit", fail)
+    with pytest.raises(raised, match=says.format(dtype)):
+        precision.decide(task_of(make_config(dtype="auto")), verses[:200])
+
+
+def test_a_model_that_does_not_fit_says_nothing_of_a_precision(
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    small_calibration: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = model.Model.build
+
+    def build(loaded: model.Model, **options: Any) -> None:
+        if str(loaded.dtype) != "torch.float32":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        right(loaded, **options)
+
+    monkeypatch.setattr(model.Model, "build", build)
+    with pytest.raises(ModelError, match="does not fit into the memory of cpu"):
+        precision.decide(task_of(make_config(dtype="auto")), verses[:200])
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Nothing is freed by chance."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("way", ["unsafe", "refused"])
+def test_each_model_of_a_calibration_finds_the_memory_free(
+    way: str,
+    make_config: MakeConfig,
+    verses: list[str],
+    small_calibration: None,
+    no_collector: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So does the model of the worker, which the same process may load next."""
+    load, prepare = model.Model.load, model.prepare
+    found: list[tuple[str, int]] = []
+
+    def count(loaded: model.Model) -> None:
+        found.append((str(loaded.dtype), log.memory.live_bytes))
+        load(loaded)
+
+    def refuse(loaded: model.Model, *args: Any) -> None:
+        prepare(loaded, *args)
+        if way == "refused" and str(loaded.dtype) != "torch.float32":
+            raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(model.Model, "load", count)
+    monkeypatch.setattr(model, "prepare", refuse)
+    monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
+    config = make_config(dtype="auto", batch_tokens=512)
+    with simulated.device() as log:
+        task = worker.prepare(config, measurer.find_model(config), "cuda", "float32")
+        decided = precision.decide(task, verses[:60])
+        found.append(("the worker's", log.memory.live_bytes))
+        outliers.find_dimensions(task, verses[:5])
+        found.append(("the worker's", log.memory.live_bytes))
+    assert [t.dtype for t in decided.trials] == ["float16", "bfloat16"]
+    names = ["torch.float32", "torch.float16", "torch.bfloat16", "the worker's"]
+    assert found == [(name, 0) for name in (*names, "torch.float32", "the worker's")]
 
 
 def test_a_sample_that_is_too_small_tells_nothing(make_config: MakeConfig, half: None) -> None:
