@@ -14,6 +14,7 @@ from afn_ray.model.files import (
     is_device_fault,
     load_tokenizer,
 )
+from afn_ray.model.fused import time_norms
 from afn_ray.model.linear import has_fast_products
 from afn_ray.model.memory import free_memory, is_out_of_memory
 from afn_ray.model.prove import prepare
@@ -39,4 +40,5 @@ __all__ = [
     "limit_memory",
     "load_tokenizer",
     "prepare",
+    "time_norms",
 ]

@@ -1,9 +1,11 @@
-"""The sum, LayerNorm and cast behind a product of a block, as one kernel where that is faster.
+"""The sum, LayerNorm and cast behind a product of a block, as one kernel where that is right.
 
 BERT ends both halves of a block with a product, its sum with the residual stream and a LayerNorm;
 the next products then cast the result. torch has one kernel for each of the three, which move 24
 bytes a number through the GPU's memory. One kernel moves 12. It normalises each row alone, so the
 result of a token does not depend on its batch.
+
+No clock has a part in the choice: all workers of a run on the same machines must choose the same.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from afn_ray import logs
+from afn_ray.model import memory
 from afn_ray.model.engine import Model
 from afn_ray.model.linear import Cast, Product
 
@@ -28,8 +31,13 @@ FUSED, EAGER = "fused", "eager"
 LEAST_CAPABILITY = (8, 0)
 """Lowest compute capability of a GPU for which triton makes kernels."""
 
-WIDEST = 16_384
-"""Largest number of columns of a row, which one program of the kernel holds in registers."""
+NARROWEST, WIDEST = 256, 16_384
+"""Smallest and largest number of columns of a row for which the kernel is used.
+
+In narrower rows, memory is no bottleneck: at 256 columns, a batch of 32,768 tokens is 8.4 M numbers,
+whose 12 bytes each take an H200 (4.8 TB/s) 21 us, about the time in which Python launches a kernel
+of Triton. One program of the kernel holds a row of the largest size in registers.
+"""
 
 FAULT = "the fused kernel"
 """Beginning of the reasons for which a kernel that should work is left out."""
@@ -38,12 +46,6 @@ PARITY = 1e-5
 """Largest difference from torch's kernels, as a share of the largest magnitude in the row.
 
 Both compute in float32, in another order.
-"""
-
-GAIN = 0.95
-"""Largest duration of the fused kernel for which it is used, as a share of that of torch's kernels.
-
-With a smaller gain, chance would decide, and the workers of a run might decide differently.
 """
 
 WARM_UP, REPEAT, QUEUED = 2, 7, 20
@@ -96,37 +98,47 @@ class Tail(torch.nn.Module):
         super().__init__()
         self.dense: torch.nn.Module = plain.get_submodule("dense")
         self.LayerNorm = _norm_of(plain)
-        self._kernel, self._cast = kernel, cast
+        self.kernel, self._cast = kernel, cast
 
     def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
         product = self.dense(hidden_states)
-        full, low = self._kernel(product, input_tensor, self.LayerNorm, self._cast.dtype)
+        full, low = self.kernel(product, input_tensor, self.LayerNorm, self._cast.dtype)
         self._cast.keep(full, low)
         return full
 
 
 def choose(model: Model, check: Callable[[], None], needs: frozenset[str]) -> None:
-    """Fuse the tails of ``model`` if it is on a GPU and that is right and faster; log the choice.
+    """Fuse the tails of ``model`` if it is on a GPU and that is right; log the choice.
 
     ``check`` is the model's self-check, which measures the probes and raises ``ModelError``.
-    ``needs`` are the inputs of the signals. Sets the model's ``norm`` and ``why_eager``.
+    ``needs`` are the inputs of the signals. Sets the model's ``norm`` and ``why_eager``. Errors of
+    memory and of the device are raised.
     """
     if model.device.type != "cuda":
         return
     try:
-        took = _fuse(model, check, needs)
+        _fuse(model, check, needs)
         model.norm, model.why_eager = FUSED, ""
-        found = f"fused: {took.fused_ms:.3f} ms a batch against {took.eager_ms:.3f}"
     except Unfused as reason:
         model.norm, model.why_eager = EAGER, str(reason)
-        found = f"eager, since {reason}"
+    why = model.why_eager
     logs.report(
         _log,
         "norm_chosen",
-        f"{model.name} adds and normalises {found}",
+        f"{model.name} adds and normalises {model.norm}" + (f", since {why}" if why else ""),
+        level=logging.WARNING if why.startswith(FAULT) else logging.INFO,
         norm=model.norm,
-        why=model.why_eager,
+        why=why,
     )
+
+
+def time_norms(model: Model) -> Times | None:
+    """Durations of one fused tail of ``model`` on a batch, and of torch's kernels; None for none."""
+    tail = next((part for part in model.module.modules() if isinstance(part, Tail)), None)
+    if tail is None:
+        return None
+    with torch.inference_mode():
+        return time_both(tail.kernel, tail.LayerNorm, model.dtype, model.batch_tokens)
 
 
 def find_kernel() -> Kernel:
@@ -190,40 +202,36 @@ def _is_tail(module: torch.nn.Module) -> bool:
         and norm.weight is not None
         and norm.bias is not None
         and len(norm.normalized_shape) == 1
-        and norm.normalized_shape[0] <= WIDEST
+        and NARROWEST <= norm.normalized_shape[0] <= WIDEST
     )
 
 
-def _fuse(model: Model, check: Callable[[], None], needs: frozenset[str]) -> Times:
+def _fuse(model: Model, check: Callable[[], None], needs: frozenset[str]) -> None:
     """Replace the tails of ``model``. Raises ``Unfused``, with the model as it was."""
     if model.dtype == torch.float32:
         raise Unfused("its products are in float32")
     if "norm" in needs:
         raise Unfused("the signal centred reads what a norm normalises")
     if not (tails := find_tails(model.blocks)):
-        raise Unfused("its blocks do not add and normalise as BERT's do")
+        raise Unfused(
+            "its blocks do not add and normalise as BERT's do, in rows of "
+            f"{NARROWEST} to {WIDEST:,} numbers"
+        )
     assert model.cast is not None
     try:
         kernel = find_kernel()
         tails = _compared(tails, kernel, model.cast, check)
-        with torch.inference_mode():
-            took = time_both(kernel, _norm_of(tails[0][2]), model.dtype, model.batch_tokens)
-        if took.fused_ms > GAIN * took.eager_ms:
-            raise Unfused(
-                f"it is not faster: {took.fused_ms:.3f} ms a batch against {took.eager_ms:.3f}"
-            )
         for parent, name, plain in tails:
             setattr(parent, name, Tail(plain, kernel, model.cast))
         check()
     except Exception as error:  # compilers fail in many ways, and the model runs without
         for parent, name, plain in tails:
             setattr(parent, name, plain)
-        if isinstance(error, Unfused):
+        if isinstance(error, Unfused) or memory.is_out_of_memory(error):
             raise
-        torch.cuda.synchronize()  # raises where the error has spoilt the GPU
+        torch.cuda.synchronize()  # raises where the error has made the GPU unusable
         first = (str(error).strip().splitlines() or [""])[0]
         raise Unfused(f"{FAULT} failed: {type(error).__name__}: {first}") from error
-    return took
 
 
 def _compared(tails: Replaced, kernel: Kernel, cast: Cast, check: Callable[[], None]) -> Replaced:

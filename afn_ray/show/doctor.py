@@ -29,6 +29,7 @@ from afn_ray.store import disk
 from afn_ray.text import count, printable
 
 if TYPE_CHECKING:  # a broken torch is a failed check, so nothing here imports it at once
+    from afn_ray.model import Model
     from afn_ray.runs.measurer import Measurer
 
 PACKAGE = "afn-ray"
@@ -400,11 +401,12 @@ def _gpu(index: int, name: str | None) -> Check:
     with torch.cuda.device(index):
         measurer = Measurer(worker.prepare(config, find_model(config), "cuda", "float16"))
         rate, loaded = _rate(measurer), measurer.model
+        norms = _norms(loaded)
         made_by = loaded.maker
     found = (
         f"{gpu}, compute capability {made_by['capability']}, driver {nvidia.driver_version()}: "
         f"passed its self-check in {made_by['dtype']}, attention {loaded.attention}, "
-        f"norms {_norms(loaded.norm, loaded.why_eager)}, "
+        f"norms {norms}, "
         f"{rate:,.0f} tokens/s with {name}"
     )
     if why := loaded.why_slow or loaded.why_padded:
@@ -412,9 +414,15 @@ def _gpu(index: int, name: str | None) -> Check:
     return Check(what, True, found)
 
 
-def _norms(norm: str, why_eager: str) -> str:
-    """How a model on a GPU adds and normalises, and why it does not do so by one kernel."""
-    return f"{norm} ({why_eager})" if why_eager else norm
+def _norms(loaded: Model) -> str:
+    """How a model on a GPU adds and normalises: how fast by one kernel, or why not by one."""
+    from afn_ray.model import time_norms
+
+    if (times := time_norms(loaded)) is None:
+        return f"{loaded.norm} ({loaded.why_eager})"
+    return (
+        f"{loaded.norm} ({times.fused_ms:.3f} ms a batch, {times.eager_ms:.3f} by torch's kernels)"
+    )
 
 
 def _faster(packed: bool) -> str:

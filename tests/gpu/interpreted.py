@@ -95,13 +95,8 @@ def held_by(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.held
 
 
-def test_a_model_measures_the_same_with_the_kernel(
-    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The whole path on the simulated GPU: found, compared, timed, checked and in use."""
-    monkeypatch.setattr(fused, "WARM_UP", 0)
-    monkeypatch.setattr(fused, "REPEAT", 1)
-    monkeypatch.setattr(fused, "QUEUED", 1)
+def test_a_model_measures_the_same_with_the_kernel(folder: Callable[[str], Path]) -> None:
+    """The whole path on the simulated GPU: found, compared, checked and in use."""
 
     def make(log: simulated.Log) -> fused.Kernel:
         def kernel(

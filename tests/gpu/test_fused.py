@@ -1,4 +1,4 @@
-"""Sum, norm and cast are one kernel where it gives what torch gives, and faster; else it is said why."""
+"""Sum, norm and cast are one kernel where it gives what torch gives; else it is said why."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 
 import simulated
 from afn_ray import model
+from afn_ray.errors import ModelError
 from afn_ray.model import fused
 from afn_ray.model.signals import Centred
 from simulated import Log, fused_norm
@@ -30,7 +31,7 @@ def launches(log: Log) -> int:
 
 
 def altered(change: Callable[..., Any], extra: int = 0) -> Callable[[Log], fused.Kernel]:
-    """The kernel with its two results changed, and with ``extra`` launches."""
+    """The kernel with its two results changed, and ``extra`` launches, of a millisecond each."""
 
     def make(log: Log) -> fused.Kernel:
         right = fused_norm(log)
@@ -62,7 +63,7 @@ def test_families_like_bert_add_and_normalise_by_one_kernel(
         got = measured(loaded)
         assert loaded.maker["norm"] == "fused"
     assert (loaded.norm, loaded.why_eager) == (fused.FUSED, "")
-    assert "adds and normalises fused: 1.000 ms a batch against 3.000" in caplog.text
+    assert "adds and normalises fused" in caplog.text
     np.testing.assert_array_equal(got, expected)  # the simulated kernel computes what torch does
     n = 2 * LAYERS[-1]  # each block has two halves
     assert launches(log) == n and log.waits == {}
@@ -86,7 +87,7 @@ def test_other_families_keep_torchs_kernels(name: str, folder: Folder) -> None:
         loaded = load(folder(name), "float16", "cuda")
     assert launches(log) == 0
     assert loaded.norm == fused.EAGER
-    assert loaded.why_eager == "its blocks do not add and normalise as BERT's do"
+    assert loaded.why_eager.startswith("its blocks do not add and normalise as BERT's do, in rows")
 
 
 def fail(*results: torch.Tensor) -> Any:
@@ -113,14 +114,12 @@ def same(full: torch.Tensor, low: torch.Tensor) -> Any:
     ("kernel", "why"),
     [
         (altered(fail), "the fused kernel failed: RuntimeError: ptxas fatal: no such target"),
-        (altered(run_out), "the fused kernel failed: OutOfMemoryError: CUDA out of memory."),
         (altered(shift), "the fused kernel differs by "),
         (altered(shift_the_cast), "the fused kernel differs by inf"),
-        (altered(same, extra=2), "it is not faster: 3.000 ms a batch against 3.000"),
     ],
-    ids=["fails", "memory", "values", "cast", "slower"],
+    ids=["fails", "values", "cast"],
 )
-def test_a_kernel_that_is_wrong_or_slower_is_left_out_with_the_reason(
+def test_a_kernel_that_is_wrong_is_left_out_with_a_warning(
     kernel: Callable[[Log], fused.Kernel],
     why: str,
     folder: Folder,
@@ -133,7 +132,8 @@ def test_a_kernel_that_is_wrong_or_slower_is_left_out_with_the_reason(
         log.clear()
         np.testing.assert_array_equal(measured(loaded), expected)
     assert loaded.norm == fused.EAGER and loaded.why_eager.startswith(why)
-    assert "adds and normalises eager, since " + why in caplog.text
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert any("adds and normalises eager, since " + why in message for message in warned)
     assert launches(log) == 0
     assert not any(isinstance(m, fused.Tail) for m in loaded.module.modules())
 
@@ -142,25 +142,55 @@ def test_a_failed_self_check_with_the_kernel_puts_torchs_back(
     folder: Folder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel is right while it is compared, and wrong once it is in use."""
-    replaced = False
 
     def later(full: torch.Tensor, low: torch.Tensor) -> Any:
-        return shift_by_tenth(full, low) if replaced else (full, low)
+        return ((full * 1.1), (full * 1.1).to(low.dtype)) if replaced else (full, low)
 
-    def shift_by_tenth(full: torch.Tensor, low: torch.Tensor) -> Any:
-        return full * 1.1, (full * 1.1).to(low.dtype)
+    replaced, compared = False, fused._compared
 
-    def time_both(*args: Any) -> fused.Times:
+    def compare(*args: Any) -> Any:
         nonlocal replaced
+        tails = compared(*args)
         replaced = True
-        return fused.Times(2.0, 1.0)
+        return tails
 
-    monkeypatch.setattr(fused, "time_both", time_both)
+    monkeypatch.setattr(fused, "_compared", compare)
     with simulated.device(kernel=altered(later)):
         loaded = load(folder("bert"), "float16", "cuda")
     assert loaded.norm == fused.EAGER
     assert "ModelError: self-check failed: layer 1 against the plain model" in loaded.why_eager
     assert not any(isinstance(m, fused.Tail) for m in loaded.module.modules())
+
+
+@pytest.mark.parametrize("extra", [0, 2, 9])
+def test_the_time_of_the_kernel_has_no_part_in_the_choice(extra: int, folder: Folder) -> None:
+    """A worker with a busy GPU would choose otherwise than its neighbours, and measure otherwise."""
+    with simulated.device(kernel=altered(same, extra)):
+        loaded = load(folder("bert"), "float16", "cuda")
+        assert loaded.norm == fused.FUSED
+        assert model.time_norms(loaded) == fused.Times(3.0, 1.0 + extra)
+
+
+def test_torchs_kernels_alone_are_not_timed(folder: Folder) -> None:
+    with simulated.device():
+        assert model.time_norms(load(folder("bert"), "float16", "cuda")) is None
+
+
+@pytest.mark.parametrize(("narrowest", "norm"), [(32, "fused"), (33, "eager")])
+def test_rows_too_narrow_for_the_kernel_keep_torchs(
+    narrowest: int, norm: str, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with simulated.device(kernel=fused_norm):
+        monkeypatch.setattr(fused, "NARROWEST", narrowest)
+        loaded = load(folder("bert"), "float16", "cuda")
+    assert loaded.norm == norm
+    assert ("in rows of 33 to 16,384 numbers" in loaded.why_eager) == (norm == "eager")
+
+
+def test_want_of_memory_is_no_reason_for_torchs_kernels(folder: Folder) -> None:
+    refused = pytest.raises(ModelError, match="does not fit into the memory of cuda")
+    with simulated.device(kernel=altered(run_out)), refused:
+        load(folder("bert"), "float16", "cuda")
 
 
 def test_a_kernel_that_spoils_the_gpu_is_an_error_of_the_device(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,8 +24,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nvidia, "driver_version", lambda: "580.65.06")
 
 
-def gpu_check(model: Path, gpu: simulated.Gpu) -> Check:
-    with simulated.device(gpu):
+def gpu_check(model: Path, gpu: simulated.Gpu, **options: Any) -> Check:
+    with simulated.device(gpu, **options):
         checks = doctor.check(str(model), None, None)
     (found,) = [c for c in checks if c.name.startswith("GPU")]
     assert [c.name for c in checks].index("GPU 0") == 5  # after the model's
@@ -39,6 +40,11 @@ def test_a_gpu_passes_with_flash_attention(tiny_bert: Path) -> None:
         r"float16, attention flash, norms eager \(triton is not installed\), [\d,]+ tokens/s with ",
         found.found,
     )
+
+
+def test_the_time_of_the_fused_kernel_is_beside_that_of_torchs(tiny_bert: Path) -> None:
+    found = gpu_check(tiny_bert, simulated.H200, kernel=simulated.fused_norm)
+    assert ", norms fused (1.000 ms a batch, 3.000 by torch's kernels), " in found.found
 
 
 def test_an_older_gpu_warns_and_says_why(tiny_bert: Path) -> None:
