@@ -35,6 +35,11 @@ from afn_ray.store import parquet, records
 Float32s = npt.NDArray[np.float32]
 Histograms = tuple[Histogram, ...]
 """Histograms that are added one by one."""
+MOST_HELD = 1 << 18
+"""Largest number of strengths that wait to be counted together: a sort of many costs less a token.
+
+Waiting and sorting take about 60 bytes a strength.
+"""
 
 
 class ShardTables(NamedTuple):
@@ -155,7 +160,7 @@ def _scan_tokens(
             feature[begin:end] = values
         held.append((ranks[docs], *by_layer))
         num_held += len(docs) * len(layers)
-        if num_held > COMPACT_KEYS:
+        if num_held > MOST_HELD:
             sums.append(_by_cell(keys, held))
             held, num_held = [], 0
         if of_types is not None:
