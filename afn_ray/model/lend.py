@@ -59,12 +59,14 @@ def copy_out(model: torch.nn.Module, files: MappedFiles) -> None:
     """Copy what ``model`` still has in files into memory of its own, one tensor after another.
 
     ``files`` are not all of them: safetensors and torch map the files that they read, too. So all
-    tensors on the CPU are copied, but for those that inference has computed, which are copies.
+    tensors on the CPU are copied, but for those that inference has computed or oneDNN has packed,
+    which are copies.
     """
     for part in model.modules():
         own = (*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values())
         for value in (v for v in own if isinstance(v, torch.Tensor)):
-            if value.device.type == "cpu" and not value.is_inference():
+            is_stored = value.layout == torch.strided and not value.is_inference()
+            if value.device.type == "cpu" and is_stored:
                 stored = value.detach()
                 value.data = stored.clone()
                 files.release([stored])
