@@ -231,13 +231,19 @@ def _bool(found: object) -> bool:
     return word == "true"
 
 
+def _parsed(found: object, kind: str) -> object:
+    """The moment that a string names in ISO 8601; any other value as it is."""
+    if not isinstance(found, str):
+        return found
+    try:
+        return datetime.fromisoformat(found.strip())
+    except ValueError:
+        raise _not(found, kind) from None
+
+
 def _date(found: object) -> date:
     """A day: YYYY-MM-DD, or a midnight."""
-    if isinstance(found, str):
-        try:
-            found = datetime.fromisoformat(found.strip())
-        except ValueError:
-            raise _not(found, "date") from None
+    found = _parsed(found, "date")
     if isinstance(found, datetime):
         if found.time() != time():
             raise _not(found, "date")
@@ -249,11 +255,7 @@ def _date(found: object) -> date:
 
 def _timestamp(found: object) -> datetime:
     """A moment in UTC, in microseconds; one without an offset is taken as UTC."""
-    if isinstance(found, str):
-        try:
-            found = datetime.fromisoformat(found.strip())
-        except ValueError:
-            raise _not(found, "timestamp") from None
+    found = _parsed(found, "timestamp")
     if isinstance(found, date) and not isinstance(found, datetime):
         found = datetime.combine(found, time())
     if not isinstance(found, datetime):

@@ -27,7 +27,7 @@ PAGE = "report.html"
 JSON_VERSION = 2
 """Version of audit.json's layout; raised when an entry goes or changes its meaning."""
 ANSWERS = {HELD: "the policy holds", BROKEN: "the policy is broken", NOT_JUDGED: "not judged"}
-"""What a state says of the policy, in the last line."""
+"""Words for each state in the last line of the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class Audit:
 
     @property
     def reason(self) -> str | None:
-        """What was not judged, and why; None if every limit was judged."""
+        """Limits that were not judged, with the causes; None if all were judged."""
         return "; ".join(verdict.reasons(self.rules)) or None
 
 

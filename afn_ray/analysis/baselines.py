@@ -26,12 +26,12 @@ KNOWN = "previous, week, weekday, median:N"
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What a night is held against."""
+    """The earlier run, or several, that a night is compared with."""
 
     run: RunFolder | None
     """The run to compare with; None if there is none."""
     lacking: str | None = None
-    """Why there is no run, or not enough of them for the median."""
+    """Reason for no run, or for too few of them for the median."""
     median_of: tuple[RunFolder, ...] = ()
     """Runs whose medians stand in for the scalar figures of ``run``, newest first."""
     is_median: bool = False

@@ -15,7 +15,7 @@ class Night:
     """How one night is audited, beside what the policy says."""
 
     baseline: str | None = None
-    """What to compare with: a kind as in the policy, or a run's URI; None: what the policy says."""
+    """Kind of baseline as in the policy, or the URI of a run; None: the policy's kind."""
     partition: str | None = None
     """Date of the partition to measure, or "latest"; None: the latest if the window is "new"."""
     first_night: bool = False
@@ -26,18 +26,18 @@ class Night:
 
 @dataclass(frozen=True, slots=True)
 class Covered:
-    """What one night measures."""
+    """The part of the corpus that one night measures."""
 
     config: RunConfig
     """The config of the run, whose corpus is what the night covers."""
     message: str | None
-    """Which partition was chosen; None if the night covers the whole corpus."""
+    """Sentence that names the chosen partition; None if the night covers the whole corpus."""
     is_late: bool
     """Whether a part of a newer partition is there, but not all of it."""
 
 
 def choose_partition(config: RunConfig, policy: Policy, night: Night) -> Covered:
-    """What ``night`` measures of ``config``'s corpus: with the window "new", one partition.
+    """The part of ``config``'s corpus that ``night`` measures: with the window "new", one partition.
 
     Raises ``ConfigError`` for a partition that the window or the corpus does not have.
     """

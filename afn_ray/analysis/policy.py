@@ -101,11 +101,11 @@ class Policy:
     layer: int | None
     min_tokens: int
     window: str = "all"
-    """What a night covers: "all", the whole corpus, or "new", one dated partition of it."""
+    """Part of the corpus that a night covers: "all" of it, or "new", one dated partition."""
     baseline: str = "previous"
     """Kind of the baseline, as ``check_kind`` allows it."""
     unjudged: str | None = None
-    """What a limit counts as that could not be judged: "pass", "fail", or neither."""
+    """Result of a limit that could not be judged: "pass" or "fail"; None: it is not judged."""
 
 
 def read_policy(file: str | Path) -> Policy:

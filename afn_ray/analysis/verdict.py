@@ -58,7 +58,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What a policy is compared with: one run and what it is held against."""
+    """The run and the baseline that a policy judges."""
 
     run: RunFolder
     lost: Losses  # what the run lost

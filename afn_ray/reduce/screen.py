@@ -76,7 +76,7 @@ TEXT_CHARS = 300
 
 
 class Asked(NamedTuple):
-    """What a scan is for."""
+    """Results that a scan is asked for."""
 
     worst: int  # number of strangest documents to list
     group_by: str | None = None  # how documents are grouped; None: they are not

@@ -426,7 +426,7 @@ def _norms(loaded: Model) -> str:
 
 
 def _faster(packed: bool) -> str:
-    """What makes a GPU faster for a model that is packed, or not."""
+    """Advice for a faster GPU, for a model that is packed or not."""
     if packed:
         return "flash attention needs compute capability 8.0 or higher and torch 2.11 or newer"
     return "other families run packed: infra/guide/signals.md lists them"

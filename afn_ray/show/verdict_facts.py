@@ -11,7 +11,7 @@ from afn_ray.show.page_tables import Table
 
 @dataclass(frozen=True, slots=True)
 class VerdictFacts:
-    """What the page says of a verdict."""
+    """A verdict in the page's words."""
 
     state: str
     answer: str

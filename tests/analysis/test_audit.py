@@ -391,7 +391,7 @@ def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_on
 
 
 def test_what_has_nothing_to_be_held_against_is_not_judged_and_says_why() -> None:
-    """Where nothing is in both runs, the largest shift is not 0: nobody knows it."""
+    """Two runs with nothing in common have no largest shift; it is not 0."""
     classes = COMPARED.classes.filter(pa.compute.equal(COMPARED.classes["class"], "number"))
     nothing = replace(
         COMPARED,

@@ -226,7 +226,7 @@ def test_the_baseline_of_a_partition_is_the_one_before_whenever_it_was_measured(
     assert runs.found(first, "previous") is None
     again = runs.add(3)
     assert runs.found(again, "previous") == late and runs.found(fourth, "previous") == again
-    runs.add(3, audited=False)  # its audit was killed: nobody has heard of it
+    runs.add(3, audited=False)  # its audit was killed before its verdict
     assert runs.found(fourth, "previous") == again
     unheard = runs.add(5, audited=False)
     sixth = runs.add(6)

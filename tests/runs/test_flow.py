@@ -448,6 +448,26 @@ def test_a_worker_remembers_the_token_budget_that_fitted(ground: Ground) -> None
     assert process(shards[2]) == 16  # however small the budget of the shard that failed
 
 
+def second_passes_first(
+    processor: Processor,
+    shards: list[Shard],
+    expected: list[list[str]],
+    waits: threading.Event,
+    release: threading.Event,
+) -> None:
+    """The second shard is complete while the first one waits; both have the ``expected`` rows."""
+    with ThreadPoolExecutor(SLOTS) as pool:
+        try:
+            slow = pool.submit(processor.process, shards[0])
+            assert waits.wait(60)
+            other = pool.submit(processor.process, shards[1])
+            assert contents(other.result(60)) == expected[1]
+            assert not slow.done()
+        finally:
+            release.set()
+        assert contents(slow.result()) == expected[0]
+
+
 def test_a_shard_without_text_lets_another_one_have_the_model(
     ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -465,16 +485,7 @@ def test_a_shard_without_text_lets_another_one_have_the_model(
 
     monkeypatch.setattr(feed, "in_chunks", delay)
     late.fail_at_submit = lambda batch: began.set()
-    with ThreadPoolExecutor(SLOTS) as pool:
-        try:
-            slow = pool.submit(processor.process, shards[0])
-            assert began.wait(60)
-            other = pool.submit(processor.process, shards[1])
-            assert contents(other.result(60)) == expected[1]
-            assert not slow.done()
-        finally:
-            text.set()
-        assert contents(slow.result()) == expected[0]
+    second_passes_first(processor, shards, expected, began, text)
 
 
 def test_a_shard_that_waits_for_its_writer_lets_another_one_have_the_model(
@@ -500,16 +511,7 @@ def test_a_shard_that_waits_for_its_writer_lets_another_one_have_the_model(
 
     monkeypatch.setattr(Processor, "_write", write_late)
     monkeypatch.setattr("afn_ray.runs.worker.wait", look)
-    with ThreadPoolExecutor(SLOTS) as pool:
-        try:
-            slow = pool.submit(processor.process, shards[0])
-            assert waits.wait(60)
-            other = pool.submit(processor.process, shards[1])
-            assert contents(other.result(60)) == expected[1]
-            assert not slow.done()
-        finally:
-            room.set()
-        assert contents(slow.result()) == expected[0]
+    second_passes_first(processor, shards, expected, waits, room)
 
 
 def test_the_seconds_of_a_shard_count_chunks_that_are_measured_again(
