@@ -10,8 +10,9 @@ from fractions import Fraction
 from typing import Any, get_type_hints
 
 from afn_ray import kept
+from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
-from afn_ray.schema import STRENGTH, ReadOptions
+from afn_ray.schema import STRENGTH
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from afn_ray.corpus_values import Document
 from afn_ray.errors import ConfigError
-from afn_ray.schema import NOT_KEPT, Document, documents_schema
+from afn_ray.schema import NOT_KEPT, documents_schema
 from afn_ray.text import count, printable
 
 KINDS: dict[str, pa.DataType] = {

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from afn_ray.schema import SCHEMA_VERSION, Series, fingerprint
+from afn_ray.fingerprints import fingerprint
+from afn_ray.schema import SCHEMA_VERSION, Series
 
 
 @dataclass(frozen=True, slots=True)

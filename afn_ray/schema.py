@@ -1,15 +1,12 @@
-"""The nouns of the product and the Arrow schemas of its tables.
+"""The Arrow schemas of the product's tables, and the names and numbers that stand in them.
 
-In this order: fingerprints; files, shards and documents; what is recorded of a token; classes and
-tags; then the tables of a shard, of a run, and of two runs compared.
+In this order: what is recorded of a token; classes and tags; then the tables of a shard, of a run,
+and of two runs compared.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -19,150 +16,6 @@ SCHEMA_VERSION = 5
 
 It grows when a stored table or the meaning of a stored value changes.
 """
-
-# --- fingerprints
-
-
-def fingerprint(value: object) -> str:
-    """First 128 bits of the SHA-256 of ``value`` as canonical JSON, in hex."""
-    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
-
-
-def fingerprint_of_rows(header: object, groups: Iterable[Sequence[object]]) -> str:
-    """``fingerprint([header, rows])`` of all rows in ``groups``, one group in memory at a time.
-
-    No group may be empty.
-    """
-    digest = hashlib.sha256(f"[{_canonical(header)},[".encode())
-    for at, rows in enumerate(groups):
-        digest.update(("," if at else "").encode() + _canonical(list(rows))[1:-1].encode())
-    digest.update(b"]]")
-    return digest.hexdigest()[:32]
-
-
-def _canonical(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-# --- files, shards and documents
-
-UPOS, XPOS = "upos", "xpos"
-"""Tag columns of CoNLL-U: Universal Dependencies' parts of speech, and the language's own."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOptions:
-    """How bytes become documents; part of a shard's identity."""
-
-    format: str  # "auto", "txt", "jsonl", "csv", "parquet" or "conllu"
-    text_column: str
-    id_column: str | None
-    txt_documents: str  # "file" or "line"
-    max_document_bytes: int
-    labels: str | None = None  # column of the tags; None: upos in CoNLL-U, else no tags
-    # how CSV writes a quote in a quoted field: "doubled", "backslash", or
-    # "auto": doubled, with ambiguous rows quarantined
-    csv_escape: str = "auto"
-    keep: str = ""  # kept columns, as ``kept.canonical`` writes them
-
-    def as_dict(self) -> dict[str, object]:
-        """The options as plans and commits store them; without kept columns, ``keep`` is no key."""
-        value = asdict(self)
-        return value if self.keep else {k: v for k, v in value.items() if k != "keep"}
-
-    def labels_in(self, format: str) -> str | None:
-        """Column of the tags in a file of ``format``; None: the file has no tags."""
-        return self.labels or (UPOS if format == "conllu" else None)
-
-    def identity(self, format: str) -> list[object]:
-        """The options that change the documents of a file of ``format``."""
-        # Kept columns are columns of ``documents``, also where the files have no columns.
-        kept = [{"keep": self.keep}] if self.keep else []
-        if format == "txt":
-            return [self.txt_documents, self.max_document_bytes, *kept]
-        if format == "conllu":
-            return [self.labels_in(format), self.max_document_bytes, *kept]
-        more = [self.labels] if self.labels else []
-        if format == "csv" and self.csv_escape != "auto":
-            more = [self.csv_escape]
-        return [self.text_column, self.id_column, self.max_document_bytes, *more, *kept]
-
-
-@dataclass(frozen=True, slots=True)
-class FileInfo:
-    """One file of the corpus as the filesystem lists it."""
-
-    uri: str
-    size: int  # bytes
-    version: str  # etag where the filesystem has one, else the modification time
-
-
-@dataclass(frozen=True, slots=True)
-class FileSlice:
-    """Part of one file: lines of a byte range, a range of Parquet row groups, or the whole file."""
-
-    uri: str
-    size: int  # bytes of the file
-    version: str  # version of the file, as in FileInfo
-    format: str  # "txt", "jsonl", "csv", "parquet" or "conllu"
-    compression: str  # "", "gz", "bz2", "xz" or "zst"
-    start: int  # bytes; row groups for Parquet
-    end: int  # exclusive
-    num_bytes: int  # bytes to read
-    num_documents: int  # exact for Parquet and uncompressed lines, else -1
-    sha256: str  # SHA-256 of the bytes read, in hex
-
-    @property
-    def identity(self) -> list[object]:
-        """The inputs of the slice's documents."""
-        return [self.uri, self.format, self.compression, self.start, self.end, self.sha256]
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """A few slices: the unit of work, retry and commit."""
-
-    id: str  # fingerprint of its slices and of how they are read
-    slices: tuple[FileSlice, ...]
-    options: ReadOptions
-    generation: int = 0  # number of the commit that counts, see ``store.epochs``
-
-    @classmethod
-    def of(cls, slices: Sequence[FileSlice], options: ReadOptions) -> Shard:
-        """The shard of ``slices``; its id depends on them and on the options that affect them."""
-        identity = fingerprint([[*s.identity, options.identity(s.format)] for s in slices])
-        return cls(identity, tuple(slices), options)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes to read."""
-        return sum(s.num_bytes for s in self.slices)
-
-
-class Span(NamedTuple):
-    """A tagged range of characters in a text."""
-
-    start: int
-    end: int  # exclusive
-    tag: str
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One document of the corpus, or the reason why it has no text."""
-
-    source: str  # URI of the file
-    offset: int  # byte of the line in the file; row number for CSV, Parquet and compressed files
-    text: str
-    doc_id: str | None = None  # the id that the corpus gives, if any
-    num_replaced: int = 0  # invalid UTF-8 sequences that became U+FFFD
-    problem: str | None = None  # why it is quarantined; ``text`` is then empty
-    tags: tuple[Span, ...] = ()  # sorted; not empty, not overlapping
-    lost_bytes: int = 0  # bytes of the stored file that a quarantined row stands for
-    lost_documents: int | None = None  # documents that the row stands for; None: unknown
-    kept: tuple[object, ...] = ()  # values of the kept columns; empty: the row has none
-    refused: tuple[tuple[str, str], ...] = ()  # kept column and why its value is left out
-
 
 # --- what is recorded of a token
 

@@ -40,9 +40,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from afn_ray.bench import PIPED_COLUMNS
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.measure import Measure
 from afn_ray.runs import demo
-from afn_ray.schema import Shard, strengths
+from afn_ray.schema import strengths
 from afn_ray.store import blocks, checksums, storage, uris
 from afn_ray.store.commits import Commit
 

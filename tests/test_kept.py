@@ -21,9 +21,11 @@ from afn_ray import kept
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing, reading
+from afn_ray.corpus_values import Document, ReadOptions, Shard
 from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.fingerprints import fingerprint
 from afn_ray.runs.events import Event
-from afn_ray.schema import NOT_KEPT, Document, ReadOptions, Shard, fingerprint
+from afn_ray.schema import NOT_KEPT
 from afn_ray.store import manifest, plans
 from conftest import config_of, write_jsonl
 

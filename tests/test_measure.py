@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
-from afn_ray.schema import fingerprint
 from conftest import make_measure
 
 STORE = Path(__file__).parent / "data" / "store"

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afn_ray import kept
+from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary, round_strengths
@@ -22,9 +23,7 @@ from afn_ray.schema import (
     SPECIAL,
     SUMMARY_SCHEMA,
     TAGGED_SUMMARY_SCHEMA,
-    ReadOptions,
     Series,
-    Shard,
     documents_schema,
     neurons_column,
     token_neurons_schema,

@@ -15,13 +15,14 @@ from afn_ray import kept
 from afn_ray.analysis import recount, rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
+from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import StoreError
+from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
 from afn_ray.query import database
 from afn_ray.reduce import kept_columns, losses, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts, shards_table
-from afn_ray.schema import FileSlice, Shard, fingerprint
 from afn_ray.store import (
     blocks,
     checksums,

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 
 from afn_ray.analysis import rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
-from afn_ray.schema import Shard
 from afn_ray.store import (
     blocks,
     checksums,

@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 from afn_ray.bench.peers import Norms, Outcome, Spec
 from afn_ray.bench.texts import Text
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Document
 from afn_ray.runs import measurer, plan, worker
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.progress import Counters
-from afn_ray.schema import Document, strength_column
+from afn_ray.schema import strength_column
 from afn_ray.store import plans, shard_files
 from afn_ray.store.commits import Commit
 

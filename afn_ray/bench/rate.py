@@ -25,12 +25,12 @@ from afn_ray import model
 from afn_ray.bench import LEAST_S, TOKENS_PER_WORKER, machine, more_passes
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError
 from afn_ray.runs import job, plan, precheck, worker
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.rates import speed_of
-from afn_ray.schema import Shard
 
 SAMPLE_DOCUMENTS = 2000
 """Largest number of documents that are measured."""

@@ -14,7 +14,7 @@ from afn_ray.corpus.documents import (
     problem,
 )
 from afn_ray.corpus.streams import Line, Stream
-from afn_ray.schema import Document, FileSlice, ReadOptions
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 
 CONLLU_LINES = 1 << 20
 """Most lines of one document. As objects, one-letter lines take 200 times their bytes."""

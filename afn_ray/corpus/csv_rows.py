@@ -23,7 +23,7 @@ from afn_ray.corpus.documents import (
     with_kept,
 )
 from afn_ray.corpus.streams import Stream
-from afn_ray.schema import Document, FileSlice, ReadOptions
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 
 NULL = "\\N"
 """Marker of MySQL and Hive for a missing value."""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from afn_ray import kept
 from afn_ray.corpus import tags
 from afn_ray.corpus.streams import MARK, Line, Stream
-from afn_ray.schema import Document, FileSlice, ReadOptions, Span
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions, Span
 from afn_ray.text import count
 
 ID_CHARS = 1024

@@ -16,7 +16,7 @@ from afn_ray.corpus.documents import (
     problem,
     with_kept,
 )
-from afn_ray.schema import Document, ReadOptions
+from afn_ray.corpus_values import Document, ReadOptions
 
 
 def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:

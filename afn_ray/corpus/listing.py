@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from afn_ray import kept
 from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
+from afn_ray.corpus_values import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
-from afn_ray.schema import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.store import corpus_files, uris
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import count, nearest

@@ -25,8 +25,8 @@ from afn_ray.corpus.jsonl import json_document, parse
 from afn_ray.corpus.row_groups import UNREADABLE, column_chunks, hash_chunks, parquet_documents
 from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
 from afn_ray.corpus.txt import whole_document
+from afn_ray.corpus_values import Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
-from afn_ray.schema import Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.store import corpus_files, parquet
 
 PEEK_DOCUMENTS = 20

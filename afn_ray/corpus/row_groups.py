@@ -27,8 +27,8 @@ from afn_ray.corpus.documents import (
     with_kept,
 )
 from afn_ray.corpus.streams import BLOCK_BYTES, EXPANSION, EXPANSION_FROM_BYTES, Source
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
-from afn_ray.schema import Document, FileSlice, ReadOptions
 from afn_ray.store import parquet
 
 BATCH_BYTES = 4 << 20

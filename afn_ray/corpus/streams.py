@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
+from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import CorpusError
-from afn_ray.schema import ReadOptions
 from afn_ray.store import readers
 
 BLOCK_BYTES = 1 << 20

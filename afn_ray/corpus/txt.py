@@ -11,7 +11,7 @@ from afn_ray.corpus.documents import (
     problem,
 )
 from afn_ray.corpus.streams import BOM, Stream
-from afn_ray.schema import Document, FileSlice, ReadOptions
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 
 
 def whole_document(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.corpus_values import FileInfo, Shard
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.tasks import Inline, Tasks, batches, merged
-from afn_ray.schema import FILES_SCHEMA, FileInfo, Shard
+from afn_ray.schema import FILES_SCHEMA
 from afn_ray.store import manifest, parquet
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import count

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from afn_ray.corpus import listing
+from afn_ray.corpus_values import Document
 from afn_ray.errors import StoreError
+from afn_ray.fingerprints import fingerprint
 from afn_ray.runs import cluster, events, outliers, precision, worker
 from afn_ray.runs.events import OnEvent, on_warning
 from afn_ray.runs.task import Task
-from afn_ray.schema import Document, fingerprint
 from afn_ray.store import calibrations, plans
 
 T = TypeVar("T")

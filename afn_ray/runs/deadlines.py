@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from afn_ray.schema import Shard
+from afn_ray.corpus_values import Shard
 
 SLOTS = 3
 """Shards in flight on one worker: one is read, one uses the model, one is written and uploaded."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from afn_ray import logs
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import (
     ConfigError,
     CorpusChanged,
@@ -28,7 +29,6 @@ from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, Pool, PoolEven
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reasons import reason
 from afn_ray.runs.waiting import WaitLimit
-from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit, Commits
 
 ATTEMPTS = 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
+from afn_ray.corpus_values import Document, FileInfo, Shard
 from afn_ray.errors import CorpusError
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster, precheck
@@ -21,7 +22,6 @@ from afn_ray.runs.prices import Cost, Prices, bill, read_prices
 from afn_ray.runs.rates import Rate, read_rate, speed_of
 from afn_ray.runs.results import Preparation
 from afn_ray.runs.task import Task
-from afn_ray.schema import Document, FileInfo, Shard
 from afn_ray.store import probes, readers
 from afn_ray.store.commits import Commits
 from afn_ray.tokens import counting

@@ -8,11 +8,11 @@ import queue
 import threading
 import time
 
+from afn_ray.corpus_values import Shard
 from afn_ray.runs.pool import Done, Failed, PoolEvent, Ready
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
-from afn_ray.schema import Shard
 
 STOP_S = 1.0
 """Longest wait for this process's threads to stop, in seconds.

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from afn_ray import kept
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import kept_columns, lexicon, losses, screen
@@ -26,7 +27,6 @@ from afn_ray.runs.plan import make_plan
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import Reporter, reported
 from afn_ray.runs.results import Preparation, Results, collect, facts_of, given_up
-from afn_ray.schema import Shard
 from afn_ray.store import (
     epochs,
     label_thresholds,

@@ -11,12 +11,8 @@ from hashlib import sha256
 from afn_ray import kept
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
+from afn_ray.corpus_values import FileInfo, FileSlice, Shard
 from afn_ray.reduce.groups import check_group_by
-from afn_ray.schema import (
-    FileInfo,
-    FileSlice,
-    Shard,
-)
 from afn_ray.store import uris
 from afn_ray.store.checksums import IO_THREADS
 from afn_ray.store.manifest import run_names

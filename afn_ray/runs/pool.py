@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from afn_ray.corpus_values import Shard
 from afn_ray.runs.progress import Counters
-from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from afn_ray.errors import ConfigError
+from afn_ray.fingerprints import fingerprint
 from afn_ray.runs.prices import is_number
 from afn_ray.runs.task import Task
-from afn_ray.schema import fingerprint
 from afn_ray.store import settings
 
 

@@ -11,19 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from afn_ray import kept
+from afn_ray.corpus_values import Document
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary
 from afn_ray.reduce.stats import is_high
 from afn_ray.runs.values import Float32s, Numbers, Values
-from afn_ray.schema import (
-    SPECIAL,
-    STRENGTH,
-    Document,
-    Series,
-    neurons_column,
-    token_neurons_schema,
-)
+from afn_ray.schema import SPECIAL, STRENGTH, Series, neurons_column, token_neurons_schema
 from afn_ray.store import records
 from afn_ray.store.commits import COUNTS
 from afn_ray.tokens import encode

@@ -14,10 +14,10 @@ from typing import Any
 
 from afn_ray import logs
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import AfnError, Interrupted
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.status import EVERY_S, MOST_LISTED, NOTHING
-from afn_ray.schema import Shard
 from afn_ray.store import storage, uris
 from afn_ray.store.commits import Commits, total_counts
 from afn_ray.store.layout import PLANNING, STATUS

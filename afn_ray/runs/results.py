@@ -8,11 +8,11 @@ from typing import Any
 
 from afn_ray import model
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import IncompleteRun
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import precision
 from afn_ray.runs.task import Task
-from afn_ray.schema import Shard
 from afn_ray.store import (
     plans,
 )

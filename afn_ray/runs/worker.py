@@ -32,6 +32,7 @@ from typing import Any
 from afn_ray import kept, logs, model
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
 from afn_ray.corpus import reading
+from afn_ray.corpus_values import Document, Shard
 from afn_ray.errors import AfnError, ConfigError, DeviceFault, ModelError, OutOfMemory, ShardError
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
@@ -41,7 +42,7 @@ from afn_ray.runs.measurer import Measurer, window_tokens
 from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.task import Task
 from afn_ray.runs.values import Values
-from afn_ray.schema import STRENGTH, Document, Shard
+from afn_ray.schema import STRENGTH
 from afn_ray.store import records, shard_files
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import encode, windows

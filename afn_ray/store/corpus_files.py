@@ -15,8 +15,8 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import CorpusError
-from afn_ray.schema import FileInfo
 from afn_ray.store import uris
 from afn_ray.store.fs_calls import call_with_retries, find_entry, named_errors
 

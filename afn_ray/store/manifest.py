@@ -11,8 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import Interrupted, StoreError
-from afn_ray.schema import SCHEMA_VERSION, Shard
+from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import parquet, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (

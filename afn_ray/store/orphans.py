@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from afn_ray.errors import StoreError
-from afn_ray.schema import fingerprint
+from afn_ray.fingerprints import fingerprint
 from afn_ray.store import epochs, layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import ShardKey

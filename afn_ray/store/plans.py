@@ -12,17 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.errors import StoreError
-from afn_ray.schema import (
-    PLAN_SCHEMA,
-    SCHEMA_VERSION,
-    FileInfo,
-    FileSlice,
-    ReadOptions,
-    Shard,
-    fingerprint,
-    fingerprint_of_rows,
-)
+from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
+from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION
 from afn_ray.store import manifest, storage, uris
 from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from afn_ray.errors import StoreError
-from afn_ray.schema import fingerprint
+from afn_ray.fingerprints import fingerprint
 from afn_ray.store import layout, manifest, plans, series, storage, uris
 from afn_ray.store.layout import ShardKey
 

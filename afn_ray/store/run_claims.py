@@ -11,9 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
-from afn_ray.schema import SCHEMA_VERSION, Shard
+from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import epochs, manifest, parquet, plans, storage, uris
 from afn_ray.store.checksums import checksummed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences

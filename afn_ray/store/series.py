@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import date
 from typing import Any
 
-from afn_ray.schema import fingerprint
+from afn_ray.fingerprints import fingerprint
 
 DAY = r"(?<!\d)(?:\d{4}-\d{2}-\d{2}|\d{8})(?!\d)"
 DATED = re.compile(rf"(?P<key>(?<![^/])(?:dt|date)=)(?P<value>[^/*?\[]+)(?=/|$)|{DAY}")

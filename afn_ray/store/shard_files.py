@@ -12,8 +12,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import Interrupted, StoreError, Unavailable
-from afn_ray.schema import SCHEMA_VERSION, FileSlice, ReadOptions, Shard
+from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import blocks, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (

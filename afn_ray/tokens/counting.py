@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from afn_ray.corpus import reading
-from afn_ray.schema import Document, FileSlice, ReadOptions, fingerprint
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions
+from afn_ray.fingerprints import fingerprint
 from afn_ray.store import storage
 from afn_ray.tokens.encode import TextEncoder
 

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
+from afn_ray.corpus_values import Span
 from afn_ray.errors import ModelError
-from afn_ray.schema import REPLACED, SPECIAL, WORD_START, Span
+from afn_ray.schema import REPLACED, SPECIAL, WORD_START
 from afn_ray.tokens.characters import (
     FIRST_MARK,
     Bools,

@@ -29,8 +29,8 @@ import numpy.typing as npt
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from afn_ray.corpus_values import Document
 from afn_ray.errors import HelperDied
-from afn_ray.schema import Document
 from afn_ray.tokens import encode
 from afn_ray.tokens import windows as tokens
 from afn_ray.tokens.surfaces import Speller

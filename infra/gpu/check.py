@@ -57,12 +57,13 @@ from afn_ray import cgroup, model
 from afn_ray.bench import figures, ours, peers
 from afn_ray.bench import texts as made_texts
 from afn_ray.config import RunConfig, resolve_layers
+from afn_ray.corpus_values import Shard
 from afn_ray.model import attention, fused
 from afn_ray.model.prove import TOLERANCE
 from afn_ray.runs import flow, measurer, worker
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.plan import make_plan
-from afn_ray.schema import SPECIAL, Shard
+from afn_ray.schema import SPECIAL
 from afn_ray.store import disk
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import encode

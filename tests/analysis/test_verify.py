@@ -25,9 +25,10 @@ import afn_ray
 from afn_ray import verify_store
 from afn_ray.analysis.findings import Finding
 from afn_ray.analysis.verify import Verification, lines
+from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
-from afn_ray.schema import FileSlice, ReadOptions, Shard, fingerprint
 from afn_ray.store import calibrations, layout, manifest, plans, shard_files, storage, uris
 from afn_ray.store.layout import RAY_IGNORE
 from conftest import (

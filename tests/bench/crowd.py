@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, total
-from afn_ray.schema import Shard
 from afn_ray.store import layout
 from afn_ray.store.commits import COUNTS, Commit
 

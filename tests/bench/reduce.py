@@ -28,11 +28,12 @@ from rich.table import Table
 from afn_ray import cgroup
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series, Shard
+from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
 from afn_ray.store import blocks, layout, shard_files
 from afn_ray.store.commits import COUNTS, Commit
 from afn_ray.store.records import TableFile

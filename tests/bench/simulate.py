@@ -27,6 +27,7 @@ from rich.table import Table
 from afn_ray import logs
 from afn_ray.bench import machine
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.measure import Measure
 from afn_ray.reduce import tasks
 from afn_ray.reduce import tree as reduce
@@ -37,7 +38,7 @@ from afn_ray.runs.dispatch import ATTEMPTS
 from afn_ray.runs.plan import group_slices
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import reported
-from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, FileSlice, Series, Shard
+from afn_ray.schema import HISTOGRAM_SCHEMA, SCHEMA_VERSION, Series
 from afn_ray.store import checksums, layout, plans, run_claims, shard_files, storage, uris
 from afn_ray.store.commits import Commits
 from bench.apart import call_apart

@@ -32,13 +32,14 @@ from afn_ray import cgroup
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.measure import Measure
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
-from afn_ray.schema import SPECIAL, WORD_START, FileSlice, Series, Shard
+from afn_ray.schema import SPECIAL, WORD_START, Series
 from afn_ray.store import manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import ShardFiles, make_table

@@ -30,10 +30,10 @@ import pytest
 import afn_ray
 import faults
 from afn_ray.analysis import verify
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.runs.cluster import connection
 from afn_ray.runs.events import Event, Planned, Starting
-from afn_ray.schema import Shard
 from afn_ray.store import layout, manifest, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 from conftest import recorded

@@ -31,10 +31,10 @@ from afn_ray.cli import commands as cli
 from afn_ray.config import RunConfig
 from afn_ray.corpus import conllu, documents, footer, reading, streams
 from afn_ray.corpus import listing as corpus
+from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ModelError, StoreError
 from afn_ray.model.files import DESCRIPTION_BYTES
 from afn_ray.model.load import load_blocks, load_weights
-from afn_ray.schema import ReadOptions
 from afn_ray.store import checksums, corpus_files, manifest, shard_files
 from conftest import MakeConfig, fenced, find_model, write_jsonl
 

@@ -34,8 +34,8 @@ from hypothesis import strategies as st
 
 from afn_ray.cli import commands
 from afn_ray.corpus import footer, listing, reading, row_groups, streams
+from afn_ray.corpus_values import Document, FileInfo, ReadOptions, Shard
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
-from afn_ray.schema import Document, FileInfo, ReadOptions, Shard
 from afn_ray.store import corpus_files, readers, storage, uris
 
 OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)

@@ -9,8 +9,8 @@ import pytest
 
 from afn_ray.corpus import listing, partitions
 from afn_ray.corpus.partitions import Partition
+from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError, CorpusError
-from afn_ray.schema import ReadOptions
 from afn_ray.store import storage, uris
 
 OPTIONS = ReadOptions("auto", "text", None, "file", 1 << 20)

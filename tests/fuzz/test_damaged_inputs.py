@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.corpus import listing, reading
+from afn_ray.corpus_values import Document, ReadOptions
 from afn_ray.errors import AfnError
-from afn_ray.schema import Document, ReadOptions
 from afn_ray.store import corpus_files
 
 NUM_FILES = {"short": 200, "long": 2000}

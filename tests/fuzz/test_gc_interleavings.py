@@ -19,8 +19,8 @@ import pytest
 
 from afn_ray.analysis import shard_check, verify
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import Interrupted, StoreError
-from afn_ray.schema import FileSlice, Shard
 from afn_ray.store import (
     checksums,
     epochs,

@@ -15,12 +15,13 @@ import pytest
 import afn_ray
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.errors import ShardError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.runs import results, status, worker
 from afn_ray.runs.events import Complete, Event, Warned
-from afn_ray.schema import FILES_SCHEMA, FileInfo, FileSlice, ReadOptions, Shard
+from afn_ray.schema import FILES_SCHEMA
 from afn_ray.show import run_facts, summary
 from afn_ray.store import checksums, manifest, plans, shard_files
 from conftest import MakeConfig, config_of, write_jsonl

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import afn_ray
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.reduce import tree
 from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
@@ -42,10 +43,7 @@ from afn_ray.schema import (
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
     WORD_START,
-    FileSlice,
-    ReadOptions,
     Series,
-    Shard,
 )
 from afn_ray.store import layout, shard_files, storage
 from afn_ray.store.commits import COUNTS, Commit

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import (
     ConfigError,
     CorpusChanged,
@@ -36,7 +37,6 @@ from afn_ray.runs.dispatch import (
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, Progress
 from afn_ray.runs.waiting import NOTICE_AFTER_S
-from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store.commits import Commit
 
 START_S, WORK_S = 5.0, 10.0

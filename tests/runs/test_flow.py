@@ -19,6 +19,7 @@ import torch
 
 import simulated
 from afn_ray import model
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, DeviceFault, Interrupted, OutOfMemory
 from afn_ray.model.engine import Read
 from afn_ray.runs import flow, measurer, worker
@@ -27,7 +28,6 @@ from afn_ray.runs.flow import SUBMITTED
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.worker import Processor
-from afn_ray.schema import Shard
 from afn_ray.store import shard_files
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import feed

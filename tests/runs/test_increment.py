@@ -21,9 +21,9 @@ import pytest
 import afn_ray
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
+from afn_ray.corpus_values import FileInfo
 from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
-from afn_ray.schema import FileInfo
 from afn_ray.store import corpus_files, manifest, run_claims, storage
 from conftest import config_of, make_measure, recorded, write_jsonl
 

@@ -18,11 +18,11 @@ import afn_ray
 import simulated
 from afn_ray import model
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Document
 from afn_ray.errors import ModelError, OutOfMemory, StoreError
 from afn_ray.runs import calibrator, measurer, outliers, precision, worker
 from afn_ray.runs.events import Event, Warned
 from afn_ray.runs.task import Task
-from afn_ray.schema import Document
 from afn_ray.store import calibrations, manifest
 from conftest import MakeConfig, write_jsonl
 

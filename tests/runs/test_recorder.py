@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.runs import flow, measurer, worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.values import Values
-from afn_ray.schema import Shard
 from afn_ray.store import shard_files
 from afn_ray.store.commits import Commit
 from afn_ray.tokens import feed

@@ -28,6 +28,7 @@ from afn_ray.analysis import verify
 from afn_ray.cli import commands as cli
 from afn_ray.cli.progress import bar_counts, log_as, log_json
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import ConfigError, IncompleteRun, StoreError, Unavailable
 from afn_ray.runs import cluster, dispatch, status, status_text
 from afn_ray.runs.cluster import metrics
@@ -36,7 +37,6 @@ from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
 from afn_ray.runs.progress import Counters, Progress
 from afn_ray.runs.reporter import Reporter
-from afn_ray.schema import FileSlice, ReadOptions, Shard
 from afn_ray.store import garbage, layout, manifest, probes, run_claims, storage, uris
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import PLANNING

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import afn_ray
-from afn_ray.schema import fingerprint
+from afn_ray.fingerprints import fingerprint
 from afn_ray.store import manifest
 
 DATA = Path(__file__).parents[1] / "data"

@@ -26,7 +26,9 @@ from hypothesis import strategies as st
 import faults
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
+from afn_ray.corpus_values import FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.errors import ConfigError, Interrupted, StoreError, Unavailable
+from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
 from afn_ray.runs.plan import (
     MOST_NAMES_BYTES,
@@ -36,7 +38,7 @@ from afn_ray.runs.plan import (
     is_trusted,
     make_plan,
 )
-from afn_ray.schema import SCHEMA_VERSION, FileInfo, FileSlice, ReadOptions, Shard, fingerprint
+from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import (
     calibrations,
     checksums,

@@ -33,9 +33,9 @@ import faults
 from afn_ray.cli import commands
 from afn_ray.corpus import listing as corpus
 from afn_ray.corpus import reading
+from afn_ray.corpus_values import FileInfo, ReadOptions
 from afn_ray.errors import ConfigError, CorpusError, StoreError, Unavailable
 from afn_ray.query.files import ReadOnlyFiles
-from afn_ray.schema import FileInfo, ReadOptions
 from afn_ray.store import blocks, corpus_files, manifest, probes, readers, retry, storage, uris
 from afn_ray.store.readers import RangeFile
 from conftest import S3_SECRET, MakeConfig, stop_after, write_jsonl

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import ConfigError
-from afn_ray.schema import Shard
 from afn_ray.store import layout, manifest, plans, retention, series, storage
 from conftest import config_of
 from nights import complete

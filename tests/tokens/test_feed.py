@@ -25,8 +25,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from afn_ray import model
+from afn_ray.corpus_values import Document
 from afn_ray.errors import HelperDied, ShardError
-from afn_ray.schema import REPLACED, Document
+from afn_ray.schema import REPLACED
 from afn_ray.tokens import encode, feed
 from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
 from afn_ray.tokens.surfaces import Speller

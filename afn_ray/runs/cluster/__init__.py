@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from afn_ray import model
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.reduce.tasks import FAN_IN, Inline, Tasks
 from afn_ray.runs import scratch
 from afn_ray.runs.cluster import placement
@@ -22,7 +23,6 @@ from afn_ray.runs.inline import InlinePool
 from afn_ray.runs.pool import Pool
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.task import Task
-from afn_ray.schema import Shard
 from afn_ray.store import uris
 
 T = TypeVar("T")

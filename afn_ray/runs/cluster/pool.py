@@ -9,6 +9,7 @@ from typing import Any
 
 from afn_ray import logs, model
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.errors import AfnError, ConfigError, Interrupted, ModelError
 from afn_ray.runs import reasons
 from afn_ray.runs.cluster import placement
@@ -24,7 +25,6 @@ from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Rea
 from afn_ray.runs.progress import Counters, total
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
-from afn_ray.schema import Shard
 from afn_ray.store.commits import Commit
 
 POLL_S = 0.5

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
+    from afn_ray.corpus_values import Shard
     from afn_ray.runs.worker import Processor
-    from afn_ray.schema import Shard
     from afn_ray.store.commits import Commit
     from afn_ray.store.shard_files import Attempt
 
