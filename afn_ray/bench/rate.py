@@ -70,8 +70,9 @@ def measure(
             task = prepared.task
             placed = placement.place(task.config, [placement.this_machine()], device)
             config = replace(task.config, tokenizer_workers=placed.tokenizer_workers)
+            task = replace(task, config=config)
             began = time.monotonic()
-            processor = worker.Processor(replace(task, config=config))
+            processor = worker.Processor(task)
             load_s = time.monotonic() - began
             rates, counted = [], 0
             with machine.Watch([os.getpid()]) as watch:
@@ -89,7 +90,7 @@ def measure(
         "foreign": round(watch.foreign, 3),
         "load_s": load_s,
         "tokens_per_second": rates,
-        "speed": speed_of(prepared.task),
+        "speed": speed_of(task),
     }
 
 

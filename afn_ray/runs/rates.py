@@ -41,11 +41,15 @@ class Rate:
 
 
 def speed_of(task: Task) -> dict[str, Any]:
-    """The inputs of a worker's tokens per second, except the machine and the texts."""
+    """The inputs of a worker's tokens per second, except the machine and the texts.
+
+    A worker on a GPU whose number of tokenizer processes its node decides has no
+    ``tokenizer_workers``: a rate says with how many it was measured.
+    """
     measure = task.measure
     tokenizers = task.config.tokenizer_workers
     if tokenizers is None and task.device == "cpu":
-        tokenizers = 0  # on a GPU the default depends on the node
+        tokenizers = 0
     return {
         "model": fingerprint(dict(measure.model)),
         "layers": list(measure.layers),
@@ -56,7 +60,7 @@ def speed_of(task: Task) -> dict[str, Any]:
         "window_tokens": measure.window_tokens,
         "overlap_tokens": measure.overlap_tokens,
         "batch_tokens": task.config.batch_tokens,
-        "tokenizer_workers": tokenizers,
+        **({} if tokenizers is None else {"tokenizer_workers": tokenizers}),
     }
 
 
@@ -90,8 +94,11 @@ def read_rate(path: Path) -> Rate:
                 f"{found.get(key)!r}; expected {expected}"
             )
     rates = found["tokens_per_second"]
+    tokenizers = found["speed"].get("tokenizer_workers")
+    plural = "" if tokenizers == 1 else "es"
+    fed = f", {tokenizers} tokenizer process{plural}" if tokenizers else ""
     where = (
-        f"on {found['machine']}, torch {found['versions']['torch']}, n = {len(rates)}, "
+        f"on {found['machine']}, torch {found['versions']['torch']}{fed}, n = {len(rates)}, "
         f"{min(rates):,.0f}-{max(rates):,.0f}, others took {found['foreign']:.0%} of its cores"
     )
     return Rate(statistics.median(rates), found["load_s"], where, found["speed"])

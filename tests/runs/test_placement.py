@@ -491,14 +491,37 @@ def test_a_benchmark_on_a_gpu_has_the_tokenizers_of_a_real_worker(
         assert spec.tokenizer_workers == expected
 
 
-def test_a_rate_is_of_the_number_of_tokenizers_that_was_asked_for(make_config: MakeConfig) -> None:
-    """On GPUs the default depends on the node, so a rate by default holds for a run by default."""
-    for device, given, expected in (
-        ("cuda", None, None),
-        ("cuda", 0, 0),
-        ("cpu", None, 0),
-        ("cpu", 3, 3),
-    ):
-        config = make_config(tokenizer_workers=given)
+@pytest.mark.parametrize(
+    ("device", "given", "fits", "others"),
+    [
+        ("cuda", None, {0, 9, 15}, set()),
+        ("cuda", 9, {9}, {0, 15}),
+        ("cpu", None, {0}, {9}),
+        ("cpu", 3, {3}, {0, 9}),
+    ],
+)
+def test_a_rate_is_of_the_number_of_tokenizers_with_which_it_was_measured(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    device: str,
+    given: int | None,
+    fits: set[int],
+    others: set[int],
+) -> None:
+    """By default a GPU's node decides their number, so a run then takes a rate with any and says
+    with how many it was measured.
+    """
+
+    def speed(tokenizers: int | None) -> dict[str, Any]:
+        config = make_config(tokenizer_workers=tokenizers)
         task = worker.prepare(config, measurer.find_model(config), device, "float32")
-        assert rates.speed_of(task)["tokenizer_workers"] == expected
+        return rates.speed_of(task)
+
+    asked = speed(given)
+    for measured in sorted(fits | others):
+        rate = rates.Rate(9, 0, "here", speed(measured))
+        if measured in fits:
+            rate.check(asked, tmp_path)
+        else:
+            with pytest.raises(ConfigError, match=f"tokenizer_workers: it has {measured}, this"):
+                rate.check(asked, tmp_path)

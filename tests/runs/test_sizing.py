@@ -150,6 +150,9 @@ def test_a_rate_with_a_wrong_value_is_refused_by_its_name(
     assert rates.read_rate(file) == Rate(
         9, 0, "on m, torch 2, n = 1, 9-9, others took 25% of its cores", {"dtype": "float32"}
     )
+    fed = right | {"speed": {"tokenizer_workers": 15}}
+    file.write_text(json.dumps(fed))
+    assert rates.read_rate(file).where.startswith("on m, torch 2, 15 tokenizer processes, n = 1")
     file.write_text(json.dumps(right | {key: wrong}))
     with pytest.raises(
         ConfigError, match=f"rate.json is not what .* writes: {key} is .*; expected "
