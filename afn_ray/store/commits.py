@@ -166,23 +166,31 @@ class _InOrder(Sequence[Commit]):
 def describe_makers(commits: Iterable[Commit]) -> dict[str, int]:
     """Number of ``commits`` by what measured them, in words, the most frequent first.
 
-    A GPU differs from another by its name, its compute capability, its attention and its norms.
+    A GPU differs from another by its name, its compute capability, its attention and its norms,
+    and mixture models by the dtype of their experts.
     """
     numbers = Counter(_describe_maker(commit.made_by) for commit in commits)
     return dict(sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _describe_maker(made_by: Mapping[str, str]) -> str:
-    """What measured a shard, in words. On a CPU, the dtype of the run decides the attention."""
-    device = made_by.get("device", "an unknown device")
-    if device != "cuda":
-        return device
-    gpu, capability = made_by.get("gpu", "an unknown GPU"), made_by.get("capability", "?")
-    words = f"{gpu} (compute capability {capability}), attention {made_by.get('attention', '?')}"
-    if made_by.get("norm") == "fused":  # older commits have no such entry, and none were fused
-        words += ", norms fused"
+    """What measured a shard, in words. On a CPU, the dtype of the run decides the attention.
+
+    Older commits lack ``norm`` and ``experts``: no norm was fused, and experts ran in float32.
+    """
+    words = device = made_by.get("device", "an unknown device")
+    if device == "cuda":
+        gpu, capability = made_by.get("gpu", "an unknown GPU"), made_by.get("capability", "?")
+        attention = made_by.get("attention", "?")
+        words = f"{gpu} (compute capability {capability}), attention {attention}"
+        if made_by.get("norm") == "fused":
+            words += ", norms fused"
+    if (experts := made_by.get("experts", "float32")) != "float32":
+        words += f", experts in {experts}"
     reduced = made_by.get("reduced", "none")
-    return words if reduced == "none" else f"{words}, reduced precision in {reduced}"
+    if device == "cuda" and reduced != "none":
+        words += f", reduced precision in {reduced}"
+    return words
 
 
 def total_counts(commits: Iterable[Commit]) -> dict[str, int]:

@@ -72,6 +72,10 @@ def test_makers_are_counted_by_gpu_and_attention() -> None:
     norms = [commit_of(**H200), commit_of(**H200, norm="eager"), commit_of(**H200, norm="fused")]
     ways = "NVIDIA H200 (compute capability 9.0), attention flash"
     assert describe_makers(norms) == {ways: 2, f"{ways}, norms fused": 1}
+    # Mixtures differ by the dtype of their experts, which was float32 before commits named it.
+    mixtures = [commit_of(device="cpu", experts=dtype) for dtype in ("bfloat16", "float32")]
+    named = describe_makers([*mixtures, commit_of(device="cpu")])
+    assert named == {"cpu": 2, "cpu, experts in bfloat16": 1}
     reduced = commit_of(**H200, reduced="tf32")
     assert next(iter(describe_makers([reduced]))).endswith("reduced precision in tf32")
 
