@@ -15,7 +15,7 @@ from afn_ray.analysis import baselines
 from afn_ray.analysis.policy import read_policy
 from afn_ray.cli import commands
 from afn_ray.runs import events
-from afn_ray.store import manifest, storage, uris
+from afn_ray.store import manifest, series_runs, storage, uris
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from nights import complete, real_job
@@ -271,8 +271,8 @@ def test_a_first_audit_is_held_against_the_newest_partition_of_plain_runs(tmp_pa
         patch.setattr(baselines, "OF_MEASURE", ())
         baselines.begin_nights(config, "new")
     audited = [
-        baselines._day(run)
-        for run in baselines._complete_runs(str(tmp_path / "store"))
+        series_runs.day_of(run)
+        for run in series_runs.complete_runs(str(tmp_path / "store"))
         if manifest.is_audited(run)
     ]
     assert audited == [date(2026, 11, 2)]  # the newest run, though not the newest day

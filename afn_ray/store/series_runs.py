@@ -1,0 +1,104 @@
+"""The complete runs of a series, and the nights before one of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from datetime import date
+
+from afn_ray.store import manifest, series
+from afn_ray.store.manifest import RunFolder
+
+
+def complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]:
+    """The store's complete runs that began before the run named ``before``, newest first."""
+    for name in reversed(manifest.run_names(store)):
+        if before is None or name < before:
+            run = manifest.open_folder(store, name)
+            if run.info and not manifest.is_copy(run):
+                yield run
+
+
+def series_of(run: RunFolder) -> str:
+    """Name of the series that the complete ``run`` belongs to."""
+    return series.name_of(run.store, run.info["config"])
+
+
+def day_of(run: RunFolder) -> date | None:
+    """The day of the partition that the complete ``run`` covers; None for an undated corpus."""
+    return series.day_of(run.info["config"]["corpus"])
+
+
+def is_same_measure(run: RunFolder, other: RunFolder) -> bool:
+    """Whether the strengths of two complete runs can be compared."""
+    same: bool = run.info["measure"]["id"] == other.info["measure"]["id"]
+    return same
+
+
+def alike(run: RunFolder, before: str | None = None) -> Iterator[RunFolder]:
+    """Complete runs of the measure and the series of ``run``, newest first.
+
+    ``before`` leaves out the run of that name and those that began after it.
+    """
+    name = series_of(run)
+    for other in complete_runs(run.store, before):
+        if is_same_measure(run, other) and series_of(other) == name:
+            yield other
+
+
+def newest_audited(runs: Iterable[RunFolder]) -> RunFolder | None:
+    """The newest audited run of ``runs``, which are newest first; without any the newest run."""
+    newest = None
+    for run in runs:
+        if manifest.is_audited(run):
+            return run
+        newest = newest or run
+    return newest
+
+
+def nights_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFolder]:
+    """The runs among ``runs`` that began before ``run``, newest first.
+
+    ``runs`` are those that ``alike`` gives. Runs directly before ``run`` with the same request, or
+    with the same shards, count as ``run`` itself and are left out. They are retries for missing
+    shards, or repeats after another corpus of the store had a run in between.
+    """
+    request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
+
+    def is_same_night(earlier: RunFolder) -> bool:
+        same_request = earlier.id.endswith(f"-{request}")
+        return same_request or (shards is not None and _shards_sha256(earlier) == shards)
+
+    earlier = (other for other in runs if other.id < run.id)
+    return itertools.dropwhile(is_same_night, earlier)
+
+
+def partitions_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFolder]:
+    """A run of each partition among ``runs`` before that of ``run``; newest partition first.
+
+    ``runs`` are those that ``alike`` gives. When they began does not matter, because a partition
+    may be late or replaced. Of several runs of one partition it is the newest audited one, or the
+    newest if none was audited: the verdict on a run whose audit was killed was never reported.
+    """
+    tonight = day_of(run)
+    of_day: dict[date, list[RunFolder]] = {}
+    for other in runs:
+        day = day_of(other)
+        if day is not None and is_before(other, tonight):
+            of_day.setdefault(day, []).append(other)
+    for day in sorted(of_day, reverse=True):
+        newest = newest_audited(of_day[day])
+        assert newest is not None
+        yield newest
+
+
+def is_before(run: RunFolder, tonight: date | None) -> bool:
+    """Whether ``run`` covers a partition before that of ``tonight``."""
+    day = day_of(run)
+    return day is not None and tonight is not None and day < tonight
+
+
+def _shards_sha256(run: RunFolder) -> str | None:
+    """SHA-256 of the run's table of shards; None for a run without one."""
+    digest: str | None = run.info["tables"].get("shards", {}).get("sha256")
+    return digest
