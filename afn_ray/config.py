@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "device": ("auto", "cpu", "cuda"),
     "executor": ("auto", "ray", "inline"),
     "neurons_of": ("all", "high"),
+    "thresholds_by": ("run", "group"),
     "log_format": ("text", "json"),
 }
 """Accepted values of each option that takes one of a fixed set."""
@@ -139,6 +140,11 @@ class RunConfig:
         None,
         "how documents are grouped, for thresholds, classes and drift by group: a kept column, "
         "source, or a key of the path as in /lang=de/",
+    )
+    thresholds_by: str = _option(
+        "run",
+        "whose Q3 decides what is HIGH: run, the corpus-wide one, or group, the one of each group "
+        "of --group-by too, beside it",
     )
     max_document_bytes: int = _option(
         8 << 20, "largest document, in bytes; larger ones are quarantined"
@@ -294,6 +300,10 @@ class RunConfig:
     def _check_group_by(self) -> None:
         """Raise ``ConfigError`` for a grouping that no run can have."""
         if self.group_by is None:
+            if self.thresholds_by == "group":
+                raise ConfigError(
+                    "thresholds_by is group, but group_by is not given: name what makes the groups"
+                )
             return
         if not kept.NAME.fullmatch(self.group_by):
             raise ConfigError(

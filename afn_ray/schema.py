@@ -360,6 +360,16 @@ GROUP_CLASSES_SCHEMA = _schema(
 )
 """The classes of each group, by the classes of the run's types."""
 
+OWN_LABELS = {
+    "groups": _schema("n_high_own: int64"),
+    "group_types": _schema("n_high_own: int64"),
+    "group_classes": _schema(
+        "n_high_own: int64",
+        "share_high_own, share_high_own_low, share_high_own_high: float64",
+    ),
+}
+"""Columns that follow in the tables of groups if tokens are labelled by their group's own Q3 too."""
+
 HISTOGRAM_SCHEMA = _schema("layer: int16", "special: bool", "strength: float32", "n: int64")
 """The run's strengths: each distinct recorded value with its count, special tokens apart."""
 

@@ -303,7 +303,8 @@ class RunCheck:
         if columns:
             tables["kept"] = kept_columns.kept_table(shards)
         if worst := self._config.get("screen"):
-            asked = screen.Asked(worst, self._config.get("group_by"))
+            by_group = self._config.get("thresholds_by") == "group"
+            asked = screen.Asked(worst, self._config.get("group_by"), by_group)
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
         return tables
 

@@ -16,10 +16,12 @@ import pyarrow.parquet as pq
 from afn_ray import kept
 from afn_ray.config import SIGNAL
 from afn_ray.errors import ConfigError, QueryError, StoreError
-from afn_ray.query.expressions import RecordedColumns, ShardFile
+from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
 from afn_ray.query.files import ReadOnlyFiles
+from afn_ray.query.own_labels import own_q3, own_tables
 from afn_ray.query.views import NeuronFiles, statements
 from afn_ray.reduce.compare import compare
+from afn_ray.reduce.group_drift import labels_by_group
 from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
@@ -34,6 +36,7 @@ from afn_ray.schema import (
     MOVERS_SCHEMA,
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
+    OWN_LABELS,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SIGNAL_VOCABULARY_SCHEMA,
@@ -97,10 +100,14 @@ def _small_tables(
 ) -> dict[str, pa.Table]:
     """All small tables, by the names of their views."""
     tables = {}
+    schemas = dict(SMALL)
+    if labels_by_group(folder):
+        for name in ("groups", "group_classes"):
+            schemas[name] = pa.schema([*SMALL[name], *OWN_LABELS[name]])
     screened = SCREENED_SCHEMA
     for field in _kept_fields(folder):
         screened = screened.append(field.with_name(kept.beside(field.name, SCREENED_SCHEMA.names)))
-    for name, schema in (SMALL | {"screened": screened}).items():
+    for name, schema in (schemas | {"screened": screened}).items():
         if name in MAY_LACK and name not in folder.info["tables"]:
             tables[name] = schema.empty_table()
         else:
@@ -108,6 +115,8 @@ def _small_tables(
     # Histograms of many sources are too large for DuckDB.
     for name in ("sources", "groups"):
         tables[name] = tables[name].drop_columns(["bins", "counts"])
+    if labels_by_group(folder):
+        tables |= own_tables(folder, tables)
     tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     if baseline is None:
@@ -173,8 +182,11 @@ def _statements(
     paths = {table: _paths(of_table, before) for table, of_table in files.items()}
     columns = _columns(read, files["tokens"][0].name)
     of_corpus = [field.name for field in _kept_fields(folder)]
+    own = None
+    if labels_by_group(folder):
+        own = own_q3(folder, rows_of(paths["documents"]), layers)
     recorded = RecordedColumns(
-        layers, thresholds, others, "start" in columns, "tag" in columns, of_corpus
+        layers, thresholds, others, "start" in columns, "tag" in columns, of_corpus, own
     )
     neurons = None
     if "neurons" in paths:

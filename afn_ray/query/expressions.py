@@ -39,6 +39,9 @@ class RecordedColumns:
     kept: Sequence[str] = ()
     """Names of the documents' kept columns; they come from users, so SQL needs them ``quoted``."""
 
+    own_q3: str | None = None
+    """SQL of ``doc`` and ``q3_<k>`` of its group, if tokens are labelled by that too."""
+
     def quartile(self, name: str, layer: int) -> str:
         """SQL of the threshold ``name`` (q1, q2 or q3) of ``layer``."""
         return exact(self.thresholds[layer][name], "FLOAT")

@@ -131,8 +131,14 @@ def tokens_view(source: str, recorded: RecordedColumns) -> str:
         columns += ["start", '"end"']
     for layer in recorded.layers:
         columns += _layer_columns(layer, recorded)
+    joined = "LEFT JOIN internal.types USING (token_id)"
+    if recorded.own_q3 is not None:
+        joined += f" LEFT JOIN {recorded.own_q3} AS own USING (doc)"
+        for k in recorded.layers:
+            is_own = is_high(f"strength_{k}", f"own.q3_{k}")
+            columns.append(f"CASE WHEN NOT is_special THEN {is_own} END AS high_own_{k}")
     columns += [s.name for s in recorded.others]
-    return f"SELECT {', '.join(columns)} FROM {source} LEFT JOIN internal.types USING (token_id)"  # noqa: S608
+    return f"SELECT {', '.join(columns)} FROM {source} {joined}"  # noqa: S608
 
 
 def _layer_columns(layer: int, recorded: RecordedColumns) -> list[str]:

@@ -34,6 +34,7 @@ from afn_ray.reduce.group_drift import (
     GroupDrift,
     group_drift,
     grouped_by,
+    labels_by_group,
 )
 from afn_ray.reduce.histogram import Histogram
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
@@ -240,7 +241,20 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             f"Groups were not compared: A is grouped by {by_a or 'nothing'}, B by "
             f"{by_b or 'nothing'}."
         )
+    elif by_a is not None:
+        yield from _notes_on_group_labels(labels_by_group(a), labels_by_group(b))
     yield from _notes_on_classes(a, b)
+
+
+def _notes_on_group_labels(in_a: bool, in_b: bool) -> Iterator[str]:
+    """By which Q3 tokens are HIGH in the comparison of groups; the flags are ``labels_by_group``."""
+    if in_a and in_b:
+        yield ("In groups, HIGH is a rank within the group and its run: each labels by its own Q3.")
+    elif in_a or in_b:
+        yield (
+            f"In groups, HIGH goes by the corpus-wide Q3: {'A' if in_b else 'B'} has no labels by "
+            "the groups' own (thresholds_by)."
+        )
 
 
 def _notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from afn_ray.reduce.histogram import (
 )
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Float64s, Ints, is_high
+from afn_ray.reduce.stats import Float64s, Int32s, Ints, is_high
 from afn_ray.schema import (
     FEATURES,
     SPECIAL,
@@ -143,28 +143,17 @@ def _scan_tokens(
     present, ranks = np.unique(cells.cell, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
     of_types = TypeCounter(cells, len(limits.rare)) if cells.q3 else None
-    file = parquet.open_file(place.tokens.read())
-    ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
-    columns = ["token_id", "flags", *map(strength_column, layers)]
-    for _, tokens in records.whole_documents(file, ends, columns):
-        rows = tokens["doc"].to_numpy()
-        flags = tokens["flags"].to_numpy()
-        is_normal = flags & SPECIAL == 0
-        docs = rows[is_normal]
-        types = tokens["token_id"].to_numpy()[is_normal]
-        by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
-        begin, end = int(rows[0]), int(rows[-1]) + 1
-        normal = _NormalTokens(docs - begin, types, flags[is_normal], by_layer[-1])
-        n[begin:end], found = _features(normal, end - begin, limits)
+    for tokens in normal_tokens(place, documents, layers):
+        n[tokens.whole], found = _features(tokens, limits)
         for feature, values in zip(features, found, strict=True):
-            feature[begin:end] = values
-        held.append((ranks[docs], *by_layer))
-        num_held += len(docs) * len(layers)
+            feature[tokens.whole] = values
+        held.append((ranks[tokens.docs], *tokens.by_layer))
+        num_held += len(tokens.docs) * len(layers)
         if num_held > MOST_HELD:
             sums.append(_by_cell(keys, held))
             held, num_held = [], 0
         if of_types is not None:
-            of_types.add(docs, types, by_layer)
+            of_types.add(tokens.docs, tokens.types, tokens.by_layer)
         if _num_keys(sums[1:]) > COMPACT_KEYS:
             sums = add(*sums)
     if held:
@@ -183,27 +172,42 @@ def _by_cell(keys: Ints, held: Sequence[_Held]) -> Histograms:
     return tuple(values_by_type(keys, ranks, values) for values in by_layer)
 
 
-class _NormalTokens(NamedTuple):
-    """Tokens of some documents that are not special, all [n]."""
+class NormalTokens(NamedTuple):
+    """Tokens of some whole documents of a shard that are not special, all [n]."""
 
-    docs: Ints  # from 0
-    types: Ints
+    whole: slice  # the documents, in the shard
+    docs: Int32s  # document of each token, in the shard
+    types: Int32s
     flags: npt.NDArray[np.uint8]
-    strengths: Float32s
+    by_layer: list[Float32s]  # strengths at each layer
+
+
+def normal_tokens(
+    place: ShardTables, documents: pa.Table, layers: Sequence[int]
+) -> Iterator[NormalTokens]:
+    """The tokens of the shard with ``documents`` that are not special, in order."""
+    file = parquet.open_file(place.tokens.read())
+    ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
+    columns = ["token_id", "flags", *map(strength_column, layers)]
+    for _, tokens in records.whole_documents(file, ends, columns):
+        docs, flags, types = (tokens[name].to_numpy() for name in ("doc", "flags", "token_id"))
+        is_normal = flags & SPECIAL == 0
+        by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
+        whole = slice(int(docs[0]), int(docs[-1]) + 1)
+        yield NormalTokens(whole, docs[is_normal], types[is_normal], flags[is_normal], by_layer)
 
 
 def _num_keys(sums: Sequence[Histograms]) -> int:
     return sum(len(histogram.keys) for histogram in itertools.chain(*sums))
 
 
-def _features(
-    tokens: _NormalTokens, num_docs: int, limits: FeatureLimits
-) -> tuple[Ints, list[Float32s]]:
+def _features(tokens: NormalTokens, limits: FeatureLimits) -> tuple[Ints, list[Float32s]]:
     """Number of tokens of each document, and its ``FEATURES``, rounded as strengths are.
 
-    Both are 0 for a document without tokens.
+    Both are 0 for a document without tokens. The strengths are those of the last layer.
     """
-    docs, types, flags, strengths = tokens
+    _, docs, types, flags, (*_, strengths) = tokens
+    num_docs, docs = tokens.whole.stop - tokens.whole.start, docs - tokens.whole.start
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)
     wide = strengths.astype(np.float64)

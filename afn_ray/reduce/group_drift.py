@@ -57,8 +57,16 @@ class _Side(NamedTuple):
     vocabulary: dict[int, pa.Table]
 
     @classmethod
-    def of(cls, run: RunFolder) -> _Side:
-        return cls(*(table_by_layer(run, name) for name in cls._fields))
+    def of(cls, run: RunFolder, labels: str) -> _Side:
+        """The tables of ``run``, whose HIGH tokens are those that the column ``labels`` counts."""
+        groups, types = (
+            {
+                layer: _labelled_by(labels, table)
+                for layer, table in table_by_layer(run, name).items()
+            }
+            for name in ("groups", "group_types")
+        )
+        return cls(groups, types, table_by_layer(run, "vocabulary"))
 
     def types(self, layer: int, group: str | None) -> pa.Table:
         """The types of ``group`` as ``movers_table`` takes them; their medians are not known."""
@@ -74,6 +82,7 @@ def group_drift(
 ) -> GroupDrift:
     """Compare the groups of ``b`` with those of ``a``, matched by name.
 
+    Tokens are HIGH by their group's own Q3 if both runs have such labels, otherwise by the run's.
     ``by_id`` and ``ranks_only`` are as in ``movers_table``.
     """
     by = grouped_by(a)
@@ -83,7 +92,8 @@ def group_drift(
     classes: list[dict[str, Any]] = []
     movers = [GROUP_MOVERS_SCHEMA.empty_table()]
     nothing = SourceStrengths(Histogram.empty(), 0)
-    sides = _Side.of(a), _Side.of(b)
+    labels = "n_high_own" if labels_by_group(a) and labels_by_group(b) else "n_high"
+    sides = _Side.of(a, labels), _Side.of(b, labels)
     for layer in layers:
         in_a, in_b = (histograms_by_source(side.groups[layer], "group") for side in sides)
         for group in sorted({*in_a, *in_b}, key=lambda name: (name is None, name or "")):
@@ -108,6 +118,18 @@ def _first_of(movers: pa.Table, group: str | None) -> Iterator[pa.Table]:
         first = movers.filter(pc.equal(movers["status"], status)).slice(0, MOST_MOVERS)
         names = pa.array([group] * len(first), pa.string())
         yield first.append_column("group", names).select(GROUP_MOVERS_SCHEMA.names)
+
+
+def _labelled_by(labels: str, table: pa.Table) -> pa.Table:
+    """``table`` with the column ``labels`` as ``n_high``."""
+    names = [name for name in table.column_names if name != "n_high_own"]
+    at, field = names.index("n_high"), table.schema.field("n_high")
+    return table.select(names).set_column(at, field, table[labels])
+
+
+def labels_by_group(run: RunFolder) -> bool:
+    """Whether the tokens of ``run`` are labelled by their group's own Q3 too."""
+    return run.info["config"].get("thresholds_by") == "group" and "groups" in run.info["tables"]
 
 
 def grouped_by(run: RunFolder) -> str | None:

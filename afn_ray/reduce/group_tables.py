@@ -17,14 +17,22 @@ from afn_ray.schema import (
     GROUP_CLASSES_SCHEMA,
     GROUP_TYPES_SCHEMA,
     GROUPS_SCHEMA,
+    OWN_LABELS,
     in_order,
 )
 
 
 def group_tables(
-    grouping: Grouping, layers: Sequence[int], sums: Sequence[Histogram], vocabulary: pa.Table
+    grouping: Grouping,
+    layers: Sequence[int],
+    vocabulary: pa.Table,
+    sums: Sequence[Histogram],
+    own: Sequence[Histogram] | None = None,
 ) -> list[dict[str, pa.Table]]:
-    """The tables ``groups``, ``group_types`` and ``group_classes``, from sums of ``features.scan``."""
+    """The tables ``groups``, ``group_types`` and ``group_classes``, from sums of ``features.scan``.
+
+    With ``own``, of ``group_labels.count_own``, they have the columns of ``OWN_LABELS`` too.
+    """
     num = len(grouping.names)
 
     def group_of(cells: Ints) -> Ints:
@@ -34,43 +42,58 @@ def group_tables(
     documents, with_tokens, types, *high = sums[len(layers) + len(FEATURES) + 1 :]
     n_documents, n_docs = (h.counts_of(np.arange(num)) for h in (documents, with_tokens))
     rows: list[dict[str, Any]] = []
-    of_types: list[pa.Table] = [GROUP_TYPES_SCHEMA.empty_table()]
+    of_types: list[pa.Table] = []
     for at, layer in enumerate(layers):
         for index, of_group in enumerate(by_index(strengths[at], num, BIN_BITS)):
-            is_high_here = is_high(to_values(of_group.keys), grouping.q3[at])
-            q1, q2, q3 = (None,) * 3
-            if of_group.n:
-                q1, q2, q3 = to_values(of_group.quartile_keys()).tolist()
-            rows.append(
-                {
-                    "layer": layer,
-                    "group": grouping.names[index],
-                    "n_documents": int(n_documents[index]),
-                    "n_docs": int(n_docs[index]),
-                    "n": of_group.n,
-                    "n_high": int(of_group.counts[is_high_here].sum()),
-                    "q1": q1,
-                    "q2": q2,
-                    "q3": q3,
-                    "bins": of_group.keys,
-                    "counts": of_group.counts,
-                }
-            )
-        of_types.append(_types_table(grouping.names, layer, types, high[at]))
-    table = pa.concat_tables(of_types).unify_dictionaries().combine_chunks()
+            row = {
+                "layer": layer,
+                "group": grouping.names[index],
+                "n_documents": int(n_documents[index]),
+                "n_docs": int(n_docs[index]),
+            }
+            rows.append(row | _strengths_row(of_group, grouping.q3[at]))
+        high_here = [high[at]] if own is None else [high[at], own[at]]
+        of_types.append(_types_table(grouping.names, layer, types, high_here))
+    empty = _with_own(GROUP_TYPES_SCHEMA, "group_types", own).empty_table()
+    table = pa.concat_tables([empty, *of_types]).unify_dictionaries().combine_chunks()
+    classes = _classes_rows(table, vocabulary)
     return [
         {
-            "groups": pa.Table.from_pylist(rows, GROUPS_SCHEMA),
+            "groups": pa.Table.from_pylist(rows, _with_own(GROUPS_SCHEMA, "groups", own)),
             "group_types": table,
-            "group_classes": _classes_table(table, vocabulary),
+            "group_classes": pa.Table.from_pylist(
+                classes, _with_own(GROUP_CLASSES_SCHEMA, "group_classes", own)
+            ),
         }
     ]
 
 
+def _with_own(schema: pa.Schema, name: str, own: object) -> pa.Schema:
+    """``schema`` of the table ``name``, with labels by the groups' own Q3 if there are ``own``."""
+    return schema if own is None else pa.schema([*schema, *OWN_LABELS[name]])
+
+
+def _strengths_row(strengths: Histogram, q3: float) -> dict[str, Any]:
+    """Columns of one row of ``GROUPS_SCHEMA``; ``q3`` is that of the run."""
+    values = to_values(strengths.keys)
+    own = to_values(strengths.quartile_keys()).tolist() if strengths.n else (None,) * 3
+    return {
+        "n": strengths.n,
+        "n_high": int(strengths.counts[is_high(values, q3)].sum()),
+        **dict(zip(("q1", "q2", "q3"), own, strict=True)),
+        "bins": strengths.keys,
+        "counts": strengths.counts,
+        "n_high_own": int(strengths.counts[is_high(values, own[2])].sum()),
+    }
+
+
 def _types_table(
-    names: Sequence[str | None], layer: int, types: Histogram, high: Histogram
+    names: Sequence[str | None], layer: int, types: Histogram, high: Sequence[Histogram]
 ) -> pa.Table:
-    """Rows of ``GROUP_TYPES_SCHEMA`` at ``layer``, by group and type."""
+    """Rows of ``GROUP_TYPES_SCHEMA`` at ``layer``, by group and type.
+
+    ``high`` are the HIGH tokens by the run's Q3 and perhaps those by the groups' own.
+    """
     index = (types.keys >> TYPE_BITS).astype(np.int32)
     of_names = pa.array(names, pa.string())
     columns = [
@@ -78,9 +101,10 @@ def _types_table(
         of_names.take(pa.array(index)).dictionary_encode(),
         pa.array((types.keys & ((1 << TYPE_BITS) - 1)).astype(np.int32)),
         pa.array(types.counts),
-        pa.array(high.counts_of(types.keys)),
+        *(pa.array(counts.counts_of(types.keys)) for counts in high),
     ]
-    return pa.Table.from_arrays(columns, schema=GROUP_TYPES_SCHEMA)
+    schema = _with_own(GROUP_TYPES_SCHEMA, "group_types", None if len(high) == 1 else high)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def classes_of(types: pa.Table, vocabulary: pa.Table) -> pa.Table:
@@ -92,40 +116,39 @@ def classes_of(types: pa.Table, vocabulary: pa.Table) -> pa.Table:
     return types.combine_chunks()
 
 
-def _classes_table(types: pa.Table, vocabulary: pa.Table) -> pa.Table:
+def _classes_rows(types: pa.Table, vocabulary: pa.Table) -> list[dict[str, Any]]:
     """Rows of ``GROUP_CLASSES_SCHEMA``: the classes of each group, in the order of the tables."""
+    counted = [name for name in types.column_names if name.startswith("n")]
     rows: list[dict[str, Any]] = []
     for layer in types["layer"].unique().to_pylist():
         here = classes_of(
             types.filter(pc.equal(types["layer"], layer)),
             vocabulary.filter(pc.equal(vocabulary["layer"], layer)),
         )
-        sums = here.group_by(["group", "class"]).aggregate([("n", "sum"), ("n_high", "sum")])
-        found: dict[str | None, dict[str, tuple[int, int]]] = {}
+        sums = here.group_by(["group", "class"]).aggregate([(name, "sum") for name in counted])
+        found: dict[str | None, dict[str, dict[str, int]]] = {}
         for row in sums.to_pylist():
             of_group = found.setdefault(row["group"], {})
-            of_group[row["class"]] = (row["n_sum"], row["n_high_sum"])
+            of_group[row["class"]] = {name: row[f"{name}_sum"] for name in counted}
         for group in sorted(found, key=lambda name: (name is None, name or "")):
             rows += _class_rows(layer, group, found[group])
-    return pa.Table.from_pylist(rows, GROUP_CLASSES_SCHEMA)
+    return rows
 
 
 def _class_rows(
-    layer: int, group: str | None, counts: Mapping[str, tuple[int, int]]
+    layer: int, group: str | None, counts: Mapping[str, Mapping[str, int]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one group; ``counts`` are the tokens and the HIGH tokens of each class."""
-    total = sum(n for n, _ in counts.values())
+    """Rows of one group; ``counts`` are the numbers of tokens of each class, by column."""
+    total = sum(of_class["n"] for of_class in counts.values())
     for name in in_order(counts):
-        n, n_high = counts[name]
-        low, upper = wilson(n_high, n)
-        yield {
-            "layer": layer,
-            "group": group,
-            "class": name,
-            "n": n,
-            "share": n / total,
-            "n_high": n_high,
-            "share_high": n_high / n,
-            "share_high_low": float(low),
-            "share_high_high": float(upper),
-        }
+        n = counts[name]["n"]
+        row = {"layer": layer, "group": group, "class": name, **counts[name], "share": n / total}
+        for column in sorted(counts[name].keys() - {"n"}):
+            share = column.replace("n_high", "share_high")
+            low, upper = wilson(counts[name][column], n)
+            row |= {
+                share: counts[name][column] / n,
+                f"{share}_low": float(low),
+                f"{share}_high": float(upper),
+            }
+        yield row

@@ -22,10 +22,12 @@ from afn_ray.kept import Kept
 from afn_ray.reduce.histogram import COMPACT_KEYS, TYPE_BITS, Histogram
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Ints, is_high
+from afn_ray.reduce.stats import Int32s, Ints, is_high
 from afn_ray.reduce.tasks import Tasks, batches, merged
 from afn_ray.store import parquet
 
+Q3s = npt.NDArray[np.float32]
+"""Thresholds by group or by document; infinite for one without tokens."""
 MAX_GROUPS = 100
 """Largest number of groups; the documents of all smaller ones are the group ``OTHERS``."""
 OTHERS = "(other groups)"
@@ -65,7 +67,10 @@ class Grouping(NamedTuple):
     def values(self, documents: pa.Table) -> pa.DictionaryArray:
         """The group of each of ``documents`` before small ones are joined; null without a value."""
         if self.is_column:
-            texts = documents[self.by].cast(pa.string()).combine_chunks()
+            column = documents[self.by]
+            if pa.types.is_floating(column.type):
+                column = pc.add(column, 0.0)  # -0 is 0, as in SQL
+            texts = column.cast(pa.string()).combine_chunks()
             return texts.dictionary_encode()
         uris = documents["source"].combine_chunks()
         names = [self.of_uri(uri) for uri in uris.dictionary.to_pylist()]
@@ -154,7 +159,8 @@ class Cells(NamedTuple):
 
     cell: Ints  # index of its source times the number of groups, plus that of its group
     group: Ints
-    q3: Sequence[float]  # of the thresholds that label, by layer; empty: there are no groups
+    # Q3 that labels, by layer: of the run, or of each document; empty: there are no groups
+    q3: Sequence[float | Q3s]
 
     @classmethod
     def of(cls, source: Ints, documents: pa.Table, grouping: Grouping | None) -> Cells:
@@ -163,6 +169,10 @@ class Cells(NamedTuple):
             return cls(source, np.zeros_like(source), ())
         group = grouping.index_of(documents)
         return cls(source * len(grouping.names) + group, group, grouping.q3)
+
+    def by_own(self, own: Sequence[Q3s]) -> Cells:
+        """These cells, labelled by the Q3 of each group at each layer, ``own`` [n_groups]."""
+        return self._replace(q3=[of_groups[self.group] for of_groups in own])
 
 
 DENSE_COUNTS = 1 << 24
@@ -187,13 +197,14 @@ class TypeCounter:
 
     def add(
         self,
-        docs: Ints,
-        types: npt.NDArray[np.int32],
+        docs: Int32s,
+        types: Int32s,
         strengths: Sequence[npt.NDArray[np.float32]],
     ) -> None:
         """Count normal tokens: their documents in the shard, types, and strengths at each layer."""
         keys = self._local[docs] * self._num_types + types
-        high = (keys[is_high(s, limit)] for s, limit in zip(strengths, self._q3, strict=True))
+        limits = (q3 if isinstance(q3, float) else q3[docs] for q3 in self._q3)
+        high = (keys[is_high(s, limit)] for s, limit in zip(strengths, limits, strict=True))
         for at, some in enumerate((keys, *high)):
             if self._counts is not None:
                 np.add.at(self._counts[at], some, 1)

@@ -50,6 +50,7 @@ import pyarrow.compute as pc
 
 from afn_ray.kept import KINDS, Kept, beside
 from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
+from afn_ray.reduce.group_labels import count_own
 from afn_ray.reduce.group_tables import group_tables
 from afn_ray.reduce.groups import Grouping, find_groups
 from afn_ray.reduce.histogram import (
@@ -80,6 +81,7 @@ class Asked(NamedTuple):
 
     worst: int  # number of strangest documents to list
     group_by: str | None = None  # how documents are grouped; None: they are not
+    by_group: bool = False  # whether a group's own Q3 labels its tokens too
 
 
 def scan_run(
@@ -107,8 +109,9 @@ def scan_run(
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     places = list(_places(shards))
     scanned = []
-    for group in in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES):
-        args = (group, sources, layers, limits, num_parts, grouping)
+    read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
+    for some in read_at_once:
+        args = (some, sources, layers, limits, num_parts, grouping)
         scanned.append(tasks.submit(scan, *args, num_results=2 + num_parts))
     of_sums, tables, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
@@ -119,7 +122,12 @@ def scan_run(
     )
     of_groups = {}
     if grouping is not None:
-        (made,) = tasks.submit(group_tables, grouping, layers, sums, reduced["vocabulary"])
+        own = []
+        if asked.by_group:
+            num_types = len(limits.rare)
+            own = [count_own(read_at_once, grouping, layers, num_types, sums, tasks)]
+        args = (grouping, layers, reduced["vocabulary"], sums, *own)
+        (made,) = tasks.submit(group_tables, *args)
         of_groups = tasks.result(made)
     hashes = [merged(tasks, add, handles) for handles in of_parts]
     repeated = [tasks.submit(_repeated, part)[0] for part in hashes]

@@ -12,6 +12,7 @@ Z_95 = 1.959963984540054
 """Two-sided 95 % point of the normal distribution, in standard deviations."""
 Float64s = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Int32s = npt.NDArray[np.int32]
 
 
 def wilson(k: Ints | int, n: Ints | int) -> tuple[Float64s, Float64s]:
@@ -86,11 +87,14 @@ def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
     return float(correlations[0, 1])
 
 
-def is_high(strengths: npt.NDArray[Any], q3: float | None) -> npt.NDArray[np.bool_]:
+def is_high(
+    strengths: npt.NDArray[Any], q3: float | npt.NDArray[np.float32] | None
+) -> npt.NDArray[np.bool_]:
     """Whether each strength is HIGH: at or above ``q3``, the Q3 of the thresholds that label.
 
+    With labels by group, ``q3`` has one for each strength.
     Without a Q3, as in a run without tokens, none is. ``query.expressions.is_high`` is the same
     rule in SQL.
     """
-    limit = np.float32(np.inf if q3 is None else q3)
+    limit = np.asarray(np.inf if q3 is None else q3, np.float32)
     return np.asarray(strengths >= limit)

@@ -267,7 +267,9 @@ def _reduce(
             tables["kept"] = kept_columns.kept_table(shards, tasks)
         if config.screen:
             on_event(events.Screening())
-            asked_scan = screen.Asked(config.screen, config.group_by)
+            asked_scan = screen.Asked(
+                config.screen, config.group_by, config.thresholds_by == "group"
+            )
             tables |= screen.scan_run(
                 shards, measure.layers, tables, texts.readable, asked_scan, tasks
             )

@@ -132,6 +132,8 @@ def request_id(
         ask |= {"screen": config.screen, "frozen": list(frozen)}
     if config.group_by is not None:
         ask["group_by"] = config.group_by
+    if config.thresholds_by != "run":
+        ask["thresholds_by"] = config.thresholds_by
     if config.series is not None:
         ask["series"] = config.series
     return fingerprint(ask)[:12]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -14,11 +16,14 @@ import pytest
 import scipy.stats
 
 import afn_ray
+from afn_ray import kept
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
+from afn_ray.query import own_labels
 from afn_ray.reduce import compare, groups, screen
 from afn_ray.reduce.groups import OTHERS, partition_of
+from afn_ray.reduce.sources import Sources
 from afn_ray.store import manifest
 from conftest import config_of, write_jsonl
 
@@ -313,3 +318,159 @@ def test_a_value_of_each_type_is_its_text() -> None:
         assert grouping.values(documents).to_pylist() == texts
         named = grouping._replace(names=(texts[0], None))
         assert named.index_of(documents).tolist() == [0, 1]
+
+
+# --- labels by the group's own Q3
+
+
+@pytest.fixture(scope="module")
+def by_own(nights: tuple[RunConfig, str, str]) -> str:
+    """The second night, labelled by the groups' own Q3 too."""
+    config, _, now = nights
+    with afn_ray.run(replace(config, thresholds_by="group")) as run:
+        assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"]
+        assert run.uri != now
+        return run.uri
+
+
+def test_tokens_and_group_tables_are_labelled_by_the_groups_own_q3(by_own: str) -> None:
+    with afn_ray.open_run(by_own) as run:
+        frame = run.sql(
+            'SELECT t.token_id, strength_1, strength_2, high_own_1, high_own_2, d.lang AS "group" '
+            "FROM tokens t JOIN documents d USING (doc) WHERE NOT is_special"
+        ).df()
+        ((special,),) = run.sql("SELECT count(high_own_2) FROM tokens WHERE is_special").fetchall()
+    assert special == 0
+    classes = {
+        r["token_id"]: r["class"] for r in table(by_own, "FROM vocabulary WHERE class <> 'special'")
+    }
+    frame["class"] = frame["token_id"].map(classes)
+    frames = by_group(frame)
+    rows = table(by_own, "FROM groups")
+    of_classes = table(by_own, "FROM group_classes")
+    assert len(rows) == len(frames) * len(LAYERS)
+    for row in rows:
+        part, k = frames[row["group"]], row["layer"]
+        strengths = part[f"strength_{k}"]
+        high = strengths >= np.quantile(strengths, 0.75, method="inverted_cdf")
+        assert part[f"high_own_{k}"].tolist() == high.tolist()
+        assert row["n_high_own"] == high.sum()
+        here = {r["class"]: r for r in of_classes if (r["group"], r["layer"]) == (row["group"], k)}
+        for name, n_high in high.groupby(part["class"]).sum().items():
+            found = here.pop(name)
+            assert found["n_high_own"] == n_high
+            assert found["share_high_own"] == n_high / found["n"]
+            assert (
+                found["share_high_own_low"] <= n_high / found["n"] <= found["share_high_own_high"]
+            )
+        assert not here
+    types = manifest.read_table(manifest.find_run(by_own), "group_types").to_pylist()
+    counts = {(r["layer"], r["group"], r["token_id"]): r["n_high_own"] for r in types}
+    expected = frame.groupby(["group", "token_id"], dropna=False)["high_own_1"].sum()
+    assert {key[1:]: n for key, n in counts.items() if key[0] == 1} == {
+        (None if pd.isna(group) else group, token_id): n
+        for (group, token_id), n in expected.items()
+    }
+
+
+def test_all_else_stays_corpus_wide_and_the_same(
+    nights: tuple[RunConfig, str, str], by_own: str
+) -> None:
+    whole, own = (manifest.find_run(uri) for uri in (nights[2], by_own))
+    for name in whole.info["tables"]:
+        if name in ("plan", "shards"):
+            continue
+        before, now = (manifest.read_table(run, name) for run in (whole, own))
+        added = [column for column in now.column_names if column not in before.column_names]
+        assert now.drop_columns(added).equals(before), name
+        assert all("_own" in column for column in added)
+    ask = "SELECT high_1, high_2, quartile_1, strength_2 FROM tokens ORDER BY doc, position"
+    assert table(by_own, ask) == table(nights[2], ask)
+
+
+def test_verify_proves_labels_by_group_however_the_scan_is_cut(
+    by_own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
+    monkeypatch.setattr(screen, "READ_BYTES", 1)
+    monkeypatch.setattr(groups, "DENSE_COUNTS", 1)
+    found = verify.verify_store(by_own)
+    assert not found.findings and not found.unproved and found.num_runs == 1
+
+
+def test_drift_of_groups_goes_by_their_own_q3_if_both_runs_have_it(
+    nights: tuple[RunConfig, str, str], by_own: str
+) -> None:
+    note = "In groups, HIGH goes by the corpus-wide Q3: A has no labels by the groups' own"
+    mixed = compare.compare(nights[1], by_own)
+    assert any(text.startswith(note) for text in mixed.notes)
+    assert mixed.groups.movers.equals(compare.compare(nights[1], nights[2]).groups.movers)
+    same = compare.compare(by_own, by_own)
+    assert any("each labels by its own Q3" in text for text in same.notes)
+    of_classes = {
+        (r["layer"], r["group"], r["class"]): r for r in table(by_own, "FROM group_classes")
+    }
+    for row in same.groups.classes.to_pylist():
+        expected = of_classes[row["layer"], row["group"], row["class"]]
+        assert row["n_high_a"] == row["n_high_b"] == expected["n_high_own"]
+    of_groups = {(r["layer"], r["group"]): r for r in table(by_own, "FROM groups")}
+    for row in same.groups.drift.to_pylist():
+        expected = of_groups[row["layer"], row["group"]]
+        assert row["share_high_a"] == expected["n_high_own"] / expected["n"]
+
+
+def test_labels_by_group_need_groups(nights: tuple[RunConfig, str, str]) -> None:
+    with pytest.raises(ConfigError, match="thresholds_by is group, but group_by is not given"):
+        replace(nights[0], group_by=None, thresholds_by="group")
+
+
+VALUES: dict[str, pa.Array] = {
+    "string": pa.array(["a", "b", None, OTHERS, "it's", ""]),
+    "int64": pa.array([1, -2, None, 3]),
+    "double": pa.array([0.0, -0.0, None, 1e20, 0.1]),
+    "bool": pa.array([True, False, None]),
+    "date": pa.array([date(2026, 11, 2), None, date.min]),
+    "timestamp": pa.array([datetime(2026, 11, 2, 3, 4, 5, 7), None, datetime.max], kept.KINDS["timestamp"]),
+}  # fmt: skip
+FILES = pa.array(["s/lang=de/a", "s/lang=en/a", "s/lang=en/b", "s/rest/a"]).dictionary_encode()
+
+
+@pytest.mark.parametrize("most", [100, 1])
+@pytest.mark.parametrize("by", [*VALUES, "lang", "source"])
+def test_sql_finds_the_group_that_the_reduce_counted_a_document_in(by: str, most: int) -> None:
+    """Values of each type, keys of the path and files; with more groups than may have names."""
+    column = VALUES.get(by, FILES)
+    name = by if by not in VALUES else "c"
+    documents = pa.table(
+        {"doc": range(len(column)), "source": FILES.take(pa.array([0] * len(column)))}
+        if by in VALUES
+        else {"doc": range(len(column)), "source": FILES}
+    )
+    if by in VALUES:
+        documents = documents.append_column("c", column)
+    uris = FILES.to_pylist()
+    grouping = groups.Grouping(name, by in VALUES, Sources.of(uris))
+    distinct = [n for n in grouping.values(documents).unique().to_pylist() if n is not None]
+    names = [*distinct[:most], *([OTHERS] if len(distinct) > most else []), None]
+    grouping = grouping._replace(names=tuple(dict.fromkeys(names)))
+    expected = [grouping.names[at] for at in grouping.index_of(documents)]
+    folder = manifest.RunFolder("s/runs/r", "s", "r", {
+        "config": {"group_by": name, "keep_columns": f"c:{by}" if by in VALUES else None},
+        "layers": [1], "tables": ["groups"],
+    })  # fmt: skip
+    numbers = [float(at) for at in range(len(grouping.names))]
+    small = {
+        "groups": pa.table({"layer": [1] * len(numbers), "group": grouping.names, "q3": numbers}),
+        "files": pa.table({"source": uris, "is_skipped": [False] * len(uris)}),
+    }
+    with duckdb.connect() as connection:
+        connection.execute("CREATE SCHEMA internal")
+        for title, made in own_labels.own_tables(folder, small).items():
+            connection.register("made", made)
+            connection.execute(f"CREATE TABLE {title} AS FROM made")
+        connection.register("rows", documents)
+        found = connection.sql(
+            f"FROM {own_labels.own_q3(folder, 'rows', [1])} ORDER BY doc"
+        ).fetchall()
+    assert [grouping.names[int(q3)] for _, q3 in found] == expected
+    assert len(set(expected)) > 1
