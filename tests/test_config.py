@@ -37,6 +37,8 @@ COUNTS = st.integers(1024, 2**40)
 
 
 def _values(name: str) -> st.SearchStrategy[Any]:
+    if name == "thresholds_by":
+        return st.just("run")  # group wants group_by
     if name in CHOICES:
         return st.sampled_from(CHOICES[name])
     if name == "corpus":
@@ -53,8 +55,6 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.from_regex(SERIES, fullmatch=True)
     if name == "workers_per_gpu":
         return st.integers(1, MOST_WORKERS_PER_GPU)
-    if name == "thresholds_by":
-        return st.just("run")  # group wants group_by
     if name == "top_neurons":
         return st.just(8)  # others want the signal
     if name == "allow_quarantined":
