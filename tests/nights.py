@@ -125,7 +125,7 @@ class Nights:
     @property
     def said(self) -> dict[str, Any]:
         body = json.loads((self.folder / "out" / "audit.json").read_text("utf-8"))
-        assert body["schema_version"] == 2
+        assert body["schema_version"] == 3
         return dict(body)
 
 

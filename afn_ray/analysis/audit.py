@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
-from afn_ray.analysis import baselines, verdict
+from afn_ray.analysis import baselines, parts, verdict
 from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.nights import Night, choose_partition
 from afn_ray.analysis.policy import Policy, check_kind
-from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, Evidence, Rule
+from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule
 from afn_ray.config import RunConfig
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
@@ -24,7 +25,7 @@ from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
 PAGE = "report.html"
-JSON_VERSION = 2
+JSON_VERSION = 3
 """Version of audit.json's layout; raised when an entry goes or changes its meaning."""
 ANSWERS = {HELD: "the policy holds", BROKEN: "the policy is broken", NOT_JUDGED: "not judged"}
 """Words for each state in the last line of the output."""
@@ -68,7 +69,7 @@ class Audit:
     @property
     def num_unjudged(self) -> int:
         """Number of limits that were not judged."""
-        return sum(rule.passed is None for rule in self.rules)
+        return sum(rule.state == NOT_JUDGED for rule in self.rules)
 
     @property
     def reason(self) -> str | None:
@@ -147,7 +148,8 @@ def _judge(policy: Policy, run: RunFolder, baseline: Baseline, night: Night) -> 
     comparison = None if before is None else compare.compare(before, run)
     with checksums.named_damage(run.uri):
         sources = _sources_of(run, before)
-        evidence = Evidence(run, losses.of_run(run), sources, comparison, baseline)
+        layer = verdict.judged_layer(policy, run, comparison)
+        evidence = Evidence(run, losses.of_run(run), sources, comparison, baseline, layer)
         rules = tuple(verdict.judge(policy, evidence))
         notes = tuple(_notes(policy, evidence, night))
     state = verdict.state_of(rules, policy.unjudged, excused)
@@ -156,8 +158,8 @@ def _judge(policy: Policy, run: RunFolder, baseline: Baseline, night: Night) -> 
 
 def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
     """Facts that a reader of the verdict needs."""
-    run, baseline, comparison = evidence.run, evidence.baseline, evidence.comparison
-    if (labels_of := run.info["config"].get("thresholds")) is not None:
+    baseline, comparison = evidence.baseline, evidence.comparison
+    if (labels_of := evidence.run.info["config"].get("thresholds")) is not None:
         yield f"HIGH is decided by the thresholds of {labels_of}."
     if baseline.median_of:
         yield (
@@ -169,8 +171,7 @@ def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
     if comparison is None:
         return
     yield from comparison.notes
-    if policy.source_limits:
-        yield from verdict.unjudged_sources(policy, run, comparison, evidence.sources)
+    yield from parts.notes(policy, evidence)
 
 
 def _sources_of(run: RunFolder, before: RunFolder | None) -> frozenset[str]:
@@ -192,7 +193,6 @@ def _sources_of(run: RunFolder, before: RunFolder | None) -> frozenset[str]:
 
 def to_json(found: Audit) -> dict[str, Any]:
     """The verdict as plain values, the same for the same runs and policy."""
-    rules = [asdict(rule) | {"state": rule.state} for rule in found.rules]
     median_of = [compare.describe(run) for run in found.held_against.median_of]
     return {
         "schema_version": JSON_VERSION,
@@ -202,7 +202,7 @@ def to_json(found: Audit) -> dict[str, Any]:
         "series": found.series,
         "window": found.window,
         "partition": None if found.partition is None else found.partition.isoformat(),
-        "rules": rules,
+        "rules": [verdict.to_json(rule) for rule in found.rules],
         "run": compare.describe(found.run),
         "baseline": None if found.baseline is None else compare.describe(found.baseline),
         "median_of": median_of,
@@ -234,7 +234,7 @@ def write_json(found: Audit, folder: str) -> str:
 def lines(found: Audit) -> Iterator[str]:
     """The verdict as lines of text: limits, notes, what was not judged and why, the answer."""
     for rule in in_order(found.rules):
-        state = {HELD: "holds", BROKEN: "BROKEN", NOT_JUDGED: NOT_JUDGED}[rule.state]
+        state = {HELD: "holds", WARNED: "WARNS", BROKEN: "BROKEN"}.get(rule.state, rule.state)
         where = f" ({rule.where})" if rule.where is not None else ""
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
         yield f"{state:<11}{rule.key:<24}{value:>12} {limit}{where}"
@@ -246,15 +246,21 @@ def lines(found: Audit) -> Iterator[str]:
 
 
 def in_order(rules: tuple[Rule, ...]) -> list[Rule]:
-    """``rules`` by state: first those that were not judged, then broken ones, then the others."""
-    states = (NOT_JUDGED, BROKEN, HELD)
+    """``rules`` by state: those that were not judged, broken ones, warnings, then the others."""
+    states = (NOT_JUDGED, BROKEN, WARNED, HELD)
     return sorted(rules, key=lambda rule: states.index(rule.state))
 
 
 def answer(found: Audit) -> str:
-    """The state of the night in words."""
+    """The state of the night in words, with the number of warnings."""
+    num_warned = sum(rule.state == WARNED for rule in found.rules)
+    warnings = f"; {count(num_warned, 'warning')}" if num_warned else ""
+    return _state_text(found) + warnings
+
+
+def _state_text(found: Audit) -> str:
     num_rules = count(len(found.rules), "limit")
-    num_broken = sum(rule.passed is False for rule in found.rules)
+    num_broken = sum(rule.state == BROKEN for rule in found.rules)
     num_judged = len(found.rules) - found.num_unjudged
     unjudged = f"{found.num_unjudged} of {num_rules} could not be judged"
     text = ANSWERS[found.state]

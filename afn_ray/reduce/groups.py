@@ -82,6 +82,11 @@ class Grouping(NamedTuple):
         return self.sources.name_of(uri) if self.by == BY_SOURCE else partition_of(uri, self.by)
 
 
+def group_name(group: str | None) -> str:
+    """Name of a group for people."""
+    return "(no value)" if group is None else group
+
+
 def partition_of(uri: str, key: str) -> str | None:
     """Value of the partition ``key`` in the folders of ``uri``, as in ``lang=de``; None without."""
     found = re.findall(rf"(?<=/){re.escape(key)}=([^/]*)(?=/)", uri)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from afn_ray.reduce import compare
+from afn_ray.reduce.groups import group_name
 from afn_ray.show.figures import figure
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.text import count, printable
@@ -61,11 +62,6 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
     console.print(
         Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True
     )
-
-
-def group_name(group: str | None) -> str:
-    """Name of a group for people."""
-    return "(no value)" if group is None else group
 
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:

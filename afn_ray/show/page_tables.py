@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.group_drift import GroupDrift
-from afn_ray.show.comparison_tables import group_name
+from afn_ray.reduce.groups import group_name
 from afn_ray.show.figures import cut, number, percent
 from afn_ray.show.summary import RunSummary
 from afn_ray.store import manifest

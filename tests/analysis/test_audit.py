@@ -23,23 +23,28 @@ import pyarrow.parquet as pq
 import pytest
 
 import afn_ray
-from afn_ray.analysis import audit, baselines, notify, verdict, verify
+from afn_ray.analysis import audit, baselines, notify, parts, verdict, verify
 from afn_ray.analysis.baselines import Baseline
-from afn_ray.analysis.policy import (
+from afn_ray.analysis.evidence import Evidence
+from afn_ray.analysis.limits import (
     DRIFT_LIMITS,
-    OPTIONS,
+    GROUP_LIMITS,
+    PART_LIMITS,
     RUN_LIMITS,
     SOURCE_LIMITS,
-    Policy,
-    read_policy,
+    WHOLE_LIMITS,
+    Limit,
 )
-from afn_ray.analysis.verdict import Evidence, Rule
+from afn_ray.analysis.policy import OPTIONS, Policy, read_policy
+from afn_ray.analysis.verdict import Rule
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.reduce import compare
 from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.group_drift import NO_GROUPS, GroupDrift
+from afn_ray.reduce.groups import OTHERS
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job
-from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, GROUP_DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.show import report
 from afn_ray.store import label_thresholds, manifest, storage
 from afn_ray.store.manifest import RunFolder
@@ -67,9 +72,9 @@ def test_limits_are_numbers_and_shares_may_be_given_in_percent(tmp_path: Path) -
         'psi = 0.1\nq3_shift = "2%"\nq1_shift = "0.5 %"\nlayer = 8\nmax_new_types = 5\n'
         "[source]\nks = 1\nmin_tokens = 50\n",
     )
-    assert found == Policy(
-        {"psi": 0.1, "q3_shift": 0.02, "q1_shift": 0.005, "max_new_types": 5}, {"ks": 1.0}, 8, 50
-    )
+    whole = {"psi": 0.1, "q3_shift": 0.02, "q1_shift": 0.005, "max_new_types": 5}
+    limits = [Limit(key, value) for key, value in whole.items()]
+    assert found == Policy((*limits, Limit("ks", 1.0, of="source")), 8, {"source": 50})
 
 
 def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean(
@@ -115,6 +120,16 @@ def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean
         ('psi = 1\nwindow = "new"\nbaseline = "week"', "expected previous or weekday, or a median"),
         ('psi = 1\nwindow = "new"\nbaseline = "median:1"', "of 2 to 999 nights, as in median:7"),
         ("quarantined_documents = 1.5", 'a share is at most 1; is it "1.5%"?'),
+        ("psi = {}", "psi is {}; expected a number, or one or both of {warn = ..., fail = ...}"),
+        ("psi = {low = 1}", "expected a number, or one or both of {warn = ..., fail = ...}"),
+        ("psi = {warn = 'x'}", "psi.warn is 'x'; expected a number"),
+        ("psi = {warn = 0.1, fail = 0.1}", "psi warns at 0.1 and fails at 0.1"),
+        ("min_tokens_ratio = {warn = 0.8, fail = 0.9}", "expected warn above fail"),
+        ("max_new_types = {warn = 0.5}", "max_new_types.warn is 0.5; expected a whole number"),
+        ("group = 3", "group is 3; expected a table, [group]"),
+        ("[group.lang]\nmax_new_types = 3", "no such [group] key: max_new_types; there are:"),
+        ("[group]\nks = 1\n[group.lang]\nks = 1", "a run is grouped by one key"),
+        ("[group.lang]\nks = 1\n[group.dt]\nks = 1", "a run is grouped by one key"),
         ("[source]\nks = 2", 'source.ks is 2, and a share is at most 1; is it "2%"?'),
     ],
 )
@@ -122,6 +137,20 @@ def test_what_is_no_policy_is_refused(text: str, message: str, tmp_path: Path) -
     with pytest.raises(ConfigError) as caught:
         policy_of(tmp_path, text)
     assert message in str(caught.value)
+
+
+def test_a_limit_has_two_levels_in_every_table(tmp_path: Path) -> None:
+    found = policy_of(
+        tmp_path,
+        'psi = {warn = "5%", fail = 0.1}\nks = {warn = 0.1}\n[source]\nks = {fail = 0.2}\n'
+        "[group.lang]\nmin_tokens_ratio = {warn = 0.9, fail = 0.5}\nmin_tokens = 7\n",
+    )
+    ratio = Limit("min_tokens_ratio", 0.5, 0.9, "group")
+    of_source = Limit("ks", 0.2, None, "source")
+    assert found.limits == (Limit("psi", 0.1, 0.05), Limit("ks", None, 0.1), of_source, ratio)
+    assert found.group_by == "lang" and found.least_tokens("group") == 7
+    any_key = policy_of(tmp_path, "[group]\npsi = {warn = 0.1}\n")
+    assert any_key.limits == (Limit("psi", None, 0.1, "group"),) and any_key.group_by is None
 
 
 def test_a_policy_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -147,9 +176,9 @@ def run_of(**changes: Any) -> RunFolder:
         "layers": [0, 2],
         "counts": counts,
         "quarantined": [{}],
-        "tables": {"sources": {}},
+        "tables": {"sources": {}, "groups": {}},
         "measure": {"id": "m"},
-        "config": {"corpus": ["c"]},
+        "config": {"corpus": ["c"], "group_by": "lang"},
         "model": {"name": "x"},
         "created_at": "",
         "finished_at": "",
@@ -172,6 +201,11 @@ def drift_row(
         )
         row |= {f"{q}_{r}": 4.0 for q in ("q1", "q2", "q3") for r in "ab"}
     return row | values
+
+
+def group_row(layer: int, group: str | None, n_a: int, n_b: int, **values: float) -> dict[str, Any]:
+    row = drift_row(layer, group, n_a, n_b, **values)
+    return {"group": row.pop("source"), **row}
 
 
 COMPARED = Comparison(
@@ -247,6 +281,21 @@ COMPARED = Comparison(
         MOVERS_SCHEMA,
     ),
     ("a note",),
+    GroupDrift(
+        "lang",
+        pa.Table.from_pylist(
+            [
+                group_row(0, "de", 2000, 2000, psi=0.9),
+                group_row(2, "de", 2000, 3000, psi=0.25, q3_b=6.0),
+                group_row(2, "en", 2000, 1500, ks=0.5, share_high_b=0.75),
+                group_row(2, "fi", 999, 5000, psi=9.0, js=1.0),
+                group_row(2, None, 1000, 1000, js=0.5, q1_b=8.0, q2_b=3.0),
+                group_row(2, "xx", 1000, 0),
+            ],
+            GROUP_DRIFT_SCHEMA,
+        ),
+        *NO_GROUPS[2:],
+    ),
 )
 VALUES: dict[str, tuple[float, str | None]] = {
     "quarantined_documents": (0.02, None), "quarantined_shards": (0.1, None), "empty_documents": (0.05, None),
@@ -258,6 +307,9 @@ VALUES: dict[str, tuple[float, str | None]] = {
     "source.psi": (0.25, "long"), "source.ks": (0.5, "longer"), "source.js": (0.0, "longer"),
     "source.q1_shift": (0.0, "longer"), "source.q2_shift": (0.0, "longer"), "source.q3_shift": (0.5, "long"),
     "source.share_high_shift": (0.25, "longer"), "source.min_tokens_ratio": (0.25, "cut"),
+    "group.psi": (0.25, "de"), "group.ks": (0.5, "en"), "group.js": (0.5, "(no value)"),
+    "group.q1_shift": (1.0, "(no value)"), "group.q2_shift": (0.25, "(no value)"), "group.q3_shift": (0.5, "de"),
+    "group.share_high_shift": (0.5, "en"), "group.min_tokens_ratio": (0.0, "xx"),
     "lost_bytes": (500, "a.gz (50% read)"), "lost_share": (0.25, "a.gz (50% read)"),
     "lost_documents": (86, "86 documents: a.gz (50% read)"), "replaced_characters": (8, "a.gz"),
     "replaced_share": (0.01, "a.gz"),
@@ -275,11 +327,8 @@ def one_rule(
     run: RunFolder | None = None,
     lost: Losses = LOST,
 ) -> Rule:
-    plain = key.removeprefix("source.")
-    policy = Policy(
-        {} if plain != key else {key: limit}, {plain: limit} if plain != key else {}, None, 1000
-    )
-    (rule,) = verdict.judge(policy, evidence(comparison, run, lost))
+    of, _, plain = key.rpartition(".")
+    (rule,) = verdict.judge(Policy((Limit(plain, limit, of=of),)), evidence(comparison, run, lost))
     return rule
 
 
@@ -292,7 +341,7 @@ def evidence(
     baseline = Baseline(None, "nothing is earlier")
     if comparison is not None:
         baseline = Baseline(comparison.a)
-    return Evidence(run or run_of(), lost, sources, comparison, baseline)
+    return Evidence(run or run_of(), lost, sources, comparison, baseline, 2)
 
 
 def test_every_key_is_judged() -> None:
@@ -300,6 +349,7 @@ def test_every_key_is_judged() -> None:
         *RUN_LIMITS,
         *DRIFT_LIMITS,
         *(f"source.{key}" for key in SOURCE_LIMITS),
+        *(f"group.{key}" for key in GROUP_LIMITS),
     }
     assert set(VALUES) == known
 
@@ -312,8 +362,8 @@ def test_a_limit_holds_up_to_itself_and_breaks_beyond(key: str) -> None:
     assert rule.value == pytest.approx(value)
     beyond = value + 0.001 if "min_" in key else value - 0.001
     assert one_rule(key, beyond).passed is False
-    known = SOURCE_LIMITS if key.startswith("source.") else RUN_LIMITS | DRIFT_LIMITS
-    assert rule.meaning == known[key.removeprefix("source.")]
+    of, _, plain = key.rpartition(".")
+    assert rule.limit.meaning == (PART_LIMITS[of] if of else WHOLE_LIMITS)[plain]
 
 
 @pytest.mark.parametrize("key", VALUES)
@@ -327,12 +377,14 @@ def test_without_a_baseline_only_the_run_itself_is_judged(key: str) -> None:
 
 
 def test_the_layer_of_the_policy_is_judged_and_one_that_was_not_recorded_refused() -> None:
-    (rule,) = verdict.judge(Policy({"psi": 0.5}, {}, 0, 1), evidence())
+    limits = (Limit("psi", 0.5),)
+    layer = verdict.judged_layer(Policy(limits, 0), run_of(), COMPARED)
+    (rule,) = verdict.judge(Policy(limits, 0), replace(evidence(), layer=layer))
     assert rule.value == 0.9 and rule.passed is False
     with pytest.raises(
         ConfigError, match=r"judges layer 7, which was not recorded; there are \[0, 2\]"
     ):
-        list(verdict.judge(Policy({"psi": 0.5}, {}, 7, 1), evidence(None)))
+        verdict.judged_layer(Policy(limits, 7), run_of(), None)
 
 
 def test_a_loss_of_an_unknown_number_of_documents_breaks_every_limit_of_them() -> None:
@@ -359,7 +411,8 @@ def test_the_share_of_replaced_characters_is_at_most_all_of_them() -> None:
 def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those() -> (
     None
 ):
-    policy = Policy({"max_vanished_sources": 1}, {"min_tokens_ratio": 0.25}, None, 1000)
+    of_ratio = Limit("min_tokens_ratio", 0.25, of="source")
+    policy = Policy((Limit("max_vanished_sources", 1), of_ratio))
     gone, ratio = verdict.judge(policy, evidence())
     assert (gone.value, gone.passed, ratio.value, ratio.passed) == (2, False, 0.25, True)
     for there in (
@@ -368,14 +421,13 @@ def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_go
     ):  # the run read it, and found nothing
         _, ratio = verdict.judge(policy, evidence(sources=(*SOURCES, there)))
         assert (ratio.value, ratio.where, ratio.passed) == (0, "gone too", False)
-    notes = verdict.unjudged_sources(policy, run_of(), COMPARED, SOURCES)
-    (note,) = (n for n in notes if "of the baseline" in n)
+    (note,) = (n for n in parts.notes(policy, evidence()) if "of the baseline" in n)
     assert (
         "judged nothing of 2 sources of the baseline without a token in this run: gone (1 "
         "token), gone too (" in note
     )
     assert "max_vanished_sources limits them" in note
-    small = Policy({}, {"min_tokens_ratio": 0.25}, None, 4001)  # of no source in the baseline
+    small = Policy((of_ratio,), None, {"source": 4001})  # of no source in the baseline
     (ratio,) = verdict.judge(small, evidence())
     assert ratio.passed is None
 
@@ -388,6 +440,68 @@ def test_limits_on_sources_want_a_run_with_sources_and_are_not_judged_against_on
             COMPARED, drift=COMPARED.drift.filter(pa.compute.is_null(COMPARED.drift["source"]))
         )
         assert one_rule(key, 1, whole).passed is None
+
+
+def test_limits_on_groups_want_a_run_with_groups_by_their_key() -> None:
+    with pytest.raises(ConfigError, match=r"the policy limits groups, but run .* has none: give"):
+        one_rule("group.psi", 1, run=run_of(tables={}))
+    of_date = Policy((Limit("psi", 1, of="group"),), group_by="dt")
+    with pytest.raises(ConfigError, match=r"limits groups by dt, but .* grouped by lang: name the"):
+        list(verdict.judge(of_date, evidence()))
+    (rule,) = verdict.judge(replace(of_date, group_by="lang"), evidence())
+    assert (rule.key, rule.where, rule.state) == ("group.psi", "de", "held")
+    rule = one_rule("group.psi", 1, replace(COMPARED, groups=NO_GROUPS))
+    assert rule.reason == "the baseline is not grouped by the same key"
+    small = replace(of_date, group_by=None, min_tokens={"group": 4001})
+    (rule,) = verdict.judge(small, evidence())
+    assert rule.reason == "no group has 4,001 tokens in both runs"
+    said = list(parts.notes(small, evidence()))
+    assert said == [
+        "[group] judged nothing of 1 group of the baseline without a token in this run: xx (1,000 "
+        "tokens); min_tokens_ratio in [group] limits them.",
+        "[group] judged nothing of 4 groups under min_tokens, 4,001.",
+    ]
+
+
+def test_a_group_that_may_be_among_the_others_has_not_vanished() -> None:
+    others = pa.Table.from_pylist([group_row(2, OTHERS, 2000, 2000)], GROUP_DRIFT_SCHEMA)
+    drift = pa.concat_tables([COMPARED.groups.drift, others])
+    found = replace(COMPARED, groups=COMPARED.groups._replace(drift=drift))
+    rule = one_rule("group.min_tokens_ratio", 0.5, found)
+    assert (rule.value, rule.where) == (0.75, "en")
+
+
+@pytest.mark.parametrize(
+    ("limit", "state"),
+    [
+        (Limit("psi", 0.125, 0.1), "warned"),  # the value is 0.125
+        (Limit("psi", 0.1, 0.05), "broken"),
+        (Limit("psi", 0.2, 0.125), "held"),
+        (Limit("psi", None, 0.1), "warned"),
+        (Limit("min_tokens_ratio", 1.2, 1.3), "warned"),  # 1.25
+    ],
+)
+def test_a_warning_is_told_and_does_not_break_the_night(limit: Limit, state: str) -> None:
+    rules = tuple(verdict.judge(Policy((Limit("ks", 1), limit, Limit("js", 0.1))), evidence()))
+    assert [rule.state for rule in rules] == ["held", state, "broken"]
+    assert verdict.state_of(rules[:2], None, None) == ("broken" if state == "broken" else "held")
+    found = audit.Audit("broken", rules, run_of(), Baseline(None), None, LOST, ())
+    said = [line.split()[:2] for line in audit.lines(found)]
+    words = {"held": "holds", "warned": "WARNS", "broken": "BROKEN"}
+    assert ["BROKEN", "js"] in said[:2] and [words[state], limit.key] in said[:3]
+    if state == "warned":
+        assert said[:3] == [["BROKEN", "js"], ["WARNS", limit.key], ["holds", "ks"]]
+        assert audit.answer(found) == "the policy is broken: 1 limit of 3; 1 warning"
+        assert "warn" in list(audit.lines(found))[1]
+    of_json = audit.to_json(found)["rules"][1]
+    assert (of_json["limit"], of_json["warn"]) == (limit.fail, limit.warn)
+    assert (of_json["state"], of_json["passed"]) == (state, state != "broken")
+
+
+def test_a_warning_that_could_not_be_judged_leaves_the_night_judged() -> None:
+    (rule,) = verdict.judge(Policy((Limit("psi", None, 0.1),)), evidence(None))
+    assert rule.state == "not judged" and verdict.state_of([rule], None, None) == "held"
+    assert verdict.state_of([rule], "fail", None) == "held"
 
 
 def test_what_has_nothing_to_be_held_against_is_not_judged_and_says_why() -> None:
@@ -411,7 +525,8 @@ def test_what_has_nothing_to_be_held_against_is_not_judged_and_says_why() -> Non
     for key, reason in expected.items():
         rule = one_rule(key, 0, nothing)
         assert (rule.state, rule.value, rule.reason) == ("not judged", None, reason), key
-    small = Policy({}, {"ks": 1, "min_tokens_ratio": 0.1}, None, 4001)
+    limits = [Limit(key, 0.1, of="source") for key in ("ks", "min_tokens_ratio")]
+    small = Policy(tuple(limits), None, {"source": 4001})
     of_ks, of_ratio = verdict.judge(small, evidence())
     assert of_ks.reason == "no source has 4,001 tokens in both runs"
     assert of_ratio.reason == "no source that was read has 4,001 tokens in the baseline"
