@@ -7,7 +7,7 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 from afn_ray import kept
 from afn_ray.corpus_values import ReadOptions
@@ -46,6 +46,92 @@ MOST_WORKERS_PER_GPU = 48
 """Largest ``workers_per_gpu``: the processes that NVIDIA's MPS serves on one GPU."""
 MOST_QUARANTINED = 5_000
 """Largest ``allow_quarantined``, in shards: run.json lists every missing shard."""
+
+
+class Form(NamedTuple):
+    """Form of a text."""
+
+    pattern: re.Pattern[str]
+    expected: str  # the form in words
+
+
+class Need(NamedTuple):
+    """A key whose value, if it is not the default, needs another key."""
+
+    key: str
+    other: str
+    rule: dict[str, Any]  # what ``other`` must be: ``pattern``, ``minimum``; empty: given
+    message: str
+
+    def is_met_by(self, value: Any) -> bool:
+        """Whether ``value`` of ``other`` is as needed."""
+        if value is None:
+            return False
+        if "pattern" in self.rule:
+            return re.search(self.rule["pattern"], value) is not None
+        return "minimum" not in self.rule or bool(value >= self.rule["minimum"])
+
+
+# ``analysis.json_schema`` describes run.toml by the following tables.
+NOT_EMPTY = {
+    "corpus": "name at least one file, folder or glob",
+    "model": "it must be given",
+    "store": "it must be given",
+    "text_column": "it must be given",
+    "language": "it must be given",
+    "thresholds": "name a run or a store, or leave it out",
+    "labels": "name the column that holds the tags, or leave it out",
+    "keep_columns": "name a column, or leave it out",
+}
+"""Keys whose text must not be empty, and what to do about one that is."""
+FORMS = {
+    "series": Form(
+        SERIES,
+        "1 to 100 letters, digits, dots, hyphens or underscores, the first a letter or a digit",
+    ),
+    "group_by": Form(
+        kept.NAME,
+        "source, one of keep_columns, or a key of the path: letters, digits, _ and -, at most 63",
+    ),
+}
+"""Forms of texts, by key."""
+LEAST = {
+    "window_tokens": 8, "overlap_tokens": 0, "workers": 1, "workers_per_gpu": 1, "batch_tokens": 16,
+    "tokenizer_workers": 0, "allow_quarantined": 0, "screen": 0, "top_neurons": 1, "shard_bytes": 1024,
+    "max_document_bytes": 1,
+}  # fmt: skip
+"""Smallest values of whole numbers, by key."""
+MOST = {
+    "top_neurons": MOST_TOP_NEURONS, "workers_per_gpu": MOST_WORKERS_PER_GPU,
+    "allow_quarantined": MOST_QUARANTINED,
+}  # fmt: skip
+"""Largest values of whole numbers, by key."""
+ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
+"""Values that numbers must exceed, by key; none is infinite."""
+HAS_NEURONS = {"pattern": r"(^|,)\s*neurons\s*(,|$)"}
+NEEDS = (
+    Need(
+        "top_neurons", "signals", HAS_NEURONS,
+        "signals does not have neurons: add it, or leave top_neurons out",
+    ),
+    Need(
+        "neurons_of", "signals", HAS_NEURONS,
+        "signals does not have neurons: add it, or leave neurons_of out",
+    ),
+    Need(
+        "neurons_of", "thresholds", {},
+        "what is HIGH is known before the corpus is measured only by thresholds: name the run whose "
+        "thresholds say it",
+    ),
+    Need(
+        "thresholds_by", "group_by", {}, "group_by is not given: name what makes the groups",
+    ),
+    Need(
+        "group_by", "screen", {"minimum": 1},
+        "screen is 0, and groups come from the scan that screen asks for: give screen another number",
+    ),
+)  # fmt: skip
+"""Keys that need others."""
 ANY_DEPTH = 10_000
 """Depth assumed while the model is unknown, in blocks; no model is deeper."""
 
@@ -212,116 +298,28 @@ class RunConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check_type(f.name, getattr(self, f.name))
-        if not self.corpus or not all(self.corpus):
-            raise ConfigError("corpus is empty; name at least one file, folder or glob")
-        for name in ("model", "store", "text_column", "language"):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; it must be given")
-        if self.thresholds == "":
-            raise ConfigError("thresholds is empty; name a run or a store, or leave it out")
-        if self.top_neurons != TOP_NEURONS and "neurons" not in signal_names(self.signals):
-            raise ConfigError(
-                f"top_neurons is {self.top_neurons}, but signals does not have neurons: add it, or "
-                "leave top_neurons out"
-            )
-        if self.neurons_of == "high" and "neurons" not in signal_names(self.signals):
-            raise ConfigError(
-                "neurons_of is high, but signals does not have neurons: add it, or leave "
-                "neurons_of out"
-            )
-        if self.neurons_of == "high" and self.thresholds is None:
-            raise ConfigError(
-                "neurons_of is high, but what is HIGH is known before the corpus is measured only "
-                "by thresholds: name the run whose thresholds say it"
-            )
-        if self.top_neurons > MOST_TOP_NEURONS:
-            raise ConfigError(
-                f"top_neurons is {self.top_neurons}; expected at most {MOST_TOP_NEURONS}"
-            )
-        if self.series is not None and not SERIES.fullmatch(self.series):
-            raise ConfigError(
-                f"series is {self.series!r}; expected 1 to 100 letters, digits, dots, hyphens or "
-                "underscores, the first a letter or a digit"
-            )
-        if self.labels == "":
-            raise ConfigError(
-                "labels is empty; name the column that holds the tags, or leave it out"
-            )
-        self._check_kept()
-        self._check_group_by()
+        for name in HINTS:
+            _check_value(name, getattr(self, name))
         if (num_bytes := len(json.dumps(self.corpus))) > MOST_CORPUS_BYTES:
             raise ConfigError(
                 f"corpus names {len(self.corpus):,} places in {num_bytes:,} bytes; expected at "
                 f"most {MOST_CORPUS_BYTES:,}: name folders or globs that hold the files"
             )
-        if self.allow_quarantined > MOST_QUARANTINED:
-            raise ConfigError(
-                f"allow_quarantined is {self.allow_quarantined}; expected at most "
-                f"{MOST_QUARANTINED}"
-            )
-        if self.workers_per_gpu > MOST_WORKERS_PER_GPU:
-            raise ConfigError(
-                f"workers_per_gpu is {self.workers_per_gpu}; expected at most "
-                f"{MOST_WORKERS_PER_GPU}"
-            )
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
-                )
-        for name, least in (
-            ("window_tokens", 8),
-            ("workers", 1),
-            ("workers_per_gpu", 1),
-            ("batch_tokens", 16),
-            ("tokenizer_workers", 0),
-            ("allow_quarantined", 0),
-            ("screen", 0),
-            ("top_neurons", 1),
-            ("shard_bytes", 1024),
-            ("max_document_bytes", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; expected at least {least}")
-        if self.overlap_tokens is not None and self.overlap_tokens < 0:
-            raise ConfigError(f"overlap_tokens is {self.overlap_tokens}; expected 0 or more")
-        for name, seconds in (("wait_s", self.wait_s), ("shard_deadline_s", self.shard_deadline_s)):
-            if seconds is not None and not 0 < seconds <= sys.float_info.max:
-                raise ConfigError(f"{name} is {seconds}; expected more than 0 seconds")
-        if not 1 < self.sink_factor <= sys.float_info.max:
-            raise ConfigError(f"sink_factor is {self.sink_factor}; expected a number over 1")
         # 10 and 10.0 describe the same run.
         object.__setattr__(self, "sink_factor", float(self.sink_factor))
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
+        self._check_kept()
+        for need in NEEDS:
+            is_default = getattr(self, need.key) == DEFAULTS[need.key]
+            if not is_default and not need.is_met_by(getattr(self, need.other)):
+                raise ConfigError(f"{need.key} is {getattr(self, need.key)!r}, but {need.message}")
         # This checks the form alone; the depth is checked once the model is known.
         resolve_layers(self.layers, ANY_DEPTH)
-
-    def _check_group_by(self) -> None:
-        """Raise ``ConfigError`` for a grouping that no run can have."""
-        if self.group_by is None:
-            if self.thresholds_by == "group":
-                raise ConfigError(
-                    "thresholds_by is group, but group_by is not given: name what makes the groups"
-                )
-            return
-        if not kept.NAME.fullmatch(self.group_by):
-            raise ConfigError(
-                f"group_by is {self.group_by!r}; expected source, one of keep_columns, or a key of "
-                "the path: letters, digits, _ and -, at most 63"
-            )
-        if not self.screen:
-            raise ConfigError(
-                f"group_by is {self.group_by!r}, but screen is 0, and groups come from the scan "
-                "that screen asks for: give screen another number"
-            )
 
     def _check_kept(self) -> None:
         """Raise ``ConfigError`` for kept columns that cannot be; write them in canonical form."""
         if self.keep_columns is None:
             return
-        if not self.keep_columns.strip():
-            raise ConfigError("keep_columns is empty; name a column, or leave it out")
         columns = kept.parse(self.keep_columns)
         if self.text_column in [column.name for column in columns]:
             raise ConfigError(
@@ -346,6 +344,33 @@ class RunConfig:
 
 HINTS: dict[str, Any] = get_type_hints(RunConfig)
 """Type of each field of ``RunConfig``."""
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(RunConfig)}
+"""Default of each field of ``RunConfig``; ``MISSING`` for those that must be given."""
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raise ``ConfigError`` if the tables of values do not allow ``value`` for the key ``name``."""
+    if value is None:
+        return
+    if name in NOT_EMPTY:
+        texts = value if name == "corpus" else [value]
+        if not texts or not all(texts):
+            raise ConfigError(f"{name} is empty; {NOT_EMPTY[name]}")
+    expected = None
+    if name in CHOICES and value not in CHOICES[name]:
+        expected = f"one of {', '.join(CHOICES[name])}"
+    elif name in FORMS and not FORMS[name].pattern.fullmatch(value):
+        expected = FORMS[name].expected
+    elif name in LEAST and value < LEAST[name]:
+        expected = f"at least {LEAST[name]}"
+    elif name in MOST and value > MOST[name]:
+        expected = f"at most {MOST[name]}"
+    elif name in ABOVE and not ABOVE[name] < value <= sys.float_info.max:
+        expected = f"a number over {ABOVE[name]}"
+    if expected is not None:
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
 
 
 def _check_type(name: str, value: object) -> None:

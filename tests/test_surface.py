@@ -92,6 +92,7 @@ def test_command_line() -> None:
     [
         [],
         ["run"],
+        ["schema"],
         ["status"],
         ["show"],
         ["compare"],

@@ -272,6 +272,12 @@ def _audit(args: argparse.Namespace) -> int:
     return VERDICTS[found.state]
 
 
+def _schema(args: argparse.Namespace) -> None:
+    from afn_ray.analysis import json_schema
+
+    print(json.dumps(json_schema.SCHEMAS[args.of](), indent=1))
+
+
 def _notifications(args: argparse.Namespace) -> list[Callable[[Audit, str], str | None]]:
     """Calls that report a verdict, given it and the URI of audit.json; each returns what failed.
 
@@ -436,6 +442,7 @@ COMMANDS: Calls = {
     "claims": questions.call_claims,
     "neurons": questions.call_neurons,
     "audit": _audit,
+    "schema": _schema,
     "sql": questions.call_sql,
     "explain": questions.call_explain,
     "report": questions.call_report,

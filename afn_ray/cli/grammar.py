@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from afn_ray import __version__, bench
+from afn_ray.analysis import json_schema
 from afn_ray.cli import arguments, questions
 from afn_ray.cli.arguments import EPILOG, Commands, help_of, positive
 from afn_ray.config import CHOICES, HINTS, RunConfig
@@ -68,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     questions.add_claims(commands)
     questions.add_neurons(commands)
     _add_audit(commands)
+    _add_schema(commands)
     questions.add_sql(commands)
     questions.add_explain(commands)
     questions.add_report(commands)
@@ -262,6 +264,17 @@ def _add_audit(commands: Commands) -> None:
         "AFN_AUDIT_JSON names audit.json",
     )
     arguments.add_quiet(audit)
+
+
+def _add_schema(commands: Commands) -> None:
+    schema = commands.add_parser(
+        "schema",
+        help="print the JSON Schema of run.toml, so that editors complete and check it",
+        epilog=EPILOG,
+        description="Prints a JSON Schema (draft 2020-12). A TOML file names it in its first line: "
+        "#:schema ./run.schema.json",
+    )
+    schema.add_argument("of", choices=list(json_schema.SCHEMAS), help="what the schema describes")
 
 
 # --- keeping a store

@@ -1,0 +1,130 @@
+"""The published schemas and the parsers take and refuse the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from afn_ray.analysis import json_schema
+from afn_ray.cli import commands
+from afn_ray.config import CHOICES, DEFAULTS, NEEDS, RunConfig
+from afn_ray.errors import ConfigError
+from afn_ray.store.settings import config_from
+
+NEEDED = {"corpus": "a.txt", "model": "m", "store": "s"}
+VALUES: list[Any] = [
+    "", " ", "x", "a b", "1st", "all", "8", "2/3", "0,4,8", "-5", "0.5,", "strength,shift", "neurons",
+    "year:int64", "x:y", "x:", "é", "a" * 64, True, False, 0, 1, -1, 7, 8, 15, 16, 48, 49, 257, 1023, 1024,
+    5001, 10**12, 0.5, 1.5, -0.5, float("inf"), [], ["a"], [""], [1], ["a", "b"], {"a": 1},
+    *(choice for choices in CHOICES.values() for choice in choices),
+]  # fmt: skip
+ONLY_THE_PARSER_KNOWS = {
+    "layers": ["-5"],
+    "keep_columns": [
+        " ",
+        "a b",
+        "1st",
+        "8",
+        "2/3",
+        "0,4,8",
+        "-5",
+        "0.5,",
+        "x:y",
+        "a" * 64,
+        "file",
+        "text",
+    ],
+}
+"""Values that a schema of one key cannot refuse: names that are taken, and layers of no model."""
+
+
+def toml_of(values: dict[str, Any]) -> str:
+    """TOML of plain ``values``."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{json.dumps(k)} = {text(v)}' for k, v in value.items())}}}"
+        if isinstance(value, list):
+            return f"[{', '.join(map(text, value))}]"
+        return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+
+    return "".join(f"{json.dumps(name)} = {text(value)}\n" for name, value in values.items())
+
+
+def validator_of(name: str) -> jsonschema.Draft202012Validator:
+    schema = json_schema.SCHEMAS[name]()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def refusal_of_run(values: dict[str, Any], folder: Path) -> str | None:
+    """What the parser of run.toml says against a file with ``values``; None: nothing."""
+    file = folder / "run.toml"
+    file.write_text(toml_of(values), "utf-8")
+    try:
+        config_from({}, file)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("key", [*DEFAULTS, "layer", ""])
+def test_schema_and_parser_take_the_same_values_of_each_key_of_a_run(
+    key: str, tmp_path: Path
+) -> None:
+    schema = validator_of("run")
+    taken = 0
+    for value in VALUES:
+        # With these, every other need of a key is met, and its own are tried below.
+        around = {} if key in ("signals", "thresholds", "group_by", "screen") else {
+            "signals": "neurons", "thresholds": "t", "group_by": "source", "screen": 9
+        }  # fmt: skip
+        values = {**NEEDED, **around, key: value}
+        refused = refusal_of_run(values, tmp_path)
+        is_loose = value in ONLY_THE_PARSER_KNOWS.get(key, [])
+        assert schema.is_valid(values) == (refused is None or is_loose), (value, refused)
+        taken += refused is None
+    assert (taken > 0) == (key in DEFAULTS)
+
+
+def test_schema_and_parser_know_what_each_key_of_a_run_needs(tmp_path: Path) -> None:
+    schema = validator_of("run")
+    others: dict[str, list[Any]] = {
+        "signals": ["neurons", "shift", "shift, neurons", "neuronsx"],
+        "thresholds": ["t"], "group_by": ["source"], "screen": [0, 1],
+        "top_neurons": [8, 9], "neurons_of": ["all", "high"], "thresholds_by": ["run", "group"],
+    }  # fmt: skip
+    assert {name for need in NEEDS for name in (need.key, need.other)} == others.keys()
+    refused = 0
+    combined: list[dict[str, Any]] = [{}]
+    for key, choices in others.items():
+        combined += [{**one, key: value} for one in combined for value in choices]
+    for some in combined[::7]:
+        values = {**NEEDED, **some}
+        error = refusal_of_run(values, tmp_path)
+        assert schema.is_valid(values) == (error is None), (values, error)
+        refused += error is not None
+    assert 0 < refused < len(combined[::7])
+    for key in NEEDED:
+        lacking = {name: value for name, value in NEEDED.items() if name != key}
+        assert not schema.is_valid(lacking) and refusal_of_run(lacking, tmp_path)
+
+
+def test_the_schema_of_a_run_tells_an_editor_each_key_with_its_meaning_and_default() -> None:
+    schema = json.loads(json.dumps(json_schema.run_schema()))
+    assert list(schema["properties"]) == [*RunConfig.__dataclass_fields__]
+    assert all(of_key["description"] for of_key in schema["properties"].values())
+    assert schema["properties"]["screen"]["default"] == 1000
+    assert "default" not in schema["properties"]["revision"]
+
+
+@pytest.mark.parametrize("name", list(json_schema.SCHEMAS))
+def test_the_command_prints_the_schema(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        commands.main(["schema", name])
+    assert end.value.code == 0
+    assert json.loads(capsys.readouterr().out) == json_schema.SCHEMAS[name]()
