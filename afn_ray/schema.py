@@ -528,3 +528,37 @@ GROUP_MOVERS_SCHEMA = _schema("layer: int16", "group: string or null", *_MOVER)
 
 Medians are null: groups have none of each type.
 """
+
+# --- table of a series of runs
+
+_CLASSES_OF_NIGHT = _list_of(pa.struct(_columns("class: string", "share, share_high: float64")))
+
+HISTORY_SCHEMA = pa.schema(
+    [
+        *_columns(
+            "run, measure: string",
+            "began_at: timestamp[us]",  # UTC
+            "partition: date32[day] or null",  # null: the corpus has no date
+            "layer: int16",
+            "group_by: string or null",  # null: the row is of all tokens
+            "group: string or null",  # null also for documents without a value
+            "n_tokens: int64",  # special ones apart
+            "n_documents: int64",
+            "n_quarantined: int64 or null",  # rows of ``documents``; null: not counted by group
+            "q1, q2, q3: float32 or null",  # of the run's own tokens
+            "share_high: float64 or null",
+        ),
+        pa.field("classes", _CLASSES_OF_NIGHT, nullable=False),
+        *_columns(
+            "baseline: string or null",  # run that the distances are from
+            "psi, ks, js: float64 or null",
+            "state: string or null",  # of the last audit; null: no audit has kept one
+        ),
+        pa.field("broken", _list_of("string"), nullable=False),
+        pa.field("warned", _list_of("string"), nullable=False),
+    ]
+)
+"""Complete runs of a series, one row for each layer, and for each group at it; oldest first.
+
+``broken`` and ``warned`` name limits. Without the verdict of an audit the baseline is the night before.
+"""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
+import pyarrow.compute as pc
+
 from afn_ray.analysis import baselines, parts, verdict
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence
@@ -20,8 +22,9 @@ from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import events
 from afn_ray.runs.events import OnEvent
-from afn_ray.store import checksums, manifest, series, storage, uris
+from afn_ray.store import checksums, manifest, series, storage, uris, verdicts
 from afn_ray.store.manifest import RunFolder
+from afn_ray.store.verdicts import Distance, StoredVerdict
 from afn_ray.text import count
 
 PAGE = "report.html"
@@ -43,6 +46,7 @@ class Audit:
     losses: Losses  # of ``run``
     notes: tuple[str, ...]
     window: str = "all"
+    layer: int = 0  # that was judged
 
     @property
     def passed(self) -> bool:
@@ -87,8 +91,8 @@ def run_audit(
 ) -> Audit:
     """Run ``config``, compare the run with its baseline and judge it by ``policy``.
 
-    Writes the run and, with ``mark``, the mark that it was audited. With ``mark`` false the caller
-    calls ``manifest.mark_audited`` once it has reported the verdict.
+    Writes the run and, with ``mark``, the verdict beside it. With ``mark`` false the caller calls
+    ``keep_verdict`` once it has reported the verdict.
 
     The baseline is an earlier complete run of the same measure and series (``series.name_of``), by
     kind one of:
@@ -126,7 +130,7 @@ def run_audit(
     baseline = Baseline(named) if named else baselines.find(run, kind, policy.window)
     found = _judge(policy, run, baseline, night)
     if mark:
-        manifest.mark_audited(run)
+        keep_verdict(found)
     return found
 
 
@@ -153,7 +157,8 @@ def _judge(policy: Policy, run: RunFolder, baseline: Baseline, night: Night) -> 
         rules = tuple(verdict.judge(policy, evidence))
         notes = tuple(_notes(policy, evidence, night))
     state = verdict.state_of(rules, policy.unjudged, excused)
-    return Audit(state, rules, run, baseline, comparison, evidence.lost, notes, policy.window)
+    lost, window = evidence.lost, policy.window
+    return Audit(state, rules, run, baseline, comparison, lost, notes, window, layer)
 
 
 def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
@@ -186,6 +191,44 @@ def _sources_of(run: RunFolder, before: RunFolder | None) -> frozenset[str]:
         _, renamed = compare.source_names(before, run)
         names = map(renamed, names)
     return frozenset(names)
+
+
+# --- what stays in the store
+
+
+def keep_verdict(found: Audit) -> None:
+    """Write the verdict beside its run, then the mark that the run was audited.
+
+    The mark comes last: without it, the next audit reports this run's drift again.
+    """
+    verdicts.write_verdict(found.run, to_keep(found))
+    manifest.mark_audited(found.run)
+
+
+def to_keep(found: Audit) -> StoredVerdict:
+    """The part of the verdict that the history of the series needs."""
+    return StoredVerdict(
+        state=found.state,
+        window=found.window,
+        layer=found.layer,
+        baseline=None if found.baseline is None else found.baseline.uri,
+        broken=tuple(rule.key for rule in found.rules if rule.state == BROKEN),
+        warned=tuple(rule.key for rule in found.rules if rule.state == WARNED),
+        unjudged=tuple(rule.key for rule in found.rules if rule.state == NOT_JUDGED),
+        figures={rule.key: rule.value for rule in found.rules},
+        distances=tuple(_distances(found.comparison)),
+    )
+
+
+def _distances(comparison: Comparison | None) -> Iterator[Distance]:
+    """Distances of all tokens and of each group, at each layer."""
+    if comparison is None:
+        return
+    for row in comparison.drift.filter(pc.is_null(comparison.drift["source"])).to_pylist():
+        yield Distance(row["layer"], None, None, row["psi"], row["ks"], row["js"])
+    by = comparison.groups.by
+    for row in comparison.groups.drift.to_pylist():
+        yield Distance(row["layer"], by, row["group"], row["psi"], row["ks"], row["js"])
 
 
 # --- results

@@ -32,6 +32,7 @@ from afn_ray.store import (
     shard_files,
     storage,
     uris,
+    verdicts,
 )
 from afn_ray.store.commits import Commit, describe_makers
 from afn_ray.store.layout import ShardKey
@@ -78,13 +79,19 @@ class RunCheck:
             self._read_plan()
 
     def _check_mark(self) -> None:
-        """Check the mark that the run was audited."""
+        """Check the mark that the run was audited, and the verdict on it."""
         try:
             manifest.is_audited(self.folder)
         except StoreError as error:
             mark = uris.join(self.folder.uri, "audited.json")
             advice = "delete it: the next audit judges the run's step again"
             self._find("damaged", mark, without_uri(error, mark), advice)
+        try:
+            verdicts.read_verdict(self.folder)
+        except StoreError as error:
+            uri = uris.join(self.folder.uri, verdicts.VERDICT)
+            advice = "delete it: the history computes its figures again, and knows no verdict"
+            self._find("damaged", uri, without_uri(error, uri), advice)
 
     def _check_files(self) -> bool:
         """Check the files that run.json lists; False if the plan is damaged."""

@@ -244,7 +244,7 @@ def _audit(args: argparse.Namespace) -> int:
     from afn_ray.analysis import audit
     from afn_ray.runs.cluster import connection
     from afn_ray.show import report
-    from afn_ray.store import manifest, uris
+    from afn_ray.store import uris
 
     connection.exit_when_lost_with(AUDIT_FAILED)
     out = uris.absolute(args.out)  # fails now, not after the run
@@ -267,8 +267,7 @@ def _audit(args: argparse.Namespace) -> int:
         if failure is not None:
             logs.report(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
     _print_lines(audit.lines(found))
-    # Last: without this mark, the next audit reports this run's drift again.
-    manifest.mark_audited(found.run)
+    audit.keep_verdict(found)
     return VERDICTS[found.state]
 
 
@@ -442,6 +441,7 @@ COMMANDS: Calls = {
     "claims": questions.call_claims,
     "neurons": questions.call_neurons,
     "audit": _audit,
+    "history": questions.call_history,
     "schema": _schema,
     "sql": questions.call_sql,
     "explain": questions.call_explain,

@@ -69,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     questions.add_claims(commands)
     questions.add_neurons(commands)
     _add_audit(commands)
+    questions.add_history(commands)
     _add_schema(commands)
     questions.add_sql(commands)
     questions.add_explain(commands)

@@ -118,6 +118,33 @@ def add_neurons(commands: Commands) -> None:
     arguments.add_json(neurons)
 
 
+def add_history(commands: Commands) -> None:
+    history = commands.add_parser(
+        "history",
+        help="show the nights of a series: figures, distances from the baseline, verdicts",
+        epilog=EPILOG,
+        description="Has a line for each complete run of the series. --json also has layers, "
+        "groups and classes; so has the view history of 'afn sql'.",
+    )
+    history.add_argument("store", metavar="STORE", help="URI of a store")
+    history.add_argument(
+        "--series",
+        metavar="NAME",
+        help="series to show (default: that of the store's latest complete run)",
+    )
+    history.add_argument(
+        "--layer", type=int, help="layer to show (default: the deepest that was recorded)"
+    )
+    history.add_argument(
+        "--last",
+        type=positive,
+        default=30,
+        metavar="N",
+        help="largest number of nights, the newest (default: 30)",
+    )
+    arguments.add_json(history)
+
+
 def add_sql(commands: Commands) -> None:
     sql = commands.add_parser(
         "sql",
@@ -125,7 +152,7 @@ def add_sql(commands: Commands) -> None:
         epilog=EPILOG,
         description="Views: tokens, documents, vocabulary, words, classes, thresholds, labels, "
         "histogram, signals, signal_vocabulary, token_neurons, neurons, neuron_types, files, "
-        "sources, screened, shards, run, and with --baseline movers, drift, class_drift. Macros: "
+        "sources, screened, shards, run, history, and with --baseline movers, drift, class_drift. Macros: "
         "kwic(word, n := 5, most := NULL), document_text(document). Without a QUERY it opens an "
         "interactive shell.",
     )
@@ -347,6 +374,18 @@ def call_neurons(args: argparse.Namespace) -> None:
     else:
         console.print(head, markup=False)
         render(console)
+
+
+def call_history(args: argparse.Namespace) -> None:
+    from afn_ray.reduce import history
+    from afn_ray.show import history_table
+
+    found = history.of_store(args.store, args.series, args.last)
+    if args.json:
+        print(json.dumps(history_table.to_json(found), indent=1, allow_nan=False))
+        return
+    for line in history_table.lines(found, args.layer):
+        print(printable(line))
 
 
 def call_sql(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from afn_ray.errors import ConfigError
 from afn_ray.query import sandbox, session
 from afn_ray.query.contents import Contents, read_contents
 from afn_ray.query.views import DERIVED, VIEWS
+from afn_ray.reduce import history
 from afn_ray.store import disk, manifest
 
 
@@ -29,6 +30,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     folder = manifest.find_run(uri)
     against = None if baseline is None else manifest.find_run(baseline)
     contents = read_contents(folder, against, "store() || ")
+    contents.tables["history"] = history.of_run(folder).rows
     place = folder.store.rstrip("/").replace("'", "''")
     try:
         with disk.unfinished(path) as unfinished:

@@ -32,6 +32,7 @@ from afn_ray.schema import (
     GROUP_MOVERS_SCHEMA,
     GROUPS_SCHEMA,
     HISTOGRAM_SCHEMA,
+    HISTORY_SCHEMA,
     KEPT_SCHEMA,
     MOVERS_SCHEMA,
     NEURON_TYPES_SCHEMA,
@@ -67,8 +68,8 @@ MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", 
 class Contents:
     """The contents of a run for DuckDB."""
 
-    tables: Mapping[str, pa.Table]
-    """Small tables, by the names of their views."""
+    tables: dict[str, pa.Table]
+    """Small tables, by the names of their views; ``history`` is empty, see ``database``."""
     files: ReadOnlyFiles
     """The files that the views read."""
     sizes: Mapping[str, int]
@@ -119,6 +120,7 @@ def _small_tables(
         tables |= own_tables(folder, tables)
     tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
+    tables["history"] = HISTORY_SCHEMA.empty_table()
     if baseline is None:
         tables["movers"] = MOVERS_SCHEMA.empty_table()
         tables["drift"] = DRIFT_SCHEMA.empty_table()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +18,7 @@ from afn_ray.query.contents import AFN, read_contents
 from afn_ray.query.no_rows import why_no_rows
 from afn_ray.query.result import Result
 from afn_ray.query.views import VIEWS
+from afn_ray.reduce import history
 from afn_ray.store import manifest
 from afn_ray.text import printable
 
@@ -23,6 +26,9 @@ MAX_TIMEOUT_S = 1_000_000
 """Largest time limit of a query, in seconds."""
 MAX_THREADS = 1024
 """Largest number of DuckDB's threads."""
+HISTORY = re.compile(r"\bhistory\b", re.IGNORECASE)
+"""Name of the view that a query gets only if it has the name outside of its strings."""
+STRING = re.compile("'[^']*'")
 
 
 def open_run(
@@ -87,6 +93,7 @@ class Run:
             timeout_s,
         )
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
+        self._folder = folder
         self._contents = read_contents(folder, baseline, AFN)
         self._backend = Backend(self._contents, limits)
 
@@ -105,6 +112,8 @@ class Run:
                 "the query is no Unicode text: was it written in another encoding than UTF-8?"
             )
         own = {name: self._own(name, table) for name, table in tables.items()}
+        if HISTORY.search(STRING.sub("", query)):
+            own["history"] = self._history
         return Result(self._backend, ((query, parameters, own),))
 
     def tokens(self) -> Result:
@@ -133,7 +142,8 @@ class Run:
 
     def tables(self) -> dict[str, list[str]]:
         """The columns of each view."""
-        return {name: self.sql(f"FROM {name}").columns for name in VIEWS}
+        views = {name: Result(self._backend, ((f"FROM {name}", None, {}),)) for name in VIEWS}
+        return {name: view.columns for name, view in views.items()}
 
     def why_empty(self, query: str) -> list[str]:
         """Possible reasons why ``query`` has no rows, found from its text."""
@@ -160,6 +170,11 @@ class Run:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @cached_property
+    def _history(self) -> pa.Table:
+        """Rows of the view ``history``: read on demand, as they are from many runs."""
+        return history.of_run(self._folder).rows
 
     def _own(self, name: str, table: Any) -> pa.Table:
         """The caller's ``table`` as Arrow.

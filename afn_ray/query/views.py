@@ -53,6 +53,8 @@ VIEWS = {
     "of the same groups",
     "group_movers": "the types that moved most in each group; empty without a baseline of the same "
     "groups",
+    "history": "complete runs of the series of this run, per layer and group, with the verdicts of "
+    "audits",
     "shards": "where the files are and how many rows they hold",
     "run": "the run itself: one row",
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.store import epochs, layout, manifest, shard_files, storage, uris
+from afn_ray.store import epochs, layout, manifest, shard_files, storage, uris, verdicts
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.plans import read_shards
@@ -172,7 +172,7 @@ def commits_of(store: str, place: ShardKey) -> Mapping[int, Commit]:
 
 def names_of(folder: manifest.RunFolder) -> set[str]:
     """Names of the files in a run's folder that belong to the run."""
-    names = {"plan.parquet", "run.json", "audited.json", layout.STATUS}
+    names = {"plan.parquet", "run.json", "audited.json", verdicts.VERDICT, layout.STATUS}
     for table in folder.info.get("tables", {}).values():
         if isinstance(table, dict) and "name" in table:
             names.add(str(table["name"]))

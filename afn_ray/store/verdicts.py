@@ -1,0 +1,128 @@
+"""What an audit keeps beside its run: the verdict, and the figures that need the baseline.
+
+``verdict.json`` is replaced as a whole if the run is audited again. The verdict outlives the
+baseline, which a garbage collection may remove. All other figures of a night are in the run's own
+tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from afn_ray.schema import SCHEMA_VERSION
+from afn_ray.store import checksums, storage, uris
+from afn_ray.store.checksums import checksummed, read_json
+from afn_ray.store.manifest import RunFolder
+
+VERDICT = "verdict.json"
+"""Name of the file in the folder of the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """Distances of the strengths from the baseline: of all tokens at a layer, or of a group's."""
+
+    layer: int
+    group_by: str | None
+    """How the run is grouped; None: the distance is that of all tokens."""
+    group: str | None
+    """The group; None also for documents without a value."""
+    psi: float | None
+    ks: float | None
+    js: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVerdict:
+    """The verdict on a run as its last audit gave it."""
+
+    state: str
+    """State of the night, as in audit.json."""
+    window: str
+    layer: int
+    """Layer that was judged."""
+    baseline: str | None
+    """URI of the run that the night was held against; None: there was none."""
+    broken: tuple[str, ...]
+    """Names of the limits that were broken."""
+    warned: tuple[str, ...]
+    """Names of the limits that gave a warning."""
+    unjudged: tuple[str, ...]
+    """Names of the limits that were not judged."""
+    figures: Mapping[str, float | None]
+    """Values of the limits by name; None: infinite, unknown or not judged."""
+    distances: tuple[Distance, ...] = ()
+
+
+def write_verdict(run: RunFolder, verdict: StoredVerdict) -> None:
+    """Write ``verdict`` beside the complete ``run``.
+
+    Another one is replaced atomically; the same one is left, as a bucket may refuse to replace it.
+    """
+    body = checksummed({"schema_version": SCHEMA_VERSION, "run": run.id, **asdict(verdict)})
+    try:
+        storage.write_once(_uri(run), body)
+    except storage.AlreadyWritten:
+        if storage.read_bytes(_uri(run)) != body:
+            storage.write_over(_uri(run), body, retry_for_s=None)
+
+
+def read_verdict(run: RunFolder) -> StoredVerdict | None:
+    """The verdict on ``run``; None if no audit has kept one. Raises ``StoreError`` for damage."""
+    uri = _uri(run)
+    body = read_json(uri)
+    if body is None:
+        return None
+    with checksums.named_damage(uri):
+        if body["run"] != run.id:  # copied with a folder
+            return None
+        found = StoredVerdict(
+            _text(body["state"]),
+            _text(body["window"]),
+            _whole(body["layer"]),
+            _text_or_none(body["baseline"]),
+            tuple(map(_text, body["broken"])),
+            tuple(map(_text, body["warned"])),
+            tuple(map(_text, body["unjudged"])),
+            {_text(key): _number(value) for key, value in body["figures"].items()},
+            tuple(map(_distance, body["distances"])),
+        )
+    return found
+
+
+def _uri(run: RunFolder) -> str:
+    return uris.join(run.uri, VERDICT)
+
+
+def _distance(row: Mapping[str, Any]) -> Distance:
+    group_by, group = _text_or_none(row["group_by"]), _text_or_none(row["group"])
+    psi, ks, js = (_number(row[name]) for name in ("psi", "ks", "js"))
+    return Distance(_whole(row["layer"]), group_by, group, psi, ks, js)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{checksums.short(value)} is no text")
+    return value
+
+
+def _text_or_none(value: object) -> str | None:
+    return None if value is None else _text(value)
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 15:
+        raise TypeError(f"{checksums.short(value)} is no layer")
+    return int(value)
+
+
+def _number(value: Any) -> float | None:
+    if value is None:
+        return None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        raise TypeError(f"{checksums.short(value)} is no number")
+    return float(value)
