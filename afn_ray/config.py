@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "executor": ("auto", "ray", "inline"),
     "neurons_of": ("all", "high"),
     "thresholds_by": ("run", "group"),
+    "duplicates": ("keep", "once", "weight"),
     "log_format": ("text", "json"),
 }
 """Accepted values of each option that takes one of a fixed set."""
@@ -231,6 +232,11 @@ class RunConfig:
         "run",
         "whose Q3 decides what is HIGH: run, the corpus-wide one, or group, the one of each group "
         "of --group-by too, beside it",
+    )
+    duplicates: str = _option(
+        "keep",
+        "documents of one text that are counted: keep, all; once, the first; weight, one that is "
+        "drawn, each with the same chance",
     )
     max_document_bytes: int = _option(
         8 << 20, "largest document, in bytes; larger ones are quarantined"

@@ -312,6 +312,12 @@ KEPT_SCHEMA = _schema(
 )
 """A run's kept columns; n, n_lacking and n_refused add up to all documents."""
 
+DUPLICATES_SCHEMA = _schema(
+    "doc: int64",  # run-wide
+    "duplicate_of: int64",  # the document of the same text that is counted
+)
+"""The copies that a run does not count, by ``doc``."""
+
 SOURCES_SCHEMA = _schema(
     "layer: int16",
     "source: string",  # URI of a file, or of a folder where there are many files

@@ -62,14 +62,12 @@ def vocabulary_sql(layer: int) -> str:
 def neurons_sql(layer: int, high_only: bool) -> str:
     """SQL of a layer's neurons whose counts or extremes differ between ``neurons`` and the rows.
 
-    With neurons of all tokens both tables have the same rows in the same order. With neurons of
-    HIGH tokens alone there are no special tokens to exclude.
+    With neurons of HIGH tokens alone there are no special tokens to exclude.
     """
-    rows = (
-        "FROM token_neurons"
-        if high_only
-        else "FROM token_neurons POSITIONAL JOIN tokens WHERE NOT is_special"
-    )
+    special = "(SELECT doc, position FROM tokens WHERE is_special)"
+    rows = "FROM token_neurons"
+    if not high_only:  # the order of rows in a view with a join is not certain
+        rows += f" ANTI JOIN {special} USING (doc, position)"
     return f"""
         WITH stored AS (SELECT neuron, n, largest FROM neurons WHERE layer = {layer}),
         counted AS (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
 from afn_ray.query import database
-from afn_ray.reduce import kept_columns, losses, screen, tree
+from afn_ray.reduce import duplicates, kept_columns, losses, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts, shards_table
 from afn_ray.store import (
@@ -196,33 +197,62 @@ class RunCheck:
             message = f"its makers are {info['makers']}, but its shards give {self.makers}"
             self._find("tables", self._run_json, message)
         assert self.measure is not None  # else there is a finding
-        if totals := _wrong_totals(info["counts"], commits, given_up):
-            self._find("tables", self._run_json, totals)
         try:
-            num_bytes = [shard.num_bytes for shard in kept]
-            self._check_tables(self.measure, commits, num_bytes, memory_limit)
+            shards = self._check_copies(commits, [shard.num_bytes for shard in kept])
+            if totals := self._wrong_totals(shards, given_up):
+                self._find("tables", self._run_json, totals)
+            self._check_tables(self.measure, shards, memory_limit)
         except StoreError as error:
             self._find("tables", self.folder.uri, str(error))
         self.proved = not self.findings
 
-    def _check_tables(
-        self,
-        measure: Measure,
-        commits: Sequence[Commit],
-        num_bytes: Sequence[int],
-        memory_limit: str,
-    ) -> None:
+    def _check_copies(self, commits: Sequence[Commit], num_bytes: Sequence[int]) -> CommittedShards:
+        """Check the run's copies and repeated ids; return its shards without what is left out."""
+        columns = kept.parse(self._config.get("keep_columns") or "")
+        shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes, columns)
+        choice = self._config.get("duplicates", duplicates.KEEP)
+        found = duplicates.find(shards, choice)
+        expected = found.figures.to_json()
+        if self.folder.info.get("duplicates", expected) != expected:
+            message = f"its duplicates are not those of its shards, which give {expected}"
+            self._find("tables", self._run_json, message)
+        if choice != duplicates.KEEP:
+            names = self.folder.info["tables"].keys() & {"duplicates"}
+            stored = {name: manifest.read_table(self.folder, name) for name in names}
+            self._compare({"duplicates": found.table}, stored)
+        return replace(shards, left_out=found.left_out)
+
+    def _wrong_totals(self, shards: CommittedShards, given_up: Sequence[Shard]) -> str:
+        """Difference between run.json's counts and the sums over its commits and given-up shards.
+
+        Empty where there is none. The special tokens of a run with copies left out are those of its
+        thresholds, which are checked with the tables.
+        """
+        commits, left_out = shards.commits, shards.left_out
+        names = commits[0].counts if commits else ()
+        totals = {name: sum(commit.counts[name] for commit in commits) for name in names}
+        expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
+        if commits and len(left_out.docs):
+            expected["documents"] -= len(left_out.docs)
+            expected["tokens"] -= left_out.n_tokens
+            thresholds = manifest.read_table(self.folder, "thresholds")
+            expected["special"] = thresholds["n_special"][0].as_py()
+        wrong = rows.differing(self.folder.info["counts"], expected)
+        if not wrong:
+            return ""
+        return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
+
+    def _check_tables(self, measure: Measure, found: CommittedShards, memory_limit: str) -> None:
         """Compare the stored tables with recomputed ones, until there is a finding."""
         names = self.folder.info["tables"]
         stored = {name: manifest.read_table(self.folder, name) for name in names}
-        shards = shards_table(self.measure_id, commits, num_bytes)
+        shards = shards_table(self.measure_id, found.commits, found.num_bytes)
         self._compare({"shards": shards}, stored)
         if not self.findings:
-            num_tokens = sum(commit.counts["tokens"] for commit in commits)
-            self._ask_duckdb(measure, memory_limit, num_tokens)
+            self._ask_duckdb(measure, memory_limit, found.n_tokens)
         if not self.findings:
             vocabulary, files = stored["vocabulary"], stored["files"]
-            reduced = self._reduced(measure, commits, num_bytes, vocabulary, files)
+            reduced = self._reduced(measure, found, vocabulary, files)
             self._compare(reduced, stored)
 
     def _check_run_json(self) -> None:
@@ -284,8 +314,7 @@ class RunCheck:
     def _reduced(
         self,
         measure: Measure,
-        commits: Sequence[Commit],
-        num_bytes: Sequence[int],
+        shards: CommittedShards,
         vocabulary: pa.Table,
         files: pa.Table,
     ) -> dict[str, pa.Table]:
@@ -297,8 +326,6 @@ class RunCheck:
         corpus comes from the stored ``files``.
         """
         texts = _texts_of(vocabulary)
-        columns = kept.parse(self._config.get("keep_columns") or "")
-        shards = CommittedShards(self.folder.store, self.measure_id, commits, num_bytes, columns)
         recorded = tree.RecordedSeries(
             measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
         )
@@ -307,7 +334,7 @@ class RunCheck:
         if not measure.tagged:
             tables |= _with_classes(tables, vocabulary)
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
-        if columns:
+        if shards.kept:
             tables["kept"] = kept_columns.kept_table(shards)
         if worst := self._config.get("screen"):
             by_group = self._config.get("thresholds_by") == "group"
@@ -404,22 +431,6 @@ def _types_of(vocabulary: pa.Table) -> Iterator[tuple[int, bool]]:
 
 def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, column)
-
-
-def _wrong_totals(
-    stored: Mapping[str, Any], commits: Sequence[Commit], given_up: Sequence[Shard]
-) -> str:
-    """Difference between a run.json's counts and the sums over its commits and given-up shards.
-
-    Empty where there is none.
-    """
-    names = commits[0].counts if commits else ()
-    totals = {name: sum(commit.counts[name] for commit in commits) for name in names}
-    expected = {**losses.with_given_up(totals, given_up), "shards": len(commits)}
-    wrong = rows.differing(stored, expected)
-    if not wrong:
-        return ""
-    return f"its counts are {wrong}, but its commits give {rows.only(expected, wrong)}"
 
 
 def _difference(stored: pa.Table, expected: pa.Table) -> str:

@@ -187,8 +187,10 @@ def _statements(
     own = None
     if labels_by_group(folder):
         own = own_q3(folder, rows_of(paths["documents"]), layers)
+    copies = paths["duplicates"][0].path if "duplicates" in paths else None
+    has_offsets, is_tagged = "start" in columns, "tag" in columns
     recorded = RecordedColumns(
-        layers, thresholds, others, "start" in columns, "tag" in columns, of_corpus, own
+        layers, thresholds, others, has_offsets, is_tagged, of_corpus, own_q3=own, copies=copies
     )
     neurons = None
     if "neurons" in paths:
@@ -261,17 +263,23 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
         raise StoreError(
             f"{folder.uri}/shards.parquet is damaged: it does not name its shards' files"
         )
-    if not files["neurons"]:
-        return {name: of_table for name, of_table in files.items() if of_table}
-    entry = folder.info["tables"].get("neuron_types", {})
+    found = {name: of_table for name, of_table in files.items() if of_table}
+    if files["neurons"]:
+        found["neuron_types"] = [_run_file(folder, "neuron_types")]
+    if "duplicates" in folder.info["tables"]:
+        found["duplicates"] = [_run_file(folder, "duplicates")]
+    return found
+
+
+def _run_file(folder: manifest.RunFolder, table: str) -> _TableFile:
+    """The file of the run's ``table``. Raises ``StoreError`` for a name that is not safe."""
+    entry = folder.info["tables"].get(table, {})
     path = f"runs/{folder.id}/{entry.get('name')}"
     if not RUN_FILE_NAME.fullmatch(path):
         raise StoreError(
             f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table"
         )
-    return files | {
-        "neuron_types": [_TableFile(path, uris.join(folder.store, path), entry["bytes"], NO_SHARD)]
-    }
+    return _TableFile(path, uris.join(folder.store, path), entry["bytes"], NO_SHARD)
 
 
 SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}

@@ -38,6 +38,16 @@ class RecordedColumns:
     """Whether tokens have ``tag``."""
     kept: Sequence[str] = ()
     """Names of the documents' kept columns; they come from users, so SQL needs them ``quoted``."""
+    copies: str | None = None
+    """SQL of the path of the run's table ``duplicates``; None if it has none."""
+
+    @property
+    def and_counts(self) -> str:
+        """SQL, after a condition, of whether the document ``doc`` is counted: it is no copy."""
+        if self.copies is None:
+            return ""
+        # NOT IN always makes its hash table from the copies, and never from the tokens.
+        return f" AND doc NOT IN (SELECT doc FROM read_parquet({self.copies}))"  # noqa: S608
 
     own_q3: str | None = None
     """SQL of ``doc`` and ``q3_<k>`` of its group, if tokens are labelled by that too."""

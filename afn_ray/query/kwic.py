@@ -65,9 +65,11 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     if too many of them begin other words, all heads are read.
     """
     rows = rows_of(files)
-    some = _occurrences(rows, "some", "most IS NOT NULL", "LIMIT coalesce(20 * most + 1000, 0)")
+    counts = recorded.and_counts
+    limit = f"{counts} LIMIT coalesce(20 * most + 1000, 0)"
+    some = _occurrences(rows, "some", "most IS NOT NULL", limit)
     every = _occurrences(
-        rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", ""
+        rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", counts
     )
     context = _Surroundings(rows, recorded.offsets, _word_values(recorded))
     # Read few tokens first, and more only for occurrences that lack words. A catalog reads once:
@@ -229,12 +231,12 @@ def _few(rows: str) -> str:
     return f"(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM ({rows}) of_these))"  # noqa: S608
 
 
-def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
+def _occurrences(rows: str, name: str, wanted: str, also: str) -> str:
     """SQL of the steps from the vocabulary to ``<name>_found``: file and row of the word's heads.
 
     A head is a token that starts the word. Its surface is the word; or it has no surface, and its
     text with the texts of the tokens that continue it is the word. If ``wanted`` is false, nothing
-    is scanned, because a join with no rows ends at once.
+    is scanned, because a join with no rows ends at once. ``also`` ends the conditions on a head.
     """
     pieces = (
         "SELECT file, row AS head, row + unnest(range(0, 4 * length(word) + 1)) AS near "  # noqa: S608
@@ -246,11 +248,11 @@ def _occurrences(rows: str, name: str, wanted: str, limit: str) -> str:
             WHERE text <> '' AND starts_with(lower(word), lower(text)) AND {wanted}
         ),
         {name}_written AS MATERIALIZED (
-            SELECT file, row FROM {rows}, (SELECT 1 WHERE {wanted}) WHERE lower(surface) = lower(word) {limit}
+            SELECT file, row FROM {rows}, (SELECT 1 WHERE {wanted}) WHERE lower(surface) = lower(word){also}
         ),
         {name}_heads AS MATERIALIZED (
             SELECT file, row, is_whole FROM {rows} JOIN {name}_types USING (token_id)
-            WHERE flags & {CONTINUES} = {WORD_START} AND surface IS NULL {limit}
+            WHERE flags & {CONTINUES} = {WORD_START} AND surface IS NULL{also}
         ),
         {name}_longer AS MATERIALIZED (
             SELECT file, h.row, is_whole

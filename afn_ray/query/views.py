@@ -106,7 +106,7 @@ def statements(
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, recorded)}",
         "CREATE MACRO document_text(document) AS "
         f"({document_text_macro(rows_of(tokens), recorded.offsets)})",
-        f"CREATE VIEW token_neurons AS {token_neurons_view(neurons)}",
+        f"CREATE VIEW token_neurons AS {token_neurons_view(neurons, recorded)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
     ]
     made += [
@@ -140,7 +140,8 @@ def tokens_view(source: str, recorded: RecordedColumns) -> str:
             is_own = is_high(f"strength_{k}", f"own.q3_{k}")
             columns.append(f"CASE WHEN NOT is_special THEN {is_own} END AS high_own_{k}")
     columns += [s.name for s in recorded.others]
-    return f"SELECT {', '.join(columns)} FROM {source} {joined}"  # noqa: S608
+    view = f"SELECT {', '.join(columns)} FROM {source} {joined}"  # noqa: S608
+    return view if recorded.copies is None else f"{view} WHERE true{recorded.and_counts}"
 
 
 def _layer_columns(layer: int, recorded: RecordedColumns) -> list[str]:
@@ -168,19 +169,24 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     kept = "".join(f", {quoted(name)}" for name in recorded.kept)
     if recorded.kept:
         kept += f", {NOT_KEPT}"
+    duplicate_of, joined = "NULL::BIGINT AS duplicate_of", ""
+    if recorded.copies is not None:
+        duplicate_of = "duplicate_of"
+        joined = f" LEFT JOIN read_parquet({recorded.copies}) USING (doc)"
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
-            lower(hex(text_sha256)) AS text_sha256, status{means}{kept}
-        FROM {source}"""  # noqa: S608
+            lower(hex(text_sha256)) AS text_sha256, status, {duplicate_of}{means}{kept}
+        FROM {source}{joined}"""  # noqa: S608
 
 
-def token_neurons_view(neurons: NeuronFiles | None) -> str:
+def token_neurons_view(neurons: NeuronFiles | None, recorded: RecordedColumns) -> str:
     """SQL of the ``token_neurons`` view."""
     if neurons is None:
         return "SELECT NULL::BIGINT AS doc, NULL::INTEGER AS position WHERE false"
     columns = ", ".join(["doc", "position", *(f"neurons_{k}" for k in neurons.layers)])
-    return f"SELECT {columns} FROM {rows_of(neurons.tokens)}"  # noqa: S608
+    view = f"SELECT {columns} FROM {rows_of(neurons.tokens)}"  # noqa: S608
+    return view if recorded.copies is None else f"{view} WHERE true{recorded.and_counts}"
 
 
 def neuron_types_view(neurons: NeuronFiles | None) -> str:

@@ -32,7 +32,9 @@ def words_view(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     for part in _parts(files):
         last = part[-1].doc_offset + part[-1].n_documents
         words = _words(part, recorded)
-        parts.append(f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}")
+        parts.append(
+            f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}{recorded.and_counts}"
+        )
     return " UNION ALL ".join(parts)
 
 

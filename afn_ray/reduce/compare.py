@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.errors import ConfigError, StoreError
-from afn_ray.reduce import losses
+from afn_ray.reduce import duplicates, losses
 from afn_ray.reduce.drift import (
     SourceStrengths,
     StrengthsBySource,
@@ -235,6 +235,12 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
             yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
+    copies_a, copies_b = (duplicates.choice_of(run.info) for run in (a, b))
+    if copies_a != copies_b:
+        yield (
+            f"Copies are counted differently: duplicates is {copies_a} in A and {copies_b} in B, so "
+            "all that is compared differs by that too."
+        )
     by_a, by_b = grouped_by(a), grouped_by(b)
     if by_a != by_b:
         yield (

@@ -49,6 +49,7 @@ class ShardTables(NamedTuple):
     doc_offset: int  # run-wide number of the shard's first document
     tokens: CommittedFile
     documents: CommittedFile
+    left_out: Ints  # documents that count nowhere, as numbers in the shard
 
 
 class FeatureLimits(NamedTuple):
@@ -104,6 +105,8 @@ def _scan_shard(
     strengths, of_types = of_tokens[: len(layers)], of_tokens[len(layers) :]
     has_tokens = np.flatnonzero(n)
     hashes = _hashes(documents["text_sha256"])
+    counts = np.ones(len(documents), bool)
+    counts[place.left_out] = False
     in_one_shard = np.zeros(len(has_tokens), np.int32)
     columns = {
         "doc": has_tokens + place.doc_offset,
@@ -118,10 +121,10 @@ def _scan_shard(
     for name, values in zip(FEATURES, features, strict=True):
         columns[name] = values[has_tokens]
         of_features.append(Histogram.of(prefix + to_bins(values[has_tokens])))
-    sums = (*strengths, *of_features, Histogram.of(source))
+    sums = (*strengths, *of_features, Histogram.of(source[counts]))
     if grouping is not None:
-        counts = (Histogram.of(cells.group), Histogram.of(cells.group[has_tokens]))
-        sums = (*sums, *counts, *of_types)
+        of_documents = (Histogram.of(cells.group[some]) for some in (counts, has_tokens))
+        sums = (*sums, *of_documents, *of_types)
     return sums, pa.table(columns)
 
 
@@ -185,13 +188,15 @@ class NormalTokens(NamedTuple):
 def normal_tokens(
     place: ShardTables, documents: pa.Table, layers: Sequence[int]
 ) -> Iterator[NormalTokens]:
-    """The tokens of the shard with ``documents`` that are not special, in order."""
+    """The tokens of the shard with ``documents`` that are not special and count, in order."""
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     columns = ["token_id", "flags", *map(strength_column, layers)]
     for _, tokens in records.whole_documents(file, ends, columns):
         docs, flags, types = (tokens[name].to_numpy() for name in ("doc", "flags", "token_id"))
         is_normal = flags & SPECIAL == 0
+        if len(place.left_out):
+            is_normal &= ~np.isin(docs, place.left_out)
         by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
         whole = slice(int(docs[0]), int(docs[-1]) + 1)
         yield NormalTokens(whole, docs[is_normal], types[is_normal], flags[is_normal], by_layer)

@@ -113,8 +113,10 @@ def find_groups(
     The largest groups by tokens have names of their own; of equally large ones, the first by name.
     Raises ``ConfigError`` for more than ``MOST_VALUES`` values.
     """
-    files = list(shards.files("documents"))
-    handles = [tasks.submit(_count_tokens, some, grouping)[0] for some in batches(files)]
+    places = [
+        (shards.file(commit, "documents"), left_out) for commit, _, left_out in shards.places()
+    ]
+    handles = [tasks.submit(_count_tokens, some, grouping)[0] for some in batches(places)]
     counts: Counter[str | None] = tasks.result(merged(tasks, _add_counts, handles))
     named = [name for name in counts if name is not None]
     if len(named) > MOST_VALUES:
@@ -131,12 +133,16 @@ def find_groups(
     return grouping._replace(names=tuple(names), q3=tuple(q3))
 
 
-def _count_tokens(files: Sequence[CommittedFile], grouping: Grouping) -> list[Counter[str | None]]:
-    """Number of tokens of each group in ``files``."""
+def _count_tokens(
+    places: Sequence[tuple[CommittedFile, Ints]], grouping: Grouping
+) -> list[Counter[str | None]]:
+    """Number of tokens of each group in the documents of ``places``, without those left out."""
     counts: Counter[str | None] = Counter()
-    for file in files:
+    for file, left_out in places:
         columns = [*grouping.columns, "n_tokens"]
         documents = parquet.read(file.read(), columns, use_threads=False)
+        if len(left_out):
+            documents = documents.take(np.delete(np.arange(len(documents)), left_out))
         sums = pa.table({"group": grouping.values(documents), "n": documents["n_tokens"]})
         sums = sums.group_by("group").aggregate([("n", "sum")])
         names = sums["group"].cast(pa.string()).to_pylist()

@@ -16,9 +16,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from afn_ray.reduce.stats import quantile_index
+from afn_ray.reduce.type_tags import TypeTags
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
 
 Float32s = npt.NDArray[np.float32]
@@ -317,80 +317,6 @@ class Summary:
             yield TypeTags.merge(self._tags).to_table()
 
 
-@dataclass(frozen=True, slots=True)
-class TypeTags:
-    """Counts of the tags of each type in a labelled corpus; their sums are exact in any order."""
-
-    table: pa.Table  # token_id, tag, n; distinct pairs in order
-
-    @classmethod
-    def empty(cls) -> TypeTags:
-        """Counts of no tokens."""
-        return cls.of(np.empty(0, np.int32), pa.array([], pa.string()))
-
-    @classmethod
-    def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
-        """Counts of tokens; tokens whose tag is null are left out."""
-        once = np.ones(len(token_ids), np.int64)
-        return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": once}))
-
-    @classmethod
-    def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:
-        """The sum of ``parts``; at least one is required."""
-        return cls._sum(pa.concat_tables([part.table for part in parts]))
-
-    @classmethod
-    def _sum(cls, table: pa.Table) -> TypeTags:
-        tagged = table.filter(pc.is_valid(table["tag"]))
-        groups = tagged.group_by(["token_id", "tag"]).aggregate([("n", "sum")])
-        sums = groups.select(["token_id", "tag", "n_sum"])
-        named = sums.rename_columns(["token_id", "tag", "n"])
-        return cls(named.sort_by([("token_id", "ascending"), ("tag", "ascending")]))
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> TypeTags:
-        """From the tag rows of ``TAGGED_SUMMARY_SCHEMA``."""
-        n = table["counts"].combine_chunks().flatten()
-        return cls(pa.table({"token_id": table["token_id"], "tag": table["tag"], "n": n}))
-
-    def to_table(self) -> pa.Table:
-        """Rows of ``TAGGED_SUMMARY_SCHEMA`` for this summary; the inverse of ``from_table``.
-
-        Beside the type and the tag, only ``counts`` has a meaning; the other numbers are 0.
-        """
-        num_rows = len(self.table)
-        zeros = np.zeros(num_rows, np.int64)
-        ends = np.arange(num_rows + 1, dtype=np.int32)  # each list has one element
-        n = self.table["n"].combine_chunks()
-        columns = {
-            "signal": pa.array(["tag"] * num_rows, pa.string()),
-            "layer": zeros,
-            "special": zeros,
-            "n_docs": zeros,
-            "n_word_start": zeros,
-            "n_whole": zeros,
-            "bins": pa.ListArray.from_arrays(ends, zeros),
-            "counts": pa.ListArray.from_arrays(ends, n),
-            "token_id": self.table["token_id"],
-            "tag": self.table["tag"],
-        }
-        names = TAGGED_SUMMARY_SCHEMA.names
-        in_order = [columns[name] for name in names]
-        return pa.table(in_order, names).cast(TAGGED_SUMMARY_SCHEMA)
-
-    def most_frequent(self) -> dict[int, str]:
-        """The most frequent tag of each type; for equal counts, the first by name."""
-        best: dict[int, tuple[int, str]] = {}
-        token_ids, tags, counts = (
-            self.table[name].to_pylist() for name in ("token_id", "tag", "n")
-        )
-        for token_id, tag, n in zip(token_ids, tags, counts, strict=True):
-            best_n, _ = best.get(token_id, (0, ""))
-            if n > best_n:
-                best[token_id] = (n, tag)
-        return {token_id: tag for token_id, (_, tag) in best.items()}
-
-
 def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
     """Whether each token is a whole word, bool [n].
 
@@ -422,6 +348,22 @@ class SeriesSummary:
         """The summary of no tokens."""
         nothing = Histogram.empty()
         return cls(nothing, nothing, nothing, nothing)
+
+    def negative(self) -> SeriesSummary:
+        """The counts below zero: added, they take these tokens out of a sum."""
+        parts = (self.values, self.docs, self.word_starts, self.whole_words)
+        return SeriesSummary(*(Histogram(part.keys, -part.counts) for part in parts))
+
+    def without_zeros(self) -> SeriesSummary:
+        """The values and types that occur; others are left of tokens that were taken out."""
+        if self.values.counts.all():
+            return self
+        occurs, there = self.values.counts != 0, self.docs.counts != 0
+        parts = (self.docs, self.word_starts, self.whole_words)
+        values = Histogram(self.values.keys[occurs], self.values.counts[occurs])
+        return SeriesSummary(
+            values, *(Histogram(part.keys[there], part.counts[there]) for part in parts)
+        )
 
     @classmethod
     def from_table(cls, table: pa.Table) -> SeriesSummary:

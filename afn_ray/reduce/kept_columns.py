@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.kept import Kept
 from afn_ray.reduce.features import read_columns
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
+from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Inline, Tasks, batches, merged
 from afn_ray.schema import KEPT_SCHEMA, NOT_KEPT
 from afn_ray.text import count
@@ -38,11 +40,10 @@ def kept_table(shards: CommittedShards, tasks: Tasks | None = None) -> pa.Table:
     Raises ``StoreError`` for a file that differs from its commit.
     """
     tasks = tasks or Inline()
-    places: list[tuple[CommittedFile, int]] = []
-    doc_offset = 0
-    for commit in shards.commits:
-        places.append((shards.file(commit, "documents"), doc_offset))
-        doc_offset += commit.counts["documents"]
+    places = [
+        (shards.file(commit, "documents"), doc_offset, left_out)
+        for commit, doc_offset, left_out in shards.places()
+    ]
     handles = [tasks.submit(_count, some, shards.kept)[0] for some in batches(places)]
     counts: Sequence[_Counts] = [NOTHING for _ in shards.kept]
     if handles:
@@ -55,16 +56,23 @@ def kept_table(shards: CommittedShards, tasks: Tasks | None = None) -> pa.Table:
     return pa.Table.from_pylist(rows, KEPT_SCHEMA)
 
 
-def _count(places: Sequence[tuple[CommittedFile, int]], kept: Kept) -> list[list[_Counts]]:
-    """The counts of each column in the documents of ``places``, each with its first number."""
-    parts = [_count_shard(file, doc_offset, kept) for file, doc_offset in places]
-    return _add(*parts)
+_Place = tuple[CommittedFile, int, Ints]
+"""Documents of a shard, run-wide number of the first, and numbers in it of those left out."""
 
 
-def _count_shard(file: CommittedFile, doc_offset: int, kept: Kept) -> list[_Counts]:
+def _count(places: Sequence[_Place], kept: Kept) -> list[list[_Counts]]:
+    """The counts of each column in the documents of ``places``."""
+    return _add(*(_count_shard(place, kept) for place in places))
+
+
+def _count_shard(place: _Place, kept: Kept) -> list[_Counts]:
+    file, doc_offset, left_out = place
     documents = read_columns(file, [*(column.name for column in kept), NOT_KEPT])
+    numbers = np.delete(np.arange(len(documents)), left_out)
+    if len(left_out):
+        documents = documents.take(numbers)
     lists = documents[NOT_KEPT].combine_chunks()
-    docs = pc.list_parent_indices(lists).to_numpy()
+    docs = numbers[pc.list_parent_indices(lists).to_numpy()]
     names, reasons = (lists.flatten().field(name) for name in ("name", "reason"))
     found = []
     for column in kept:

@@ -160,12 +160,10 @@ def _grouping(
 
 
 def _places(shards: CommittedShards) -> Iterator[ShardTables]:
-    doc_offset = 0
-    for commit in shards.commits:
+    for commit, doc_offset, left_out in shards.places():
         tokens = shards.file(commit, "tokens")
         documents = shards.file(commit, "documents")
-        yield ShardTables(commit.shard, doc_offset, tokens, documents)
-        doc_offset += commit.counts["documents"]
+        yield ShardTables(commit.shard, doc_offset, tokens, documents, left_out)
 
 
 def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> FeatureLimits:

@@ -15,12 +15,16 @@ of both neuron tables. The tags of a labelled corpus are counted for each type::
     tags    summaries of some shards                  -> their sum
     add     up to FAN_IN sums                         -> their sum, until one is left
 
+Documents that the run leaves out are taken out of the sums by leaves with negative counts
+(``left_out``).
+
 All added values are integers, so order, grouping and place do not change a bit. The caller holds
 only handles, and the small tables at the end.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,13 +36,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.errors import StoreError
-from afn_ray.reduce import neurons
+from afn_ray.reduce import left_out, neurons
+from afn_ray.reduce.encoded import decode, encode, encoded_parts
 from afn_ray.reduce.histogram import (
     BIN_MASK,
     SPECIAL_KEY,
     Histogram,
     SeriesSummary,
-    TypeTags,
 )
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
@@ -53,6 +57,7 @@ from afn_ray.reduce.tables import (
     vocabulary_table,
 )
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
+from afn_ray.reduce.type_tags import TypeTags
 from afn_ray.schema import (
     SIGNAL_VOCABULARY_SCHEMA,
     SIGNALS_SCHEMA,
@@ -119,8 +124,16 @@ def reduce_run(
     """
     tasks = tasks or Inline()
     series = recorded.series
-    submitted = [_submit_series(tasks, shards, at, series, rules) for at in range(len(series))]
-    tags = tasks.result(_submit_tags(tasks, shards, len(series))) if recorded.tagged else None
+    num_parts = _num_parts(shards.files("summary"), len(series))
+    negative = left_out.submit_negative(tasks, shards, series, recorded.tagged, num_parts)
+    submitted = [
+        _submit_series(tasks, shards, at, series, rules, [leaf[at] for leaf in negative])
+        for at in range(len(series))
+    ]
+    tags = None
+    if recorded.tagged:
+        counts = _submit_tags(tasks, shards, len(series), [leaf[-1] for leaf in negative])
+        tags = tasks.result(counts)
     of_strength: list[_Reduced] = []
     of_signals: list[_Reduced] = []
     for one, (total, types) in zip(series, submitted, strict=True):
@@ -203,16 +216,21 @@ def _neurons(
     layers = recorded.neuron_layers
     counted = "n_high" if recorded.high_neurons else "n"
     num_parts = _num_parts(shards.files("pairs"), len(layers))
+    whole = [
+        shards.file(commit, "pairs") for commit, _, without in shards.places() if not len(without)
+    ]
+    recounted = left_out.submit_pairs(tasks, shards, layers, num_parts)
     submitted = []
-    for layer in layers:
+    for at, layer in enumerate(layers):
         is_normal = (pc.field("layer") == layer) & (pc.field("class") != "special")
         here = vocabulary.filter(is_normal)
         types = {"token_id": here["token_id"].to_numpy(), "n": here[counted].to_numpy()}
         leaves = (
             tasks.submit(_read_pairs, group, layer, num_parts, num_results=num_parts)
-            for group in _groups(shards.files("pairs"), len(layers))
+            for group in _groups(whole, len(layers))
         )
-        parts = merge_parts(tasks, leaves, _merge_pairs, layer)
+        of_layer = (leaf[at] for leaf in recounted)
+        parts = merge_parts(tasks, itertools.chain(leaves, of_layer), _merge_pairs, layer)
         submitted.append(
             [tasks.submit(_neuron_tables, part, layer, types, num_results=2) for part in parts]
         )
@@ -233,9 +251,17 @@ def _neurons(
 
 
 def _submit_series(
-    tasks: Tasks, shards: CommittedShards, at: int, series: Sequence[Series], rules: LabelRules
+    tasks: Tasks,
+    shards: CommittedShards,
+    at: int,
+    series: Sequence[Series],
+    rules: LabelRules,
+    negative: Sequence[list[Any]] = (),
 ) -> tuple[list[Any], list[Any]]:
-    """Handles of the results of ``_total`` for one series, and of ``_types`` for each part."""
+    """Handles of the results of ``_total`` for one series, and of ``_types`` for each part.
+
+    ``negative`` are leaves of the series that take documents out.
+    """
     one = series[at]
     frozen: list[dict[str, Any]] = []
     if one.signal == STRENGTH:
@@ -245,7 +271,7 @@ def _submit_series(
         tasks.submit(_read, group, at, one, num_parts, num_results=num_parts)
         for group in _groups(shards.files("summary"), len(series))
     )
-    parts = merge_parts(tasks, leaves, _merge, one)
+    parts = merge_parts(tasks, itertools.chain(leaves, negative), _merge, one)
     counts: list[Any] = []
     for part in parts:
         counts += tasks.submit(_count, part)
@@ -257,11 +283,13 @@ def _submit_series(
     return total, types
 
 
-def _submit_tags(tasks: Tasks, shards: CommittedShards, num_series: int) -> Any:
+def _submit_tags(
+    tasks: Tasks, shards: CommittedShards, num_series: int, negative: Sequence[list[Any]]
+) -> Any:
     """Handle of the most frequent tag of each type."""
     groups = _groups(shards.files("summary"), num_series)
     leaves = (tasks.submit(_tags, group, num_series) for group in groups)
-    (total,) = merge_parts(tasks, leaves, _add_tags, None)
+    (total,) = merge_parts(tasks, itertools.chain(leaves, negative), _add_tags, None)
     (most_frequent,) = tasks.submit(_most_frequent, total)
     return most_frequent
 
@@ -284,21 +312,14 @@ def _read(files: Sequence[CommittedFile], at: int, series: Series, num_parts: in
     frequency, so the parts have about equal sizes.
     """
     total = SeriesSummary.merge(_read_series(files, at, series))
-    return _encoded_parts(total.to_table(series), "token_id", num_parts)
-
-
-def _encoded_parts(table: pa.Table, column: str, num_parts: int) -> list[bytes]:
-    """``table`` in encoded parts; part p has the rows whose ``column`` modulo ``num_parts`` is p."""
-    part_of = table[column].to_numpy() % num_parts
-    parts = (table.filter(pa.array(part_of == part)) for part in range(num_parts))
-    return [_encode(part) for part in parts]
+    return encoded_parts(total.to_table(series), "token_id", num_parts)
 
 
 def _merge(series: Series, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    summaries = (SeriesSummary.from_table(_decode(part)) for part in parts)
+    summaries = (SeriesSummary.from_table(decode(part)) for part in parts)
     total = SeriesSummary.merge(summaries)
-    return [_encode(total.to_table(series))]
+    return [encode(total.to_table(series))]
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
@@ -351,19 +372,19 @@ def _read_pairs(files: Sequence[CommittedFile], layer: int, num_parts: int) -> l
         for begin in range(0, len(files), READ_AHEAD):
             found = pool.map(read, files[begin : begin + READ_AHEAD])
             total = neurons.Pairs.merge([total, *found])
-    return _encoded_parts(total.to_table(layer), "neuron", num_parts)
+    return encoded_parts(total.to_table(layer), "neuron", num_parts)
 
 
 def _merge_pairs(layer: int, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    pairs = (neurons.Pairs.from_table(_decode(part)) for part in parts)
+    pairs = (neurons.Pairs.from_table(decode(part)) for part in parts)
     total = neurons.Pairs.merge(pairs)
-    return [_encode(total.to_table(layer))]
+    return [encode(total.to_table(layer))]
 
 
 def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.Table]:
     """``neurons.neuron_tables`` of ``part``."""
-    pairs = neurons.Pairs.from_table(_decode(part))
+    pairs = neurons.Pairs.from_table(decode(part))
     return list(neurons.neuron_tables(pairs, layer, types))
 
 
@@ -385,32 +406,9 @@ def _most_frequent(tags: TypeTags) -> list[dict[int, str]]:
     return [tags.most_frequent()]
 
 
-def _encode(table: pa.Table) -> bytes:
-    """A sum as Parquet bytes, for transfer between processes.
-
-    A distinct pair of a type and a strength takes 2 to 4 bytes, against 16 in memory.
-    """
-    encoding = {}
-    if "bins" in table.column_names:
-        encoding["bins.list.element"] = "DELTA_BINARY_PACKED"
-    if "total" in table.column_names:
-        encoding["total"] = "DELTA_BINARY_PACKED"
-    return parquet.encode(
-        table,
-        row_group_size=max(1, len(table)),
-        use_dictionary=["counts.list.element", "neuron", "n"],
-        write_statistics=False,
-        column_encoding=encoding,
-    )
-
-
-def _decode(data: bytes) -> pa.Table:
-    return parquet.read(data, use_threads=False).combine_chunks()
-
-
 def _slices(part: bytes) -> Iterator[SeriesSummary]:
     """``part``, some types at a time; each slice holds all values of its types."""
-    table = _decode(part)
+    table = decode(part)
     if not len(table):
         return
     ends = table["bins"].chunk(0).offsets.to_numpy()
@@ -418,7 +416,7 @@ def _slices(part: bytes) -> Iterator[SeriesSummary]:
     cuts = np.searchsorted(ends, np.arange(0, num_pairs, SLICE_PAIRS))
     limits = [*np.unique(cuts).tolist(), len(table)]
     for begin, end in pairwise(limits):
-        yield SeriesSummary.from_table(table.slice(begin, end - begin))
+        yield SeriesSummary.from_table(table.slice(begin, end - begin)).without_zeros()
 
 
 def _read_series(

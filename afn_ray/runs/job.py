@@ -16,7 +16,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
-from afn_ray.reduce import kept_columns, lexicon, losses, screen
+from afn_ray.reduce import duplicates, kept_columns, lexicon, losses, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
@@ -190,13 +190,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     on_event(events.Reducing())
     encoder = measurer.text_encoder(asked.files)
     texts = TokenTexts(*encoder.texts())
-    tables = _reduce(asked, results, texts, on_event)
+    tables, found = _reduce(asked, results, texts, on_event)
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
     unknown = {
         "token": None if encoder.unknown is None else texts.pieces[encoder.unknown],
         "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
     }
     facts = facts_of(asked, results, names, len(plan.shards) - len(todo))
+    facts["counts"] |= duplicates.counted(facts["counts"], found, tables["thresholds"])
+    facts["duplicates"] = found.figures.to_json()
     times = {
         "created_at": plans.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -250,8 +252,8 @@ def _process(
 
 def _reduce(
     asked: Preparation, results: Results, texts: TokenTexts, on_event: OnEvent
-) -> dict[str, pa.Table]:
-    """Tables of the run."""
+) -> tuple[dict[str, pa.Table], duplicates.Duplicates]:
+    """Tables of the run, and its copies."""
     config, measure, plan = asked.config, asked.task.measure, results.plan
     sizes = [shard.num_bytes for shard in results.done]
     columns = kept.parse(config.keep_columns or "")
@@ -261,7 +263,11 @@ def _reduce(
     )
     rules = LabelRules(config.language, config.sink_factor, asked.frozen)
     with cluster.tasks(config, results.done, on_warning(on_event)) as tasks:
+        found = duplicates.find(shards, config.duplicates, tasks)
+        shards = replace(shards, left_out=found.left_out)
         tables = reduce_run(shards, recorded, texts, rules, tasks)
+        if config.duplicates != duplicates.KEEP:
+            tables["duplicates"] = found.table
         tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)
         if columns:
             tables["kept"] = kept_columns.kept_table(shards, tasks)
@@ -273,7 +279,7 @@ def _reduce(
             tables |= screen.scan_run(
                 shards, measure.layers, tables, texts.readable, asked_scan, tasks
             )
-    return tables
+    return tables, found
 
 
 def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnEvent) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from afn_ray.reduce import losses
+from afn_ray.reduce import duplicates, losses
 from afn_ray.runs import precision
 from afn_ray.show.figures import figure
 from afn_ray.show.summary import RunSummary
@@ -54,6 +55,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
             f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} "
             f"empty + {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
+        *_copies(info),
         ("lost", losses.describe(summary.losses) or "nothing"),
         *(
             [("replaced", replaced)]
@@ -106,6 +108,17 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.skipped:
         rows.append(("skipped", summary.skipped))
     return rows
+
+
+def _copies(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Facts about copies and repeated ids; none for a run that does not know them, or has none."""
+    found = duplicates.figures_of(info)
+    if found is None:
+        return
+    sentences = duplicates.describe(found, duplicates.choice_of(info))
+    for name, sentence in zip(("copies", "repeated ids"), sentences, strict=True):
+        if sentence:
+            yield name, sentence
 
 
 def _makers(info: dict[str, Any]) -> str:

@@ -106,7 +106,7 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
                 classes=_class_shares(layer, words),
             )
         )
-    padding = 1 - counts["tokens"] / max(1, counts["forward_tokens"])
+    padding = 1 - n / max(1, counts["forward_tokens"])
     return RunSummary(
         run.uri,
         run.info,

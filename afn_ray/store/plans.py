@@ -134,6 +134,8 @@ def request_id(
         ask["group_by"] = config.group_by
     if config.thresholds_by != "run":
         ask["thresholds_by"] = config.thresholds_by
+    if config.duplicates != "keep":
+        ask["duplicates"] = config.duplicates
     if config.series is not None:
         ask["series"] = config.series
     return fingerprint(ask)[:12]

@@ -227,6 +227,36 @@ def whole_documents(
             held = table.slice(whole).to_batches()
 
 
+def some_documents(
+    file: pq.ParquetFile, docs: npt.NDArray[np.int64], columns: Sequence[str]
+) -> Iterator[pa.Table]:
+    """Yield the rows of ``docs``, in ascending order, several whole documents at a time.
+
+    The tables have ``doc`` and ``columns``. Row groups without these documents are not read.
+    """
+    at = file.schema_arrow.get_field_index("doc")
+    groups = []
+    for group in range(file.num_row_groups):
+        found = file.metadata.row_group(group).column(at).statistics
+        begin, end = 0, len(docs)
+        if found is not None and found.has_min_max:
+            begin = int(np.searchsorted(docs, found.min))
+            end = int(np.searchsorted(docs, found.max, side="right"))
+        if begin < end:
+            groups.append(group)
+    held: list[pa.RecordBatch] = []
+    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=["doc", *columns]):
+        rows = batch["doc"].to_numpy()
+        held.append(batch.filter(pa.array(np.isin(rows, docs))))
+        table = pa.Table.from_batches(held)
+        end = int(np.searchsorted(table["doc"].to_numpy(), rows[-1]))  # the last may go on
+        if end:
+            yield table.slice(0, end).combine_chunks()
+        held = table.slice(end).to_batches()
+    if sum(map(len, held)):
+        yield pa.Table.from_batches(held).combine_chunks()
+
+
 @contextmanager
 def _scratch(path: Path) -> Iterator[None]:
     """Raise ``Interrupted`` in place of an error of a full scratch disk."""

@@ -1,0 +1,312 @@
+"""Copies and repeated ids: what a run leaves out, against a run over the corpus without copies."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import afn_ray
+from afn_ray.analysis import verify
+from afn_ray.config import RunConfig
+from afn_ray.reduce import compare, duplicates
+from afn_ray.reduce.duplicates import KEEP, ONCE, WEIGHT
+from afn_ray.reduce.shards import CommittedFile
+from afn_ray.show import run_facts, summary
+from afn_ray.store import manifest, storage, uris
+from conftest import config_of, write_jsonl
+
+NOT_OF_DOCUMENTS = ("plan", "shards", "files")
+"""Tables of a run that say what was read, copies included."""
+OF_FILES = ("bytes", "share_read")
+"""Columns of ``sources`` that describe the files."""
+FIRST_BANNER = 3
+BANNER: dict[str, Any] = {
+    "text": "read the banner of this page",
+    "lang": "en",
+    "tags": ["V", "D", "N", "P", "D", "N"],
+}
+
+
+def documents(verses: list[str]) -> list[list[dict[str, Any]]]:
+    """Three files of documents so short that each fills a batch; copies stand within and across."""
+    rows: list[dict[str, Any]] = []
+    for at, verse in enumerate(verses[:60]):
+        words = [*verse.split()[:5], str(at)]
+        lang = "de" if at % 3 else "en"
+        rows.append({"text": " ".join(words), "lang": lang, "tags": ["X", "Y"] * 3, "id": f"v{at}"})
+    files = [rows[:20], rows[20:40], rows[40:]]
+    files[0].insert(FIRST_BANNER, BANNER | {"id": "v1"})  # v1 twice
+    files[0].append(BANNER | {"id": "b2"})
+    files[1][5:5] = [BANNER | {"id": "b3", "lang": "de"}, {"text": "", "lang": "en", "id": "e"}]
+    files[1].append({**rows[0], "lang": "only a copy has this", "id": "v0"})
+    files[2] = [{**row, "id": None} for row in files[2][:10]]
+    files.append(
+        [{**rows[7], "id": "v7"}, {**rows[9], "id": "\x1b[2J" + "long" * 99}]
+    )  # copies alone
+    return files
+
+
+def without_copies(files: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    seen: set[str] = set()
+    found = []
+    for rows in files:
+        first = []
+        for row in rows:
+            if not row["text"] or row["text"] not in seen:
+                seen.add(row["text"])
+                first.append(row)
+        found.append(first)
+    return found
+
+
+def write(folder: Path, files: list[list[dict[str, Any]]]) -> None:
+    folder.mkdir(exist_ok=True)
+    for at, rows in enumerate(files):
+        write_jsonl(
+            folder / f"{at}.jsonl",
+            [{k: v for k, v in row.items() if v is not None} for row in rows],
+        )
+
+
+@pytest.fixture(scope="module")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> dict[str, RunConfig | str]:
+    """Runs of each choice over one store, and one over the corpus without its copies."""
+    folder = tmp_path_factory.mktemp("duplicates")
+    files = documents(verses)
+    config = config_of(
+        tiny_bert,
+        folder / "corpus",
+        folder / "store",
+        batch_tokens=16,
+        window_tokens=16,
+        layers="1,2",
+        signals="strength,shift,neurons",
+        top_neurons=2,
+        shard_bytes=2048,
+        id_column="id",
+        keep_columns="lang",
+        group_by="lang",
+        thresholds_by="group",
+        labels="tags",
+    )
+    write(folder / "corpus", files)
+    found: dict[str, Any] = {"config": config}
+    for choice in (KEEP, ONCE, WEIGHT):
+        with afn_ray.run(replace(config, duplicates=choice)) as run:
+            found[choice] = run.uri
+    write(folder / "corpus", without_copies(files))
+    with afn_ray.run(replace(config, store=str(folder / "alone"))) as run:
+        found["alone"] = run.uri
+    write(folder / "corpus", files)
+    return found
+
+
+def tables_of(uri: str) -> dict[str, pa.Table]:
+    run = manifest.find_run(uri)
+    return {name: manifest.read_table(run, name) for name in run.info["tables"]}
+
+
+def ask(uri: str, query: str) -> list[dict[str, Any]]:
+    with afn_ray.open_run(uri) as run:
+        rows: list[dict[str, Any]] = run.sql(query).to_arrow_table().to_pylist()
+    return rows
+
+
+def test_a_run_that_counts_texts_once_has_the_tables_of_a_run_without_the_copies(
+    runs: dict[str, Any],
+) -> None:
+    once, alone = tables_of(runs[ONCE]), tables_of(runs["alone"])
+    assert once.keys() == alone.keys() | {"duplicates"}
+    ids = {}
+    for uri in (runs[ONCE], runs["alone"]):
+        ids[uri] = {row["doc"]: row["text_sha256"] for row in ask(uri, "FROM documents")}
+    for name in alone.keys() - {*NOT_OF_DOCUMENTS}:
+        ours, theirs = once[name], alone[name]
+        for uri, table in ((runs[ONCE], ours), (runs["alone"], theirs)):
+            for column in {"doc", "example_doc"} & {*table.column_names}:
+                hashes = [ids[uri].get(doc) for doc in table[column].to_pylist()]
+                table = table.set_column(
+                    table.column_names.index(column), column, pa.array(hashes, pa.string())
+                )
+            table = table.drop_columns([c for c in OF_FILES if c in table.column_names])
+            ours, theirs = (table, theirs) if uri == runs[ONCE] else (ours, table)
+        assert ours.equals(theirs), name
+    counts = [manifest.find_run(uri).info["counts"] for uri in (runs[ONCE], runs["alone"])]
+    for name in ("documents", "tokens", "special", "empty"):
+        assert counts[0][name] == counts[1][name], name
+
+
+def test_every_choice_reads_the_same_shards(runs: dict[str, Any]) -> None:
+    for choice in (ONCE, WEIGHT):
+        counts = manifest.find_run(runs[choice]).info["counts"]
+        assert counts["shards_reused"] == counts["shards"] > 2
+        kept, others = tables_of(runs[KEEP])["shards"], tables_of(runs[choice])["shards"]
+        assert others.equals(kept)
+    assert len({runs[choice].rpartition("-")[2] for choice in (KEEP, ONCE, WEIGHT)}) == 3
+
+
+def test_views_count_no_copy_and_documents_name_the_first(runs: dict[str, Any]) -> None:
+    rows = ask(runs[ONCE], "FROM documents ORDER BY doc")
+    first: dict[str, int] = {}
+    for row in rows:
+        expected = (
+            first.setdefault(row["text_sha256"], row["doc"]) if row["n_tokens"] else row["doc"]
+        )
+        assert row["duplicate_of"] == (None if expected == row["doc"] else expected)
+    copies = {row["doc"]: row["n_tokens"] for row in rows if row["duplicate_of"] is not None}
+    assert len(copies) == 5
+    (counted,) = ask(runs[ONCE], "SELECT count(*) AS n, count(DISTINCT doc) AS docs FROM tokens")
+    assert counted == {
+        "n": sum(row["n_tokens"] for row in rows) - sum(copies.values()),
+        "docs": sum(row["n_tokens"] > 0 for row in rows) - len(copies),
+    }
+    for view in ("words", "token_neurons"):
+        docs = {row["doc"] for row in ask(runs[ONCE], f"SELECT DISTINCT doc FROM {view}")}
+        assert not docs & copies.keys() and len(docs) == counted["docs"]
+    kwic = "SELECT doc FROM kwic('banner', most := 9)"
+    assert [row["doc"] for row in ask(runs[ONCE], kwic)] == [FIRST_BANNER]
+    assert len(ask(runs[KEEP], kwic)) == 3
+    last = max(copies)
+    (text,) = ask(runs[ONCE], f"SELECT document_text({last}) AS text")
+    assert text["text"], "the text of a copy can be read"
+    assert not ask(runs[KEEP], "FROM documents WHERE duplicate_of IS NOT NULL")
+
+
+def test_tables_without_copies_are_those_of_the_recorded_rows(runs: dict[str, Any]) -> None:
+    """Not the reduce, but the tokens as recorded, of a run that keeps copies, without those."""
+    left_out = tables_of(runs[ONCE])["duplicates"]["doc"].to_pylist()
+    with afn_ray.open_run(runs[KEEP]) as run:
+        tokens = run.sql("FROM tokens WHERE NOT is_special").df()
+    tokens = tokens[~tokens["doc"].isin(left_out)]
+    for row in ask(runs[ONCE], "FROM thresholds WHERE population = 'tokens'"):
+        strengths = tokens[f"strength_{row['layer']}"].to_numpy()
+        quartiles = np.quantile(strengths, [0.25, 0.5, 0.75], method="inverted_cdf")
+        assert [row["q1"], row["q2"], row["q3"]] == quartiles.tolist()
+        assert (row["n"], row["min"], row["max"]) == (
+            len(strengths),
+            strengths.min(),
+            strengths.max(),
+        )
+    n_docs = tokens.groupby("token_id")["doc"].nunique().to_dict()
+    vocabulary = ask(runs[ONCE], "FROM vocabulary WHERE layer = 1 AND class <> 'special'")
+    assert {row["token_id"]: row["n_docs"] for row in vocabulary} == n_docs
+
+
+def test_a_drawn_copy_counts_in_place_of_the_first(runs: dict[str, Any]) -> None:
+    rows = ask(runs[WEIGHT], "FROM documents WHERE n_tokens > 0 ORDER BY doc")
+    copies = [row for row in rows if row["duplicate_of"] is not None]
+    of_text = Counter(row["text_sha256"] for row in rows)
+    assert Counter(row["text_sha256"] for row in copies) == {
+        text: n - 1 for text, n in of_text.items() if n > 1
+    }
+    by_doc = {row["doc"]: row for row in rows}
+    for row in copies:
+        counted = by_doc[row["duplicate_of"]]
+        assert counted["duplicate_of"] is None and counted["text_sha256"] == row["text_sha256"]
+    # The whole is that of the first copies, as texts have the same strengths wherever they are.
+    for name in ("thresholds", "vocabulary", "histogram", "neurons", "signals"):
+        assert tables_of(runs[WEIGHT])[name].equals(tables_of(runs[ONCE])[name]), name
+
+
+def test_each_of_n_copies_is_drawn_with_the_same_chance() -> None:
+    n_texts, shards = 4000, ["1" * 32, "2" * 32, "9" * 32]
+    keys = duplicates._keys([hashlib.sha256(b"%d" % at).digest() for at in range(n_texts)])
+    docs = np.arange(n_texts)
+    ranks = np.array([duplicates._drawn(keys, docs, shard) for shard in shards])
+    shares = np.bincount(ranks.argmin(axis=0), minlength=3) / n_texts
+    assert np.abs(shares - 1 / 3).max() < 4 * np.sqrt(2 / 9 / n_texts)
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 8])
+@pytest.mark.parametrize("choice", [ONCE, WEIGHT])
+def test_copies_are_those_of_a_dictionary_of_texts(
+    runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, num_parts: int, choice: str
+) -> None:
+    """Any number of parts finds the copies that one dictionary of all texts finds."""
+    rows = duplicates._Rows
+    random = np.random.default_rng(num_parts)
+    texts = random.integers(0, 60, 300)
+    keys = duplicates._keys([hashlib.sha256(b"%d" % at).digest() for at in texts.tolist()])
+    keys[::7, 0] = keys[0, 0]  # texts whose hashes share their first 64 bits
+    docs, ranks = np.arange(300), random.integers(0, 9, 300).astype(np.uint64)
+    found = rows(
+        keys, docs, ranks if choice == WEIGHT else docs.astype(np.uint64), np.ones(300, np.int32)
+    )
+    pieces = [duplicates._copies(part, choice) for part in found.cut(num_parts)]
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for doc in sorted(range(300), key=lambda doc: (found.ranks[doc], doc)):
+        groups[keys[doc].tobytes()].append(doc)
+    expected = {doc: of_text[0] for of_text in groups.values() for doc in of_text[1:]}
+    got = {row["doc"]: row["duplicate_of"] for _, table in pieces for row in table.to_pylist()}
+    assert got == expected
+    assert not len(duplicates._copies(found.take(docs[:0]), choice)[1]), "no texts, no copies"
+    assert sum(sums[0] for sums, _ in pieces) == len(expected)
+    assert sum(sums[2] for sums, _ in pieces) == sum(len(some) > 1 for some in groups.values())
+
+
+def test_a_run_says_how_many_copies_and_repeated_ids_it_has(runs: dict[str, Any]) -> None:
+    infos = {choice: manifest.find_run(runs[choice]).info for choice in (KEEP, ONCE, WEIGHT)}
+    figures = {choice: duplicates.figures_of(info) for choice, info in infos.items()}
+    found = figures[KEEP]
+    assert found is not None and figures[ONCE] == figures[WEIGHT] == found
+    assert (found.documents, found.texts) == (5, 4)
+    assert (found.repeated_ids, found.id_documents) == (3, 6)
+    assert [(one.id, one.n) for one in found.examples] == [("v0", 2), ("v1", 2), ("v7", 2)]
+    for info in infos.values():
+        assert duplicates.duplicate_share(info, found) == 5 / 56
+    facts = dict(run_facts.facts(summary.summarise(manifest.find_run(runs[ONCE]))))
+    assert facts["copies"].startswith("5 documents (") and "the first" in facts["copies"]
+    assert facts["repeated ids"].startswith("3 ids of 6 documents: v0 (2 documents), ")
+    notes = compare.compare(manifest.find_run(runs[KEEP]), manifest.find_run(runs[ONCE])).notes
+    assert any("duplicates is keep in A and once in B" in note for note in notes)
+
+
+def test_an_id_of_any_content_is_named_printable_and_short(runs: dict[str, Any]) -> None:
+    run = manifest.find_run(runs[KEEP])
+    (doc,) = ask(runs[KEEP], "SELECT max(doc) AS doc FROM documents")
+    offsets = tables_of(runs[KEEP])["shards"].to_pylist()[-1]
+    file = CommittedFile(
+        run.store,
+        run.info["measure"]["id"],
+        offsets["shard"],
+        offsets["documents_file"].rpartition("/")[2],
+        offsets["document_bytes"],
+        hashlib.sha256(
+            storage.read_bytes(uris.join(run.store, offsets["documents_file"]))
+        ).hexdigest(),
+    )
+    text = duplicates._id_of([duplicates._Place(file, offsets["doc_offset"])], doc["doc"])
+    assert text.startswith("\\x1b[2Jlong") and len(text) == duplicates.ID_CHARS + 3
+
+
+def test_verify_proves_what_is_left_out(runs: dict[str, Any]) -> None:
+    store = runs["config"].store
+    found = verify.verify_store(store).findings
+    assert not found, found[0].message
+    run = manifest.find_run(runs[ONCE])
+    table = manifest.read_table(run, "duplicates")
+    info = {key: run.info[key] for key in run.info if key not in ("id", "schema_version")}
+    saved = storage.read_bytes(uris.join(run.uri, "run.json"))
+    wrong = table.set_column(1, "duplicate_of", pa.array([0] * len(table), pa.int64()))
+    try:
+        for tables, facts, message in (
+            ({"duplicates": manifest.write_table(run, "duplicates", wrong)}, {}, "duplicate_of is"),
+            ({}, {"duplicates": info["duplicates"] | {"documents": 4}}, "its duplicates are not"),
+        ):
+            storage.delete([uris.join(run.uri, "run.json")])
+            named = {name: entry for name, entry in info["tables"].items() if name != "plan"}
+            manifest.finish_run(run, info | facts | {"tables": named | tables})
+            messages = [finding.message for finding in verify.verify_store(store).findings]
+            assert any(message in one for one in messages), messages
+    finally:
+        storage.delete([uris.join(run.uri, "run.json")])
+        storage.write_once(uris.join(run.uri, "run.json"), saved)
