@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
 import multiprocessing
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -148,3 +151,42 @@ def complete(
         "config": {"corpus": list(corpus)},
     }
     return manifest.finish_run(run, info) if done else run
+
+
+class Hook:
+    """An HTTP server on this machine that answers with the statuses given, then with 200."""
+
+    def __init__(self) -> None:
+        self.statuses: list[int] = []
+        self.got: list[bytes] = []
+        hook = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                hook.got.append(self.rfile.read(int(self.headers["Content-Length"])))
+                self.send_response(hook.statuses.pop(0) if hook.statuses else 200)
+                self.send_header("Location", "/elsewhere")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_GET = do_POST
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/secret"
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[Hook]:
+    """A ``Hook`` that answers."""
+    found = Hook()
+    thread = threading.Thread(target=found.server.serve_forever)
+    thread.start()
+    try:
+        yield found
+    finally:
+        found.server.shutdown()
+        thread.join()
+        found.server.server_close()

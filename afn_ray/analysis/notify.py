@@ -45,7 +45,7 @@ def check_webhook(url: str, allow_http: bool) -> str:
         raise ConfigError(
             f"the webhook is a {parts.scheme or 'plain'} address; expected https://host/..."
         )
-    if parts.scheme == "http" and not allow_http and not _is_this_machine(host):
+    if parts.scheme == "http" and not allow_http and not is_this_machine(host):
         raise ConfigError(
             f"the webhook at {host} is http, which anybody on the way reads; use https, or "
             "--allow-http"
@@ -53,11 +53,23 @@ def check_webhook(url: str, allow_http: bool) -> str:
     return url
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
+    """Whether ``host`` is this machine itself, which nobody listens in on."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def check_page(url: str, most_chars: int) -> str:
+    """Return ``url`` if it can be the link to a page; raises ``ConfigError`` otherwise."""
+    is_plain = url.isascii() and url.isprintable() and not set(url) & set(" <>()[]`\\")
+    if not url.startswith(("https://", "http://")) or not is_plain or len(url) > most_chars:
+        raise ConfigError(
+            f"--page-url is {url[:most_chars]!r}; expected http(s)://... of at most {most_chars} "
+            "characters, without spaces and brackets"
+        )
+    return url
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -82,7 +94,7 @@ def post(url: str, body: bytes, pause_s: float = 1.0) -> str | None:
     """
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})  # noqa: S310 - checked before
     parts = urlsplit(url)
-    local = parts.scheme == "http" and _is_this_machine(parts.hostname or "")
+    local = parts.scheme == "http" and is_this_machine(parts.hostname or "")
     # Requests to this machine bypass every proxy.
     proxies = [urllib.request.ProxyHandler({})] if local else []
     opener = urllib.request.build_opener(_NoRedirects, *proxies)

@@ -290,10 +290,39 @@ def _notifications(args: argparse.Namespace) -> list[Callable[[Audit, str], str 
     if url:
         webhook = notify.check_webhook(url, args.allow_http)
         calls.append(lambda found, written: notify.post(webhook, audit.to_bytes(found)))
+    if urls := args.notify or os.environ.get("AFN_NOTIFY", "").split():
+        calls += _messages(urls, _page_url(args), args.allow_http)
     if args.on_broken is not None:
         command = notify.parse_command(args.on_broken)
         calls.append(lambda found, written: notify.call_command(command, written))
     return calls
+
+
+def _messages(
+    urls: Sequence[str], page: str | None, allow_http: bool
+) -> list[Callable[[Audit, str], str | None]]:
+    """Calls that send a short message to each of ``urls``, with a link to ``page``."""
+    from afn_ray.analysis import services
+    from afn_ray.analysis.message import message
+
+    def call_of(service: Any) -> Callable[[Audit, str], str | None]:
+        return lambda found, written: services.send(
+            service, message(found, page), found.state == "broken"
+        )
+
+    return [call_of(service) for service in services.services(urls, allow_http)]
+
+
+def _page_url(args: argparse.Namespace) -> str | None:
+    """The URL of report.html for a message; None without one."""
+    from afn_ray.analysis import audit, message, notify
+    from afn_ray.store import uris
+
+    if args.page_url is not None:
+        return notify.check_page(args.page_url, message.MOST_PAGE_CHARS)
+    if args.no_report or not args.out.startswith(("https://", "http://")):
+        return None
+    return uris.join(args.out, audit.PAGE)
 
 
 def _repeated(found: Audit) -> str | None:

@@ -254,9 +254,22 @@ def _add_audit(commands: Commands) -> None:
         "variable AFN_WEBHOOK, which keeps the URL out of the list of processes)",
     )
     audit.add_argument(
+        "--notify",
+        metavar="URL",
+        action="append",
+        help="send a short message unless the policy holds: a URL of apprise (slack://..., "
+        "workflows://... for Teams, mailtos://..., pagerduty://..., jsons://...); may be repeated "
+        "(default: the environment variable AFN_NOTIFY, with spaces between several)",
+    )
+    audit.add_argument(
+        "--page-url",
+        metavar="URL",
+        help="link to report.html in the message (default: --out, if it is an http URL)",
+    )
+    audit.add_argument(
         "--allow-http",
         action="store_true",
-        help="allow a --webhook on another machine to use http instead of https",
+        help="allow --webhook and --notify to send to another machine without encryption",
     )
     audit.add_argument(
         "--on-broken",

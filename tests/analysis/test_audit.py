@@ -5,11 +5,9 @@ every step.
 from __future__ import annotations
 
 import gzip
-import http.server
 import json
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -50,7 +48,7 @@ from afn_ray.store import label_thresholds, manifest, storage
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from conftest import fenced, interrupted, stop_after, write_jsonl
-from nights import SCRIPT, Nights, complete
+from nights import SCRIPT, Hook, Nights, complete, listening
 
 
 def names(folder: Path) -> list[str]:
@@ -1170,40 +1168,10 @@ def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
 # ------------------------------------------------------------------------------------------
 
 
-class Hook:
-    """An HTTP server on this machine that answers with the statuses given, then with 200."""
-
-    def __init__(self) -> None:
-        self.statuses: list[int] = []
-        self.got: list[bytes] = []
-        hook = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                hook.got.append(self.rfile.read(int(self.headers["Content-Length"])))
-                self.send_response(hook.statuses.pop(0) if hook.statuses else 200)
-                self.send_header("Location", "/elsewhere")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-
-            do_GET = do_POST
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/secret"
-
-
 @pytest.fixture
 def hook() -> Iterator[Hook]:
-    found = Hook()
-    thread = threading.Thread(target=found.server.serve_forever)
-    thread.start()
-    yield found
-    found.server.shutdown()
-    thread.join()
-    found.server.server_close()
+    with listening() as found:
+        yield found
 
 
 @pytest.mark.parametrize(
