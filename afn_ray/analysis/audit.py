@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any
 
 import pyarrow.compute as pc
 
-from afn_ray.analysis import baselines, parts, verdict
+from afn_ray.analysis import baselines, parts, past, verdict
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.nights import Night, choose_partition
@@ -127,8 +127,11 @@ def run_audit(
 
     with job.run(config, on_event) as opened:
         run = manifest.find_run(opened.uri)
-    baseline = Baseline(named) if named else baselines.find(run, kind, policy.window)
-    found = _judge(policy, run, baseline, night)
+
+    def baseline_of(run: RunFolder) -> Baseline:
+        return Baseline(named) if named else baselines.find(run, kind, policy.window)
+
+    found = _judge(policy, run, baseline_of, night)
     if mark:
         keep_verdict(found)
     return found
@@ -142,23 +145,37 @@ def _named_baseline(baseline: str, window: str) -> RunFolder | None:
     return baselines.named(baseline)
 
 
-def _judge(policy: Policy, run: RunFolder, baseline: Baseline, night: Night) -> Audit:
-    """The verdict on the complete ``run``, held against ``baseline``."""
-    excused = None
+def _judge(
+    policy: Policy, run: RunFolder, baseline_of: Callable[[RunFolder], Baseline], night: Night
+) -> Audit:
+    """The verdict on the complete ``run``, held against the baseline that ``baseline_of`` gives.
+
+    Earlier nights are judged again against their own, where limits learn from them.
+    """
+    baseline, excused = baseline_of(run), None
     if night.first_night and baseline.lacking is not None:
         excused = f"first night: {baseline.lacking}"
         baseline = replace(baseline, lacking=excused)
+    evidence = _gather(policy, run, baseline)
+    before = past.values_before(
+        policy, run, evidence.layer, lambda earlier: _gather(policy, earlier, baseline_of(earlier))
+    )
+    with checksums.named_damage(run.uri):
+        rules = tuple(verdict.judge(policy, evidence, before))
+        notes = tuple(_notes(policy, evidence, night))
+    state = verdict.state_of(rules, policy.unjudged, excused)
+    of_run = evidence.comparison, evidence.lost
+    return Audit(state, rules, run, baseline, *of_run, notes, policy.window, evidence.layer)
+
+
+def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
+    """What ``policy`` judges of the complete ``run``, held against ``baseline``."""
     before = baseline.run
     comparison = None if before is None else compare.compare(before, run)
     with checksums.named_damage(run.uri):
         sources = _sources_of(run, before)
         layer = verdict.judged_layer(policy, run, comparison)
-        evidence = Evidence(run, losses.of_run(run), sources, comparison, baseline, layer)
-        rules = tuple(verdict.judge(policy, evidence))
-        notes = tuple(_notes(policy, evidence, night))
-    state = verdict.state_of(rules, policy.unjudged, excused)
-    lost, window = evidence.lost, policy.window
-    return Audit(state, rules, run, baseline, comparison, lost, notes, window, layer)
+        return Evidence(run, losses.of_run(run), sources, comparison, baseline, layer)
 
 
 def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
@@ -280,7 +297,8 @@ def lines(found: Audit) -> Iterator[str]:
         state = {HELD: "holds", WARNED: "WARNS", BROKEN: "BROKEN"}.get(rule.state, rule.state)
         where = f" ({rule.where})" if rule.where is not None else ""
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
-        yield f"{state:<11}{rule.key:<24}{value:>12} {limit}{where}"
+        comma = "" if rule.usual is None else ","
+        yield f"{state:<11}{rule.key:<24}{value:>12}{comma} {limit}{where}"
     yield from found.notes
     for line in verdict.reasons(found.rules):
         yield f"not judged: {line}"

@@ -7,8 +7,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from afn_ray.analysis import learned
+from afn_ray.analysis.learned import Learned
 from afn_ray.errors import ConfigError
 
+Level = float | Learned
+"""One level of a limit: a number, or one that is learned from earlier nights."""
 LEAST_TOKENS = 1000
 """Default of ``min_tokens``: tokens that a source needs in both runs to be judged.
 
@@ -85,8 +89,8 @@ class Limit:
     """One limit of a policy; at least one of its levels is set."""
 
     key: str  # of ``RUN_LIMITS`` or ``DRIFT_LIMITS``; with ``of``, of ``PART_LIMITS``
-    fail: float | None  # a value beyond it breaks the night
-    warn: float | None = None  # a value beyond it is a warning
+    fail: Level | None  # a value beyond it breaks the night
+    warn: Level | None = None  # a value beyond it is a warning
     of: str = ""  # the part that it judges: each source or group; empty: the whole run
 
     @property
@@ -110,42 +114,64 @@ class Limit:
         is_number_of = self.key.startswith("max_") and not self.key.endswith("_ratio")
         return is_number_of or self.key in WHOLE
 
-    def is_beyond(self, value: float, limit: float | None) -> bool:
-        """Whether ``value`` is beyond ``limit``, one of the two levels."""
+    @property
+    def learns(self) -> bool:
+        """Whether a level is learned from earlier nights."""
+        return isinstance(self.fail, Learned) or isinstance(self.warn, Learned)
+
+    def is_beyond(self, value: float, limit: Level | None) -> bool:
+        """Whether ``value`` is beyond ``limit``, a level that is a number."""
         if limit is None:
             return False
+        assert not isinstance(limit, Learned)
         return value < limit if self.is_minimum else value > limit
 
 
 def parse(file: str | Path, key: str, value: object, of: str = "") -> Limit:
-    """The limit ``key`` of the policy ``file``: a number, a share as in "2%", or both levels.
+    """The limit ``key`` of the policy ``file``: one level or both.
+
+    A level is a number, a share as in "2%", or one that learns, as in "3 mad" or "p99".
 
     Raises ``ConfigError`` for anything else, and for a warning that could not come first.
     """
     blank = Limit(key, None, None, of)
     if not isinstance(value, dict):
-        return Limit(key, _number(file, blank, blank.name, value), None, of)
+        return Limit(key, _level(file, blank, blank.name, value), None, of)
     if not value or not value.keys() <= {"warn", "fail"}:
         raise ConfigError(
             f"policy {file}: {blank.name} is {value!r}; expected a number, or one or both of "
             f"{{warn = ..., fail = ...}}"
         )
     levels = {
-        level: _number(file, blank, f"{blank.name}.{level}", number)
+        level: _level(file, blank, f"{blank.name}.{level}", number)
         for level, number in value.items()
     }
     warn, fail = levels.get("warn"), levels.get("fail")
-    if warn is not None and fail is not None and not blank.is_beyond(fail, warn):
+    if warn is not None and fail is not None and not _may_come_first(blank, warn, fail):
         before = "above" if blank.is_minimum else "below"
         raise ConfigError(
-            f"policy {file}: {blank.name} warns at {warn:g} and fails at {fail:g}, so no value is "
+            f"policy {file}: {blank.name} warns at {warn} and fails at {fail}, so no value is "
             f"a warning alone; expected warn {before} fail"
         )
     return Limit(key, fail, warn, of)
 
 
-def _number(file: str | Path, limit: Limit, name: str, value: object) -> float:
+def _may_come_first(limit: Limit, warn: Level, fail: Level) -> bool:
+    """Whether a value may be beyond ``warn`` and not beyond ``fail``.
+
+    Nobody knows before the night if one of them learns and the other does not.
+    """
+    if isinstance(warn, Learned) and isinstance(fail, Learned):
+        return not fail.is_within(warn) and fail != warn
+    if isinstance(warn, Learned) or isinstance(fail, Learned):
+        return True
+    return limit.is_beyond(fail, warn)
+
+
+def _level(file: str | Path, limit: Limit, name: str, value: object) -> Level:
     """Parse one level of ``limit``; 0.02 and "2%" are the same."""
+    if (learns := learned.parse(value)) is not None:
+        return learns
     if limit.is_whole:
         return whole(file, name, value)
     if isinstance(value, int | float) and value > 1 and limit.key in SHARES:
@@ -157,7 +183,8 @@ def _number(file: str | Path, limit: Limit, name: str, value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)
     raise ConfigError(
-        f'policy {file}: {name} is {value!r}; expected a number from 0, or a share as in "2%"'
+        f'policy {file}: {name} is {value!r}; expected a number from 0, a share as in "2%", or '
+        'what is usual, as in "3 mad" or "p99"'
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afn_ray.analysis import limits
+from afn_ray.analysis import learned, limits
 from afn_ray.analysis.limits import GROUP_LIMITS, LEAST_TOKENS, PART_LIMITS, WHOLE_LIMITS, Limit
 from afn_ray.errors import ConfigError
 from afn_ray.store import settings
@@ -22,6 +22,8 @@ OPTIONS = {
     "window": "what a night covers: all, the whole corpus, or new, one dated partition; default: all",
     "baseline": "what a night is held against: previous, week (window all), weekday or median:7 "
                 "(window new); default: previous",
+    "nights": 'nights that limits as in "3 mad" learn from, at least '
+              f"{learned.LEAST_NIGHTS}; default: {learned.NIGHTS}",
     "unjudged": "what a limit counts as that could not be judged: pass or fail; default: neither, "
                 "and the night is not judged",
 }  # fmt: skip
@@ -61,6 +63,8 @@ class Policy:
     """Kind of the baseline, as ``check_kind`` allows it."""
     unjudged: str | None = None
     """Result of a limit that could not be judged: "pass" or "fail"; None: it is not judged."""
+    nights: int = learned.NIGHTS
+    """Nights that limits learn from."""
 
     def limits_of(self, part: str) -> tuple[Limit, ...]:
         """The limits on each part of the kind ``part``."""
@@ -88,6 +92,11 @@ def read_policy(file: str | Path) -> Policy:
     unjudged = options.get("unjudged")
     if unjudged is not None:
         _choice(file, "unjudged", unjudged)
+    nights = limits.whole(file, "nights", options.get("nights", learned.NIGHTS))
+    if nights < learned.LEAST_NIGHTS:
+        raise ConfigError(
+            f"policy {file}: nights is {nights}; a limit learns from {learned.LEAST_NIGHTS} or more"
+        )
     baseline = options.get("baseline", "previous")
     try:
         check_kind(baseline, window)
@@ -106,7 +115,7 @@ def read_policy(file: str | Path) -> Policy:
         raise ConfigError(
             f"policy {file} has no limit, so nothing could break it; it may have:\n{known}{TABLES}"
         )
-    return Policy(tuple(found), layer, min_tokens, group_by, window, baseline, unjudged)
+    return Policy(tuple(found), layer, min_tokens, group_by, window, baseline, unjudged, nights)
 
 
 def _table(file: str | Path, name: str, value: object) -> dict[str, Any]:

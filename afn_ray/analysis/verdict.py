@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from afn_ray.analysis import parts
+from afn_ray.analysis import learned, parts
 from afn_ray.analysis.evidence import Evidence, Found, figures
-from afn_ray.analysis.limits import Limit
+from afn_ray.analysis.learned import Learned, Usual
+from afn_ray.analysis.limits import Level, Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.errors import ConfigError
 from afn_ray.reduce.compare import Comparison
@@ -28,6 +29,7 @@ class Rule:
     state: str  # "held", "warned", "broken" or "not judged"
     where: str | None  # source, group, class or files that the value belongs to
     reason: str | None = None  # why it was not judged
+    usual: Usual | None = None  # range that the limit learned; ``limit`` then has its numbers
 
     @property
     def key(self) -> str:
@@ -40,9 +42,12 @@ class Rule:
         return None if self.state == NOT_JUDGED else self.state != BROKEN
 
 
-def judge(policy: Policy, evidence: Evidence) -> Iterator[Rule]:
+def judge(
+    policy: Policy, evidence: Evidence, past: Mapping[str, Sequence[float]] | None = None
+) -> Iterator[Rule]:
     """Compare ``evidence`` with each limit of ``policy``, in the policy's order.
 
+    ``past`` are the values of earlier nights by name of the limit, for those that learn.
     What cannot be compared is not judged, with the reason. Raises ``ConfigError`` for limits that
     this run's tables can never be compared with.
     """
@@ -51,19 +56,52 @@ def judge(policy: Policy, evidence: Evidence) -> Iterator[Rule]:
     nothing = Found(None, reason=evidence.baseline.lacking)
     for limit in policy.limits:
         of_whole = of_run.get(limit.key, nothing)
-        yield _rule(limit, parts.worst(limit, policy, evidence) if limit.of else of_whole)
+        found = parts.worst(limit, policy, evidence) if limit.of else of_whole
+        yield _rule(limit, found, (past or {}).get(limit.name, ()))
 
 
-def _rule(limit: Limit, found: Found) -> Rule:
+def _rule(limit: Limit, found: Found, past: Sequence[float]) -> Rule:
     value, where, reason = found
     if value is None:
         return Rule(limit, None, NOT_JUDGED, where, reason)
+    finite = value if math.isfinite(value) else None
+    usual = None
+    if limit.learns:
+        limit, usual, lacking = _taught(limit, past)
+        if lacking is not None:
+            return Rule(limit, finite, NOT_JUDGED, where, lacking)
     state = HELD
     if limit.is_beyond(value, limit.warn):
         state = WARNED
     if limit.is_beyond(value, limit.fail):
         state = BROKEN
-    return Rule(limit, value if math.isfinite(value) else None, state, where)
+    return Rule(limit, finite, state, where, usual=usual)
+
+
+def _taught(limit: Limit, past: Sequence[float]) -> tuple[Limit, Usual | None, str | None]:
+    """``limit`` with numbers in place of what it learns; what is usual; why it cannot be judged.
+
+    What is usual is the range of the warning, if that learns too. A warning that cannot be judged
+    yet is left out beside a level that can.
+    """
+    fail, of_fail = _number_of(limit, limit.fail, past)
+    warn, of_warn = _number_of(limit, limit.warn, past)
+    level = limit.warn if limit.fail is None else limit.fail
+    if isinstance(level, Learned) and (of_warn if limit.fail is None else of_fail) is None:
+        return limit, None, learned.reason(level, past)
+    return replace(limit, fail=fail, warn=warn), of_warn or of_fail, None
+
+
+def _number_of(
+    limit: Limit, level: Level | None, past: Sequence[float]
+) -> tuple[float | None, Usual | None]:
+    """The number of a ``level`` of ``limit``, and the range that it learned."""
+    if not isinstance(level, Learned):
+        return level, None
+    found = learned.usual(level, past)
+    if found is None:
+        return None, None
+    return found.low if limit.is_minimum else found.high, found
 
 
 def judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) -> int:
@@ -118,7 +156,7 @@ def value_text(rule: Rule) -> str:
 
 
 def limit_text(rule: Rule) -> str:
-    """The limit of ``rule`` with its sign, and where a warning begins."""
+    """The limit of ``rule`` with its sign, and where a warning begins; what is usual comes first."""
     limit = rule.limit
     sign = ">=" if limit.is_minimum else "<="
     texts = []
@@ -126,11 +164,19 @@ def limit_text(rule: Rule) -> str:
         texts.append(f"{sign} {_number_text(limit, limit.fail)}")
     if limit.warn is not None:
         texts.append(f"warn {sign} {_number_text(limit, limit.warn)}")
-    return ", ".join(texts)
+    text = ", ".join(texts)
+    return text if rule.usual is None else f"{usual_text(rule.usual)} ({text})"
 
 
-def _number_text(limit: Limit, number: float) -> str:
-    return f"{number:,}" if limit.is_whole else f"{number:g}"
+def usual_text(usual: Usual) -> str:
+    """The range of ``usual`` as text."""
+    return f"usual {usual.low:.3g}-{usual.high:.3g} over {usual.nights} nights"
+
+
+def _number_text(limit: Limit, level: Level) -> str:
+    if isinstance(level, Learned):
+        return str(level)
+    return f"{level:,}" if limit.is_whole else f"{level:g}"
 
 
 def to_json(rule: Rule) -> dict[str, Any]:
@@ -138,12 +184,20 @@ def to_json(rule: Rule) -> dict[str, Any]:
     limit = rule.limit
     return {
         "key": rule.key,
-        "limit": limit.fail,
-        "warn": limit.warn,
+        "limit": _level_json(limit.fail),
+        "warn": _level_json(limit.warn),
         "value": rule.value,
         "passed": rule.passed,
         "where": rule.where,
         "meaning": limit.meaning,
         "reason": rule.reason,
         "state": rule.state,
+        "usual_low": None if rule.usual is None else rule.usual.low,
+        "usual_high": None if rule.usual is None else rule.usual.high,
+        "nights": None if rule.usual is None else rule.usual.nights,
     }
+
+
+def _level_json(level: Level | None) -> float | str | None:
+    """A level as plain values: one that could not be learned yet is its text."""
+    return str(level) if isinstance(level, Learned) else level

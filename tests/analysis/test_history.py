@@ -16,7 +16,7 @@ import pytest
 from scipy import spatial, stats
 
 import afn_ray
-from afn_ray.analysis import verify
+from afn_ray.analysis import learned, verify
 from afn_ray.analysis.policy import read_policy
 from afn_ray.cli import commands
 from afn_ray.errors import ConfigError, StoreError
@@ -234,6 +234,40 @@ def test_a_verdict_with_other_content_is_damage(
     edit_checksummed(f"{copied.uri}/verdict.json", lambda body: body.update({key: value}))
     with pytest.raises(StoreError, match=r"verdict\.json is damaged"):
         verdicts.read_verdict(copied)
+
+
+# --- limits that learn
+
+
+def test_a_limit_learns_from_what_the_history_shows(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From nights that kept the figure, and from one without an audit, which is judged again."""
+    copied = copy_of(store, tmp_path)
+    rows = history.of_store(copied).rows.to_pylist()
+    psi = [row["psi"] for row in rows if (row["layer"], row["group_by"]) == (2, None)]
+    policy = replace(read_policy(policy_of(tmp_path)), unjudged="fail")
+    last = runs_of(copied)[-1]
+    config = config_from({**last.info["config"], "store": copied})
+    middle, spread = np.median(psi[1:4]), 2 * stats.median_abs_deviation(psi[1:4])
+    monkeypatch.setattr(learned, "LEAST_NIGHTS", 3)
+    (rule,) = afn_ray.run_audit(config, policy).rules
+    assert rule.value == psi[4] and rule.usual is not None and rule.usual.nights == 3
+    ends = (max(0, middle - spread), middle + spread)
+    assert (rule.usual.low, rule.usual.high) == pytest.approx(ends, rel=1e-12)
+    assert rule.state == ("broken" if psi[4] > ends[1] else "held")
+    monkeypatch.setattr(learned, "LEAST_NIGHTS", 4)
+    found = afn_ray.run_audit(config, policy)
+    assert (found.state, found.reason) == (
+        "broken",
+        'psi: "2 mad" needs the figure of 4 earlier nights; there are 3',
+    )
+    assert len(runs_of(copied)) == 5
+
+
+def policy_of(folder: Path) -> Path:
+    (folder / "policy.toml").write_text('window = "new"\npsi = "2 mad"\n')
+    return folder / "policy.toml"
 
 
 # --- where it is shown

@@ -1,0 +1,219 @@
+"""Limits that learn: their form, their arithmetic against scipy, and the nights that they learn from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from afn_ray.analysis import audit, learned, past, verdict
+from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.evidence import Evidence, Found
+from afn_ray.analysis.limits import Limit, parse
+from afn_ray.analysis.policy import Policy, read_policy
+from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule
+from afn_ray.errors import ConfigError
+from afn_ray.reduce.losses import Losses
+from afn_ray.store import manifest, verdicts
+from afn_ray.store.manifest import RunFolder
+from afn_ray.store.verdicts import StoredVerdict
+from nights import complete
+
+SECRETS = np.random.default_rng(17)
+VALUES = SECRETS.chisquare(9, 27).tolist()
+
+
+def learns(text: str) -> learned.Learned:
+    found = learned.parse(text)
+    assert found is not None
+    return found
+
+
+# --- parsing
+
+
+@pytest.mark.parametrize("text", ["3 mad", "2.5 mad", "p99", "p50", "p99.9", "p100"])
+def test_a_limit_that_learns_reads_as_it_is_written(text: str) -> None:
+    assert str(learns(text)) == str(learns(f" {text.upper()} ")) == text
+
+
+@pytest.mark.parametrize(
+    "value", ["3mads", "0 mad", "-1 mad", "p49", "p101", "p9", "mad", "", 3, None, "1e9 mad"]
+)
+def test_what_is_no_such_limit_is_none(value: object) -> None:
+    assert learned.parse(value) is None
+
+
+def test_a_policy_takes_it_at_either_level_for_every_part(tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(
+        'nights = 20\npsi = "3 mad"\nlost_bytes = {warn = "p90", fail = 10}\n[source]\nks = "p99"\n'
+    )
+    policy = read_policy(tmp_path / "p.toml")
+    assert policy.nights == 20
+    assert policy.limits == (
+        Limit("psi", learns("3 mad")),
+        Limit("lost_bytes", 10, learns("p90")),
+        Limit("ks", learns("p99"), None, "source"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("psi = \"p10\"", "expected a number from 0, a share as in \"2%\", or what is usual"),
+        ("nights = 7\npsi = \"3 mad\"", "nights is 7; a limit learns from 8 or more"),
+        ("psi = {warn = \"6 mad\", fail = \"3 mad\"}", "psi warns at 6 mad and fails at 3 mad"),
+        ("psi = {warn = \"p99\", fail = \"p99\"}", "no value is a warning alone"),
+    ],
+)  # fmt: skip
+def test_a_policy_that_cannot_learn_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_policy(tmp_path / "p.toml")
+    assert message in str(error.value)
+
+
+# --- arithmetic
+
+
+@pytest.mark.parametrize("n", [8, 9, 26, 27])
+def test_what_is_usual_equals_scipy_and_numpy(n: int) -> None:
+    values = VALUES[:n]
+    spread = 3 * stats.median_abs_deviation(values)
+    found = learned.usual(learns("3 mad"), values)
+    assert found is not None
+    low = max(0.0, np.median(values) - spread)
+    assert (found.low, found.high) == pytest.approx((low, np.median(values) + spread), rel=1e-12)
+    for share in (0.5, 0.75, 0.9, 0.99, 1):
+        found = learned.usual(learns(f"p{100 * share:g}"), values)
+        ends = np.quantile(values, [1 - share, share], method="inverted_cdf")
+        assert found == learned.Usual(ends[0], ends[1], n)
+    assert learned.usual(learns("p99"), values[:7]) is None
+
+
+# --- judging
+
+
+def rule_of(value: float, limit: object, past_values: list[float], key: str = "psi") -> Rule:
+    """The verdict on ``value`` by ``limit`` after nights with ``past_values``."""
+    return verdict._rule(parse("p", key, limit), Found(value), past_values)
+
+
+def test_a_value_at_the_end_of_what_is_usual_holds_and_beyond_it_breaks() -> None:
+    usual = learned.usual(learns("3 mad"), VALUES)
+    assert usual is not None
+    assert rule_of(usual.high, "3 mad", VALUES).state == HELD
+    beyond = rule_of(usual.high * 1.001, "3 mad", VALUES)
+    assert (beyond.state, beyond.usual, beyond.limit.fail) == (BROKEN, usual, usual.high)
+    at_least = rule_of(usual.low, "3 mad", VALUES, "min_tokens_ratio")
+    assert at_least.state == HELD and at_least.limit.fail == usual.low
+    assert rule_of(usual.low * 0.999, "3 mad", VALUES, "min_tokens_ratio").state == BROKEN
+    assert rule_of(float("inf"), "p99", VALUES).state == BROKEN
+
+
+def test_too_few_nights_are_said_and_the_value_is_kept_for_later_nights() -> None:
+    few = rule_of(0.25, "3 mad", VALUES[:7])
+    assert (few.state, few.value) == (NOT_JUDGED, 0.25)
+    assert few.reason == '"3 mad" needs the figure of 8 earlier nights; there are 7'
+    assert verdict.limit_text(few) == "<= 3 mad"
+    assert verdict.to_json(few)["limit"] == "3 mad" and verdict.to_json(few)["nights"] is None
+
+
+def test_two_levels_may_learn_or_one_of_them() -> None:
+    both = {"warn": "p75", "fail": "p99"}
+    values = [float(i) for i in range(1, 21)]
+    states = [rule_of(x, both, values).state for x in (15, 15.5, 20, 20.5)]
+    assert states == [HELD, WARNED, WARNED, BROKEN]
+    assert rule_of(1, both, values[:7]).state == NOT_JUDGED
+    fixed = {"warn": "p75", "fail": 30}
+    assert [rule_of(x, fixed, values).state for x in (16, 31)] == [WARNED, BROKEN]
+    assert [rule_of(x, fixed, values[:7]).state for x in (16, 31)] == [HELD, BROKEN]
+    learning = {"warn": 3, "fail": "p99"}
+    assert rule_of(4, learning, values[:7]).state == NOT_JUDGED
+    alone = {"warn": "p75"}
+    assert [rule_of(16, alone, v).state for v in (values, values[:7])] == [WARNED, NOT_JUDGED]
+
+
+def test_what_is_usual_is_said_in_numbers() -> None:
+    values = [0.004, 0.004, *[0.007] * 17, 0.011, 0.011]
+    rule = rule_of(0.031, "p99", values)
+    assert verdict.limit_text(rule) == "usual 0.004-0.011 over 21 nights (<= 0.011)"
+    json = verdict.to_json(rule)
+    assert (json["usual_low"], json["usual_high"], json["nights"]) == (0.004, 0.011, 21)
+    run = RunFolder("s/runs/b", "s", "b", {"config": {"corpus": ["c"]}})
+    lost = Losses(0, 0, 0, 0, 0, 0, (), 0, ())
+    found = audit.Audit(BROKEN, (rule,), run, Baseline(None), None, lost, ())
+    assert next(audit.lines(found)) == (
+        "BROKEN     psi                            0.031, usual 0.004-0.011 over 21 nights (<= 0.011)"
+    )
+
+
+# --- the nights
+
+
+TONIGHT = datetime(2026, 11, 22, 3, tzinfo=UTC)
+POLICY = Policy((parse("p", "psi", "3 mad"), parse("p", "ks", 0.1)), window="new", nights=9)
+
+
+def night_of(store: Path, day: int, **changes: Any) -> RunFolder:
+    began, ask = TONIGHT + timedelta(hours=day), f"{day:06x}" + "0" * 6
+    if changes:
+        began += timedelta(minutes=1)
+    return complete(store, began, corpus=[f"/t/dt=2026-11-{day:02d}"], ask=ask, **changes)
+
+
+def keep(run: RunFolder, psi: float | None, layer: int = 8, key: str = "psi") -> None:
+    kept = StoredVerdict("held", "new", layer, None, (), (), (), {key: psi})
+    verdicts.write_verdict(run, kept)
+    manifest.mark_audited(run)
+
+
+def no_evidence(run: RunFolder) -> Evidence:
+    raise AssertionError(f"{run.uri} is judged again")
+
+
+def test_values_are_those_that_the_last_nights_kept_newest_first(tmp_path: Path) -> None:
+    for day in range(1, 13):
+        keep(night_of(tmp_path, day), None if day == 9 else day / 100)
+    keep(night_of(tmp_path, 14), 9.0)  # later than tonight
+    keep(night_of(tmp_path, 10, measure="other"), 7.0)
+    tonight = night_of(tmp_path, 13)
+    values = past.values_before(POLICY, tonight, 8, no_evidence)
+    assert values == {"psi": [day / 100 for day in (12, 11, 10, 8, 7, 6, 5, 4)]}
+    fixed = replace(POLICY, limits=POLICY.limits[1:])
+    assert past.values_before(fixed, tonight, 8, no_evidence) == {}
+
+
+def test_a_corpus_that_is_measured_whole_has_a_night_for_each_run(tmp_path: Path) -> None:
+    policy = replace(POLICY, window="all")
+    for day in range(1, 13):
+        run = complete(tmp_path, TONIGHT + timedelta(hours=day), ask=f"{day // 2:012x}")
+        keep(run, day / 100)
+    tonight = complete(tmp_path, TONIGHT + timedelta(hours=20), ask="f" * 12)
+    # Two runs with one request are one night, tried again: the later one counts.
+    values = past.values_before(policy, tonight, 8, no_evidence)
+    assert values == {"psi": [day / 100 for day in (12, 11, 9, 7, 5, 3, 1)]}
+
+
+@pytest.mark.parametrize("kept", [None, (8, "ks"), (0, "psi")])
+def test_a_night_that_kept_no_such_figure_is_judged_again(
+    kept: tuple[int, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier, tonight = night_of(tmp_path, 1), night_of(tmp_path, 2)
+    if kept is not None:
+        keep(earlier, 0.5, *kept)
+    judged = []
+
+    def judge(policy: Policy, evidence: Any) -> list[Rule]:
+        assert policy.layer == 8 and [limit.fail for limit in policy.limits] == [0.0]
+        judged.append(evidence)
+        return [Rule(policy.limits[0], 0.125, BROKEN, None)]
+
+    monkeypatch.setattr(verdict, "judge", judge)
+    values = past.values_before(POLICY, tonight, 8, lambda run: run.id)  # type: ignore[arg-type,return-value]
+    assert values == {"psi": [0.125]} and judged == [earlier.id]
