@@ -75,9 +75,11 @@ def _broken(found: Audit) -> Iterator[str]:
 
 
 def _against(rule: Rule) -> str:
-    """The limit that ``rule`` broke, and how far its value is beyond."""
+    """The limit that ``rule`` broke, and how far its value is beyond; or what is usual."""
+    if rule.usual is not None:
+        return verdict.usual_text(rule.usual)
     limit = rule.limit.fail
-    assert limit is not None
+    assert isinstance(limit, int | float)
     number = f"{limit:,}" if rule.limit.is_whole else f"{limit:g}"
     if rule.limit.is_minimum:
         return f"at least {number}"
