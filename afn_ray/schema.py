@@ -477,6 +477,17 @@ SCREENED_SCHEMA = _schema(
 )
 """A run's strangest documents."""
 
+STRANGE_SCHEMA = _schema(
+    "source: string",  # as in ``SOURCES_SCHEMA``
+    "group: string or null",  # as in ``GROUPS_SCHEMA``; null too where the run has no groups
+    "n_docs: int64",
+    "n: int64",  # tokens of these documents, special ones apart
+)
+"""A run's documents with a score of ``reduce.strangest.STRANGE_SCORE`` or more, of all documents.
+
+``screened`` lists some of them; this table counts every one, by source and group.
+"""
+
 # --- tables of two runs compared, a and b
 
 _STRENGTHS_OF_TWO = (

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.analysis import scalars
+from afn_ray.analysis import own_parts, scalars
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.compare import Comparison
@@ -50,10 +50,18 @@ WITHOUT_SOURCES = Found(None, reason="the baseline has no table of sources")
 def figures(evidence: Evidence) -> dict[str, Found]:
     """The figure for each limit on the whole run; without a baseline, those of the run alone."""
     found = dict(_of_run(evidence.run, evidence.lost))
+    found["junk_share"] = _junk(evidence.run)
     if evidence.comparison is not None:
         found |= _of_comparison(evidence.comparison, evidence.layer)
         found |= _of_scalars_of(evidence, evidence.comparison)
     return found
+
+
+def _junk(run: RunFolder) -> Found:
+    """The share of strange documents, with the source that has most of their tokens."""
+    if (lacking := own_parts.lacking(run, "junk_share")) is not None:
+        return Found(None, reason=lacking)
+    return Found(own_parts.junk_of_run(run), own_parts.most_junk(run))
 
 
 def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:

@@ -30,6 +30,7 @@ RUN_LIMITS = {
                       "every limit",
     "replaced_characters": "characters that may be replaced (U+FFFD), for bytes that are no text",
     "replaced_share": "share of the characters that may be replaced",
+    "junk_share": "share of the tokens that may be in documents which screening ranks as strange",
 }  # fmt: skip
 """Limits on the run alone; each key with its meaning."""
 DISTANCE_LIMITS = {
@@ -57,11 +58,20 @@ DRIFT_LIMITS = {
 }
 SOURCE_LIMITS = {
     **DISTANCE_LIMITS,
+    "junk_share": "share of a source's tokens that may be in documents which screening ranks as "
+    "strange",
+    "lost_bytes": "bytes of a source that may be lost: damaged, cut off, quarantined",
     "min_tokens_ratio": "tokens of a source in this run over those in the baseline, at least",
 }
-"""Limits in ``[source]`` on the worst source; ``max_vanished_sources`` limits vanished ones."""
+"""Limits in ``[source]`` on the worst source; ``max_vanished_sources`` limits vanished ones.
+
+Those that are not distances, but figures of the run alone, are in ``own_parts.FIGURES``.
+"""
 GROUP_LIMITS = {
     **DISTANCE_LIMITS,
+    "junk_share": "share of a group's tokens that may be in documents which screening ranks as "
+    "strange",
+    "lost_bytes": "bytes of a group that may be lost: damaged, cut off, quarantined",
     "min_tokens_ratio": "tokens of a group in this run over those in the baseline, at least; "
     "0 for one that vanished",
 }

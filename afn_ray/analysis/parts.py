@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
+from afn_ray.analysis import own_parts
 from afn_ray.analysis.evidence import WITHOUT_SOURCES, Evidence, Found, distance, sources_at
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.policy import Policy
@@ -88,11 +89,11 @@ def _read_sources(rows: list[dict[str, Any]], sources: Collection[str]) -> list[
 
 def check(policy: Policy, run: RunFolder) -> None:
     """Raise ``ConfigError`` for limits on parts that ``run`` does not have."""
-    limits_sources = any(limit.key in OF_SOURCES for limit in policy.limits)
-    if (limits_sources or policy.limits_of("source")) and "sources" not in run.info["tables"]:
+    needs_scan = any(limit.key in (*OF_SOURCES, *own_parts.TABLES) for limit in policy.limits)
+    if (needs_scan or policy.limits_of("source")) and "sources" not in run.info["tables"]:
         raise ConfigError(
-            f"the policy limits sources, but run {run.uri} has no table of them: run it with its "
-            "screening (--screen)"
+            f"the policy limits sources or strange documents, but run {run.uri} has no table of "
+            "them: run it with its screening (--screen)"
         )
     if not policy.limits_of("group"):
         return
@@ -110,6 +111,8 @@ def check(policy: Policy, run: RunFolder) -> None:
 
 def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
     """The worst value of ``limit`` over the parts that it judges, and the part."""
+    if limit.key in own_parts.FIGURES:
+        return _worst_own(limit, policy, evidence.run)
     comparison = evidence.comparison
     if comparison is None:
         return Found(None, reason=evidence.baseline.lacking)
@@ -129,6 +132,18 @@ def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
     if distances:
         return Found(*max(distances))
     return Found(None, reason=f"no {limit.of} has {least} in both runs")
+
+
+def _worst_own(limit: Limit, policy: Policy, run: RunFolder) -> Found:
+    """The worst value of a limit on the run alone."""
+    if (lacking := own_parts.lacking(run, limit.key)) is not None:
+        return Found(None, reason=lacking)
+    min_tokens = 0 if limit.is_whole else policy.least_tokens(limit.of)
+    found = [part for part in own_parts.FIGURES[limit.key](run, limit.of) if part.n >= min_tokens]
+    if not found:
+        return Found(None, reason=f"no {limit.of} has {count(min_tokens, 'token')}")
+    worst = max(found, key=lambda part: part.value)
+    return Found(worst.value, worst.name)
 
 
 def notes(policy: Policy, evidence: Evidence) -> Iterator[str]:

@@ -340,6 +340,8 @@ class RunCheck:
             by_group = self._config.get("thresholds_by") == "group"
             asked = screen.Asked(worst, self._config.get("group_by"), by_group)
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
+            if "strange" not in self.folder.info["tables"]:  # an older run
+                del tables["strange"]
         return tables
 
     def _ask_duckdb(self, measure: Measure, memory_limit: str, n_tokens: int) -> None:

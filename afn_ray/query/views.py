@@ -43,6 +43,8 @@ VIEWS = {
     "group_classes": "classes of each group by the classes of its types, per layer; empty where the "
     "run is not grouped",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
+    "strange": "how many documents are as strange as that, of all, by source and group; empty where "
+    "none is, or the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",
     "drift": "distances of the strengths from the baseline, whole and by source; empty without a "
     "baseline",

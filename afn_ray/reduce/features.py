@@ -115,6 +115,7 @@ def _scan_shard(
         "source": uris.take(has_tokens),
         "n_tokens": n[has_tokens].astype(np.int32),
         "hash": hashes[has_tokens],
+        "cell": cells.cell[has_tokens],
     }
     prefix = source[has_tokens] << BIN_BITS
     of_features = []

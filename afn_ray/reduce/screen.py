@@ -58,7 +58,7 @@ from afn_ray.reduce.histogram import (
 )
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.sources import Sources, sums_by_source
-from afn_ray.reduce.strangest import describe, rank, strangest_of
+from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
 from afn_ray.schema import (
     SCREENED_SCHEMA,
@@ -92,7 +92,7 @@ def scan_run(
     asked: Asked,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
-    """The run's ``sources`` and ``screened`` tables, made by ``tasks`` or in this process.
+    """The run's ``sources``, ``screened`` and ``strange`` tables, made by ``tasks`` or in this process.
 
     With groups, their tables too. ``reduced`` are the run's other tables by name; its ``files``
     define the sources. ``readable`` has the tokenizer's texts by token id. ``screened`` has at most
@@ -131,13 +131,18 @@ def scan_run(
         of_groups = tasks.result(made)
     hashes = [merged(tasks, add, handles) for handles in of_parts]
     repeated = [tasks.submit(_repeated, part)[0] for part in hashes]
-    ranked = []
+    of_tables = []
     for table in tables:
-        ranked += tasks.submit(rank, layer, asked.worst, table, sources, spread, *repeated)
+        by = (sources, spread, *repeated)
+        of_tables.append(tasks.submit(rank, layer, asked.worst, table, *by, num_results=2))
+    ranked, of_strange = (list(handles) for handles in zip(*of_tables, strict=True))
     strangest = tasks.result(merged(tasks, strangest_of, ranked, asked.worst))
+    strange = tasks.result(merged(tasks, add, of_strange))
+    groups = (None,) if grouping is None else grouping.names
     return {
         "sources": tasks.result(described),
         "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
+        "strange": strange_table(sources.names, groups, strange),
         **of_groups,
     }
 

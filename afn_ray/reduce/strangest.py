@@ -23,6 +23,7 @@ from afn_ray.schema import (
     FEATURES,
     SCREENED_SCHEMA,
     SOURCES_SCHEMA,
+    STRANGE_SCHEMA,
 )
 
 LEAST_DOCS = 20
@@ -31,6 +32,13 @@ MAD_TO_SD = 1.4826
 """Ratio of the standard deviation to the MAD in a normal distribution."""
 LEAST_SCALE = 1e-9
 """Smallest divisor of a z, for a source whose documents are all equal."""
+STRANGE_SCORE = 4.0
+"""Score from which a document counts as strange: of clean text, few do.
+
+Of 5,867 texts of King James verses 19 reach it (7 because they are repeated, 12 with 0.14 % of the
+tokens). All of 51 junk texts planted among them do, and all of 31 among 1,040 others
+(``tests/bench/screen.py``; MiniLM, layer 4).
+"""
 REASON_Z = 3.0
 """Absolute z from which a feature is named among the reasons."""
 
@@ -155,16 +163,22 @@ def rank(
     sources: Sources,
     spread: Spread,
     *repeated: Histogram,
-) -> list[pa.Table]:
-    """The ``worst`` strangest of ``documents``, as in ``RANKED``."""
+) -> list[Any]:
+    """The ``worst`` strangest of ``documents``, as in ``RANKED``, and sums over all strange ones.
+
+    The sums are histograms by cell (``groups.Cells``): strange documents, and their tokens.
+    """
     if not len(documents):
-        return [RANKED.empty_table()]
+        return [RANKED.empty_table(), (Histogram.empty(), Histogram.empty())]
     n = documents["n_tokens"].to_numpy().astype(np.float64)
     hashes = documents["hash"].to_numpy()
     distances = _Distances.of(documents, n, sources, spread)
     copies = _copies(hashes, repeated)
     z_of_copies = np.log2(copies) * np.log2(n) / 2
     score = np.maximum(np.abs(distances.z).max(axis=0), z_of_copies)
+    cells = documents["cell"].to_numpy()[score >= STRANGE_SCORE]
+    tokens = documents["n_tokens"].to_numpy()[score >= STRANGE_SCORE].astype(np.int64)
+    strange = Histogram.of(cells), Histogram.of(cells, tokens)
     chosen = _first_of_each_text(score, documents["doc"].to_numpy(), hashes)[:worst]
     reasons = []
     for at in chosen.tolist():
@@ -181,7 +195,20 @@ def rank(
     table = documents.take(chosen)
     for name, column in columns.items():
         table = table.append_column(name, column)
-    return [table.select(RANKED.names).cast(RANKED)]
+    return [table.select(RANKED.names).cast(RANKED), strange]
+
+
+def strange_table(
+    sources: Sequence[str], groups: Sequence[str | None], strange: tuple[Histogram, Histogram]
+) -> pa.Table:
+    """The sums of ``rank`` as ``STRANGE_SCHEMA``; ``groups`` are (None,) for a run without them."""
+    documents, tokens = strange
+    rows = []
+    for cell, n_docs in zip(documents.keys.tolist(), documents.counts.tolist(), strict=True):
+        source, group = divmod(cell, len(groups))
+        row = {"source": sources[source], "group": groups[group], "n_docs": n_docs}
+        rows.append(row | {"n": int(tokens.counts_of(np.array([cell]))[0])})
+    return pa.Table.from_pylist(rows, STRANGE_SCHEMA)
 
 
 class _Distances(NamedTuple):

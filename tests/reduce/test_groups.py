@@ -24,6 +24,7 @@ from afn_ray.query import own_labels
 from afn_ray.reduce import compare, groups, screen
 from afn_ray.reduce.groups import OTHERS, partition_of
 from afn_ray.reduce.sources import Sources
+from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.store import manifest
 from conftest import config_of, write_jsonl
 
@@ -220,6 +221,24 @@ def test_small_groups_beyond_the_limit_are_one_group_of_a_name_that_says_so(
         OTHERS: sum(of for name, of in n.items() if name not in largest and name is not None),
         None: n[None],
     }
+
+
+def test_strange_documents_are_counted_by_source_and_group(
+    nights: tuple[RunConfig, str, str],
+) -> None:
+    """Against the scores of ``screened``, which lists every text of this corpus."""
+    rows = table(nights[2], 'SELECT source, "group", n_docs, n FROM strange')
+    scored = table(
+        nights[2],
+        "SELECT s.score, d.source, d.lang, d.n_tokens - 2 AS n FROM documents d JOIN documents f "
+        "USING (text_sha256) JOIN screened s ON s.doc = f.doc",
+    )
+    expected = Counter[tuple[str, str]]()
+    for row in scored:
+        if row["score"] >= STRANGE_SCORE:
+            expected[row["source"], row["lang"]] += row["n"]
+    assert {(row["source"], row["group"]): row["n"] for row in rows} == expected
+    assert sum(row["n_docs"] for row in rows if row["group"] == DRIFTED) == 10
 
 
 def test_verify_proves_groups_however_the_scan_is_cut(

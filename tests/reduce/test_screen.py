@@ -141,6 +141,24 @@ def test_every_document_has_the_features_and_the_score_of_the_reference(made: Ru
     assert [r["doc"] for r in rows] == listed and len(listed) == 109 - 2
 
 
+def test_all_strange_documents_are_counted_by_source(
+    made: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few are listed, and with each of several copies."""
+    monkeypatch.setattr("afn_ray.reduce.strangest.STRANGE_SCORE", 2.0)
+    with afn_ray.run(replace(made, store=str(tmp_path), screen=3)) as opened:
+        theirs = reference(opened)
+        rows = opened.sql("SELECT source, n_docs, n FROM strange").fetchall()
+    expected: dict[str, list[int]] = {}
+    for row in theirs.values():
+        if row["score"] >= 2.0:
+            counts = expected.setdefault(row["source"], [0, 0])
+            counts[0] += 1
+            counts[1] += row["n"]
+    assert {source: [n_docs, n] for source, n_docs, n in rows} == expected
+    assert len(expected) == 2 and sum(n_docs for _, n_docs, _ in rows) > 3
+
+
 def test_reasons_and_texts_are_those_of_the_document(made: RunConfig, verses: list[str]) -> None:
     with afn_ray.open_run(made.store) as run:
         rows = run.sql("FROM screened ORDER BY rank").to_arrow_table().to_pylist()

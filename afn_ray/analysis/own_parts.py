@@ -1,0 +1,134 @@
+"""Figures of each source and each group of one run alone, which need no baseline.
+
+``FIGURES`` has the function of each such limit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray import kept
+from afn_ray.query import database
+from afn_ray.query.expressions import quoted
+from afn_ray.reduce.group_drift import grouped_by
+from afn_ray.reduce.groups import Grouping, group_name
+from afn_ray.reduce.sources import Sources
+from afn_ray.store import manifest
+from afn_ray.store.manifest import RunFolder
+
+
+class Part(NamedTuple):
+    """A source or a group, with a figure of its own."""
+
+    name: str
+    value: float
+    n: int  # its tokens, special ones apart
+
+
+def junk(run: RunFolder, kind: str) -> Iterator[Part]:
+    """The share of the tokens of each part that are in strange documents; parts with tokens only."""
+    table = manifest.read_table(run, "strange")
+    strange: Counter[str | None] = Counter()
+    for name, n in zip(table[kind].to_pylist(), table["n"].to_pylist(), strict=True):
+        strange[name] += n
+    for name, n in _tokens(run, kind).items():
+        if n:
+            yield Part(_shown(kind, name), strange[name] / n, n)
+
+
+def lost(run: RunFolder, kind: str) -> Iterator[Part]:
+    """The lost bytes of each part; those of which nobody knows the group are of "(no value)"."""
+    lost_bytes = _lost_by_source(run) if kind == "source" else _lost_by_group(run)
+    tokens = _tokens(run, kind)
+    for name in dict.fromkeys([*tokens, *lost_bytes]):
+        yield Part(_shown(kind, name), lost_bytes[name], tokens[name])
+
+
+def most_junk(run: RunFolder) -> str | None:
+    """The source with most tokens in strange documents; None if there is no such document."""
+    most = max(junk(run, "source"), key=lambda part: part.value * part.n, default=None)
+    return most.name if most is not None and most.value else None
+
+
+FIGURES: dict[str, Callable[[RunFolder, str], Iterator[Part]]] = {
+    "junk_share": junk,
+    "lost_bytes": lost,
+}
+"""Figures by the key of their limit; each is given a run and the kind of the parts."""
+TABLES = {"junk_share": "strange"}
+"""Tables of a run that figures need and that an older run lacks."""
+
+
+def lacking(run: RunFolder, key: str) -> str | None:
+    """Why ``run`` has no figure for the limit ``key``; None if it has."""
+    if key not in TABLES or TABLES[key] in run.info["tables"]:
+        return None
+    return f"the run is older than its table of {TABLES[key]} documents"
+
+
+def junk_of_run(run: RunFolder) -> float:
+    """The share of all tokens of ``run`` that are in strange documents."""
+    strange = pc.sum(manifest.read_table(run, "strange")["n"]).as_py() or 0
+    return float(strange / max(1, sum(_tokens(run, "source").values())))
+
+
+def _shown(kind: str, name: str | None) -> str:
+    return group_name(name) if kind == "group" else str(name)
+
+
+def _tokens(run: RunFolder, kind: str) -> Counter[str | None]:
+    """The tokens of each part of ``run``."""
+    table = manifest.read_table(run, f"{kind}s")
+    here = table.filter(pc.equal(table["layer"], max(run.info["layers"])))
+    return Counter(dict(zip(here[kind].to_pylist(), here["n"].to_pylist(), strict=True)))
+
+
+def _lost_by_source(run: RunFolder) -> Counter[str | None]:
+    table = manifest.read_table(run, "sources")
+    here = table.filter(pc.equal(table["layer"], max(run.info["layers"])))
+    columns = (here[name].to_pylist() for name in ("source", "lost_bytes"))
+    return Counter(dict(zip(*columns, strict=True)))
+
+
+def _lost_by_group(run: RunFolder) -> Counter[str | None]:
+    """The lost bytes of each group: of its files, or of its documents if a column makes it."""
+    files = manifest.read_table(run, "files")
+    rows = files.filter(pc.invert(files["is_skipped"])).select(["source", "lost_bytes"])
+    sources = Sources.of(rows["source"].to_pylist())
+    columns = {column.name: column for column in kept.parse(_kept_columns(run))}
+    by, found = str(grouped_by(run)), Counter[str | None]()
+    total = pc.sum(rows["lost_bytes"]).as_py() or 0
+    if by in columns and total:
+        rows = _lossy_documents(run, columns[by])
+        # A shard that was given up has no documents.
+        found[None] = total - (pc.sum(rows["lost_bytes"]).as_py() or 0)
+    if not total:
+        return found
+    groups = manifest.read_table(run, "groups")["group"].unique().to_pylist()
+    names = tuple(dict.fromkeys([*groups, None]))
+    uris = rows["source"].combine_chunks().dictionary_encode()
+    documents = rows.set_column(rows.column_names.index("source"), "source", uris)
+    index = Grouping(by, by in columns, sources, names).index_of(documents)
+    for at, n in zip(index.tolist(), rows["lost_bytes"].to_pylist(), strict=True):
+        found[names[at]] += n
+    return found
+
+
+def _kept_columns(run: RunFolder) -> str:
+    return run.info["config"].get("keep_columns") or ""
+
+
+def _lossy_documents(run: RunFolder, column: kept.KeptColumn) -> pa.Table:
+    """``source``, ``lost_bytes`` and the kept ``column`` of each document that lost something."""
+    name = quoted(column.name)
+    with database.open_run(run.uri) as opened:
+        query = f"SELECT source, lost_bytes, {name} FROM documents WHERE lost_bytes > 0"  # noqa: S608
+        rows = opened.sql(query).to_arrow_table()
+    kind = pa.string() if column.kind == "string" else kept.KINDS[column.kind]
+    rows = rows.set_column(0, "source", rows["source"].cast(pa.string()))
+    return rows.set_column(2, column.name, rows[column.name].cast(kind))
