@@ -57,10 +57,11 @@ def judge(
     for limit in policy.limits:
         of_whole = of_run.get(limit.key, nothing)
         found = parts.worst(limit, policy, evidence) if limit.of else of_whole
-        yield _rule(limit, found, (past or {}).get(limit.name, ()))
+        yield rule_of(limit, found, (past or {}).get(limit.name, ()))
 
 
-def _rule(limit: Limit, found: Found, past: Sequence[float]) -> Rule:
+def rule_of(limit: Limit, found: Found, past: Sequence[float]) -> Rule:
+    """The result of ``limit`` for the value ``found``; ``past`` are those of earlier nights."""
     value, where, reason = found
     if value is None:
         return Rule(limit, None, NOT_JUDGED, where, reason)

@@ -101,7 +101,7 @@ def test_what_is_usual_equals_scipy_and_numpy(n: int) -> None:
 
 def rule_of(value: float, limit: object, past_values: list[float], key: str = "psi") -> Rule:
     """The verdict on ``value`` by ``limit`` after nights with ``past_values``."""
-    return verdict._rule(parse("p", key, limit), Found(value), past_values)
+    return verdict.rule_of(parse("p", key, limit), Found(value), past_values)
 
 
 def test_a_value_at_the_end_of_what_is_usual_holds_and_beyond_it_breaks() -> None:
