@@ -17,7 +17,7 @@ from afn_ray.analysis.nights import Night, choose_partition
 from afn_ray.analysis.policy import Policy, check_kind
 from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule
 from afn_ray.config import RunConfig
-from afn_ray.reduce import compare, losses
+from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.runs import events
@@ -190,6 +190,10 @@ def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
         )
     if night.first_night and baseline.lacking is None:
         yield "--first-night had no effect: this night has a baseline."
+    copies = duplicates.figures_of(evidence.run.info)
+    if copies is not None and copies.repeated_ids:
+        _, ids = duplicates.describe(copies, duplicates.choice_of(evidence.run.info))
+        yield f"Ids are repeated: {ids}."
     if comparison is None:
         return
     yield from comparison.notes

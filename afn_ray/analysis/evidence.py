@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import own_parts, scalars
 from afn_ray.analysis.baselines import Baseline
-from afn_ray.reduce import compare, losses
+from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.store.manifest import RunFolder
@@ -83,6 +83,20 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
     replaced_share = min(1.0, lost.replaced / max(1, counts["chars"]))
     yield "replaced_characters", Found(lost.replaced, replaced_files)
     yield "replaced_share", Found(replaced_share, replaced_files)
+    yield from _of_copies(run)
+
+
+def _of_copies(run: RunFolder) -> Iterator[LimitValues]:
+    """Values of the limits on copies and repeated ids; ids come with examples."""
+    found = duplicates.figures_of(run.info)
+    if found is None:
+        unknown = Found(None, reason="the run is older than the count of copies and repeated ids")
+        yield from (("duplicate_share", unknown), ("repeated_ids", unknown))
+        return
+    copies, ids = duplicates.describe(found, duplicates.choice_of(run.info))
+    share = duplicates.duplicate_share(run.info, found)
+    yield "duplicate_share", Found(share, copies or None)
+    yield "repeated_ids", Found(found.repeated_ids, ids or None)
 
 
 def _of_comparison(comparison: Comparison, layer: int) -> Iterator[LimitValues]:

@@ -31,6 +31,8 @@ RUN_LIMITS = {
     "replaced_characters": "characters that may be replaced (U+FFFD), for bytes that are no text",
     "replaced_share": "share of the characters that may be replaced",
     "junk_share": "share of the tokens that may be in documents which screening ranks as strange",
+    "duplicate_share": "share of the documents with tokens that may be copies of others",
+    "repeated_ids": "ids that several documents may have",
 }  # fmt: skip
 """Limits on the run alone; each key with its meaning."""
 DISTANCE_LIMITS = {
@@ -80,7 +82,7 @@ WHOLE_LIMITS = RUN_LIMITS | DRIFT_LIMITS
 """Limits on the whole run and its drift."""
 PART_LIMITS = {"source": SOURCE_LIMITS, "group": GROUP_LIMITS}
 """Limits on each part of a run, by the kind of part."""
-WHOLE = ("lost_bytes", "lost_documents", "replaced_characters")
+WHOLE = ("lost_bytes", "lost_documents", "replaced_characters", "repeated_ids")
 """Limits on the run alone that are counts, not shares."""
 SHARES = (
     *(key for key in RUN_LIMITS if key not in WHOLE),

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pytest
 
 import afn_ray
-from afn_ray.analysis import verify
+from afn_ray.analysis import audit, evidence, verdict, verify
 from afn_ray.config import RunConfig
-from afn_ray.reduce import compare, duplicates
+from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.duplicates import KEEP, ONCE, WEIGHT
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.show import run_facts, summary
@@ -310,3 +310,21 @@ def test_verify_proves_what_is_left_out(runs: dict[str, Any]) -> None:
     finally:
         storage.delete([uris.join(run.uri, "run.json")])
         storage.write_once(uris.join(run.uri, "run.json"), saved)
+
+
+def test_a_policy_limits_copies_and_repeated_ids(runs: dict[str, Any], tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('duplicate_share = "9%"\nrepeated_ids = 2\n')
+    for choice in (KEEP, ONCE):
+        found = audit.run_audit(
+            replace(runs["config"], duplicates=choice), afn_ray.read_policy(str(policy))
+        )
+        share, ids = found.rules
+        assert (share.value, share.passed) == (5 / 56, True) and "5 documents" in str(share.where)
+        assert (ids.value, ids.passed) == (3, False) and "v0 (2 documents), v1" in str(ids.where)
+        assert found.state == verdict.BROKEN
+        assert any(note.startswith("Ids are repeated: 3 ids") for note in found.notes)
+    run = manifest.find_run(runs[KEEP])
+    older = replace(run, info={key: run.info[key] for key in run.info if key != "duplicates"})
+    values = dict(evidence._of_run(older, losses.of_run(run)))
+    assert values["repeated_ids"].value is None and "older" in str(values["repeated_ids"].reason)
