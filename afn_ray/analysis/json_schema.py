@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
 from afn_ray import config
+from afn_ray.analysis import limits, policy
+from afn_ray.analysis.limits import PART_LIMITS, WHOLE_LIMITS, Limit
 from afn_ray.config import DEFAULTS, HINTS, RunConfig
 
 Schema = dict[str, Any]
@@ -34,8 +36,36 @@ def run_schema() -> Schema:
     }
 
 
-SCHEMAS: dict[str, Callable[[], Schema]] = {"run": run_schema}
+def policy_schema() -> Schema:
+    """Schema of ``policy.toml``."""
+    of_parts = {part: _of_part(part) for part in PART_LIMITS}
+    by_key = {"type": "object", "minProperties": 1, "maxProperties": 1}
+    known = [*PART_LIMITS["group"], *policy.PART_OPTIONS["group"]]
+    by_key |= {
+        "propertyNames": {"not": {"enum": known}},
+        "additionalProperties": of_parts["group"],
+    }
+    of_parts["group"] = {"anyOf": [of_parts["group"], by_key]}
+    return {
+        "$schema": DRAFT,
+        "title": "policy.toml of afn-ray: the limits of 'afn audit'",
+        "type": "object",
+        "properties": {
+            **{key: _of_limit(Limit(key, None)) for key in WHOLE_LIMITS},
+            **{key: _of_option(key) for key in policy.OPTIONS},
+            **of_parts,
+        },
+        "additionalProperties": False,
+        "allOf": [_of_baselines(window) for window in policy.BASELINES],
+        **_with_a_limit(),
+    }
+
+
+SCHEMAS: dict[str, Callable[[], Schema]] = {"run": run_schema, "policy": policy_schema}
 """Schemas by the name of what they describe."""
+
+
+# --- run.toml
 
 
 def _of_key(name: str, help: str) -> Schema:
@@ -90,3 +120,74 @@ PATTERNS = {
     "signals": _whole(_list_of(config.SIGNAL)),
 }
 """Patterns of texts in ``run.toml``, by key."""
+
+
+# --- policy.toml
+
+PERCENT = {"type": "string", "pattern": _whole(rf"\s*{limits.PERCENT.pattern}\s*")}
+"""A share as text."""
+
+
+def _of_limit(limit: Limit) -> Schema:
+    """Schema of one limit: a number, a share as text, or two levels."""
+    number: Schema = {"type": "integer" if limit.is_whole else "number", "minimum": 0}
+    if limit.key in limits.SHARES:
+        number["maximum"] = 1
+    level = number
+    if not limit.is_whole:
+        number.setdefault("maximum", sys.float_info.max)  # infinity limits nothing
+        level = {"anyOf": [number, PERCENT]}
+    levels = {
+        "type": "object",
+        "properties": {"warn": level, "fail": level},
+        "additionalProperties": False,
+        "minProperties": 1,
+    }
+    return {"description": limit.meaning, "anyOf": [level, levels]}
+
+
+def _of_part(part: str) -> Schema:
+    """Schema of the table of limits on each source or group."""
+    options = {
+        key: {"description": meaning, "type": "integer", "minimum": 0}
+        for key, meaning in policy.PART_OPTIONS[part].items()
+    }
+    of_limits = {key: _of_limit(Limit(key, None, of=part)) for key in PART_LIMITS[part]}
+    return {"type": "object", "properties": of_limits | options, "additionalProperties": False}
+
+
+def _of_option(key: str) -> Schema:
+    """Schema of an option beside the limits."""
+    schema: Schema = {"description": policy.OPTIONS[key]}
+    if key in policy.CHOICES:
+        return schema | {"enum": list(policy.CHOICES[key])}
+    if key == "layer":
+        return schema | {"type": "integer", "minimum": 0}
+    return schema | {"type": "string"}
+
+
+def _of_baselines(window: str) -> Schema:
+    """Schema of the baselines that a policy with ``window`` may have."""
+    kinds: list[Schema] = [{"enum": list(policy.BASELINES[window])}]
+    if window == "new":
+        kinds.append({"pattern": _whole(policy.MEDIAN.pattern)})
+    is_window: Schema = {"properties": {"window": {"const": window}}}
+    if window != "all":  # the default
+        is_window["required"] = ["window"]
+    return {"if": is_window, "then": {"properties": {"baseline": {"anyOf": kinds}}}}
+
+
+def _with_a_limit() -> Schema:
+    """Schema of a policy with at least one limit, of the whole run or of a part."""
+    in_parts = {part: _one_of(PART_LIMITS[part]) for part in PART_LIMITS}
+    by_key = {"minProperties": 1, "additionalProperties": in_parts["group"]}
+    in_parts["group"] = {"anyOf": [in_parts["group"], by_key]}
+    in_tables = [
+        {"properties": {part: schema}, "required": [part]} for part, schema in in_parts.items()
+    ]
+    return {"anyOf": [_one_of(WHOLE_LIMITS), *in_tables]}
+
+
+def _one_of(keys: Iterable[str]) -> Schema:
+    """Schema of a table with at least one of ``keys``."""
+    return {"type": "object", "anyOf": [{"required": [key]} for key in keys]}

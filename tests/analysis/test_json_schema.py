@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import jsonschema
 import pytest
 
 from afn_ray.analysis import json_schema
+from afn_ray.analysis.limits import GROUP_LIMITS, PART_LIMITS, SOURCE_LIMITS, WHOLE_LIMITS
+from afn_ray.analysis.policy import OPTIONS, read_policy
 from afn_ray.cli import commands
 from afn_ray.config import CHOICES, DEFAULTS, NEEDS, RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.store.settings import config_from
+from conftest import fenced
 
 NEEDED = {"corpus": "a.txt", "model": "m", "store": "s"}
 VALUES: list[Any] = [
@@ -63,10 +68,19 @@ def validator_of(name: str) -> jsonschema.Draft202012Validator:
 
 def refusal_of_run(values: dict[str, Any], folder: Path) -> str | None:
     """What the parser of run.toml says against a file with ``values``; None: nothing."""
-    file = folder / "run.toml"
+    return refusal(lambda file: config_from({}, file), values, folder)
+
+
+def refusal_of_policy(values: dict[str, Any], folder: Path) -> str | None:
+    """The same of policy.toml."""
+    return refusal(read_policy, values, folder)
+
+
+def refusal(parse: Callable[[Path], object], values: dict[str, Any], folder: Path) -> str | None:
+    file = folder / "file.toml"
     file.write_text(toml_of(values), "utf-8")
     try:
-        config_from({}, file)
+        parse(file)
     except ConfigError as error:
         return str(error)
     return None
@@ -120,6 +134,68 @@ def test_the_schema_of_a_run_tells_an_editor_each_key_with_its_meaning_and_defau
     assert all(of_key["description"] for of_key in schema["properties"].values())
     assert schema["properties"]["screen"]["default"] == 1000
     assert "default" not in schema["properties"]["revision"]
+
+
+# --- policy.toml
+
+NUMBERS: list[Any] = [
+    0, 1, 2, 1000, -1, 0.5, 1.5, -0.5, float("inf"), True, "2%", " 0.5 % ", "2 percent", "%", "150%", "-1%",
+    "", "all", "new", "pass", "previous", "week", "weekday", "median:7", "median:1", "3", [], [1],
+]  # fmt: skip
+LEVELS: list[Any] = [
+    {}, {"warn": 1}, {"fail": 0.5}, {"warn": "1%"}, {"fail": 2}, {"warn": 0, "fail": 1}, {"warn": -1},
+    {"fail": 1, "high": 2}, {"warn": {"fail": 1}}, {"fail": True},
+]  # fmt: skip
+ORDER_OF_LEVELS = "so no value is a warning alone"
+"""What a schema cannot say: that a warning must come first, which differs with the limit."""
+
+
+@pytest.mark.parametrize("key", [*WHOLE_LIMITS, *OPTIONS, "kss", ""])
+def test_schema_and_parser_take_the_same_values_of_each_key_of_a_policy(
+    key: str, tmp_path: Path
+) -> None:
+    schema = validator_of("policy")
+    taken = 0
+    for value in [*NUMBERS, *LEVELS]:
+        for around in ({}, {"psi": 1}, {"empty_documents": 0, "window": "new"}):
+            values = {**around, key: value}
+            error = refusal_of_policy(values, tmp_path)
+            is_loose = error is not None and ORDER_OF_LEVELS in error
+            assert schema.is_valid(values) == (error is None or is_loose), (values, error)
+            taken += error is None
+    assert (taken > 0) == (key in {**WHOLE_LIMITS, **OPTIONS})
+
+
+@pytest.mark.parametrize("part", list(PART_LIMITS))
+def test_schema_and_parser_take_the_same_tables_of_parts(part: str, tmp_path: Path) -> None:
+    schema = validator_of("policy")
+    taken = 0
+    tables: list[Any] = [1, "x", [], {}, {"lang": {}}, {"lang": {"psi": 1}, "ks": 1}]
+    for key in [*SOURCE_LIMITS, *GROUP_LIMITS, "min_tokens", "max_new_types", "lang"]:
+        tables += ({key: value} for value in [*NUMBERS, *LEVELS])
+    tables += ({"min_tokens": 5, **table} for table in ({"psi": 1}, {"psi": -1}, {}))
+    tables += [{"lang": table} for table in tables]
+    for table in tables:
+        for around in ({}, {"psi": 1}):
+            values = {**around, part: table}
+            error = refusal_of_policy(values, tmp_path)
+            is_loose = error is not None and ORDER_OF_LEVELS in error
+            assert schema.is_valid(values) == (error is None or is_loose), (values, error)
+            taken += error is None
+    assert taken
+
+
+def test_the_policies_of_the_guide_and_of_kubernetes_are_as_the_schema_says() -> None:
+    schema = validator_of("policy")
+    root = Path(__file__).parents[2]
+    texts = fenced((root / "infra/guide/audit.md").read_text(), "toml")
+    texts.append((root / "infra/kubernetes/values/policy.toml").read_text())
+    assert len(texts) >= 2
+    for text in texts:
+        schema.validate(tomllib.loads(text))
+
+
+# --- the command
 
 
 @pytest.mark.parametrize("name", list(json_schema.SCHEMAS))
