@@ -13,7 +13,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from afn_ray import config
-from afn_ray.analysis import limits, policy
+from afn_ray.analysis import learned, limits, policy
 from afn_ray.analysis.limits import PART_LIMITS, WHOLE_LIMITS, Limit
 from afn_ray.config import DEFAULTS, HINTS, RunConfig
 
@@ -124,19 +124,32 @@ PATTERNS = {
 
 # --- policy.toml
 
+
+def _in_any_case(pattern: str) -> str:
+    """``pattern`` for small letters and for capitals, without names of its groups."""
+    unnamed = re.sub(r"\(\?P<\w+>", "(", pattern)
+    return re.sub(r"(?<!\\)[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", unnamed)
+
+
 PERCENT = {"type": "string", "pattern": _whole(rf"\s*{limits.PERCENT.pattern}\s*")}
 """A share as text."""
+LEARNED = {
+    "type": "string",
+    "pattern": _whole(rf"\s*(?:{_in_any_case(learned.FORM.pattern)})\s*"),
+}
+"""A limit that learns from earlier nights."""
 
 
 def _of_limit(limit: Limit) -> Schema:
-    """Schema of one limit: a number, a share as text, or two levels."""
+    """Schema of one limit: a level, which is a number or text, or two levels."""
     number: Schema = {"type": "integer" if limit.is_whole else "number", "minimum": 0}
     if limit.key in limits.SHARES:
         number["maximum"] = 1
-    level = number
+    kinds = [number, LEARNED]
     if not limit.is_whole:
         number.setdefault("maximum", sys.float_info.max)  # infinity limits nothing
-        level = {"anyOf": [number, PERCENT]}
+        kinds.append(PERCENT)
+    level = {"anyOf": kinds}
     levels = {
         "type": "object",
         "properties": {"warn": level, "fail": level},
@@ -161,8 +174,8 @@ def _of_option(key: str) -> Schema:
     schema: Schema = {"description": policy.OPTIONS[key]}
     if key in policy.CHOICES:
         return schema | {"enum": list(policy.CHOICES[key])}
-    if key == "layer":
-        return schema | {"type": "integer", "minimum": 0}
+    if key in policy.LEAST:
+        return schema | {"type": "integer", "minimum": policy.LEAST[key]}
     return schema | {"type": "string"}
 
 

@@ -29,6 +29,8 @@ OPTIONS = {
 }  # fmt: skip
 CHOICES = {"window": tuple(BASELINES), "unjudged": ("pass", "fail")}
 """Accepted values of the options that take one of a fixed set."""
+LEAST = {"layer": 0, "nights": learned.LEAST_NIGHTS}
+"""Smallest values of the options that are whole numbers."""
 PART_OPTIONS = {
     "source": {
         "min_tokens": "tokens that a source needs in both runs (for min_tokens_ratio: in the "
@@ -93,9 +95,9 @@ def read_policy(file: str | Path) -> Policy:
     if unjudged is not None:
         _choice(file, "unjudged", unjudged)
     nights = limits.whole(file, "nights", options.get("nights", learned.NIGHTS))
-    if nights < learned.LEAST_NIGHTS:
+    if nights < LEAST["nights"]:
         raise ConfigError(
-            f"policy {file}: nights is {nights}; a limit learns from {learned.LEAST_NIGHTS} or more"
+            f"policy {file}: nights is {nights}; a limit learns from {LEAST['nights']} or more"
         )
     baseline = options.get("baseline", "previous")
     try:
