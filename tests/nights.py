@@ -16,8 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
+from afn_ray.analysis import json_schema
 from afn_ray.cli import commands
 from afn_ray.schema import PLAN_SCHEMA
 from afn_ray.store import manifest
@@ -190,3 +192,24 @@ def listening() -> Iterator[Hook]:
         found.server.shutdown()
         thread.join()
         found.server.server_close()
+
+
+def validator_of(name: str) -> jsonschema.Draft202012Validator:
+    """What checks values by the published schema ``name``."""
+    schema = json_schema.SCHEMAS[name]()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def strictly(name: str) -> jsonschema.Draft202012Validator:
+    """The same without entries that the schema does not name."""
+
+    def closed(schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [closed(one) for one in schema]
+        if not isinstance(schema, dict):
+            return schema
+        made = {key: closed(value) for key, value in schema.items()}
+        return {**made, "additionalProperties": False} if "required" in made else made
+
+    return jsonschema.Draft202012Validator(closed(json_schema.SCHEMAS[name]()))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any
+from typing import Annotated, TypedDict
 
 import pyarrow.compute as pc
 
@@ -14,12 +14,12 @@ from afn_ray.analysis import baselines, parts, past, verdict
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.nights import Night, choose_partition
-from afn_ray.analysis.policy import Policy, check_kind
-from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule
+from afn_ray.analysis.policy import BASELINES, Policy, check_kind
+from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule, RuleJson
 from afn_ray.config import RunConfig
 from afn_ray.reduce import compare, duplicates, losses
-from afn_ray.reduce.compare import Comparison
-from afn_ray.reduce.losses import Losses
+from afn_ray.reduce.compare import Comparison, RunJson
+from afn_ray.reduce.losses import Losses, LostJson
 from afn_ray.runs import events
 from afn_ray.runs.events import OnEvent
 from afn_ray.store import checksums, manifest, series, storage, uris, verdicts
@@ -255,7 +255,26 @@ def _distances(comparison: Comparison | None) -> Iterator[Distance]:
 # --- results
 
 
-def to_json(found: Audit) -> dict[str, Any]:
+class AuditJson(TypedDict):
+    """Layout of ``audit.json``."""
+
+    schema_version: Annotated[int, "version of this layout", (JSON_VERSION,)]
+    state: Annotated[str, "state of the night", (HELD, BROKEN, NOT_JUDGED)]
+    reason: Annotated[str | None, "limits that were not judged, with the causes"]
+    verdict: Annotated[str, "as state, with pass for held", ("pass", BROKEN, NOT_JUDGED)]
+    series: Annotated[str, "name of the series that the night belongs to"]
+    window: Annotated[str, "what the night covers", tuple(BASELINES)]
+    partition: Annotated[str | None, "day of the partition that the run covers: 2026-11-02"]
+    rules: Annotated[list[RuleJson], "the limits of the policy, in its order"]
+    run: RunJson
+    baseline: Annotated[RunJson | None, "the run that the night is held against"]
+    median_of: Annotated[list[RunJson], "runs whose medians stand in for its scalar figures"]
+    counts: Annotated[dict[str, int], "numbers of shards, documents, tokens and losses"]
+    lost: LostJson
+    notes: Annotated[list[str], "facts that a reader of the verdict needs"]
+
+
+def to_json(found: Audit) -> AuditJson:
     """The verdict as plain values, the same for the same runs and policy."""
     median_of = [compare.describe(run) for run in found.held_against.median_of]
     return {

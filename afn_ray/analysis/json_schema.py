@@ -10,7 +10,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints, is_typeddict
 
 from afn_ray import config
 from afn_ray.analysis import learned, limits, policy
@@ -19,8 +20,14 @@ from afn_ray.config import DEFAULTS, HINTS, RunConfig
 
 Schema = dict[str, Any]
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
-TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
-"""Types in JSON Schema, by those of config keys."""
+TYPES = {
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    type(None): "null",
+}
+"""Types in JSON Schema, by those of Python."""
 
 
 def run_schema() -> Schema:
@@ -61,7 +68,19 @@ def policy_schema() -> Schema:
     }
 
 
-SCHEMAS: dict[str, Callable[[], Schema]] = {"run": run_schema, "policy": policy_schema}
+def audit_schema() -> Schema:
+    """Schema of ``audit.json``; later versions of afn-ray may add entries."""
+    from afn_ray.analysis.audit import AuditJson  # with all that makes it, which --help needs not
+
+    title = "audit.json of afn-ray: the verdict of 'afn audit'"
+    return {"$schema": DRAFT, "title": title, **of_type(AuditJson)}
+
+
+SCHEMAS: dict[str, Callable[[], Schema]] = {
+    "run": run_schema,
+    "policy": policy_schema,
+    "audit": audit_schema,
+}
 """Schemas by the name of what they describe."""
 
 
@@ -204,3 +223,29 @@ def _with_a_limit() -> Schema:
 def _one_of(keys: Iterable[str]) -> Schema:
     """Schema of a table with at least one of ``keys``."""
     return {"type": "object", "anyOf": [{"required": [key]} for key in keys]}
+
+
+# --- audit.json
+
+
+def of_type(kind: Any) -> Schema:
+    """Schema of the values of ``kind``: a ``TypedDict`` with what it is made of.
+
+    ``Annotated`` adds a description, and perhaps a tuple of all values.
+    """
+    if is_typeddict(kind):
+        hints = get_type_hints(kind, include_extras=True)
+        of_entries = {name: of_type(hint) for name, hint in hints.items()}
+        return {"type": "object", "properties": of_entries, "required": list(hints)}
+    if kind in TYPES:
+        return {"type": TYPES[kind]}
+    if get_origin(kind) is Annotated:
+        plain, description, *values = get_args(kind)
+        schema = {"description": description, **of_type(plain)}
+        return schema | {"enum": list(values[0])} if values else schema
+    if isinstance(kind, UnionType):
+        return {"anyOf": [of_type(one) for one in get_args(kind)]}
+    if get_origin(kind) is list:
+        return {"type": "array", "items": of_type(*get_args(kind))}
+    assert get_origin(kind) is dict, kind
+    return {"type": "object", "additionalProperties": of_type(get_args(kind)[1])}

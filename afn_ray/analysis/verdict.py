@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, TypedDict
 
 from afn_ray.analysis import learned, parts
 from afn_ray.analysis.evidence import Evidence, Found, figures
@@ -180,7 +180,27 @@ def _number_text(limit: Limit, level: Level) -> str:
     return f"{level:,}" if limit.is_whole else f"{level:g}"
 
 
-def to_json(rule: Rule) -> dict[str, Any]:
+class RuleJson(TypedDict):
+    """One limit in ``audit.json``."""
+
+    key: Annotated[str, "name in the policy; source.psi for psi in [source]"]
+    limit: Annotated[
+        float | str | None,
+        "value beyond which the night is broken, or what could not be learned; null: none",
+    ]
+    warn: Annotated[float | str | None, "value beyond which it is a warning; null: none"]
+    value: Annotated[float | None, "what the limit was compared with; null: infinite or unknown"]
+    passed: Annotated[bool | None, "whether the limit is not broken; null: it was not judged"]
+    where: Annotated[str | None, "source, group, class or files that the value belongs to"]
+    meaning: Annotated[str, "what the value is, in words"]
+    reason: Annotated[str | None, "why the limit was not judged"]
+    state: Annotated[str, "state of the limit", (HELD, WARNED, BROKEN, NOT_JUDGED)]
+    usual_low: Annotated[float | None, "low end of the range that the limit learned"]
+    usual_high: Annotated[float | None, "high end of the range that the limit learned"]
+    nights: Annotated[int | None, "nights that the limit learned from"]
+
+
+def to_json(rule: Rule) -> RuleJson:
     """``rule`` as plain values."""
     limit = rule.limit
     return {

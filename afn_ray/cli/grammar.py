@@ -283,7 +283,7 @@ def _add_audit(commands: Commands) -> None:
 def _add_schema(commands: Commands) -> None:
     schema = commands.add_parser(
         "schema",
-        help="print the JSON Schema of run.toml or policy.toml, so that editors complete them",
+        help="print the JSON Schema of run.toml, policy.toml or audit.json",
         epilog=EPILOG,
         description="Prints a JSON Schema (draft 2020-12). A TOML file names it in its first line: "
         "#:schema ./run.schema.json",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -351,7 +351,21 @@ def _at(table: pa.Table, layer: int) -> pa.Table:
     return table.filter(pc.equal(table["layer"], layer))
 
 
-def describe(run: RunFolder) -> dict[str, Any]:
+class RunJson(TypedDict):
+    """A run in ``audit.json`` and in the result of ``to_json``."""
+
+    uri: str
+    id: str
+    corpus: Annotated[list[str], "files, folders and globs that the run measured"]
+    model: Annotated[str, "name of the model"]
+    measure: Annotated[str, "fingerprint of all that changes a value"]
+    tokens: Annotated[int, "tokens, special ones apart"]
+    documents: int
+    created_at: Annotated[str, "when the run began: ISO 8601, UTC"]
+    finished_at: Annotated[str, "when the run was complete: ISO 8601, UTC"]
+
+
+def describe(run: RunFolder) -> RunJson:
     """The facts that identify a run, as plain values."""
     info = run.info
     return {

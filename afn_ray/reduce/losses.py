@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -229,12 +229,42 @@ def of_run(run: manifest.RunFolder) -> Losses:
     return total(manifest.read_table(run, "files"))
 
 
-def to_json(found: Losses) -> dict[str, Any]:
+class WorstJson(TypedDict):
+    """A file that lost something."""
+
+    source: Annotated[str, "URI of the file"]
+    share_read: Annotated[float, "share of its bytes that was measured"]
+
+
+class LostJson(TypedDict):
+    """Losses in ``audit.json``."""
+
+    num_bytes: Annotated[int, "bytes that the plan reads"]
+    lost_bytes: Annotated[int, "bytes that were not measured"]
+    lost_documents: Annotated[int, "lost documents whose number is known"]
+    lost_unknown: Annotated[int, "losses with an unknown number of documents"]
+    replaced: Annotated[int, "characters that were replaced, because their bytes are no text"]
+    num_files: Annotated[int, "files that lost something"]
+    worst: Annotated[list[WorstJson], "the files that lost most bytes"]
+    num_replaced_files: Annotated[int, "files with replaced characters"]
+    most_replaced: Annotated[list[str], "URIs of the files with most replaced characters"]
+    lost_share: Annotated[float, "share of the bytes of the plan that was lost, 0 to 1"]
+
+
+def to_json(found: Losses) -> LostJson:
     """``found`` as plain values."""
-    body = asdict(found)
-    body["lost_share"] = found.share
-    body["worst"] = [{"source": uri, "share_read": share} for uri, share in found.worst]
-    return body
+    return {
+        "num_bytes": found.num_bytes,
+        "lost_bytes": found.lost_bytes,
+        "lost_documents": found.lost_documents,
+        "lost_unknown": found.lost_unknown,
+        "replaced": found.replaced,
+        "num_files": found.num_files,
+        "worst": [{"source": uri, "share_read": share} for uri, share in found.worst],
+        "num_replaced_files": found.num_replaced_files,
+        "most_replaced": list(found.most_replaced),
+        "lost_share": found.share,
+    }
 
 
 # --- unknown tokens ---

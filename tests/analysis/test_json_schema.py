@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 
-from afn_ray.analysis import json_schema
-from afn_ray.analysis.limits import GROUP_LIMITS, PART_LIMITS, SOURCE_LIMITS, WHOLE_LIMITS
+from afn_ray.analysis import audit, json_schema, learned
+from afn_ray.analysis.audit import Audit
+from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.limits import (
+    GROUP_LIMITS,
+    PART_LIMITS,
+    SOURCE_LIMITS,
+    WHOLE_LIMITS,
+    Limit,
+)
 from afn_ray.analysis.policy import OPTIONS, read_policy
+from afn_ray.analysis.verdict import Rule
 from afn_ray.cli import commands
 from afn_ray.config import CHOICES, DEFAULTS, NEEDS, RunConfig
 from afn_ray.errors import ConfigError
+from afn_ray.reduce.losses import Losses
+from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from conftest import fenced
+from nights import strictly, validator_of
 
 NEEDED = {"corpus": "a.txt", "model": "m", "store": "s"}
 VALUES: list[Any] = [
@@ -58,12 +70,6 @@ def toml_of(values: dict[str, Any]) -> str:
         return json.dumps(value) if isinstance(value, str | bool) else repr(value)
 
     return "".join(f"{json.dumps(name)} = {text(value)}\n" for name, value in values.items())
-
-
-def validator_of(name: str) -> jsonschema.Draft202012Validator:
-    schema = json_schema.SCHEMAS[name]()
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema)
 
 
 def refusal_of_run(values: dict[str, Any], folder: Path) -> str | None:
@@ -195,6 +201,53 @@ def test_the_policies_of_the_guide_and_of_kubernetes_are_as_the_schema_says() ->
     assert len(texts) >= 2
     for text in texts:
         schema.validate(tomllib.loads(text))
+
+
+# --- audit.json
+
+
+def entries_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Paths of all entries in ``value``, down to the first element of each list."""
+    if isinstance(value, dict):
+        for name in value:
+            yield (*path, name)
+            yield from entries_of(value[name], (*path, name))
+    elif isinstance(value, list) and value:
+        yield from entries_of(value[0], (*path, 0))
+
+
+def test_the_schema_of_a_verdict_takes_what_is_written_and_nothing_that_lacks_an_entry() -> None:
+    run = RunFolder("s/runs/r", "s", "r", {
+        "config": {"corpus": ["/texts/2026-11-02/"]}, "model": {"name": "m"}, "measure": {"id": "x"},
+        "counts": {"tokens": 9, "special": 2, "documents": 1}, "created_at": "", "finished_at": "",
+    })  # fmt: skip
+    rules = (
+        Rule(Limit("psi", 0.1), 0.32, "broken", "/texts/a"),
+        Rule(Limit("ks", None, 0.1), None, "warned", None),
+        Rule(Limit("js", learned.parse("3 mad")), None, "not judged", None, "few nights"),
+        Rule(Limit("psi", 0.3, of="group"), 0.1, "held", "de", usual=learned.Usual(0.0, 0.3, 9)),
+    )
+    lost = Losses(9, 1, 1, 0, 0, 1, (("/texts/a", 0.5),), 1, ("/texts/a",))
+    found = Audit("broken", rules, run, Baseline(run, None, (run,)), None, lost, ("n",), "new", 4)
+    written = json.loads(audit.to_bytes(found))
+    schema, strict = validator_of("audit"), strictly("audit")
+    strict.validate(written)
+    schema.validate({**written, "an entry of a later version": 1})
+    lacking = 0
+    for path in entries_of(written):
+        part = copy.deepcopy(written)
+        around = part
+        for name in path[:-1]:
+            around = around[name]
+        value = around.pop(path[-1])
+        if path[0] != "counts" or len(path) == 1:
+            assert not schema.is_valid(part), path
+            lacking += 1
+        around[path[-1]] = [[value]]
+        assert not schema.is_valid(part), path
+    assert lacking > 40
+    for name in ("state", "verdict", "window", "schema_version"):
+        assert not schema.is_valid({**written, name: "another"})
 
 
 # --- the command

@@ -24,7 +24,7 @@ from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.store.manifest import RunFolder
-from nights import Nights, listening
+from nights import Nights, listening, strictly
 
 EVIL = "<!channel> @everyone [x](http://evil.example/y) **b** _i_ `c` ~~s~~ | # h &lt; www.evil.example\n\n# top \u202e"
 PAGE = "https://pages.example/audit/report.html"
@@ -190,5 +190,6 @@ def test_a_night_is_told_of_unless_it_holds_and_no_url_is_kept(
     shown = "".join(capfd.readouterr())
     written = b"".join(path.read_bytes() for path in nights.folder.rglob("*") if path.is_file())
     assert "hunter" not in shown and b"hunter" not in written and b"secret" not in written
+    strictly("audit").validate(nights.said)
     assert nights.audit("--notify", "slack://hunter2") == 2
     assert "hunter2" not in "".join(capfd.readouterr())
