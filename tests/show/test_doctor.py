@@ -61,8 +61,19 @@ def running(mark: str) -> list[str]:
 
 @pytest.mark.ray
 def test_all_is_good_here_and_nothing_stays_running(
-    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """``afn doctor`` whole, and its checks one by one."""
+    found: list[Check] = []
+
+    def check_and_keep(*words: Any) -> list[Check]:
+        found.extend(check(*words))
+        return found
+
+    monkeypatch.setattr(doctor, "check", check_and_keep)
     mark = uuid.uuid4().hex
     monkeypatch.setenv("AFN_TEST_MARK", mark)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -70,7 +81,11 @@ def test_all_is_good_here_and_nothing_stays_running(
         while running(mark) != ["sleep 60 "]:  # it can be seen, once it runs
             assert sleep.poll() is None
         sleep.kill()
-    checks = by_name(check(str(tiny_bert), str(tmp_path / "new" / "store"), None))
+    words = ["doctor", "--model", str(tiny_bert), "--store", str(tmp_path / "new" / "store")]
+    with pytest.raises(SystemExit) as end:
+        commands.main(words)
+    assert not end.value.code and "ran a task of afn-ray" in capsys.readouterr().out
+    checks = by_name(found)
     needed = [checks[name] for name in ("Python", "packages", "Ray", "model")]
     assert [c for c in needed if c.ok is not True] == []
     assert all(c.ok is not False for c in checks.values())  # a full disk or an unused GPU may warn
