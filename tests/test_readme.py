@@ -22,7 +22,18 @@ from conftest import command_parsers, fenced, stop_after, write_jsonl
 
 SMALL_BENCH = {
     # tests/bench measures every variant
-    "engine": "--tokens 3000 --repeat 1 --profiles short --variants engine --workers 1".split(),
+    "engine": [
+        "--tokens",
+        "3000",
+        "--repeat",
+        "1",
+        "--profiles",
+        "short",
+        "--variants",
+        "engine",
+        "--workers",
+        "1",
+    ],
     "feed": ["--tokens", "2000", "--repeat", "1", "--processes", "0"],
     "monitor": ["--texts", "2"],
     "signals": ["--tokens", "600", "--repeat", "1"],  # of jobs/benchmark.py

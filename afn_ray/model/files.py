@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -281,30 +282,63 @@ def loading_failed(name: str, error: BaseException) -> str:
 
 
 def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
-    """The model's fast (Rust) tokenizer.
+    """The model's fast (Rust) tokenizer, a new object at every call.
 
     Raises ``ModelError`` if the model has none, or if the tokenizer does not fit the model.
     """
     if files.gguf is None and not files.trust_remote_code:
         parts.check_has_tokenizer(files.name, files.folder)
+    # One run loads the tokenizer several times, and building it takes longer than reading its files.
+    contents = files.identity | _descriptions(files.folder)
+    made = _build_tokenizer(
+        files.name,
+        files.folder,
+        files.gguf,
+        files.trust_remote_code,
+        files.num_embeddings,
+        tuple(contents.items()),
+    )
+    return tokenizers.Tokenizer.from_str(made)
+
+
+def _descriptions(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file in ``folder`` other than weights, by name."""
+    found = {path for pattern in DESCRIPTIONS for path in folder.glob(pattern) if path.is_file()}
+    return {path.name: _sha256(path) for path in sorted(found)}
+
+
+@lru_cache(1)
+def _build_tokenizer(
+    name: str,
+    folder: Path,
+    gguf: str | None,
+    trust_remote_code: bool,
+    num_embeddings: int | None,
+    contents: tuple[tuple[str, str], ...],
+) -> str:
+    """The tokenizer of the model ``name`` as JSON, checked. Raises as ``load_tokenizer``.
+
+    ``contents``: the files that it is built from and their SHA-256, for the cache alone.
+    """
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            files.folder,
-            gguf_file=files.gguf,
-            trust_remote_code=files.trust_remote_code,
+            folder,
+            gguf_file=gguf,
+            trust_remote_code=trust_remote_code,
             local_files_only=True,
         )
     # transformers raises nearly any error for a file that it cannot use, and Rust panics.
     except BaseException as error:
         if not is_of_input(error) and not isinstance(error, OSError):
             raise
-        raise ModelError(loading_failed(f"{files.name} (its tokenizer)", error)) from error
+        raise ModelError(loading_failed(f"{name} (its tokenizer)", error)) from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
-            f"{files.name} has no fast tokenizer (tokenizer.json); character offsets need one"
+            f"{name} has no fast tokenizer (tokenizer.json); character offsets need one"
         )
-    made = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    parts.check_tokenizer(files.name, made, tokenizer.unk_token_id, files.num_embeddings)
+    made: str = tokenizer.backend_tokenizer.to_str()
+    fresh = tokenizers.Tokenizer.from_str(made)
+    parts.check_tokenizer(name, fresh, tokenizer.unk_token_id, num_embeddings)
     return made
 
 

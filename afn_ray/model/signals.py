@@ -264,8 +264,10 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
     """
     found: list[Signal] = []
     identities = []
-    others = _elsewhere()
-    for name in signal_names(text):
+    names = signal_names(text)
+    # Reading what is installed takes milliseconds.
+    others = {} if all(name in BUILT_IN for name in names) else _elsewhere()
+    for name in names:
         if name in BUILT_IN:
             found.append(Neurons(top_neurons) if name == Neurons.name else BUILT_IN[name]())
             identities.append(name)

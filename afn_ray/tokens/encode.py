@@ -82,6 +82,12 @@ class Encoded:
 UNIGRAM_UNKNOWN = "<unk>"
 """Unknown token of Unigram models, which do not name it: SentencePiece's."""
 
+_TEXTS: dict[str, tuple[list[str], list[str]]] = {}
+"""``texts`` of the tokenizer that was used last, by its JSON.
+
+A run asks for them several times, and one call decodes every token type.
+"""
+
 
 class TextEncoder:
     """A fast tokenizer that encodes untrusted texts of any length, without truncation or padding.
@@ -123,6 +129,15 @@ class TextEncoder:
 
     def texts(self) -> tuple[list[str], list[str]]:
         """Every token type by id: in the tokenizer's notation, and as plain text."""
+        made = self._tokenizer.to_str()
+        found = _TEXTS.get(made)
+        if found is None:
+            found = self._find_texts()
+            _TEXTS.clear()
+            _TEXTS[made] = found
+        return found
+
+    def _find_texts(self) -> tuple[list[str], list[str]]:
         size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
         continuing = getattr(self._tokenizer.model, "continuing_subword_prefix", None) or ""
