@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import tomllib
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
@@ -45,6 +47,13 @@ def test_a_private_part_that_is_used_is_there(module: str, name: str) -> None:
     for attribute in name.split("."):
         part = getattr(part, attribute)
     assert part is not None
+
+
+def test_ray_has_the_option_that_starts_no_process_beforehand() -> None:
+    """``access.choose_token`` sets it for a local Ray."""
+    raylet = Path(ray.__file__).parent / "core" / "src" / "ray" / "raylet" / "raylet"
+    with raylet.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as program:
+        assert program.find(b"RAY_prestart_worker_first_driver") >= 0
 
 
 @pytest.mark.parametrize("package", PRIVATE)

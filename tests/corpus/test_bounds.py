@@ -52,7 +52,7 @@ import dataclasses, json, re, sys, time
 from pathlib import Path
 from afn_ray.corpus import listing, reading, row_groups, streams
 from afn_ray.store import corpus_files
-from afn_ray.schema import ReadOptions
+from afn_ray.corpus_values import ReadOptions
 for uri in sys.argv[1:]:
     options = ReadOptions("auto", "text", "id" if uri.endswith("id.jsonl") else None, "line", 8 << 20, None)
     slice = listing._whole(corpus_files.stat(uri), options)

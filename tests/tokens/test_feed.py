@@ -476,7 +476,7 @@ ORPHANS = """
 import sys, time
 from pathlib import Path
 from afn_ray.tokens import feed
-from afn_ray.schema import Document
+from afn_ray.corpus_values import Document
 if __name__ == "__main__":
     feed.CHUNK_BYTES = 1
     recipe = feed.Recipe(Path(sys.argv[1]).read_text("utf-8"), 64, None, 256, False, True)

@@ -48,6 +48,9 @@ def choose_token(own: bool) -> None:
     if own:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers have an environment of their own, so a process that Ray starts beforehand for each
+        # CPU would only take memory.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 
 def start_local(**options: Any) -> None:
