@@ -41,7 +41,7 @@ class Learned:
 
 
 @dataclass(frozen=True, slots=True)
-class Usual:
+class UsualRange:
     """The range of a figure over earlier nights, both ends included."""
 
     low: float
@@ -61,7 +61,7 @@ def parse(value: object) -> Learned | None:
     return Learned(None, share) if Fraction(1, 2) <= share <= 1 else None
 
 
-def usual(limit: Learned, values: Sequence[float]) -> Usual | None:
+def usual(limit: Learned, values: Sequence[float]) -> UsualRange | None:
     """The range that ``limit`` makes of the ``values`` of earlier nights; None if they are few.
 
     With ``mads`` it is the median and that many median absolute deviations (not scaled) to both
@@ -75,10 +75,10 @@ def usual(limit: Learned, values: Sequence[float]) -> Usual | None:
         assert limit.mads is not None
         middle = median(values)
         spread = limit.mads * median(abs(value - middle) for value in values)
-        return Usual(max(0.0, middle - spread), middle + spread, n)
+        return UsualRange(max(0.0, middle - spread), middle + spread, n)
     in_order = sorted(values)
     low = math.ceil((1 - limit.share) * n)
-    return Usual(in_order[max(low, 1) - 1], in_order[math.ceil(limit.share * n) - 1], n)
+    return UsualRange(in_order[max(low, 1) - 1], in_order[math.ceil(limit.share * n) - 1], n)
 
 
 def reason(limit: Learned, values: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, TypedDict
 
 from afn_ray.analysis import learned, parts
 from afn_ray.analysis.evidence import Evidence, Found, figures
-from afn_ray.analysis.learned import Learned, Usual
+from afn_ray.analysis.learned import Learned, UsualRange
 from afn_ray.analysis.limits import Level, Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.errors import ConfigError
@@ -29,7 +29,7 @@ class Rule:
     state: str  # "held", "warned", "broken" or "not judged"
     where: str | None  # source, group, class or files that the value belongs to
     reason: str | None = None  # why it was not judged
-    usual: Usual | None = None  # range that the limit learned; ``limit`` then has its numbers
+    usual: UsualRange | None = None  # range that the limit learned; ``limit`` then has its numbers
 
     @property
     def key(self) -> str:
@@ -79,7 +79,7 @@ def rule_of(limit: Limit, found: Found, past: Sequence[float]) -> Rule:
     return Rule(limit, finite, state, where, usual=usual)
 
 
-def _taught(limit: Limit, past: Sequence[float]) -> tuple[Limit, Usual | None, str | None]:
+def _taught(limit: Limit, past: Sequence[float]) -> tuple[Limit, UsualRange | None, str | None]:
     """``limit`` with numbers in place of what it learns; what is usual; why it cannot be judged.
 
     What is usual is the range of the warning, if that learns too. A warning that cannot be judged
@@ -95,7 +95,7 @@ def _taught(limit: Limit, past: Sequence[float]) -> tuple[Limit, Usual | None, s
 
 def _number_of(
     limit: Limit, level: Level | None, past: Sequence[float]
-) -> tuple[float | None, Usual | None]:
+) -> tuple[float | None, UsualRange | None]:
     """The number of a ``level`` of ``limit``, and the range that it learned."""
     if not isinstance(level, Learned):
         return level, None
@@ -169,7 +169,7 @@ def limit_text(rule: Rule) -> str:
     return text if rule.usual is None else f"{usual_text(rule.usual)} ({text})"
 
 
-def usual_text(usual: Usual) -> str:
+def usual_text(usual: UsualRange) -> str:
     """The range of ``usual`` as text."""
     return f"usual {usual.low:.3g}-{usual.high:.3g} over {usual.nights} nights"
 

@@ -92,7 +92,7 @@ def test_what_is_usual_equals_scipy_and_numpy(n: int) -> None:
     for share in (0.5, 0.75, 0.9, 0.99, 1):
         found = learned.usual(learns(f"p{100 * share:g}"), values)
         ends = np.quantile(values, [1 - share, share], method="inverted_cdf")
-        assert found == learned.Usual(ends[0], ends[1], n)
+        assert found == learned.UsualRange(ends[0], ends[1], n)
     assert learned.usual(learns("p99"), values[:7]) is None
 
 
