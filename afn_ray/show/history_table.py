@@ -61,6 +61,13 @@ def night_name(row: Mapping[str, Any]) -> str:
     return began.isoformat(" ", "minutes") if day is None else day.isoformat()
 
 
+def verdict_name(row: Mapping[str, Any]) -> str:
+    """The state of a night for people; a night that holds with a warning is "warned"."""
+    if row["state"] == "held" and row["warned"]:
+        return "warned"
+    return row["state"] or "no audit"
+
+
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     quarantined = row["n_quarantined"]
     return (
@@ -72,7 +79,7 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         _float(row["share_high"], ".1%"),
         _float(row["psi"], ".4f"),
         _float(row["ks"], ".4f"),
-        row["state"] or "no audit",
+        verdict_name(row),
     )
 
 

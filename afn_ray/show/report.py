@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
-from afn_ray.analysis.audit import Audit
+from afn_ray.analysis.audit import Audit, to_keep
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
-from afn_ray.reduce import compare
+from afn_ray.reduce import compare, history
 from afn_ray.schema import FEATURES
-from afn_ray.show import charts, claim_charts, run_facts, vocabulary_charts
+from afn_ray.show import charts, claim_charts, history_charts, run_facts, vocabulary_charts
 from afn_ray.show.figures import number
 from afn_ray.show.page_tables import (
     Table,
@@ -121,7 +121,11 @@ def _render(
         "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
         "vocabulary": [vocabulary_charts.vocabulary_chart(words[main.layer])],
         "movers": movers,
+        "history": [],
     }
+    nights = _history(run, audit, main.layer)
+    if not isinstance(nights, str):
+        drawn["history"] = nights
     points = vocabulary_charts.points(words)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
         salient = _salient(tables, main.layer)
@@ -168,6 +172,7 @@ def _render(
         files=files_table(run),
         kept=kept_table(run),
         groups=groups_table(run, main.layer),
+        history=nights,
         comparison=comparison,
         drift=None if comparison is None else drift_tables(comparison, main.layer),
         command=command_line(info["config"]),
@@ -270,6 +275,16 @@ def command_line(config: Mapping[str, Any]) -> str:
         else:
             words.append(flag.replace("--", "--no-", 1))
     return shlex.join(words)
+
+
+def _history(run: manifest.RunFolder, audit: Audit | None, layer: int) -> list[Chart] | str:
+    """Charts of the nights up to ``run``, or why they are unknown: another run may be damaged."""
+    tonight = None if audit is None else to_keep(audit)
+    try:
+        found = history.of_run(run, tonight, history_charts.MOST_NIGHTS)
+    except StoreError as error:
+        return str(error)
+    return history_charts.history_charts(found.rows, layer)
 
 
 def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
