@@ -225,7 +225,9 @@ def test_the_schema_of_a_verdict_takes_what_is_written_and_nothing_that_lacks_an
         Rule(Limit("psi", 0.1), 0.32, "broken", "/texts/a"),
         Rule(Limit("ks", None, 0.1), None, "warned", None),
         Rule(Limit("js", learned.parse("3 mad")), None, "not judged", None, "few nights"),
-        Rule(Limit("psi", 0.3, of="group"), 0.1, "held", "de", usual=learned.Usual(0.0, 0.3, 9)),
+        Rule(
+            Limit("psi", 0.3, of="group"), 0.1, "held", "de", usual=learned.UsualRange(0.0, 0.3, 9)
+        ),
     )
     lost = Losses(9, 1, 1, 0, 0, 1, (("/texts/a", 0.5),), 1, ("/texts/a",))
     found = Audit("broken", rules, run, Baseline(run, None, (run,)), None, lost, ("n",), "new", 4)

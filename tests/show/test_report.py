@@ -604,6 +604,7 @@ def test_the_page_is_drawn_without_a_word_or_a_request(
         "layers-spread",
         "vocabulary",
         "movers",
+        *(f"history-{name}" for name in ("psi", "n_tokens", "q3")),
     }
     assert all(has_marks for _, has_marks in drawn)
     names = tab.eval_on_selector_all(
