@@ -99,14 +99,14 @@ FORMS = {
 LEAST = {
     "window_tokens": 8, "overlap_tokens": 0, "workers": 1, "workers_per_gpu": 1, "batch_tokens": 16,
     "tokenizer_workers": 0, "allow_quarantined": 0, "screen": 0, "top_neurons": 1, "shard_bytes": 1024,
-    "max_document_bytes": 1,
+    "max_document_bytes": 1, "near_duplicates": 0.5,
 }  # fmt: skip
-"""Smallest values of whole numbers, by key."""
+"""Smallest values of numbers, by key."""
 MOST = {
     "top_neurons": MOST_TOP_NEURONS, "workers_per_gpu": MOST_WORKERS_PER_GPU,
-    "allow_quarantined": MOST_QUARANTINED,
+    "allow_quarantined": MOST_QUARANTINED, "near_duplicates": 1,
 }  # fmt: skip
-"""Largest values of whole numbers, by key."""
+"""Largest values of numbers, by key."""
 ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
 """Values that numbers must exceed, by key; none is infinite."""
 HAS_NEURONS = {"pattern": r"(^|,)\s*neurons\s*(,|$)"}
@@ -237,6 +237,11 @@ class RunConfig:
         "keep",
         "documents of one text that are counted: keep, all; once, the first; weight, one that is "
         "drawn, each with the same chance",
+    )
+    near_duplicates: float | None = _option(
+        None,
+        "similarity from which on a document is a near-copy of an earlier one, 0.5 to 1: shared "
+        "word 5-grams over all that the two have; default: near-copies are not looked for",
     )
     max_document_bytes: int = _option(
         8 << 20, "largest document, in bytes; larger ones are quarantined"
@@ -369,7 +374,7 @@ def _check_value(name: str, value: Any) -> None:
         expected = f"one of {', '.join(CHOICES[name])}"
     elif name in FORMS and not FORMS[name].pattern.fullmatch(value):
         expected = FORMS[name].expected
-    elif name in LEAST and value < LEAST[name]:
+    elif name in LEAST and not value >= LEAST[name]:  # of nan, neither is true
         expected = f"at least {LEAST[name]}"
     elif name in MOST and value > MOST[name]:
         expected = f"at most {MOST[name]}"

@@ -318,6 +318,13 @@ DUPLICATES_SCHEMA = _schema(
 )
 """The copies that a run does not count, by ``doc``."""
 
+NEAR_DUPLICATES_SCHEMA = _schema(
+    "doc: int64",  # run-wide
+    "near_duplicate_of: int64",  # the first document that it is near to
+    "similarity: float32",  # estimated: shared word 5-grams over all that the two have
+)
+"""The near-copies of a run, by ``doc``."""
+
 SOURCES_SCHEMA = _schema(
     "layer: int16",
     "source: string",  # URI of a file, or of a folder where there are many files

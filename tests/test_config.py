@@ -53,6 +53,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["source", "lang"])
     if name == "series":
         return st.from_regex(SERIES, fullmatch=True)
+    if name == "near_duplicates":
+        return st.floats(0.5, 1)
     if name == "workers_per_gpu":
         return st.integers(1, MOST_WORKERS_PER_GPU)
     if name == "top_neurons":

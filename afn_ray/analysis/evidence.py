@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import own_parts, scalars
 from afn_ray.analysis.baselines import Baseline
-from afn_ray.reduce import compare, duplicates, losses
+from afn_ray.reduce import compare, duplicates, losses, near_duplicates
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.store.manifest import RunFolder
@@ -87,7 +87,11 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
 
 
 def _of_copies(run: RunFolder) -> Iterator[LimitValues]:
-    """Values of the limits on copies and repeated ids; ids come with examples."""
+    """Values of the limits on copies, near-copies and repeated ids, with numbers and examples."""
+    near = near_duplicates.share_of(run.info)
+    reason = near_duplicates.NOT_LOOKED_FOR if near is None else None
+    sentence = near_duplicates.describe(run.info) or None
+    yield "near_duplicate_share", Found(near, sentence, reason)
     found = duplicates.figures_of(run.info)
     if found is None:
         unknown = Found(None, reason="the run is older than the count of copies and repeated ids")

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from afn_ray import kept
 from afn_ray.query import database
 from afn_ray.query.expressions import quoted
+from afn_ray.reduce import near_duplicates
 from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.reduce.groups import Grouping, group_name
 from afn_ray.reduce.sources import Sources
@@ -49,6 +50,31 @@ def lost(run: RunFolder, kind: str) -> Iterator[Part]:
         yield Part(_shown(kind, name), lost_bytes[name], tokens[name])
 
 
+def near_copies(run: RunFolder, kind: str) -> Iterator[Part]:
+    """The share of near-copies among the counted documents of each part that have tokens."""
+    columns = {column.name: column for column in kept.parse(_kept_columns(run))}
+    column = columns.get(str(grouped_by(run))) if kind == "group" else None
+    value = "NULL" if column is None else quoted(column.name)
+    query = (
+        f"SELECT source, {value} AS value, count(*) AS n, count(near_duplicate_of) AS n_near "  # noqa: S608
+        "FROM documents WHERE n_tokens > 0 AND duplicate_of IS NULL GROUP BY ALL"
+    )
+    with database.open_run(run.uri) as opened:
+        rows = opened.sql(query).to_arrow_table()
+    places = rows.select(["source"])
+    if column is not None:
+        texts = pa.string() if column.kind == "string" else kept.KINDS[column.kind]
+        places = places.append_column(column.name, rows["value"].cast(texts))
+    n, n_near = Counter[str | None](), Counter[str | None]()
+    counts = (rows[name].to_pylist() for name in ("n", "n_near"))
+    for name, of_rows, near in zip(_parts_of(run, kind, places), *counts, strict=True):
+        n[name] += of_rows
+        n_near[name] += near
+    tokens = _tokens(run, kind)
+    for name in n:
+        yield Part(_shown(kind, name), n_near[name] / n[name], tokens[name])
+
+
 def most_junk(run: RunFolder) -> str | None:
     """The source with most tokens in strange documents; None if there is no such document."""
     most = max(junk(run, "source"), key=lambda part: part.value * part.n, default=None)
@@ -58,14 +84,17 @@ def most_junk(run: RunFolder) -> str | None:
 FIGURES: dict[str, Callable[[RunFolder, str], Iterator[Part]]] = {
     "junk_share": junk,
     "lost_bytes": lost,
+    "near_duplicate_share": near_copies,
 }
 """Figures by the key of their limit; each is given a run and the kind of the parts."""
 TABLES = {"junk_share": "strange"}
-"""Tables of a run that figures need and that an older run lacks."""
+"""Tables of a run's screening that figures need and that an older run lacks."""
 
 
 def lacking(run: RunFolder, key: str) -> str | None:
     """Why ``run`` has no figure for the limit ``key``; None if it has."""
+    if key == "near_duplicate_share" and "near_duplicates" not in run.info["tables"]:
+        return near_duplicates.NOT_LOOKED_FOR
     if key not in TABLES or TABLES[key] in run.info["tables"]:
         return None
     return f"the run is older than its table of {TABLES[key]} documents"
@@ -109,14 +138,31 @@ def _lost_by_group(run: RunFolder) -> Counter[str | None]:
         found[None] = total - (pc.sum(rows["lost_bytes"]).as_py() or 0)
     if not total:
         return found
+    names = _groups_of(run, rows, sources)
+    for name, n in zip(names, rows["lost_bytes"].to_pylist(), strict=True):
+        found[name] += n
+    return found
+
+
+def _parts_of(run: RunFolder, kind: str, rows: pa.Table) -> list[str | None]:
+    """The source or the group of each of ``rows``, with ``source`` and the kept column."""
+    files = manifest.read_table(run, "files")
+    sources = Sources.of(files.filter(pc.invert(files["is_skipped"]))["source"].to_pylist())
+    if kind == "source":
+        return [sources.name_of(uri) for uri in rows["source"].to_pylist()]
+    return _groups_of(run, rows, sources)
+
+
+def _groups_of(run: RunFolder, rows: pa.Table, sources: Sources) -> list[str | None]:
+    """The group of each of ``rows``, with ``source`` and the kept column if one makes the groups."""
+    by = str(grouped_by(run))
     groups = manifest.read_table(run, "groups")["group"].unique().to_pylist()
     names = tuple(dict.fromkeys([*groups, None]))
-    uris = rows["source"].combine_chunks().dictionary_encode()
+    uris = rows["source"].cast(pa.string()).combine_chunks().dictionary_encode()
     documents = rows.set_column(rows.column_names.index("source"), "source", uris)
-    index = Grouping(by, by in columns, sources, names).index_of(documents)
-    for at, n in zip(index.tolist(), rows["lost_bytes"].to_pylist(), strict=True):
-        found[names[at]] += n
-    return found
+    is_column = by in [column.name for column in kept.parse(_kept_columns(run))]
+    index = Grouping(by, is_column, sources, names).index_of(documents)
+    return [names[at] for at in index.tolist()]
 
 
 def _kept_columns(run: RunFolder) -> str:

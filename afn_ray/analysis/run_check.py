@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
 from afn_ray.query import database
-from afn_ray.reduce import duplicates, kept_columns, losses, screen, tree
+from afn_ray.reduce import duplicates, kept_columns, losses, near_duplicates, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts, shards_table
 from afn_ray.store import (
@@ -336,6 +337,10 @@ class RunCheck:
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
         if shards.kept:
             tables["kept"] = kept_columns.kept_table(shards)
+        near = self._config.get("near_duplicates")
+        if near is not None and find_spec("rensa") is not None:  # else its checksum vouches for it
+            found = near_duplicates.find(shards, near, texts.readable)
+            tables["near_duplicates"] = found
         if worst := self._config.get("screen"):
             by_group = self._config.get("thresholds_by") == "group"
             asked = screen.Asked(worst, self._config.get("group_by"), by_group)

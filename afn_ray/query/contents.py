@@ -189,10 +189,21 @@ def _statements(
     own = None
     if labels_by_group(folder):
         own = own_q3(folder, rows_of(paths["documents"]), layers)
-    copies = paths["duplicates"][0].path if "duplicates" in paths else None
+    copies, near_copies = (
+        paths[table][0].path if table in paths else None
+        for table in ("duplicates", "near_duplicates")
+    )
     has_offsets, is_tagged = "start" in columns, "tag" in columns
     recorded = RecordedColumns(
-        layers, thresholds, others, has_offsets, is_tagged, of_corpus, own_q3=own, copies=copies
+        layers,
+        thresholds,
+        others,
+        has_offsets,
+        is_tagged,
+        of_corpus,
+        own_q3=own,
+        copies=copies,
+        near_copies=near_copies,
     )
     neurons = None
     if "neurons" in paths:
@@ -268,8 +279,9 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
     found = {name: of_table for name, of_table in files.items() if of_table}
     if files["neurons"]:
         found["neuron_types"] = [_run_file(folder, "neuron_types")]
-    if "duplicates" in folder.info["tables"]:
-        found["duplicates"] = [_run_file(folder, "duplicates")]
+    for table in ("duplicates", "near_duplicates"):
+        if table in folder.info["tables"]:
+            found[table] = [_run_file(folder, table)]
     return found
 
 

@@ -40,6 +40,8 @@ class RecordedColumns:
     """Names of the documents' kept columns; they come from users, so SQL needs them ``quoted``."""
     copies: str | None = None
     """SQL of the path of the run's table ``duplicates``; None if it has none."""
+    near_copies: str | None = None
+    """SQL of the path of the run's table ``near_duplicates``; None if it has none."""
 
     @property
     def and_counts(self) -> str:

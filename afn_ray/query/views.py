@@ -171,14 +171,17 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     kept = "".join(f", {quoted(name)}" for name in recorded.kept)
     if recorded.kept:
         kept += f", {NOT_KEPT}"
-    duplicate_of, joined = "NULL::BIGINT AS duplicate_of", ""
-    if recorded.copies is not None:
-        duplicate_of = "duplicate_of"
-        joined = f" LEFT JOIN read_parquet({recorded.copies}) USING (doc)"
+    files = {"duplicate_of": recorded.copies, "near_duplicate_of": recorded.near_copies}
+    columns, joined = [], ""
+    for name, path in files.items():
+        columns.append(f"NULL::BIGINT AS {name}" if path is None else name)
+        if path is not None:
+            joined += f" LEFT JOIN (SELECT doc, {name} FROM read_parquet({path})) USING (doc)"  # noqa: S608
+    copies = ", ".join(columns)
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
-            lower(hex(text_sha256)) AS text_sha256, status, {duplicate_of}{means}{kept}
+            lower(hex(text_sha256)) AS text_sha256, status, {copies}{means}{kept}
         FROM {source}{joined}"""  # noqa: S608
 
 

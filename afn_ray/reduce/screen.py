@@ -238,7 +238,7 @@ def _texts(
         begin, end = np.searchsorted(column, [doc, doc + 1])
         # Nearly every token has at least one character.
         rows = tokens.slice(begin, min(end - begin, TEXT_CHARS))
-        text = _joined(rows, readable)
+        text = joined(rows, readable)
         if len(text) > TEXT_CHARS:
             text = text[: TEXT_CHARS - 3] + "..."
         values = [] if documents is None else [documents[name][at].as_py() for name in kept]
@@ -246,7 +246,7 @@ def _texts(
     return [found]
 
 
-def _joined(tokens: pa.Table, readable: Sequence[str]) -> str:
+def joined(tokens: pa.Table, readable: Sequence[str]) -> str:
     """The text of ``tokens``: words as written in the corpus, with one space between them."""
     pieces: list[str] = []
     is_whole = False  # the whole current word is already in ``pieces``

@@ -16,7 +16,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
-from afn_ray.reduce import duplicates, kept_columns, lexicon, losses, screen
+from afn_ray.reduce import duplicates, kept_columns, lexicon, losses, near_duplicates, screen
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
@@ -153,6 +153,8 @@ def run(
     """
     config = precheck.normalised(config)
     lexicon.function_words(config.language)
+    if config.near_duplicates is not None:
+        near_duplicates.check_package()
     probes.check_writable(config.store)
     manifest.keep_from_jobs(config.store)
     # With ``reduce_only`` the run may turn out to be impossible: no status before it has a name.
@@ -199,6 +201,9 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     facts = facts_of(asked, results, names, len(plan.shards) - len(todo))
     facts["counts"] |= duplicates.counted(facts["counts"], found, tables["thresholds"])
     facts["duplicates"] = found.figures.to_json()
+    if config.near_duplicates is not None:
+        near = {"threshold": config.near_duplicates, "documents": len(tables["near_duplicates"])}
+        facts["near_duplicates"] = near
     times = {
         "created_at": plans.created_at(folder),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -271,6 +276,9 @@ def _reduce(
         tables["files"] = losses.files_table(shards, plan.shards, plan.skipped, tasks)
         if columns:
             tables["kept"] = kept_columns.kept_table(shards, tasks)
+        if config.near_duplicates is not None:
+            near = near_duplicates.find(shards, config.near_duplicates, texts.readable, tasks)
+            tables["near_duplicates"] = near
         if config.screen:
             on_event(events.Screening())
             asked_scan = screen.Asked(

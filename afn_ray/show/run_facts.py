@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from afn_ray.reduce import duplicates, losses
+from afn_ray.reduce import duplicates, losses, near_duplicates
 from afn_ray.runs import precision
 from afn_ray.show.figures import figure
 from afn_ray.show.summary import RunSummary
@@ -119,6 +119,8 @@ def _copies(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, sentence in zip(("copies", "repeated ids"), sentences, strict=True):
         if sentence:
             yield name, sentence
+    if near := near_duplicates.describe(info):
+        yield "near-copies", near
 
 
 def _makers(info: dict[str, Any]) -> str:

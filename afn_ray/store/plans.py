@@ -136,6 +136,8 @@ def request_id(
         ask["thresholds_by"] = config.thresholds_by
     if config.duplicates != "keep":
         ask["duplicates"] = config.duplicates
+    if config.near_duplicates is not None:
+        ask["near_duplicates"] = float(config.near_duplicates)
     if config.series is not None:
         ask["series"] = config.series
     return fingerprint(ask)[:12]
