@@ -34,6 +34,8 @@ from afn_ray.text import nearest
 
 RUNS_AT_ONCE = 4
 """Number of runs whose tables are read at the same time."""
+MOST_NAMES = 20
+"""Number of series that an error names."""
 Place = tuple[int, str | None, str | None]
 """A row of a run: its layer, how the run is grouped (None: all tokens), and the group."""
 
@@ -58,9 +60,10 @@ def of_store(store: str, series: str | None = None, last: int | None = None) -> 
         by_series.setdefault(series_runs.series_of(run), []).append(run)
     name = series_runs.series_of(latest) if series is None else series
     if name not in by_series:
+        some = ", ".join(sorted(by_series)[:MOST_NAMES])
         raise ConfigError(
-            f"{latest.store} has no series {name!r}{nearest([name], list(by_series))}; it has: "
-            f"{', '.join(sorted(by_series))}"
+            f"{latest.store} has no series {name!r}{nearest([name], list(by_series))}; it has "
+            f"{len(by_series):,}: {some}"
         )
     runs = by_series.pop(name)
     return History(name, _table(runs, last, {}), len(runs), tuple(sorted(by_series)))
@@ -100,14 +103,13 @@ def _table(
     in_order = sorted(runs, key=_night)
     shown = in_order if last is None else in_order[-last:]
 
-    def rows_of(run: RunFolder) -> list[dict[str, Any]]:
+    def table_of(run: RunFolder) -> pa.Table:
         with checksums.named_damage(run.uri):
             verdict = given.get(run.id) or verdicts.read_verdict(run)
-            return list(_rows(run, verdict, runs))
+            return pa.Table.from_pylist(list(_rows(run, verdict, runs)), HISTORY_SCHEMA)
 
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        rows = [row for of_run in pool.map(rows_of, shown) for row in of_run]
-    return pa.Table.from_pylist(rows, HISTORY_SCHEMA)
+        return pa.concat_tables([HISTORY_SCHEMA.empty_table(), *pool.map(table_of, shown)])
 
 
 def _rows(

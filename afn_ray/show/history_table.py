@@ -29,9 +29,9 @@ def lines(found: History, layer: int | None = None) -> Iterator[str]:
     """
     rows = found.rows.filter(pc.is_null(found.rows["group_by"])).to_pylist()
     layers = sorted({row["layer"] for row in rows})
-    if layer is not None and layer not in layers:
-        raise ConfigError(f"layer {layer} was not recorded; there are {layers}")
-    shown = max(layers) if layer is None else layer
+    shown = max(layers, default=None) if layer is None else layer
+    if shown not in layers:
+        raise ConfigError(f"layer {shown} was not recorded; there are {layers}")
     nights = [row for row in rows if row["layer"] == shown]
     yield _cut(f"Series {found.series}")
     yield f"Layer {shown}, {len(nights):,} of {count(found.num_runs, 'run')}, the newest last"

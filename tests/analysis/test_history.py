@@ -333,7 +333,9 @@ def test_a_series_or_a_layer_that_is_not_there_is_refused_with_those_that_are(
     assert "Series mine" in history_of(capsys, copied)
     theirs = history.of_store(copied).others
     assert history.of_store(copied, theirs[0]).num_runs == 4
-    with pytest.raises(ConfigError, match=r"has no series 'min' \(did you mean mine\?\); it has"):
+    with pytest.raises(
+        ConfigError, match=r"has no series 'min' \(did you mean mine\?\); it has 2: "
+    ):
         history.of_store(copied, "min")
     with pytest.raises(SystemExit) as end:
         commands.main(["history", copied, "--layer=7"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from afn_ray.analysis import audit, learned, past, verdict
+from afn_ray.analysis import audit, learned, message, past, verdict
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence, Found
 from afn_ray.analysis.limits import Limit, parse
@@ -151,6 +151,7 @@ def test_what_is_usual_is_said_in_numbers() -> None:
     assert next(audit.lines(found)) == (
         "BROKEN     psi                            0.031, usual 0.004-0.011 over 21 nights (<= 0.011)"
     )
+    assert message._against(rule) == "usual 0.004-0.011 over 21 nights"
 
 
 # --- the nights
