@@ -580,6 +580,7 @@ HISTORY_SCHEMA = pa.schema(
         ),
         pa.field("broken", _list_of("string"), nullable=False),
         pa.field("warned", _list_of("string"), nullable=False),
+        *_columns("accepted: string or null"),  # why a broken night may be a baseline
     ]
 )
 """Complete runs of a series, one row for each layer, and for each group at it; oldest first.

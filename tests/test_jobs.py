@@ -28,7 +28,7 @@ from packaging.requirements import Requirement
 from ray.dashboard.modules.job.cli import job_cli_group
 
 import afn_ray
-from afn_ray.cli import commands, grammar
+from afn_ray.cli import audits, grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 from afn_ray.store import manifest, settings, storage, uris
 from conftest import command_parsers, fenced, write_jsonl
@@ -324,7 +324,7 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
         0,
         IncompleteRun.exit_code,
         ConfigError.exit_code,
-        commands.VERDICTS["not judged"],
+        audits.VERDICTS["not judged"],
         Interrupted.exit_code,
     }
 

@@ -15,6 +15,7 @@ from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.nights import Night, choose_partition
 from afn_ray.analysis.policy import BASELINES, Policy, check_kind
+from afn_ray.analysis.standing import UNKNOWN, Standing, moment, standing
 from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule, RuleJson
 from afn_ray.config import RunConfig
 from afn_ray.reduce import compare, duplicates, losses
@@ -47,6 +48,7 @@ class Audit:
     notes: tuple[str, ...]
     window: str = "all"
     layer: int = 0  # that was judged
+    standing: Standing = UNKNOWN  # what earlier audits of the night left
 
     @property
     def passed(self) -> bool:
@@ -96,6 +98,8 @@ def run_audit(
 
     The baseline is an earlier complete run of the same measure and series (``series.name_of``), by
     kind one of:
+
+    A broken night is none, unless it was accepted (``store.verdicts.accept``).
 
     - "previous": the newest that ``manifest.mark_audited`` marked; without any, the newest.
     - "week": the newest that began at least 6.5 days earlier.
@@ -153,7 +157,7 @@ def _judge(
     Earlier nights are judged again against their own, where limits learn from them.
     """
     baseline, excused = baseline_of(run), None
-    if night.first_night and baseline.lacking is not None:
+    if night.first_night and baseline.lacking is not None and not baseline.is_refused:
         excused = f"first night: {baseline.lacking}"
         baseline = replace(baseline, lacking=excused)
     evidence = _gather(policy, run, baseline)
@@ -164,8 +168,9 @@ def _judge(
         rules = tuple(verdict.judge(policy, evidence, before))
         notes = tuple(_notes(policy, evidence, night))
     state = verdict.state_of(rules, policy.unjudged, excused)
-    of_run = evidence.comparison, evidence.lost
-    return Audit(state, rules, run, baseline, *of_run, notes, policy.window, evidence.layer)
+    of_run, of_policy = (evidence.comparison, evidence.lost), (policy.window, evidence.layer)
+    known = standing(run, state, rules)
+    return Audit(state, rules, run, baseline, *of_run, notes, *of_policy, known)
 
 
 def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
@@ -217,12 +222,14 @@ def _sources_of(run: RunFolder, before: RunFolder | None) -> frozenset[str]:
 # --- what stays in the store
 
 
-def keep_verdict(found: Audit) -> None:
+def keep_verdict(found: Audit, *, told: bool = False) -> None:
     """Write the verdict beside its run, then the mark that the run was audited.
 
-    The mark comes last: without it, the next audit reports this run's drift again.
+    ``told`` says that somebody was notified of it now. The mark comes last: without it, the next
+    audit reports this run's drift again.
     """
-    verdicts.write_verdict(found.run, to_keep(found))
+    told = told or found.standing.was_told
+    verdicts.write_verdict(found.run, replace(to_keep(found), told=told))
     manifest.mark_audited(found.run)
 
 
@@ -255,6 +262,13 @@ def _distances(comparison: Comparison | None) -> Iterator[Distance]:
 # --- results
 
 
+class AcceptanceJson(TypedDict):
+    """Why a broken night may be a baseline."""
+
+    why: Annotated[str, "the reason that was given"]
+    accepted_at: Annotated[str, "when it was given, ISO 8601 in UTC"]
+
+
 class AuditJson(TypedDict):
     """Layout of ``audit.json``."""
 
@@ -262,6 +276,8 @@ class AuditJson(TypedDict):
     state: Annotated[str, "state of the night", (HELD, BROKEN, NOT_JUDGED)]
     reason: Annotated[str | None, "limits that were not judged, with the causes"]
     verdict: Annotated[str, "as state, with pass for held", ("pass", BROKEN, NOT_JUDGED)]
+    broken_since: Annotated[str | None, "when the first run of the broken night was finished"]
+    accepted: Annotated[AcceptanceJson | None, "whether it may be a baseline all the same"]
     series: Annotated[str, "name of the series that the night belongs to"]
     window: Annotated[str, "what the night covers", tuple(BASELINES)]
     partition: Annotated[str | None, "day of the partition that the run covers: 2026-11-02"]
@@ -277,11 +293,16 @@ class AuditJson(TypedDict):
 def to_json(found: Audit) -> AuditJson:
     """The verdict as plain values, the same for the same runs and policy."""
     median_of = [compare.describe(run) for run in found.held_against.median_of]
+    accepted: AcceptanceJson | None = None
+    if (given := found.standing.acceptance) is not None:
+        accepted = {"why": given.why, "accepted_at": given.accepted_at}
     return {
         "schema_version": JSON_VERSION,
         "state": found.state,
         "reason": found.reason,
         "verdict": "pass" if found.passed else found.state,
+        "broken_since": found.standing.since if found.state == BROKEN else None,
+        "accepted": accepted,
         "series": found.series,
         "window": found.window,
         "partition": None if found.partition is None else found.partition.isoformat(),
@@ -336,10 +357,12 @@ def in_order(rules: tuple[Rule, ...]) -> list[Rule]:
 
 
 def answer(found: Audit) -> str:
-    """The state of the night in words, with the number of warnings."""
+    """The state of the night in words, with the number of warnings and who accepted it."""
     num_warned = sum(rule.state == WARNED for rule in found.rules)
     warnings = f"; {count(num_warned, 'warning')}" if num_warned else ""
-    return _state_text(found) + warnings
+    accepted = found.standing.acceptance
+    word = f"; accepted {moment(accepted.accepted_at)}: {accepted.why}" if accepted else ""
+    return _state_text(found) + warnings + word
 
 
 def _state_text(found: Audit) -> str:
@@ -348,6 +371,8 @@ def _state_text(found: Audit) -> str:
     num_judged = len(found.rules) - found.num_unjudged
     unjudged = f"{found.num_unjudged} of {num_rules} could not be judged"
     text = ANSWERS[found.state]
+    if found.state == BROKEN and found.standing.is_repeated:
+        text = f"the policy is still broken since {moment(found.standing.since)}"
     if found.state == NOT_JUDGED:
         return f"{text}: {unjudged}"
     if num_broken:

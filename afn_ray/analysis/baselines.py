@@ -11,7 +11,7 @@ from afn_ray.analysis.policy import BASELINES, MEDIAN
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.runs import precheck
-from afn_ray.store import manifest, series, series_runs, storage, uris
+from afn_ray.store import manifest, series, series_runs, storage, uris, verdicts
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
@@ -36,6 +36,8 @@ class Baseline:
     """Runs whose medians stand in for the scalar figures of ``run``, newest first."""
     is_median: bool = False
     """Whether scalar figures are held against medians."""
+    is_refused: bool = False
+    """Whether a night would be the baseline if it were not broken."""
 
 
 def is_kind(baseline: str) -> bool:
@@ -59,29 +61,36 @@ def named(uri: str) -> RunFolder:
 
 
 def find(run: RunFolder, kind: str, window: str) -> Baseline:
-    """The baseline of ``kind`` of the complete ``run``, as ``policy.check_kind`` allows it."""
+    """The baseline of ``kind`` of the complete ``run``, as ``policy.check_kind`` allows it.
+
+    A broken night is none unless it was accepted.
+    """
     if window == "new":
         nights = series_runs.partitions_before(run, series_runs.alike(run))
     else:
         nights = series_runs.nights_before(run, series_runs.alike(run, before=run.id))
     newest = next(nights, None)
+    name = series_runs.series_of(run)
     if newest is None:
-        name = series_runs.series_of(run)
         return Baseline(None, f'the series "{name}" has no earlier run with this measure')
     nights = itertools.chain([newest], nights)
-    if kind == "week":
-        return _last_week(run, nights)
     if kind == "weekday":
         return _same_weekday(run, nights)
+    nights = filter(verdicts.may_be_baseline, nights)
+    if kind == "week":
+        return _last_week(run, nights)
     if (median := MEDIAN.fullmatch(kind)) is not None:
         return _median(list(nights), int(median[1]))
-    return Baseline(series_runs.newest_audited(nights))
+    previous = series_runs.newest_audited(nights)
+    lacking = f'every earlier night of the series "{name}" is broken, and none was accepted'
+    return Baseline(previous, None if previous else lacking, is_refused=previous is None)
 
 
 def with_frozen_thresholds(config: RunConfig, source: RunFolder | None) -> RunConfig:
     """``config`` with the thresholds of ``source``; None: of the newest audited run, if any."""
     precheck.check_frozen(config)
-    source = source or series_runs.newest_audited(_asked_alike(config))
+    nights = filter(verdicts.may_be_baseline, _asked_alike(config))
+    source = source or series_runs.newest_audited(nights)
     return config if source is None else replace(config, thresholds=source.uri)
 
 
@@ -122,13 +131,23 @@ def _last_week(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
 
 
 def _same_weekday(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
-    """The one of ``nights`` whose partition is a week older, audited or not."""
+    """The one of ``nights`` whose partition is a week older, audited or not.
+
+    If that one may be no baseline, the one of the same weekday before it.
+    """
     tonight = series_runs.day_of(run)
     assert tonight is not None
     asked = tonight - timedelta(days=7)
-    found = next((night for night in nights if series_runs.day_of(night) == asked), None)
-    lacking = f"the series has no run of {asked}, the same weekday a week before"
-    return Baseline(found, None if found else lacking)
+    broken = ""
+    for night in nights:
+        if series_runs.day_of(night) != asked:
+            continue
+        if verdicts.may_be_baseline(night):
+            return Baseline(night)
+        broken = f"; that of {asked} is broken, and was not accepted"
+        asked -= timedelta(days=7)
+    lacking = f"the series has no run of {asked}, the same weekday a week before{broken}"
+    return Baseline(None, lacking, is_refused=bool(broken))
 
 
 def _median(nights: list[RunFolder], num_nights: int) -> Baseline:

@@ -23,7 +23,7 @@ from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 
 
-class Part(NamedTuple):
+class OwnPart(NamedTuple):
     """A source or a group, with a figure of its own."""
 
     name: str
@@ -31,7 +31,7 @@ class Part(NamedTuple):
     n: int  # its tokens, special ones apart
 
 
-def junk(run: RunFolder, kind: str) -> Iterator[Part]:
+def junk(run: RunFolder, kind: str) -> Iterator[OwnPart]:
     """The share of the tokens of each part that are in strange documents; parts with tokens only."""
     table = manifest.read_table(run, "strange")
     strange: Counter[str | None] = Counter()
@@ -39,18 +39,18 @@ def junk(run: RunFolder, kind: str) -> Iterator[Part]:
         strange[name] += n
     for name, n in _tokens(run, kind).items():
         if n:
-            yield Part(_shown(kind, name), strange[name] / n, n)
+            yield OwnPart(_shown(kind, name), strange[name] / n, n)
 
 
-def lost(run: RunFolder, kind: str) -> Iterator[Part]:
+def lost(run: RunFolder, kind: str) -> Iterator[OwnPart]:
     """The lost bytes of each part; those of which nobody knows the group are of "(no value)"."""
     lost_bytes = _lost_by_source(run) if kind == "source" else _lost_by_group(run)
     tokens = _tokens(run, kind)
     for name in dict.fromkeys([*tokens, *lost_bytes]):
-        yield Part(_shown(kind, name), lost_bytes[name], tokens[name])
+        yield OwnPart(_shown(kind, name), lost_bytes[name], tokens[name])
 
 
-def near_copies(run: RunFolder, kind: str) -> Iterator[Part]:
+def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
     """The share of near-copies among the counted documents of each part that have tokens."""
     columns = {column.name: column for column in kept.parse(_kept_columns(run))}
     column = columns.get(str(grouped_by(run))) if kind == "group" else None
@@ -72,7 +72,7 @@ def near_copies(run: RunFolder, kind: str) -> Iterator[Part]:
         n_near[name] += near
     tokens = _tokens(run, kind)
     for name in n:
-        yield Part(_shown(kind, name), n_near[name] / n[name], tokens[name])
+        yield OwnPart(_shown(kind, name), n_near[name] / n[name], tokens[name])
 
 
 def most_junk(run: RunFolder) -> str | None:
@@ -81,7 +81,7 @@ def most_junk(run: RunFolder) -> str | None:
     return most.name if most is not None and most.value else None
 
 
-FIGURES: dict[str, Callable[[RunFolder, str], Iterator[Part]]] = {
+FIGURES: dict[str, Callable[[RunFolder, str], Iterator[OwnPart]]] = {
     "junk_share": junk,
     "lost_bytes": lost,
     "near_duplicate_share": near_copies,

@@ -94,6 +94,12 @@ class RunCheck:
             uri = uris.join(self.folder.uri, verdicts.VERDICT)
             advice = "delete it: the history computes its figures again, and knows no verdict"
             self._find("damaged", uri, without_uri(error, uri), advice)
+        try:
+            verdicts.read_acceptance(self.folder)
+        except StoreError as error:
+            uri = uris.join(self.folder.uri, verdicts.ACCEPTED)
+            advice = "delete it, and accept the run again: 'afn audit --accept'"
+            self._find("damaged", uri, without_uri(error, uri), advice)
 
     def _check_files(self) -> bool:
         """Check the files that run.json lists; False if the plan is damaged."""

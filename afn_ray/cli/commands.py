@@ -13,14 +13,15 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
 from afn_ray import logs
-from afn_ray.cli import grammar, questions, terminal
+from afn_ray.cli import audits, grammar, questions, terminal
+from afn_ray.cli.audits import AUDIT_FAILED
 from afn_ray.cli.estimates import print_estimate
 from afn_ray.cli.progress import ToStderr, json_lines, log_as, now_and_then, shown_progress
 from afn_ray.config import RunConfig
@@ -29,12 +30,8 @@ from afn_ray.store import disk
 from afn_ray.text import count, printable
 
 if TYPE_CHECKING:
-    from afn_ray.analysis.audit import Audit
     from afn_ray.query.database import Run
 
-AUDIT_FAILED = 2
-VERDICTS = {"held": 0, "broken": 1, "not judged": 3}
-"""Exit code of ``afn audit`` by the state of the night; 2 is ``AUDIT_FAILED``."""
 Calls = Mapping[str, Callable[[argparse.Namespace], int | None]]
 """The function of each command, whose result is its exit code; ``None`` is 0."""
 NEW_OBJECTS = 50_000
@@ -100,18 +97,18 @@ def _parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> argpa
 
 def _call(args: argparse.Namespace, calls: Calls) -> int:
     """Call the command, report how it ended, and return its exit code."""
-    audits = args.command == "audit"
+    is_audit = args.command == "audit"
 
     def failure(code: int) -> int:
         # Every failed audit has the same exit code, because 1 means a broken policy.
-        return AUDIT_FAILED if audits else code
+        return AUDIT_FAILED if is_audit else code
 
     try:
         with _terminable():
             code = calls[args.command](args) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
-        resumable = audits or args.command in ("run", "demo", "gc")
+        resumable = is_audit or args.command in ("run", "demo", "gc")
         code = failure(Interrupted.exit_code if resumable else 130)
         hint = "; the same command resumes" if resumable else ""
         _report_end("stopped", f"stopped{hint}", code)
@@ -134,7 +131,7 @@ def _call(args: argparse.Namespace, calls: Calls) -> int:
         elif json_lines() is not None:
             code = failure(1)
             _report_end("failed", f"{type(error).__name__}: {error}", code, traceback=True)
-        elif audits:
+        elif is_audit:
             traceback.print_exc()  # Python would exit with 1
             code = AUDIT_FAILED
         else:
@@ -223,142 +220,16 @@ def _status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([status.to_json(one) for one in found], indent=1))
     else:
-        _print_lines(status_text.lines(found[0]) if len(found) == 1 else status_text.table(found))
+        terminal.print_lines(
+            status_text.lines(found[0]) if len(found) == 1 else status_text.table(found)
+        )
     return found[0].exit_code
-
-
-def _audit(args: argparse.Namespace) -> int:
-    from afn_ray.analysis.nights import Night, choose_partition
-    from afn_ray.analysis.policy import read_policy
-    from afn_ray.runs import precheck
-    from afn_ray.store import settings
-
-    given = {} if args.series is None else {"series": args.series}
-    config = settings.config_from(given, args.config)
-    log_as(config.log_format, args.quiet)
-    policy = read_policy(args.policy)
-    if args.frozen:
-        precheck.check_frozen(config)
-    night = Night(args.baseline, args.partition, args.first_night, args.frozen)
-    precheck.check_run(choose_partition(config, policy, night).config)
-    from afn_ray.analysis import audit
-    from afn_ray.runs.cluster import connection
-    from afn_ray.show import report
-    from afn_ray.store import uris
-
-    connection.exit_when_lost_with(AUDIT_FAILED)
-    out = uris.absolute(args.out)  # fails now, not after the run
-    notifications = _notifications(args)
-    if not args.no_report:
-        report.check_packages()  # fails now, not after the run
-    errors = Console(stderr=True, highlight=False)
-    with shown_progress(errors, args.quiet) as on_event:
-        found = audit.run_audit(config, policy, night, mark=False, on_event=on_event)
-    written = audit.write_json(found, out)
-    failures: list[str | None] = []
-    if not found.passed:
-        failures += [notify(found, written) for notify in notifications]
-    if not args.no_report:
-        failures.append(_write_page(found, out))
-    if found.partition is not None and args.partition in (None, "latest"):
-        failures.append(_repeated(found))
-    # The exit code is the verdict even if a notification fails.
-    for failure in failures:
-        if failure is not None:
-            logs.report(logging.getLogger(logs.ROOT), "warning", failure, level=logging.WARNING)
-    _print_lines(audit.lines(found))
-    audit.keep_verdict(found)
-    return VERDICTS[found.state]
 
 
 def _schema(args: argparse.Namespace) -> None:
     from afn_ray.analysis import json_schema
 
     print(json.dumps(json_schema.SCHEMAS[args.of](), indent=1))
-
-
-def _notifications(args: argparse.Namespace) -> list[Callable[[Audit, str], str | None]]:
-    """Calls that report a verdict, given it and the URI of audit.json; each returns what failed.
-
-    Raises ``ConfigError`` for a wrong webhook or command.
-    """
-    from afn_ray.analysis import audit, notify
-
-    calls: list[Callable[[Audit, str], str | None]] = []
-    # A Secret made from a file ends with its newline.
-    url = args.webhook or os.environ.get("AFN_WEBHOOK", "").strip()
-    if url:
-        webhook = notify.check_webhook(url, args.allow_http)
-        calls.append(lambda found, written: notify.post(webhook, audit.to_bytes(found)))
-    if urls := args.notify or os.environ.get("AFN_NOTIFY", "").split():
-        calls += _messages(urls, _page_url(args), args.allow_http)
-    if args.on_broken is not None:
-        command = notify.parse_command(args.on_broken)
-        calls.append(lambda found, written: notify.call_command(command, written))
-    return calls
-
-
-def _messages(
-    urls: Sequence[str], page: str | None, allow_http: bool
-) -> list[Callable[[Audit, str], str | None]]:
-    """Calls that send a short message to each of ``urls``, with a link to ``page``."""
-    from afn_ray.analysis import services
-    from afn_ray.analysis.message import message
-
-    def call_of(service: Any) -> Callable[[Audit, str], str | None]:
-        return lambda found, written: services.send(
-            service, message(found, page), found.state == "broken"
-        )
-
-    return [call_of(service) for service in services.services(urls, allow_http)]
-
-
-def _page_url(args: argparse.Namespace) -> str | None:
-    """The URL of report.html for a message; None without one."""
-    from afn_ray.analysis import audit, message, notify
-    from afn_ray.store import uris
-
-    if args.page_url is not None:
-        return notify.check_page(args.page_url, message.MOST_PAGE_CHARS)
-    if args.no_report or not args.out.startswith(("https://", "http://")):
-        return None
-    return uris.join(args.out, audit.PAGE)
-
-
-def _repeated(found: Audit) -> str | None:
-    """A warning if the latest partition was audited before, so that tonight's may be late."""
-    from afn_ray.store import manifest
-
-    if not manifest.is_audited(found.run):
-        return None
-    return (
-        f"partition {found.partition} was audited before, and no newer one is there: this is its "
-        "verdict again; --partition DATE fails if the partition of that date is late"
-    )
-
-
-def _write_page(found: Audit, out: str) -> str | None:
-    """Write report.html into ``out``; return what failed, if something did."""
-    from afn_ray.analysis import audit
-    from afn_ray.show import report
-    from afn_ray.store import storage, uris
-
-    try:
-        page = report.render(found.run, found.comparison, with_claims=False, audit=found)
-        storage.write_over(uris.join(out, audit.PAGE), page.encode(), retry_for_s=None)
-    except Exception as error:  # noqa: BLE001 - the verdict does not depend on the page
-        return f"report.html could not be written: {error or type(error).__name__}"
-    return None
-
-
-def _print_lines(lines: Iterable[str]) -> None:
-    """Print ``lines``; ignore a reader that ends early, as the exit code has the verdict."""
-    try:
-        for line in lines:
-            print(printable(line))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        terminal.drop(sys.stdout)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -426,7 +297,7 @@ def _verify(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(asdict(result), indent=1))
     else:
-        _print_lines(verify.lines(result))
+        terminal.print_lines(verify.lines(result))
     if result.findings:
         raise Damaged(f"{result.uri} is damaged: {count(len(result.findings), 'finding')}")
 
@@ -450,7 +321,7 @@ def _gc(args: argparse.Namespace) -> None:
         *(f"--keep-run={run}" for run in args.keep_run),
         f"--min-age-h={args.min_age_h:g}",
     ]
-    _print_lines(gc_report.lines(found, flags))
+    terminal.print_lines(gc_report.lines(found, flags))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -469,7 +340,7 @@ COMMANDS: Calls = {
     "compare": questions.call_compare,
     "claims": questions.call_claims,
     "neurons": questions.call_neurons,
-    "audit": _audit,
+    "audit": audits.call_audit,
     "history": questions.call_history,
     "schema": _schema,
     "sql": questions.call_sql,

@@ -198,14 +198,22 @@ def _add_audit(commands: Commands) -> None:
         help="measure a corpus, compare the run with an earlier one, and check a policy",
         epilog=AUDIT_EPILOG,
         description="Made for a nightly job. It writes audit.json. The same command again gives the "
-        "same verdict, and reports it again unless the policy holds.",
+        "same verdict.",
     )
     audit.add_argument(
-        "config", metavar="RUN_TOML", help="config of the run: a file or URL, as for 'afn run'"
+        "config",
+        metavar="RUN_TOML",
+        nargs="?",
+        help="config of the run: a file or URL, as for 'afn run'",
     )
+    audit.add_argument("--policy", metavar="FILE", help="TOML file with the limits, or its URL")
     audit.add_argument(
-        "--policy", metavar="FILE", required=True, help="TOML file with the limits, or its URL"
+        "--accept",
+        metavar="RUN",
+        help="measure nothing: record that the broken night of this run may be a baseline; needs "
+        "--why",
     )
+    audit.add_argument("--why", metavar="TEXT", help="reason for --accept, shown in the history")
     audit.add_argument(
         "--baseline",
         metavar="RUN",
@@ -276,6 +284,11 @@ def _add_audit(commands: Commands) -> None:
         metavar="COMMAND",
         help="run this command, without a shell, unless the policy holds; the environment variable "
         "AFN_AUDIT_JSON names audit.json",
+    )
+    audit.add_argument(
+        "--notify-again",
+        action="store_true",
+        help="notify even if an earlier audit notified of the same verdict on the same text",
     )
     arguments.add_quiet(audit)
 

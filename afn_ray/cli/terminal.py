@@ -1,13 +1,15 @@
-"""Standard streams of a command: closed, full, without a reader, or not UTF-8."""
+"""Standard streams of a command: closed, full, without a reader, or not UTF-8; and lines on them."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, TextIO, cast
 
 from afn_ray.errors import ConfigError, Interrupted
 from afn_ray.store import disk
+from afn_ray.text import printable
 
 
 class _Steady:
@@ -82,3 +84,13 @@ def read_input() -> str:
         raise ConfigError(
             f"standard input is not UTF-8: {error.reason} at byte {error.start:,}"
         ) from error
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print ``lines``; ignore a reader that ends early, as the exit code has the verdict."""
+    try:
+        for line in lines:
+            print(printable(line))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)

@@ -30,11 +30,9 @@ from afn_ray.query.protocol import FRAME, LENGTH, READ, Answer, Request, Setup, 
 from afn_ray.query.session import OUT_OF_MEMORY
 
 CODE = """
-import gc, json, sys
+import json, sys
 sys.path += json.loads(sys.argv[1])
-gc.disable()  # imports make no garbage, and a sixth of their time would be looking for it
 from afn_ray.query.child import main
-gc.enable()
 main(*map(int, sys.argv[2:]))
 """
 

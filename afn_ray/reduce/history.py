@@ -122,6 +122,7 @@ def _rows(
         before = night_before(run, runs)
         baseline = None if before is None else before.uri
         found = tuple(distances(before, run))
+    acceptance = verdicts.read_acceptance(run)
     of_night: dict[str, Any] = {
         "run": run.id,
         "measure": run.info["measure"]["id"],
@@ -131,6 +132,7 @@ def _rows(
         "state": None if verdict is None else verdict.state,
         "broken": [] if verdict is None else list(verdict.broken),
         "warned": [] if verdict is None else list(verdict.warned),
+        "accepted": None if acceptance is None else acceptance.why,
     }
     by_place = {(row.layer, row.group_by, row.group): row for row in found}
     for place, figures in _figures(run):

@@ -42,6 +42,8 @@ def lines(found: History, layer: int | None = None) -> Iterator[str]:
     for row in nights:
         if row["broken"]:
             yield _cut(f"{night_name(row)} broke {', '.join(row['broken'])}")
+        if row["accepted"] is not None:
+            yield _cut(f"{night_name(row)} was accepted: {row['accepted']}")
         if row["warned"]:
             yield _cut(f"{night_name(row)} warned of {', '.join(row['warned'])}")
     num_other = sum(row["measure"] != nights[-1]["measure"] for row in nights)

@@ -9,6 +9,7 @@ Layout of a store::
     runs/<run>/run.json                         written once, last; its existence means complete
     runs/<run>/audited.json                     an audit has given its verdict on the run
     runs/<run>/verdict.json                     the last such verdict; replaced as a whole
+    runs/<run>/accepted.json                    somebody accepted a broken night as a baseline
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
     runs/<run>/lease-<id>.json                  a process has resumed the run; deleted on completion
     runs/<run>/status.json                      progress, for people; replaced during the run
@@ -90,7 +91,7 @@ SHARD_FILE = re.compile(
 )
 STATUS = "status.json"
 RUN_FILE = re.compile(
-    rf"(run|audited|verdict|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
+    rf"(run|audited|verdict|accepted|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
 )
 
 

@@ -172,7 +172,7 @@ def commits_of(store: str, place: ShardKey) -> Mapping[int, Commit]:
 
 def names_of(folder: manifest.RunFolder) -> set[str]:
     """Names of the files in a run's folder that belong to the run."""
-    names = {"plan.parquet", "run.json", "audited.json", verdicts.VERDICT, layout.STATUS}
+    names = {"plan.parquet", "run.json", "audited.json", *verdicts.NAMES, layout.STATUS}
     for table in folder.info.get("tables", {}).values():
         if isinstance(table, dict) and "name" in table:
             names.add(str(table["name"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
 
 from afn_ray.store import manifest, series
@@ -56,6 +56,13 @@ def newest_audited(runs: Iterable[RunFolder]) -> RunFolder | None:
     return newest
 
 
+def same_night(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFolder]:
+    """The runs directly before ``run`` that ``nights_before`` leaves out, newest first."""
+    is_same = _same_as(run)
+    earlier = (other for other in runs if other.id < run.id)
+    return itertools.takewhile(is_same, earlier)
+
+
 def nights_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFolder]:
     """The runs among ``runs`` that began before ``run``, newest first.
 
@@ -63,14 +70,19 @@ def nights_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFold
     with the same shards, count as ``run`` itself and are left out. They are retries for missing
     shards, or repeats after another corpus of the store had a run in between.
     """
+    earlier = (other for other in runs if other.id < run.id)
+    return itertools.dropwhile(_same_as(run), earlier)
+
+
+def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
+    """Whether a run before ``run`` is of the same night, by its request or its shards."""
     request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
 
     def is_same_night(earlier: RunFolder) -> bool:
         same_request = earlier.id.endswith(f"-{request}")
         return same_request or (shards is not None and _shards_sha256(earlier) == shards)
 
-    earlier = (other for other in runs if other.id < run.id)
-    return itertools.dropwhile(is_same_night, earlier)
+    return is_same_night
 
 
 def partitions_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFolder]:

@@ -3,6 +3,8 @@
 ``verdict.json`` is replaced as a whole if the run is audited again. The verdict outlives the
 baseline, which a garbage collection may remove. All other figures of a night are in the run's own
 tables.
+
+``accepted.json`` beside a broken night says that somebody accepted it as a baseline, and why.
 """
 
 from __future__ import annotations
@@ -10,15 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
 
+from afn_ray.errors import ConfigError
 from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import checksums, storage, uris
 from afn_ray.store.checksums import checksummed, read_json
 from afn_ray.store.manifest import RunFolder
 
 VERDICT = "verdict.json"
-"""Name of the file in the folder of the run."""
+ACCEPTED = "accepted.json"
+NAMES = (VERDICT, ACCEPTED)
+"""Names of the files in the folder of the run."""
+MOST_WHY_CHARS = 1000
+"""Longest reason for accepting a night, in characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,15 @@ class StoredVerdict:
     figures: Mapping[str, float | None]
     """Values of the limits by name; None: infinite, unknown or not judged."""
     distances: tuple[Distance, ...] = ()
+    told: bool = False
+    """Whether this verdict was reported to somebody: to every place that the audit notified."""
+
+
+class Acceptance(NamedTuple):
+    """Somebody's word that a broken night may be a baseline."""
+
+    why: str
+    accepted_at: str  # ISO 8601, UTC
 
 
 def write_verdict(run: RunFolder, verdict: StoredVerdict) -> None:
@@ -89,8 +106,57 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
             tuple(map(_text, body["unjudged"])),
             {_text(key): _number(value) for key, value in body["figures"].items()},
             tuple(map(_distance, body["distances"])),
+            body["told"] is True,
         )
     return found
+
+
+def accept(run: RunFolder, why: str) -> None:
+    """Record that the broken night of ``run`` may be a baseline, and ``why``.
+
+    Raises ``ConfigError`` unless its last audit found a limit broken and nobody accepted it before,
+    and for a reason that is empty or too long.
+    """
+    verdict = read_verdict(run)
+    if verdict is None or not verdict.broken:
+        state = "it was never audited" if verdict is None else "its last audit found nothing broken"
+        raise ConfigError(
+            f"run {run.uri} needs no acceptance: {state}; only a broken night is no baseline"
+        )
+    why = why.strip()
+    if not why or len(why) > MOST_WHY_CHARS:
+        raise ConfigError(
+            f"the reason has {len(why):,} characters; expected 1 to {MOST_WHY_CHARS:,}, as in --why "
+            '"the new source is meant to be there"'
+        )
+    accepted_at = datetime.now(UTC).isoformat(timespec="seconds")
+    body = {"schema_version": SCHEMA_VERSION, "run": run.id, "why": why, "accepted_at": accepted_at}
+    try:
+        storage.write_once(uris.join(run.uri, ACCEPTED), checksummed(body))
+    except storage.AlreadyWritten:
+        raise ConfigError(f"run {run.uri} was accepted before; nothing has changed") from None
+
+
+def read_acceptance(run: RunFolder) -> Acceptance | None:
+    """Who accepted the night of ``run``; None: nobody. Raises ``StoreError`` for damage."""
+    uri = uris.join(run.uri, ACCEPTED)
+    body = read_json(uri)
+    if body is None:
+        return None
+    with checksums.named_damage(uri):
+        if body["run"] != run.id:  # copied with a folder
+            return None
+        return Acceptance(_text(body["why"]), _text(body["accepted_at"]))
+
+
+def may_be_baseline(run: RunFolder) -> bool:
+    """Whether later nights may be held against ``run``: no limit is broken, or it was accepted.
+
+    A night that a policy counts as broken because limits could not be judged is one, as otherwise
+    there might never be enough of them.
+    """
+    verdict = read_verdict(run)
+    return verdict is None or not verdict.broken or read_acceptance(run) is not None
 
 
 def _uri(run: RunFolder) -> str:

@@ -44,7 +44,7 @@ from afn_ray.reduce.losses import Losses
 from afn_ray.runs import job
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, GROUP_DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.show import report
-from afn_ray.store import label_thresholds, manifest, storage
+from afn_ray.store import label_thresholds, manifest, storage, verdicts
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from conftest import fenced, interrupted, stop_after, write_jsonl
@@ -350,7 +350,8 @@ def test_every_key_is_judged() -> None:
         *(f"group.{key}" for key in GROUP_LIMITS),
     }
     own = {f"{of}.{key}" for of in PART_LIMITS for key in own_parts.FIGURES} | {"junk_share"}
-    assert set(VALUES) == known - own  # those are in test_broken.py
+    own |= {"duplicate_share", "repeated_ids"}
+    assert set(VALUES) == known - own  # those are in test_broken.py and test_duplicates.py
     assert own <= known
 
 
@@ -726,11 +727,18 @@ def test_a_night_that_was_not_judged_is_reported_and_is_the_next_ones_baseline(
 
 
 def test_a_first_night_excuses_only_what_lacks_a_baseline(nights: Nights) -> None:
-    """On another night it changes nothing, nor does it excuse a source that is too small."""
+    """On another night it changes nothing, nor does it excuse a source that is too small.
+
+    Nor does it stand in for the acceptance of a broken night.
+    """
     (nights.folder / "policy.toml").write_text("empty_documents = 0\nks = 0\n")
     write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}])
     assert nights.begin() == 1
+    first = manifest.find_run(nights.store)
     write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": "something new"}])
+    assert nights.begin() == 3
+    assert nights.said["reason"].endswith("is broken, and none was accepted")
+    verdicts.accept(first, "it begins the series")
     assert nights.begin() == 1
     assert {r["key"]: r["state"] for r in nights.said["rules"]} == {
         "empty_documents": "held",
@@ -1138,7 +1146,7 @@ def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
     nights.add(1, 600, 630)
     capfd.readouterr()
     assert nights.audit() == 2
-    assert "the policy limits sources, but run" in capfd.readouterr().err
+    assert "the policy limits sources or strange documents, but run" in capfd.readouterr().err
 
 
 def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:

@@ -1,4 +1,4 @@
-"""What broke, by name: junk and lost bytes of a run, its sources and its groups."""
+"""What broke, by name: junk and lost bytes by source and group; and what is done about it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import afn_ray
-from afn_ray.analysis import audit, own_parts
+from afn_ray.analysis import audit, baselines, own_parts, verify
 from afn_ray.analysis.audit import Audit
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.nights import Night
 from afn_ray.analysis.policy import Policy, read_policy
+from afn_ray.analysis.standing import Standing, standing
+from afn_ray.analysis.verdict import Rule
+from afn_ray.cli import commands
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce.strangest import STRANGE_SCORE
-from afn_ray.store import manifest
+from afn_ray.store import manifest, verdicts
+from afn_ray.store.manifest import RunFolder
+from afn_ray.store.verdicts import StoredVerdict
 from bench import screen as bench
 from conftest import config_of, fenced, write_jsonl
+from nights import Nights, complete
 
 GUIDE = Path(__file__).parents[2] / "infra/guide/audit.md"
 
@@ -149,3 +156,171 @@ def test_a_limit_on_junk_wants_a_screening_and_is_not_judged_of_an_older_run(
     assert own_parts.lacking(older, "junk_share") == (
         "the run is older than its table of strange documents"
     )
+
+
+# --- broken nights as baselines
+
+
+def put(run: RunFolder, state: str, told: bool = False, *broken: str) -> RunFolder:
+    """Keep a verdict on ``run``."""
+    kept = StoredVerdict(state, "all", 8, None, broken, (), (), {}, told=told)
+    verdicts.write_verdict(run, kept)
+    manifest.mark_audited(run)
+    return run
+
+
+def test_a_broken_night_is_no_baseline_until_it_is_accepted(tmp_path: Path) -> None:
+    start = datetime(2026, 11, 1, 3, tzinfo=UTC)
+    texts = [f"c/dt=2026-11-{day:02}" for day in range(1, 23)]
+    runs = [
+        complete(tmp_path, start + timedelta(days=at), corpus=[text])
+        for at, text in enumerate(texts)
+    ]
+    tonight = runs[21]
+    for run in runs[:21]:
+        put(run, "held")
+    for at in (20, 14, 19, 13, 18):
+        put(runs[at], "broken", False, "psi")
+
+    def found(kind: str, window: str) -> list[RunFolder | None]:
+        baseline = baselines.find(tonight, kind, window)
+        return [baseline.run, *baseline.median_of]
+
+    assert found("previous", "all") == [runs[17]] == found("previous", "new")
+    assert found("week", "all") == [runs[12]]
+    assert found("weekday", "new") == [runs[7]]  # the 15th is broken: the 8th
+    assert found("median:3", "new") == [runs[17], runs[17], runs[16], runs[15]]
+    verdicts.accept(runs[19], "the new source is meant to be there")
+    assert found("previous", "all") == [runs[19]] == found("previous", "new")
+    assert found("median:3", "new") == [runs[19], runs[19], runs[17], runs[16]]
+    verdicts.accept(runs[14], "so is this")
+    assert found("weekday", "new") == [runs[14]]
+    for at in (0, 7):
+        put(runs[at], "broken", False, "psi")
+    put(runs[14], "broken", False, "psi")
+    (tmp_path / f"runs/{runs[14].id}/accepted.json").unlink()
+    lacking = baselines.find(tonight, "weekday", "new").lacking
+    assert lacking is not None and "no run of 2026-10-25" in lacking and "01 is broken" in lacking
+    for run in runs[:21]:
+        put(run, "broken", False, "psi")
+    (tmp_path / f"runs/{runs[19].id}/accepted.json").unlink()
+    none = baselines.find(tonight, "previous", "all")
+    assert none.run is None and none.lacking is not None
+    assert none.lacking.endswith("is broken, and none was accepted")
+
+
+def test_only_a_broken_night_is_accepted_and_with_a_reason(tmp_path: Path) -> None:
+    run = complete(tmp_path, datetime(2026, 11, 1, tzinfo=UTC))
+    with pytest.raises(ConfigError, match=r"needs no acceptance: it was never audited"):
+        verdicts.accept(run, "why not")
+    put(run, "held")
+    with pytest.raises(ConfigError, match=r"its last audit found nothing broken"):
+        verdicts.accept(run, "why not")
+    put(run, "broken")  # as a policy counts limits that were not judged
+    assert verdicts.may_be_baseline(run)
+    put(run, "broken", False, "psi")
+    assert not verdicts.may_be_baseline(run)
+    for why in (" ", "x" * 1001):
+        with pytest.raises(ConfigError, match=r"expected 1 to 1,000"):
+            verdicts.accept(run, why)
+    verdicts.accept(run, " first ")
+    with pytest.raises(ConfigError, match=r"was accepted before"):
+        verdicts.accept(run, "second")
+    acceptance = verdicts.read_acceptance(run)
+    assert acceptance is not None and acceptance.why == "first"
+    copied = tmp_path / "runs" / run.id / "accepted.json"
+    other = put(complete(tmp_path, datetime(2026, 11, 2, tzinfo=UTC)), "broken", False, "psi")
+    (tmp_path / "runs" / other.id / "accepted.json").write_bytes(copied.read_bytes())
+    assert verdicts.read_acceptance(other) is None and not verdicts.may_be_baseline(other)
+    copied.write_bytes(copied.read_bytes().replace(b"first", b"furst"))
+    with pytest.raises(StoreError, match=r"accepted.json"):
+        verdicts.may_be_baseline(run)
+
+
+def test_a_night_is_known_where_the_same_text_had_the_same_verdict(tmp_path: Path) -> None:
+    """However the store came to hold a second run of it."""
+    night = datetime(2026, 11, 1, 3, tzinfo=UTC)
+    first, again = (
+        complete(tmp_path, night + timedelta(hours=at), ask="a" * 12, shards="5") for at in (0, 1)
+    )
+    rules = tuple(Rule(Limit(key, 0.1), 0.2, "broken", None) for key in ("psi", "ks"))
+    assert standing(again, "broken", rules) == Standing(again.info["finished_at"])
+    put(first, "broken", False, "ks", "psi")
+    found = standing(again, "broken", rules)
+    assert found.is_repeated and not found.is_known and found.since == first.info["finished_at"]
+    put(first, "broken", True, "ks", "psi")
+    assert standing(again, "broken", rules).is_known
+    assert not standing(again, "broken", rules[:1]).is_repeated
+    assert not standing(again, "not judged", rules).is_repeated
+    put(again, "broken", False, "ks")  # by another policy
+    assert not standing(again, "broken", rules).is_repeated
+    assert standing(again, "broken", rules[1:]).is_repeated
+    put(again, "broken", False, "ks", "psi")
+    assert standing(again, "broken", rules).is_known  # the first told
+    other = complete(tmp_path, night + timedelta(hours=2), ask="b" * 12, shards="6")
+    assert not standing(other, "broken", rules).is_repeated
+
+
+def test_a_broken_night_is_told_once_and_accepted_by_hand(
+    tmp_path: Path, tiny_bert: Path, verses: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    nights = Nights(tmp_path / "nights", tiny_bert, verses, "psi = 9\nempty_documents = 0\n")
+    told = tmp_path / "told"
+    (tmp_path / "tell").write_text(f'#!/bin/sh\necho "$AFN_AUDIT_JSON" >> {told}\n')
+    (tmp_path / "tell").chmod(0o755)
+
+    def audited(*flags: str) -> tuple[int, int, str]:
+        """Exit code, number of notifications so far, and the last line of the output."""
+        code = nights.audit("--on-broken", str(tmp_path / "tell"), *flags)
+        num_told = len(told.read_text().splitlines()) if told.exists() else 0
+        return code, num_told, capfd.readouterr().out.splitlines()[-1]
+
+    assert nights.begin() == 0
+    first = nights.said["run"]["uri"]
+    write_jsonl(nights.folder / "corpus" / "1.jsonl", [{"text": ""}, {"text": "In the beginning"}])
+    assert nights.audit("--on-broken", "false") == 1  # a notification that fails tells nobody
+    capfd.readouterr()
+    code, num_told, said = audited()
+    since = f"{nights.said['run']['finished_at'][:16].replace('T', ' ')} UTC"
+    assert (code, num_told) == (1, 1) and f"still broken since {since}: 1 limit of 2" in said
+    assert nights.said["broken_since"] == nights.said["run"]["finished_at"]
+    written = (nights.folder / "out" / "audit.json").read_bytes()
+    assert audited()[:2] == (1, 1)
+    assert (nights.folder / "out" / "audit.json").read_bytes() == written
+    assert audited("--notify-again")[:2] == (1, 2)
+
+    # The next night is held against the one before it, which is not broken.
+    broken = nights.said["run"]["uri"]
+    write_jsonl(nights.folder / "corpus" / "2.jsonl", [{"text": "God created the heaven"}])
+    code, num_told, said = audited()
+    assert (code, num_told) == (1, 3) and "the policy is broken: 1 limit of 2" in said
+    assert nights.said["baseline"]["uri"] == first
+
+    def accept(*words: str) -> int:
+        with pytest.raises(SystemExit) as left:
+            commands.main(["audit", *words])
+        assert isinstance(left.value.code, int)
+        return left.value.code
+
+    why = "the source delivers empty rows \x1b[1m"
+    assert accept("--accept", first, "--why", why) == 2
+    assert accept("--accept", broken) == 2 == accept("--accept", broken, "x.toml", "--why", why)
+    assert accept() == 2
+    assert "expected afn audit RUN_TOML --policy FILE" in capfd.readouterr().err
+    assert accept("--accept", broken, "--why", why) == 0
+    assert audited()[:2] == (1, 3)
+    assert nights.said["baseline"]["uri"] == broken
+    assert not verify.verify_store(nights.store).findings
+    with afn_ray.open_run(nights.store) as run:
+        rows = run.sql("SELECT DISTINCT run, accepted FROM history ORDER BY run").fetchall()
+    assert [accepted for _, accepted in rows] == [None, why, None]
+    with pytest.raises(SystemExit):
+        commands.main(["history", nights.store])
+    assert r"was accepted: the source delivers empty rows \x1b" in capfd.readouterr().out
+
+    # The night itself, once accepted, is told no more.
+    tonight = nights.said["run"]["uri"]
+    assert accept("--accept", tonight, "--why", "known") == 0
+    code, num_told, said = audited()
+    assert (code, num_told) == (1, 3) and "; accepted " in said and " UTC: known; run" in said
+    assert nights.said["accepted"]["why"] == "known"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from afn_ray import errors, logs
-from afn_ray.cli import commands, progress
+from afn_ray.cli import audits, commands, progress
 from afn_ray.store.disk import FULL
 
 
@@ -78,6 +78,6 @@ def test_the_last_event_has_the_exit_code_of_the_process(
     with pytest.raises(SystemExit) as left:
         commands.main(argv, calls={command: call})
     last = json.loads(capsys.readouterr().err.splitlines()[-1])
-    expected = of_a_run if command == "run" else commands.AUDIT_FAILED
+    expected = of_a_run if command == "run" else audits.AUDIT_FAILED
     assert (left.value.code, last["exit_code"]) == (expected, expected)
     assert last["event"] == event
