@@ -10,8 +10,9 @@ from typing import Annotated, TypedDict
 
 import pyarrow.compute as pc
 
-from afn_ray.analysis import baselines, parts, past, verdict
+from afn_ray.analysis import baselines, copies, parts, past, verdict
 from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.copies import CopiesJson
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.nights import Night, choose_partition
 from afn_ray.analysis.policy import BASELINES, Policy, check_kind
@@ -195,9 +196,9 @@ def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
         )
     if night.first_night and baseline.lacking is None:
         yield "--first-night had no effect: this night has a baseline."
-    copies = duplicates.figures_of(evidence.run.info)
-    if copies is not None and copies.repeated_ids:
-        _, ids = duplicates.describe(copies, duplicates.choice_of(evidence.run.info))
+    figures = duplicates.figures_of(evidence.run.info)
+    if figures is not None and figures.repeated_ids:
+        _, ids = duplicates.describe(figures, duplicates.choice_of(evidence.run.info))
         yield f"Ids are repeated: {ids}."
     if comparison is None:
         return
@@ -287,6 +288,7 @@ class AuditJson(TypedDict):
     median_of: Annotated[list[RunJson], "runs whose medians stand in for its scalar figures"]
     counts: Annotated[dict[str, int], "numbers of shards, documents, tokens and losses"]
     lost: LostJson
+    duplicates: Annotated[CopiesJson | None, "copies of texts; null: the run is older than that"]
     notes: Annotated[list[str], "facts that a reader of the verdict needs"]
 
 
@@ -312,6 +314,7 @@ def to_json(found: Audit) -> AuditJson:
         "median_of": median_of,
         "counts": found.run.info["counts"],
         "lost": losses.to_json(found.losses),
+        "duplicates": copies.to_json(found.run),
         "notes": list(found.notes),
     }
 

@@ -89,7 +89,7 @@ def figures_of(info: Mapping[str, Any]) -> Figures | None:
 
 
 def choice_of(info: Mapping[str, Any]) -> str:
-    """What the run of ``info``, a run.json, does with copies; one of ``CHOICES``."""
+    """What the run of ``info``, a run.json, does with copies: ``KEEP``, ``ONCE`` or ``WEIGHT``."""
     return str(info["config"].get("duplicates", KEEP))
 
 
@@ -118,7 +118,7 @@ def counted(counts: Mapping[str, int], found: Duplicates, thresholds: pa.Table) 
 
 
 def find(shards: CommittedShards, choice: str, tasks: Tasks | None = None) -> Duplicates:
-    """The copies among all documents of ``shards``; ``choice`` is one of ``CHOICES``.
+    """The copies among all documents of ``shards``; ``choice`` is ``KEEP``, ``ONCE`` or ``WEIGHT``.
 
     Raises ``StoreError`` for a file that differs from its commit.
     """

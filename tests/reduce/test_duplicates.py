@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,6 +16,7 @@ import pytest
 import afn_ray
 from afn_ray.analysis import audit, evidence, verdict, verify
 from afn_ray.config import RunConfig
+from afn_ray.query.catalog import write_catalog
 from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.duplicates import KEEP, ONCE, WEIGHT
 from afn_ray.reduce.shards import CommittedFile
@@ -290,8 +292,6 @@ def test_an_id_of_any_content_is_named_printable_and_short(runs: dict[str, Any])
 
 def test_verify_proves_what_is_left_out(runs: dict[str, Any]) -> None:
     store = runs["config"].store
-    found = verify.verify_store(store).findings
-    assert not found, found[0].message
     run = manifest.find_run(runs[ONCE])
     table = manifest.read_table(run, "duplicates")
     info = {key: run.info[key] for key in run.info if key not in ("id", "schema_version")}
@@ -305,8 +305,14 @@ def test_verify_proves_what_is_left_out(runs: dict[str, Any]) -> None:
             storage.delete([uris.join(run.uri, "run.json")])
             named = {name: entry for name, entry in info["tables"].items() if name != "plan"}
             manifest.finish_run(run, info | facts | {"tables": named | tables})
-            messages = [finding.message for finding in verify.verify_store(store).findings]
+            messages = [finding.message for finding in verify.verify_store(run.uri).findings]
             assert any(message in one for one in messages), messages
+        storage.delete([uris.join(run.uri, "run.json")])  # as if killed before the end
+        with afn_ray.run(replace(runs["config"], duplicates=ONCE)) as again:
+            made = manifest.find_run(again.uri).info["tables"]
+        assert made | {"plan": None} == info["tables"] | {"plan": None}
+        found = verify.verify_store(store).findings
+        assert not found, found[0].message
     finally:
         storage.delete([uris.join(run.uri, "run.json")])
         storage.write_once(uris.join(run.uri, "run.json"), saved)
@@ -324,7 +330,25 @@ def test_a_policy_limits_copies_and_repeated_ids(runs: dict[str, Any], tmp_path:
         assert (ids.value, ids.passed) == (3, False) and "v0 (2 documents), v1" in str(ids.where)
         assert found.state == verdict.BROKEN
         assert any(note.startswith("Ids are repeated: 3 ids") for note in found.notes)
+        body = audit.to_json(found)["duplicates"]
+        assert body is not None and body["choice"] == choice and body["share"] == 5 / 56
+        assert body["examples"][0] == {"id": "v0", "n": 2, "doc": 0} and body["near_share"] is None
     run = manifest.find_run(runs[KEEP])
     older = replace(run, info={key: run.info[key] for key in run.info if key != "duplicates"})
     values = dict(evidence._of_run(older, losses.of_run(run)))
     assert values["repeated_ids"].value is None and "older" in str(values["repeated_ids"].reason)
+
+
+def test_frozen_thresholds_label_only_what_is_counted(runs: dict[str, Any], tmp_path: Path) -> None:
+    config = replace(runs["config"], duplicates=ONCE, thresholds=runs[KEEP])
+    with afn_ray.run(config) as run:
+        frozen = run.sql("FROM labels WHERE population = 'tokens'").to_arrow_table().to_pylist()
+        write_catalog(run.uri, tmp_path / "catalog.duckdb")
+    q3 = {row["layer"]: row["q3"] for row in ask(runs[KEEP], "FROM thresholds")}
+    with duckdb.connect(tmp_path / "catalog.duckdb", read_only=True) as catalog:
+        for row in frozen:
+            assert row["q3"] == q3[row["layer"]]
+            query = f"SELECT count(*), sum(high_{row['layer']}) FROM tokens WHERE NOT is_special"
+            assert catalog.execute(query).fetchone() == (row["n"], row["n_high"])
+        (copies,) = catalog.execute("SELECT count(duplicate_of) FROM documents").fetchall()
+        assert copies == (5,)

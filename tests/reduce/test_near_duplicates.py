@@ -135,6 +135,9 @@ def test_a_policy_limits_near_copies_and_names_the_worst_group(
     assert (whole.value, whole.passed) == (4 / 48, False) and "4 documents" in str(whole.where)
     assert (group.value, group.where, group.passed) == (4 / 7, "de", False)
     assert values["source.near_duplicate_share"].value == 4 / 48
+    body = audit.to_json(found)["duplicates"]
+    assert body is not None and body["near_share"] == 4 / 48
+    assert body["near_groups"] == [{"group": "de", "share": 4 / 7}]
     facts = dict(run_facts.facts(summary.summarise(manifest.find_run(uri))))
     assert facts["near-copies"].startswith("4 documents (8.3%)")
     with afn_ray.run(replace(config, near_duplicates=None)) as run:
@@ -146,10 +149,9 @@ def test_a_policy_limits_near_copies_and_names_the_worst_group(
 
 
 def test_verify_proves_near_copies(near_run: tuple[RunConfig, str], monkeypatch: Any) -> None:
-    store = near_run[0].store
-    assert not verify.verify_store(store).findings
+    assert not verify.verify_store(near_run[1]).findings
     monkeypatch.setattr(near_duplicates, "SEED", 43)
-    messages = [one.message for one in verify.verify_store(store).findings]
+    messages = [one.message for one in verify.verify_store(near_run[1]).findings]
     assert any("similarity" in message or "rows" in message for message in messages), messages
 
 
