@@ -9,6 +9,7 @@ is ``afn bench``. A checkout has more, which live in tests/bench and are not shi
 
     python jobs/benchmark.py audit                       how often each kind of limit wakes somebody
     python jobs/benchmark.py demo                        time, memory and bytes of 'afn demo'
+    python jobs/benchmark.py groups --tokens 100000000   what groups add to a reduce
     python jobs/benchmark.py reduce --shards 10000       the reduce of many shards
     python jobs/benchmark.py safety --store s3://b/p     what a shard costs beside its tokens
     python jobs/benchmark.py screen                      how well screening finds planted junk
@@ -26,7 +27,17 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-OF_A_CHECKOUT = ("audit", "demo", "reduce", "safety", "screen", "signals", "simulate", "sql")
+OF_A_CHECKOUT = (
+    "audit",
+    "demo",
+    "groups",
+    "reduce",
+    "safety",
+    "screen",
+    "signals",
+    "simulate",
+    "sql",
+)
 
 if __name__ == "__main__":
     try:

@@ -402,6 +402,6 @@ def _add_bench(commands: Commands) -> None:
         help="measure the speed of this engine on this machine, beside what users write instead",
         epilog=EPILOG,
         description="A checkout of the repository has more benchmarks: python jobs/benchmark.py "
-        "audit, demo, reduce, safety, screen, signals, simulate or sql.",
+        "audit, demo, groups, reduce, safety, screen, signals, simulate or sql.",
     )
     bench.add_commands(command)

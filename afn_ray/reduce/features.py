@@ -16,6 +16,7 @@ from afn_ray.reduce.histogram import (
     BIN_BITS,
     COMPACT_KEYS,
     Histogram,
+    of_cells,
     round_strengths,
     starts,
     to_bins,
@@ -75,11 +76,14 @@ def scan(
     """Sums by source, a table of the documents' features, and text hashes in ``num_parts`` parts.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
-    the index of the source above the bin, those of strengths that of the cell (``groups.Cells``).
-    With ``grouping`` follow documents by group, those with tokens, and a ``TypeCounter``'s sums.
+    the index of the source above the bin. With ``grouping`` follow strengths of each layer,
+    documents and documents with tokens by group, and a ``TypeCounter``'s sums.
     """
-    scanned = [_scan_shard(place, sources, layers, limits, grouping) for place in places]
+    of_types = None if grouping is None else TypeCounter(grouping, grouping.q3)
+    scanned = [_scan_shard(place, sources, layers, limits, grouping, of_types) for place in places]
     (sums,) = add(*(sums_of_shard for sums_of_shard, _ in scanned))
+    if of_types is not None:
+        sums = (*sums, *of_types.sums())
     table = pa.concat_tables([table for _, table in scanned]).unify_dictionaries()
     hashes = table["hash"].to_numpy()
     part_of = hashes % num_parts
@@ -93,16 +97,16 @@ def _scan_shard(
     layers: Sequence[int],
     limits: FeatureLimits,
     grouping: Grouping | None,
+    of_types: TypeCounter | None,
 ) -> tuple[Histograms, pa.Table]:
-    """Sums of ``scan``, and the features of the shard's documents with tokens."""
+    """Sums of ``scan`` but for types, and the features of the shard's documents with tokens."""
     of_groups = [] if grouping is None else grouping.columns
     columns_read = list(dict.fromkeys(["source", "n_tokens", "text_sha256", *of_groups]))
     documents = read_columns(place.documents, columns_read)
     uris = documents["source"].combine_chunks()
     source = sources.index_of(uris)
     cells = Cells.of(source, documents, grouping)
-    n, features, of_tokens = _scan_tokens(place, documents, cells, layers, limits)
-    strengths, of_types = of_tokens[: len(layers)], of_tokens[len(layers) :]
+    n, features, strengths = _scan_tokens(place, documents, cells, layers, limits, of_types)
     has_tokens = np.flatnonzero(n)
     hashes = _hashes(documents["text_sha256"])
     counts = np.ones(len(documents), bool)
@@ -122,11 +126,15 @@ def _scan_shard(
     for name, values in zip(FEATURES, features, strict=True):
         columns[name] = values[has_tokens]
         of_features.append(Histogram.of(prefix + to_bins(values[has_tokens])))
-    sums = (*strengths, *of_features, Histogram.of(source[counts]))
-    if grouping is not None:
-        of_documents = (Histogram.of(cells.group[some]) for some in (counts, has_tokens))
-        sums = (*sums, *of_documents, *of_types)
-    return sums, pa.table(columns)
+    of_sources = (*of_features, Histogram.of(source[counts]))
+    if grouping is None:
+        return (*strengths, *of_sources), pa.table(columns)
+    # Cells are as many as sources times groups, so no sum over shards has them.
+    num = len(grouping.names)
+    by_source = (of_cells(histogram, lambda cells: cells // num) for histogram in strengths)
+    by_group = (of_cells(histogram, lambda cells: cells % num) for histogram in strengths)
+    of_documents = (Histogram.of(cells.group[some]) for some in (counts, has_tokens))
+    return (*by_source, *of_sources, *by_group, *of_documents), pa.table(columns)
 
 
 def _scan_tokens(
@@ -135,18 +143,18 @@ def _scan_tokens(
     cells: Cells,
     layers: Sequence[int],
     limits: FeatureLimits,
+    of_types: TypeCounter | None,
 ) -> tuple[Ints, list[Float32s], Histograms]:
-    """One pass over the shard's normal tokens.
+    """One pass over the shard's normal tokens, which ``of_types`` counts too.
 
     Returns the number of tokens of each document, its ``FEATURES``, and the strengths of each layer
-    by cell, followed by the sums of a ``TypeCounter`` if there are groups.
+    by cell.
     """
     n = np.zeros(len(documents), np.int64)
     features = [np.zeros(len(documents), np.float32) for _ in FEATURES]
     sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
     present, ranks = np.unique(cells.cell, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
-    of_types = TypeCounter(cells, len(limits.rare)) if cells.q3 else None
     for tokens in normal_tokens(place, documents, layers):
         n[tokens.whole], found = _features(tokens, limits)
         for feature, values in zip(features, found, strict=True):
@@ -157,13 +165,13 @@ def _scan_tokens(
             sums.append(_by_cell(keys, held))
             held, num_held = [], 0
         if of_types is not None:
-            of_types.add(tokens.docs, tokens.types, tokens.by_layer)
+            of_types.add(cells.group[tokens.docs], tokens.types, tokens.by_layer)
         if _num_keys(sums[1:]) > COMPACT_KEYS:
             sums = add(*sums)
     if held:
         sums.append(_by_cell(keys, held))
     (total,) = add(*sums)
-    return n, features, total if of_types is None else (*total, *of_types.sums())
+    return n, features, total
 
 
 _Held = tuple[npt.NDArray[Any], ...]

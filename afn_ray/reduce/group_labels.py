@@ -12,63 +12,55 @@ from typing import Any
 import numpy as np
 
 from afn_ray.reduce.features import Histograms, ShardTables, add, normal_tokens, read_columns
-from afn_ray.reduce.groups import Cells, Grouping, Q3s, TypeCounter
-from afn_ray.reduce.histogram import BIN_BITS, Histogram, by_index, of_cells, to_values
+from afn_ray.reduce.groups import Grouping, Q3s, TypeCounter
+from afn_ray.reduce.histogram import BIN_BITS, Histogram, by_index, to_values
 from afn_ray.reduce.tasks import Tasks, merged
+from afn_ray.schema import FEATURES
 
 
 def count_own(
     batches: Sequence[Sequence[ShardTables]],
     grouping: Grouping,
     layers: Sequence[int],
-    num_types: int,
     sums: Any,
     tasks: Tasks,
 ) -> Any:
     """Handle of histograms, one for each layer: HIGH tokens by their group's own Q3.
 
-    Their keys are group and type; token ids are below ``num_types``. Each call reads one of
-    ``batches``. ``sums`` is the handle of the sums of ``features.scan``.
+    Their keys are those of a ``TypeCounter``. Each call reads one of ``batches``. ``sums`` is the
+    handle of the sums of ``features.scan``.
     """
     (own,) = tasks.submit(_own_of_sums, grouping, len(layers), sums)
     counted = []
     for places in batches:
-        counted += tasks.submit(_count, places, grouping, layers, num_types, own)
+        counted += tasks.submit(_count, places, grouping, layers, own)
     return merged(tasks, add, counted)
 
 
-def own_q3(grouping: Grouping, strengths: Histogram) -> Q3s:
-    """Q3 of each group at one layer, from ``strengths``, whose keys hold the cell above the bin."""
-    num = len(grouping.names)
-    of_groups = of_cells(strengths, lambda cells: cells % num)
-    found = np.full(num, np.inf, np.float32)
-    for index, of_group in enumerate(by_index(of_groups, num, BIN_BITS)):
+def _own_of_sums(grouping: Grouping, num_layers: int, sums: Histograms) -> list[list[Q3s]]:
+    """Q3 of each group, by layer."""
+    of_groups = sums[num_layers + len(FEATURES) + 1 :]
+    return [[_own_q3(strengths, len(grouping.names)) for strengths in of_groups[:num_layers]]]
+
+
+def _own_q3(strengths: Histogram, num_groups: int) -> Q3s:
+    """Q3 of each group at one layer."""
+    found = np.full(num_groups, np.inf, np.float32)
+    for index, of_group in enumerate(by_index(strengths, num_groups, BIN_BITS)):
         if of_group.n:
             found[index] = to_values(of_group.quartile_keys())[2]
     return found
 
 
-def _own_of_sums(grouping: Grouping, num_layers: int, sums: Histograms) -> list[list[Q3s]]:
-    """Q3 of each group, by layer."""
-    return [[own_q3(grouping, strengths) for strengths in sums[:num_layers]]]
-
-
 def _count(
-    places: Sequence[ShardTables],
-    grouping: Grouping,
-    layers: Sequence[int],
-    num_types: int,
-    own: Sequence[Q3s],
+    places: Sequence[ShardTables], grouping: Grouping, layers: Sequence[int], own: Sequence[Q3s]
 ) -> list[Histograms]:
     """HIGH tokens of ``places`` by group and type at each layer."""
-    sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
+    counter = TypeCounter(grouping, own)
     for place in places:
         documents = read_columns(place.documents, ["n_tokens", *grouping.columns])
-        no_sources = np.zeros(len(documents), np.int64)
-        cells = Cells.of(no_sources, documents, grouping).by_own(own)
-        counter = TypeCounter(cells, num_types)
+        group = grouping.index_of(documents)
         for tokens in normal_tokens(place, documents, layers):
-            counter.add(tokens.docs, tokens.types, tokens.by_layer)
-        _, *high = counter.sums()
-        sums.append(tuple(high))
-    return add(*sums)
+            counter.add(group[tokens.docs], tokens.types, tokens.by_layer)
+    _, *high = counter.sums()
+    return [tuple(high)]

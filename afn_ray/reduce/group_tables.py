@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce.groups import Grouping
-from afn_ray.reduce.histogram import BIN_BITS, TYPE_BITS, Histogram, by_index, of_cells, to_values
-from afn_ray.reduce.stats import Ints, is_high, wilson
+from afn_ray.reduce.histogram import BIN_BITS, Histogram, by_index, to_values
+from afn_ray.reduce.stats import is_high, wilson
 from afn_ray.schema import (
     FEATURES,
     GROUP_CLASSES_SCHEMA,
@@ -34,12 +34,9 @@ def group_tables(
     With ``own``, of ``group_labels.count_own``, they have the columns of ``OWN_LABELS`` too.
     """
     num = len(grouping.names)
-
-    def group_of(cells: Ints) -> Ints:
-        return cells % num
-
-    strengths = [of_cells(histogram, group_of) for histogram in sums[: len(layers)]]
-    documents, with_tokens, types, *high = sums[len(layers) + len(FEATURES) + 1 :]
+    of_groups = sums[len(layers) + len(FEATURES) + 1 :]
+    strengths = of_groups[: len(layers)]
+    documents, with_tokens, types, *high = of_groups[len(layers) :]
     n_documents, n_docs = (h.counts_of(np.arange(num)) for h in (documents, with_tokens))
     rows: list[dict[str, Any]] = []
     of_types: list[pa.Table] = []
@@ -53,7 +50,7 @@ def group_tables(
             }
             rows.append(row | _strengths_row(of_group, grouping.q3[at]))
         high_here = [high[at]] if own is None else [high[at], own[at]]
-        of_types.append(_types_table(grouping.names, layer, types, high_here))
+        of_types.append(_types_table(grouping, layer, types, high_here))
     empty = _with_own(GROUP_TYPES_SCHEMA, "group_types", own).empty_table()
     table = pa.concat_tables([empty, *of_types]).unify_dictionaries().combine_chunks()
     classes = _classes_rows(table, vocabulary)
@@ -88,18 +85,18 @@ def _strengths_row(strengths: Histogram, q3: float) -> dict[str, Any]:
 
 
 def _types_table(
-    names: Sequence[str | None], layer: int, types: Histogram, high: Sequence[Histogram]
+    grouping: Grouping, layer: int, types: Histogram, high: Sequence[Histogram]
 ) -> pa.Table:
     """Rows of ``GROUP_TYPES_SCHEMA`` at ``layer``, by group and type.
 
     ``high`` are the HIGH tokens by the run's Q3 and perhaps those by the groups' own.
     """
-    index = (types.keys >> TYPE_BITS).astype(np.int32)
-    of_names = pa.array(names, pa.string())
+    index, token_ids = np.divmod(types.keys, max(1, grouping.num_types))
+    of_names = pa.array(grouping.names, pa.string())
     columns = [
         pa.array(np.full(len(index), layer, np.int16)),
         of_names.take(pa.array(index)).dictionary_encode(),
-        pa.array((types.keys & ((1 << TYPE_BITS) - 1)).astype(np.int32)),
+        pa.array(token_ids.astype(np.int32)),
         pa.array(types.counts),
         *(pa.array(counts.counts_of(types.keys)) for counts in high),
     ]

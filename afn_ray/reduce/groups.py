@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from afn_ray.errors import ConfigError
 from afn_ray.kept import Kept
-from afn_ray.reduce.histogram import COMPACT_KEYS, TYPE_BITS, Histogram
+from afn_ray.reduce.histogram import COMPACT_KEYS, Histogram
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Int32s, Ints, is_high
@@ -48,6 +48,7 @@ class Grouping(NamedTuple):
     sources: Sources
     names: tuple[str | None, ...] = ()  # by index; None: documents without a value
     q3: tuple[float, ...] = ()  # of the thresholds that label, by layer
+    num_types: int = 0  # token ids are below it
 
     def index_of(self, documents: pa.Table) -> Ints:
         """Index of the group of each of ``documents``, with ``source`` and the kept column."""
@@ -170,51 +171,41 @@ class Cells(NamedTuple):
 
     cell: Ints  # index of its source times the number of groups, plus that of its group
     group: Ints
-    # Q3 that labels, by layer: of the run, or of each document; empty: there are no groups
-    q3: Sequence[float | Q3s]
 
     @classmethod
     def of(cls, source: Ints, documents: pa.Table, grouping: Grouping | None) -> Cells:
         """Cells of ``documents``, whose sources have the indices ``source``."""
         if grouping is None:
-            return cls(source, np.zeros_like(source), ())
+            return cls(source, np.zeros_like(source))
         group = grouping.index_of(documents)
-        return cls(source * len(grouping.names) + group, group, grouping.q3)
-
-    def by_own(self, own: Sequence[Q3s]) -> Cells:
-        """These cells, labelled by the Q3 of each group at each layer, ``own`` [n_groups]."""
-        return self._replace(q3=[of_groups[self.group] for of_groups in own])
+        return cls(source * len(grouping.names) + group, group)
 
 
 DENSE_COUNTS = 1 << 24
-"""Number of counters up to which types are counted in one array for each shard, 128 MB."""
+"""Number of counters up to which types are counted in one array, 128 MB."""
 
 
 class TypeCounter:
-    """How often each type occurs in each group of a shard, and how often it is HIGH at each layer.
+    """How often each type occurs in each group, and how often it is HIGH at each layer.
 
     The counters are one array. Where that would be too large, histograms are added instead.
     """
 
-    def __init__(self, cells: Cells, num_types: int) -> None:
-        """Begin for a shard with ``cells``, whose token ids are below ``num_types``."""
-        self._present, self._local = np.unique(cells.group, return_inverse=True)
-        self._q3, self._num_types = cells.q3, num_types
-        self._sums = [[Histogram.empty()] for _ in range(1 + len(cells.q3))]
-        size = len(self._present) * num_types
+    def __init__(self, grouping: Grouping, q3: Sequence[float | Q3s]) -> None:
+        """Begin with nothing; ``q3`` are those of each layer, of the run or of each group."""
+        self._q3, self._num_types = q3, grouping.num_types
+        self._sums = [[Histogram.empty()] for _ in range(1 + len(q3))]
+        size = len(grouping.names) * grouping.num_types
         self._counts: Ints | None = None
         if len(self._sums) * size <= DENSE_COUNTS:
             self._counts = np.zeros((len(self._sums), size), np.int64)
 
     def add(
-        self,
-        docs: Int32s,
-        types: Int32s,
-        strengths: Sequence[npt.NDArray[np.float32]],
+        self, groups: Ints, types: Int32s, strengths: Sequence[npt.NDArray[np.float32]]
     ) -> None:
-        """Count normal tokens: their documents in the shard, types, and strengths at each layer."""
-        keys = self._local[docs] * self._num_types + types
-        limits = (q3 if isinstance(q3, float) else q3[docs] for q3 in self._q3)
+        """Count normal tokens: their groups, types, and strengths at each layer, all [n]."""
+        keys = groups * self._num_types + types
+        limits = (q3 if isinstance(q3, float) else q3[groups] for q3 in self._q3)
         high = (keys[is_high(s, limit)] for s, limit in zip(strengths, limits, strict=True))
         for at, some in enumerate((keys, *high)):
             if self._counts is not None:
@@ -225,13 +216,13 @@ class TypeCounter:
                 self._sums[at] = [Histogram.merge(self._sums[at])]
 
     def sums(self) -> tuple[Histogram, ...]:
-        """Counts of all tokens, then of the HIGH ones at each layer; keys are group and type."""
-        found = []
-        for at, parts in enumerate(self._sums):
-            sums = Histogram.merge(parts)
-            if self._counts is not None:
-                there = np.flatnonzero(self._counts[at])
-                sums = Histogram(there, self._counts[at][there])
-            local, types = np.divmod(sums.keys, self._num_types)
-            found.append(Histogram((self._present[local] << TYPE_BITS) | types, sums.counts))
-        return tuple(found)
+        """Counts of all tokens, then of the HIGH ones at each layer.
+
+        A key is the index of the group times the number of types, plus the type.
+        """
+        if self._counts is None:
+            return tuple(Histogram.merge(parts) for parts in self._sums)
+        there = [np.flatnonzero(counts) for counts in self._counts]
+        return tuple(
+            Histogram(keys, counts[keys]) for keys, counts in zip(there, self._counts, strict=True)
+        )

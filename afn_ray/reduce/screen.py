@@ -107,6 +107,8 @@ def scan_run(
     limits = _limits(layer, labels, reduced["vocabulary"], shards.n_docs)
     num_parts = 1 + shards.n_docs // PART_DOCS
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
+    if grouping is not None:
+        grouping = grouping._replace(num_types=len(limits.rare))
     places = list(_places(shards))
     scanned = []
     read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
@@ -116,16 +118,14 @@ def scan_run(
     of_sums, tables, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
     read = sums_by_source(files, sources)
-    num_groups = 1 if grouping is None else len(grouping.names)
     spread, described = tasks.submit(
-        describe, sources.names, layers, labels, sums, read, num_groups, num_results=2
+        describe, sources.names, layers, labels, sums, read, num_results=2
     )
     of_groups = {}
     if grouping is not None:
         own = []
         if asked.by_group:
-            num_types = len(limits.rare)
-            own = [count_own(read_at_once, grouping, layers, num_types, sums, tasks)]
+            own = [count_own(read_at_once, grouping, layers, sums, tasks)]
         args = (grouping, layers, reduced["vocabulary"], sums, *own)
         (made,) = tasks.submit(group_tables, *args)
         of_groups = tasks.result(made)

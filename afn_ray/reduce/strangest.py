@@ -14,7 +14,6 @@ from afn_ray.reduce.histogram import (
     BIN_MASK,
     Histogram,
     by_index,
-    of_cells,
     to_values,
 )
 from afn_ray.reduce.sources import Sources
@@ -69,7 +68,6 @@ def describe(
     labels: pa.Table,
     sums: tuple[Histogram, ...],
     read: Mapping[str, Mapping[str, Any]],
-    num_groups: int = 1,
 ) -> tuple[Spread, pa.Table]:
     """Spread of each source, and the ``sources`` table.
 
@@ -78,13 +76,7 @@ def describe(
     num_layers, num_sources = len(layers), len(names)
     num_sums = num_layers + len(FEATURES)
     features, documents = sums[num_layers:num_sums], sums[num_sums]
-
-    def source_of(cells: Ints) -> Ints:
-        return cells // num_groups
-
     strengths = sums[:num_layers]
-    if num_groups > 1:
-        strengths = tuple(of_cells(histogram, source_of) for histogram in strengths)
     spread = _spread(strengths[-1], features, num_sources)
     n_documents = np.zeros(num_sources, np.int64)
     n_documents[documents.keys] = documents.counts

@@ -18,6 +18,7 @@ LEAST = {
     "repeat": 1,
     "shards": 1,
     "rows": 10_000,
+    "groups": 1,
 }
 """Smallest valid value of each numeric argument, by name."""
 
@@ -58,6 +59,30 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--workers", type=int, metavar="N", help="workers (default: one per core)")
     demo.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+    groups = commands.add_parser(
+        "groups",
+        allow_abbrev=False,
+        help="what groups of documents add to the reduce of a run with its scan",
+        description="Shards of up to two million tokens are generated as for sql. Reduces without and with groups take "
+        "turns, each in its own process.",
+    )
+    groups.add_argument(
+        "--tokens",
+        type=int,
+        default=10_000_000,
+        metavar="N",
+        help="of the run (default: 10,000,000)",
+    )
+    groups.add_argument(
+        "--groups",
+        type=int,
+        default=30,
+        metavar="N",
+        help="of the documents, in turn (default: 30)",
+    )
+    groups.add_argument(
+        "--repeat", type=int, default=3, metavar="N", help="reduces of each kind (default: 3)"
+    )
     reduce = commands.add_parser(
         "reduce",
         allow_abbrev=False,
@@ -189,6 +214,11 @@ def call(args: argparse.Namespace) -> None:
 
         result = simulate.measure(args.shards, args.workers, args.repeat, on_note)
         simulate.render(result, console)
+    elif args.what == "groups":
+        from bench import groups
+
+        result = groups.measure(args.tokens, args.groups, args.repeat, on_note)
+        groups.render(result, console)
     elif args.what == "reduce":
         from bench import reduce
 

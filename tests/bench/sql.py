@@ -28,7 +28,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from afn_ray import cgroup
+from afn_ray import cgroup, kept
 from afn_ray.bench import machine
 from afn_ray.bench.machine import own_memory_bytes
 from afn_ray.config import RunConfig
@@ -39,10 +39,10 @@ from afn_ray.reduce import losses, screen, tree
 from afn_ray.reduce.histogram import Summary, round_strengths
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
-from afn_ray.schema import SPECIAL, WORD_START, Series
+from afn_ray.schema import NOT_KEPT, SPECIAL, WORD_START, Series
 from afn_ray.store import manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import COUNTS
-from afn_ray.store.records import ShardFiles, make_table
+from afn_ray.store.records import CorpusColumns, ShardFiles, make_table
 from bench.apart import call_apart
 
 NUM_TYPES = 30_522
@@ -63,6 +63,8 @@ MEASURE = Measure(
 SHARD_TOKENS = 2_000_000
 """Largest size of a shard, in tokens."""
 DOCUMENT_TOKENS = 200
+GROUP = "lang"
+"""Kept column of documents that belong to groups."""
 CHUNK_TOKENS = 400_000
 """Tokens that are generated and written at once."""
 CLS, SEP = 101, 102
@@ -117,7 +119,7 @@ def _config(store: str) -> RunConfig:
     return RunConfig(corpus=("generated",), model="generated", store=store, layers=str(LAYER))
 
 
-def _shard(store: str, number: int) -> Shard:
+def shard_of(store: str, number: int) -> Shard:
     piece = FileSlice(
         f"generated/part-{number:05d}.jsonl",
         1,
@@ -133,10 +135,11 @@ def _shard(store: str, number: int) -> Shard:
     return Shard.of([piece], _config(store).read_options)
 
 
-def write_shard(store: str, number: int, num_documents: int) -> None:
+def write_shard(store: str, number: int, num_documents: int, num_groups: int = 0) -> None:
     """Generate and commit the shard ``number``.
 
-    Types have Zipf frequencies, and strengths are lognormal around the mean of their type.
+    With ``num_groups``, documents have the kept column ``GROUP``, whose values take turns. Types
+    have Zipf frequencies, and strengths are lognormal around the mean of their type.
     """
     law = np.random.default_rng(0)
     means, shares = law.normal(2.3, 0.12, NUM_TYPES), 1 / np.arange(10, NUM_TYPES + 10)
@@ -144,12 +147,13 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
     _, readable = pieces()
     capitalized = pa.array([text.capitalize() for text in readable])
     random = np.random.default_rng([1, number])
-    shard = _shard(store, number)
+    shard = shard_of(store, number)
     origin = {"measure": MEASURE.id, "shard": shard.id, "attempt": "0"}
     summary = Summary((SERIES,))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as scratch:
-        files = ShardFiles(Path(scratch), (SERIES,), (), offsets=True, origin=origin)
+        of_corpus = CorpusColumns(kept=kept.fields_of(GROUP) if num_groups else ())
+        files = ShardFiles(Path(scratch), (SERIES,), (), True, origin, of_corpus)
         with files:
             step = CHUNK_TOKENS // DOCUMENT_TOKENS
             for first in range(0, num_documents, step):
@@ -205,6 +209,8 @@ def write_shard(store: str, number: int, num_documents: int) -> None:
                             ],
                             "status": ["ok"] * len(docs),
                             f"mean_{SERIES.name}": mean,
+                            GROUP: [f"g{i % max(1, num_groups):02}" for i in docs.tolist()],
+                            NOT_KEPT: [None] * len(docs),
                         },
                         files.documents.schema,
                     )
@@ -233,7 +239,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     memory of the screening is that of the process, so it includes the reduce.
     """
     config = _config(store)
-    shards = [_shard(store, number) for number in range(first, first + num_shards)]
+    shards = [shard_of(store, number) for number in range(first, first + num_shards)]
     measure_id = MEASURE.id
     commits = shard_files.find_commits(store, measure_id, shards)
     ordered = [commits[shard.id] for shard in shards]

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from afn_ray.bench import write_json
+from afn_ray.bench import machine, write_json
 from afn_ray.errors import AfnError, ConfigError
 from afn_ray.query.database import open_run
-from bench import commands, demo, reduce, sql
+from bench import commands, demo, groups, reduce, sql
 from bench import signals as bench_signals
 from conftest import printed
 
@@ -181,3 +181,12 @@ def test_generated_shards_hold_what_the_views_expect(tmp_path: Path) -> None:
         assert [tuple(found)] == run.sql(
             "SELECT q1, q2, q3 FROM thresholds WHERE population = 'tokens'"
         ).fetchall()
+
+
+def test_groups_are_reduced_without_and_with_them_in_turn(tmp_path: Path) -> None:
+    sql.write_shard(str(tmp_path), 0, 6, num_groups=3)
+    found = {name: groups._reduce(str(tmp_path), 1, by) for name, by in groups.CALLS.items()}
+    assert [row["groups"] for row in found.values()] == [0, 3]
+    rounds = {name: [row | {"peak_bytes": 1}] for name, row in found.items()}
+    result = {**machine.facts("cpu"), "tokens": 1200, "groups": 3, "repeat": 1, "rounds": rounds}
+    assert "1,200 tokens of 3 groups in turn" in printed(groups.render, result)

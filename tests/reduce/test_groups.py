@@ -23,6 +23,7 @@ from afn_ray.errors import ConfigError
 from afn_ray.query import own_labels
 from afn_ray.reduce import compare, groups, screen
 from afn_ray.reduce.groups import OTHERS, partition_of
+from afn_ray.reduce.histogram import Histogram
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.store import manifest
@@ -439,7 +440,7 @@ def test_drift_of_groups_goes_by_their_own_q3_if_both_runs_have_it(
 
 
 def test_labels_by_group_need_groups(nights: tuple[RunConfig, str, str]) -> None:
-    with pytest.raises(ConfigError, match="thresholds_by is group, but group_by is not given"):
+    with pytest.raises(ConfigError, match="thresholds_by is 'group', but group_by is not given"):
         replace(nights[0], group_by=None, thresholds_by="group")
 
 
@@ -493,3 +494,21 @@ def test_sql_finds_the_group_that_the_reduce_counted_a_document_in(by: str, most
         ).fetchall()
     assert [grouping.names[int(q3)] for _, q3 in found] == expected
     assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("width", [300, 1 << 40])
+def test_sums_of_histograms_are_those_of_a_counter_whether_their_keys_are_dense_or_not(
+    width: int,
+) -> None:
+    random = np.random.default_rng(width)
+    parts = []
+    for _ in range(5):
+        keys = np.unique(random.integers(10, 10 + width, 200))
+        parts.append(Histogram(keys, random.integers(0, 9, len(keys))))
+    expected: Counter[int] = Counter()
+    for part in parts:
+        for key, n in zip(part.keys.tolist(), part.counts.tolist(), strict=True):
+            expected[key] += n
+    found = Histogram.merge(parts)
+    assert dict(zip(found.keys.tolist(), found.counts.tolist(), strict=True)) == expected
+    assert (np.diff(found.keys) > 0).all()
