@@ -2,12 +2,13 @@
 
 Nights are histograms of strengths made by hand: two kinds of text whose shares have a weekly rhythm,
 a volume that grows and is small on weekends, and luck. Seven incidents are injected at known
-nights. Figures, limits and what they learn are those of the audit.
+nights. Figures, limits and what they learn are those of the audit. Somebody who is woken accepts the
+night the next morning, unless it has an incident that passes: a new normal, or a false alarm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -144,7 +145,7 @@ class Kind:
 
     name: str
     levels: Mapping[str, Any]
-    baseline: Callable[[int], int]  # the night that a night is held against
+    steps: tuple[int, int]  # nights back to the first night that may be the baseline, and onwards
     median_of: int = 0  # nights whose medians stand in for Q3 and the number of tokens
     limits: tuple[Limit, ...] = field(init=False)
 
@@ -153,33 +154,34 @@ class Kind:
         object.__setattr__(self, "limits", found)
 
 
-def previous(night: int) -> int:
-    return max(0, night - 1)
-
-
-def weekday(night: int) -> int:
-    return max(0, night - 7)
+PREVIOUS, WEEKDAY = (1, 1), (7, 7)
+FIRST_NIGHT = (NUM_NIGHTS, 1)
 
 
 KINDS = (
-    Kind("fixed, against the first night", FIXED, lambda night: 0),
-    Kind("fixed, previous", FIXED, previous),
-    Kind("fixed, weekday", FIXED, weekday),
-    Kind("fixed, median:7", FIXED, previous, median_of=7),
-    Kind('"3 mad", previous', learning("3 mad"), previous),
-    Kind('"3 mad", weekday', learning("3 mad"), weekday),
-    Kind('"6 mad", weekday', learning("6 mad"), weekday),
-    Kind('"p99", previous', learning("p99"), previous),
-    Kind('"p99", weekday', learning("p99"), weekday),
+    Kind("fixed, against the first night", FIXED, FIRST_NIGHT),
+    Kind("fixed, previous", FIXED, PREVIOUS),
+    Kind("fixed, weekday", FIXED, WEEKDAY),
+    Kind("fixed, median:7", FIXED, PREVIOUS, median_of=7),
+    Kind('"3 mad", previous', learning("3 mad"), PREVIOUS),
+    Kind('"3 mad", weekday', learning("3 mad"), WEEKDAY),
+    Kind('"6 mad", weekday', learning("6 mad"), WEEKDAY),
+    Kind('"p99", previous', learning("p99"), PREVIOUS),
+    Kind('"p99", weekday', learning("p99"), WEEKDAY),
 )
 
 
-def figures(nights: Sequence[Night], night: int, kind: Kind) -> dict[str, float]:
-    """The figures of ``night`` for the limits of ``kind``."""
-    now, before = nights[night], nights[kind.baseline(night)]
+def figures(
+    nights: Sequence[Night], night: int, kind: Kind, refused: Collection[int] = ()
+) -> dict[str, float]:
+    """The figures of ``night`` for the limits of ``kind``; ``refused`` nights are no baselines."""
+    first, step = kind.steps
+    back = (n for n in range(night - first, -1, -step) if n not in refused)
+    now, before = nights[night], nights[next(back, 0)]
     q3, num_tokens = before.q3, float(before.histogram.n)
     if kind.median_of:
-        last = nights[max(0, night - kind.median_of) : night] or [before]
+        earlier = [n for n in range(night) if n not in refused]
+        last = [nights[n] for n in earlier[-kind.median_of :]]
         q3, num_tokens = (median(n.q3 for n in last), median(n.histogram.n for n in last))
     return {
         "psi": psi(before.histogram, now.histogram),
@@ -191,17 +193,20 @@ def figures(nights: Sequence[Night], night: int, kind: Kind) -> dict[str, float]
 
 def broken_nights(nights: Sequence[Night], kind: Kind) -> list[int]:
     """The nights on which a limit of ``kind`` is broken."""
-    found = []
-    past: dict[str, list[float]] = {key: [] for key in kind.levels}
+    passing = {n for i in INCIDENTS if not i.stays for n in range(i.begin, i.end)}
+    found: list[int] = []
+    past: list[dict[str, float]] = []
     for night in range(1, len(nights)):
-        values = figures(nights, night, kind)
+        refused = passing.intersection(found)
+        values = figures(nights, night, kind, refused)
         states = []
         for limit in kind.limits:
-            usual = past[limit.key][-LEARNED_NIGHTS:]
+            usual = [earlier[limit.key] for earlier in past[-LEARNED_NIGHTS:]]
             states.append(verdict.rule_of(limit, Found(values[limit.key]), usual).state)
-            past[limit.key].append(values[limit.key])
         if verdict.BROKEN in states:
             found.append(night)
+        if verdict.BROKEN not in states or night not in passing:
+            past.append(values)
     return found
 
 
