@@ -21,8 +21,9 @@ def values_before(
 ) -> dict[str, list[float]]:
     """The values of each limit that learns on the last ``policy.nights`` nights before ``run``.
 
-    They are by name of the limit, newest first, at ``layer``. A night without the value is left
-    out. Values are those that the audit of the night kept. A night without them is judged again.
+    They are by name of the limit, newest first, at ``layer``. A broken night is left out unless it
+    was accepted, and so is a night without the value. Values are those that the audit of the night
+    kept. A night without them is judged again.
     """
     learning = tuple(limit for limit in policy.limits if limit.learns)
     values: dict[str, list[float]] = {limit.name: [] for limit in learning}
@@ -30,7 +31,8 @@ def values_before(
         return values
     as_numbers = tuple(replace(limit, fail=0.0, warn=None) for limit in learning)
     again = replace(policy, limits=as_numbers, layer=layer)
-    for night in islice(_nights_before(run, policy.window), policy.nights):
+    nights = filter(verdicts.may_be_baseline, _nights_before(run, policy.window))
+    for night in islice(nights, policy.nights):
         figures = _kept(night, values, layer)
         if figures is None:
             figures = {rule.key: rule.value for rule in verdict.judge(again, gather(night))}

@@ -240,29 +240,38 @@ def test_a_verdict_with_other_content_is_damage(
 # --- limits that learn
 
 
-def test_a_limit_learns_from_what_the_history_shows(
+def psi_of(a: RunFolder, b: RunFolder) -> float:
+    rows = afn_ray.compare_runs(a, b).drift.to_pylist()
+    return next(float(r["psi"]) for r in rows if (r["layer"], r["source"]) == (2, None))
+
+
+def test_a_limit_learns_from_nights_that_may_be_baselines(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From nights that kept the figure, and from one without an audit, which is judged again."""
+    """From those that kept the figure, and from the one without an audit, which is judged again."""
     copied = copy_of(store, tmp_path)
-    rows = history.of_store(copied).rows.to_pylist()
-    psi = [row["psi"] for row in rows if (row["layer"], row["group_by"]) == (2, None)]
+    first, second, third, fourth, last = runs_of(copied)
     policy = replace(read_policy(policy_of(tmp_path)), unjudged="fail")
-    last = runs_of(copied)[-1]
     config = config_from({**last.info["config"], "store": copied})
-    middle, spread = np.median(psi[1:4]), 2 * stats.median_abs_deviation(psi[1:4])
+
+    def check(tonight: float, *earlier: float) -> None:
+        monkeypatch.setattr(learned, "LEAST_NIGHTS", len(earlier))
+        (rule,) = afn_ray.run_audit(config, policy).rules
+        middle, spread = np.median(earlier), 2 * stats.median_abs_deviation(earlier)
+        ends = (max(0, middle - spread), middle + spread)
+        assert rule.value == tonight and rule.usual is not None
+        assert (rule.usual.low, rule.usual.high) == pytest.approx(ends, rel=1e-12)
+        assert rule.usual.nights == len(earlier)
+        assert rule.state == ("broken" if tonight > ends[1] else "held")
+
+    check(psi_of(second, last), psi_of(first, second), psi_of(second, fourth))
     monkeypatch.setattr(learned, "LEAST_NIGHTS", 3)
-    (rule,) = afn_ray.run_audit(config, policy).rules
-    assert rule.value == psi[4] and rule.usual is not None and rule.usual.nights == 3
-    ends = (max(0, middle - spread), middle + spread)
-    assert (rule.usual.low, rule.usual.high) == pytest.approx(ends, rel=1e-12)
-    assert rule.state == ("broken" if psi[4] > ends[1] else "held")
-    monkeypatch.setattr(learned, "LEAST_NIGHTS", 4)
     found = afn_ray.run_audit(config, policy)
-    assert (found.state, found.reason) == (
-        "broken",
-        'psi: "2 mad" needs the figure of 4 earlier nights; there are 3',
-    )
+    reason = 'psi: "2 mad" needs the figure of 3 earlier nights; there are 2'
+    assert (found.state, found.reason) == ("broken", reason)
+    verdicts.accept(third, "an empty document is harmless")
+    earlier = psi_of(first, second), psi_of(second, third), psi_of(third, fourth)
+    check(psi_of(third, last), *earlier)
     assert len(runs_of(copied)) == 5
 
 
