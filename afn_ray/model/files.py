@@ -288,8 +288,10 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     """
     if files.gguf is None and not files.trust_remote_code:
         parts.check_has_tokenizer(files.name, files.folder)
+    contents = files.identity
+    if files.gguf is None:
+        contents = contents | _descriptions(files.folder)
     # One run loads the tokenizer several times, and building it takes longer than reading its files.
-    contents = files.identity | _descriptions(files.folder)
     made = _build_tokenizer(
         files.name,
         files.folder,

@@ -8,6 +8,7 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from afn_ray import model
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, linear, parts
+from afn_ray.model import files as model_files
 from afn_ray.model.load import load_weights
 from afn_ray.model.signals import Signal, Site, norm
 from afn_ray.reduce.histogram import round_strengths
@@ -796,6 +798,48 @@ def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None
         ModelError, match="makes its unknown token of every word, with a vocabulary of 5 entries"
     ):
         model.load_tokenizer(find_model(folder))
+
+
+def test_a_tokenizer_is_built_once_for_the_same_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each caller has its own; whatever changes in a file, and a model without room for it, is seen."""
+    build, built = transformers.AutoTokenizer.from_pretrained, []
+
+    def count(*args: Any, **options: Any) -> Any:
+        built.append(args)
+        return build(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", count)
+    first, second = (model.load_tokenizer(find_model(folder)) for _ in range(2))
+    assert len(built) <= 1 and first is not second and first.to_str() == second.to_str()
+    first.enable_truncation(2)
+    assert len(second.encode("in the beginning").ids) > 2
+
+    texts = TextEncoder(second).texts()
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text("utf-8").replace('"jesus"', '"jesux"'), "utf-8")
+    changed = TextEncoder(model.load_tokenizer(find_model(folder))).texts()
+    assert "jesux" in changed[1] and "jesux" not in texts[1]
+    assert TextEncoder(second).texts() == texts
+    edit_json(folder / "config.json", vocab_size=30000)
+    with pytest.raises(ModelError, match="522 ids that the model has no embedding for"):
+        model.load_tokenizer(find_model(folder))
+
+
+def test_what_lies_beside_a_gguf_file_is_not_read(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a corpus."""
+    made = (tiny_bert / "tokenizer.json").read_text("utf-8")
+    monkeypatch.setattr(model_files, "_build_tokenizer", lambda *key: made)
+    monkeypatch.setattr(model_files, "_descriptions", unread)
+    found = replace(find_model(tiny_bert), folder=tmp_path, gguf="model.gguf")
+    assert model.load_tokenizer(found).get_vocab_size() == 30522
+
+
+def unread(folder: Path) -> dict[str, str]:
+    raise AssertionError(f"{folder} was read")
 
 
 def test_a_tokenizer_with_more_ids_than_embeddings_is_refused(folder: Path) -> None:
