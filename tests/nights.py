@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.server
 import json
 import multiprocessing
@@ -194,6 +195,7 @@ def listening() -> Iterator[Hook]:
         found.server.server_close()
 
 
+@functools.cache
 def validator_of(name: str) -> jsonschema.Draft202012Validator:
     """What checks values by the published schema ``name``."""
     schema = json_schema.SCHEMAS[name]()
