@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from afn_ray.analysis import baselines, copies, parts, past, verdict
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.copies import CopiesJson
+from afn_ray.analysis.culprits import with_culprits
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.nights import Night, choose_partition
 from afn_ray.analysis.policy import BASELINES, Policy, check_kind
@@ -166,7 +167,7 @@ def _judge(
         policy, run, evidence.layer, lambda earlier: _gather(policy, earlier, baseline_of(earlier))
     )
     with checksums.named_damage(run.uri):
-        rules = tuple(verdict.judge(policy, evidence, before))
+        rules = with_culprits(tuple(verdict.judge(policy, evidence, before)), policy, evidence)
         notes = tuple(_notes(policy, evidence, night))
     state = verdict.state_of(rules, policy.unjudged, excused)
     of_run, of_policy = (evidence.comparison, evidence.lost), (policy.window, evidence.layer)
@@ -346,6 +347,9 @@ def lines(found: Audit) -> Iterator[str]:
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
         comma = "" if rule.usual is None else ","
         yield f"{state:<11}{rule.key:<24}{value:>12}{comma} {limit}{where}"
+        for one in rule.culprits:
+            text = "" if one.text is None else f": {one.text}"
+            yield f"{'':<11}{one.kind} {one.name}: {one.reason}{text}"
     yield from found.notes
     for line in verdict.reasons(found.rules):
         yield f"not judged: {line}"

@@ -67,7 +67,7 @@ def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
         places = places.append_column(column.name, rows["value"].cast(texts))
     n, n_near = Counter[str | None](), Counter[str | None]()
     counts = (rows[name].to_pylist() for name in ("n", "n_near"))
-    for name, of_rows, near in zip(_parts_of(run, kind, places), *counts, strict=True):
+    for name, of_rows, near in zip(parts_of(run, kind, places), *counts, strict=True):
         n[name] += of_rows
         n_near[name] += near
     tokens = _tokens(run, kind)
@@ -144,7 +144,7 @@ def _lost_by_group(run: RunFolder) -> Counter[str | None]:
     return found
 
 
-def _parts_of(run: RunFolder, kind: str, rows: pa.Table) -> list[str | None]:
+def parts_of(run: RunFolder, kind: str, rows: pa.Table) -> list[str | None]:
     """The source or the group of each of ``rows``, with ``source`` and the kept column."""
     files = manifest.read_table(run, "files")
     sources = Sources.of(files.filter(pc.invert(files["is_skipped"]))["source"].to_pylist())

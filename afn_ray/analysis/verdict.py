@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 from afn_ray.analysis import learned, parts
 from afn_ray.analysis.evidence import Evidence, Found, figures
@@ -20,6 +20,15 @@ HELD, WARNED, BROKEN, NOT_JUDGED = "held", "warned", "broken", "not judged"
 """States of a limit. A night has the same, except that one with a warning is held."""
 
 
+class Culprit(NamedTuple):
+    """Something that a broken limit names: it is to blame, or it is an example of what is."""
+
+    kind: str  # "source", "group", "file", "shard", "id", "class", "type" or "document"
+    name: str
+    reason: str
+    text: str | None = None  # of a document, or of a type in its context
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One limit and the value compared with it."""
@@ -30,6 +39,9 @@ class Rule:
     where: str | None  # source, group, class or files that the value belongs to
     reason: str | None = None  # why it was not judged
     usual: UsualRange | None = None  # range that the limit learned; ``limit`` then has its numbers
+    culprits: tuple[
+        Culprit, ...
+    ] = ()  # of a broken limit or a warning; the worst of each kind first
 
     @property
     def key(self) -> str:
@@ -180,6 +192,19 @@ def _number_text(limit: Limit, level: Level) -> str:
     return f"{level:,}" if limit.is_whole else f"{level:g}"
 
 
+class CulpritJson(TypedDict):
+    """Something that a limit names in ``audit.json``, escaped and cut."""
+
+    kind: Annotated[
+        str,
+        "what it is",
+        ("source", "group", "file", "shard", "id", "class", "type", "document"),
+    ]
+    name: Annotated[str, "its name"]
+    reason: Annotated[str, "what is the matter with it"]
+    text: Annotated[str | None, "beginning of a document, or a type in its context"]
+
+
 class RuleJson(TypedDict):
     """One limit in ``audit.json``."""
 
@@ -198,6 +223,7 @@ class RuleJson(TypedDict):
     usual_low: Annotated[float | None, "low end of the range that the limit learned"]
     usual_high: Annotated[float | None, "high end of the range that the limit learned"]
     nights: Annotated[int | None, "nights that the limit learned from"]
+    worst: Annotated[list[CulpritJson], "what broke it, by name, the worst of each kind first"]
 
 
 def to_json(rule: Rule) -> RuleJson:
@@ -216,7 +242,13 @@ def to_json(rule: Rule) -> RuleJson:
         "usual_low": None if rule.usual is None else rule.usual.low,
         "usual_high": None if rule.usual is None else rule.usual.high,
         "nights": None if rule.usual is None else rule.usual.nights,
+        "worst": [_culprit_json(culprit) for culprit in rule.culprits],
     }
+
+
+def _culprit_json(culprit: Culprit) -> CulpritJson:
+    kind, name, reason, text = culprit
+    return {"kind": kind, "name": name, "reason": reason, "text": text}
 
 
 def _level_json(level: Level | None) -> float | str | None:

@@ -19,6 +19,7 @@ class VerdictFacts:
     partition: str  # empty if the run covers the whole corpus
     unjudged: tuple[str, ...]  # limits that were not judged, by reason
     limits: Table
+    culprits: Table | None  # what broke, by name; None if nothing did
 
 
 def verdict_facts(found: Audit) -> VerdictFacts:
@@ -27,6 +28,12 @@ def verdict_facts(found: Audit) -> VerdictFacts:
     for rule in audit.in_order(found.rules):
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
         rows.append((rule.key, rule.state, rule.where or "", value, limit))
+    names = tuple(
+        (rule.key, one.kind, one.name, one.reason, one.text or "")
+        for rule in audit.in_order(found.rules)
+        for one in rule.culprits
+    )
+    of_names = ("limit", "what", "name", "why", "text")
     answer = audit.answer(found)
     heads = ("limit", "state", "where", "value", "allowed")
     return VerdictFacts(
@@ -36,4 +43,5 @@ def verdict_facts(found: Audit) -> VerdictFacts:
         partition="" if found.partition is None else found.partition.isoformat(),
         unjudged=tuple(verdict.reasons(found.rules)),
         limits=Table("Limits", heads, tuple(rows), left=3),
+        culprits=Table("What broke, by name", of_names, names, left=5) if names else None,
     )

@@ -1036,7 +1036,8 @@ def test_stopped_at_every_step_and_given_again_nothing_is_lost_and_the_verdict_i
             rows = run.sql(
                 "SELECT token_id, strength_2 FROM tokens ORDER BY doc, position"
             ).fetchall()
-        verdicts.append((nights.said["rules"], nights.said["verdict"], rows))
+        rules = json.dumps(nights.said["rules"]).replace(str(nights.folder), "")
+        verdicts.append((rules, nights.said["verdict"], rows))
     assert verdicts[0] == verdicts[1]
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 import afn_ray
-from afn_ray.analysis import audit, baselines, own_parts, verify
+from afn_ray.analysis import audit, baselines, culprits, own_parts, verify
 from afn_ray.analysis.audit import Audit
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.nights import Night
@@ -24,9 +24,11 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce.strangest import STRANGE_SCORE
+from afn_ray.show.verdict_facts import verdict_facts
 from afn_ray.store import manifest, verdicts
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.verdicts import StoredVerdict
+from afn_ray.text import visible
 from bench import screen as bench
 from conftest import config_of, fenced, write_jsonl
 from nights import Nights, complete
@@ -138,8 +140,15 @@ def test_lost_bytes_of_groups_are_those_of_their_documents(tmp_path: Path, tiny_
     assert sorted(found["dt"].values()) == sorted(of_source.values())
     assert found["source"] == of_source
     limit = Limit("lost_bytes", 10, of="group")
-    (rule,) = audit.run_audit(config, Policy((limit,)), mark=False).rules
+    policy = Policy((limit, Limit("lost_documents", 0), Limit("quarantined_documents", 0)))
+    rule, documents, quarantined = audit.run_audit(config, policy, mark=False).rules
     assert (rule.state, rule.value) == ("broken", max(expected.values()))
+    for one in (rule, documents, quarantined):
+        by_kind = {culprit.kind: culprit for culprit in reversed(one.culprits)}
+        assert by_kind.keys() >= {"file", "document"}
+        assert by_kind["document"].reason.startswith("quarantined: ")
+        assert "lost byte" in by_kind["document"].reason
+    assert {"source", "group"} <= {culprit.kind for culprit in rule.culprits}
 
 
 def test_a_limit_on_junk_wants_a_screening_and_is_not_judged_of_an_older_run(
@@ -156,6 +165,82 @@ def test_a_limit_on_junk_wants_a_screening_and_is_not_judged_of_an_older_run(
     assert own_parts.lacking(older, "junk_share") == (
         "the run is older than its table of strange documents"
     )
+
+
+# --- names
+
+
+def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_texts(
+    caught: Caught,
+) -> None:
+    """In audit.json, in the output and on the page."""
+    rule = next(rule for rule in caught.broken.rules if rule.key == "source.junk_share")
+    sources, groups, documents = (
+        [one for one in rule.culprits if one.kind == kind]
+        for kind in ("source", "group", "document")
+    )
+    assert [*sources, *groups, *documents] == [*rule.culprits]
+    source, group = sources[0], groups[0]
+    assert (source.kind, source.name) == ("source", f"{caught.config.corpus[0]}/b.jsonl")
+    assert source.reason.startswith(f"junk_share {rule.value:.4g}, ")
+    assert (group.kind, group.name) == ("group", "xx")
+    assert len(sources) <= 2 and len(groups) <= 3 and len(documents) == culprits.MOST
+    screened = manifest.read_table(caught.broken.run, "screened").sort_by("rank").to_pylist()
+    first = [row for row in screened if row["source"] == source.name][: culprits.MOST]
+    assert [one.reason for one in documents] == [row["reason"] for row in first]
+    assert any("60 documents have this text" in one.reason for one in documents)
+    assert any(str(one.text).startswith("We use cookies") for one in documents)
+    (of_json,) = (r for r in audit.to_json(caught.broken)["rules"] if r["key"] == rule.key)
+    assert [tuple(one.values()) for one in of_json["worst"]] == [*rule.culprits]
+    said = "\n".join(audit.lines(caught.broken))
+    assert f"document {documents[0].name.split()[1]} of {source.name}: {first[0]['reason']}" in said
+    on_page = verdict_facts(caught.broken).culprits
+    assert on_page is not None
+    names = {row[2] for row in on_page.rows if row[0] == rule.key}
+    assert names == {one.name for one in rule.culprits}
+    assert all(not rule.culprits for rule in caught.broken.rules if rule.state == "held")
+    assert verdict_facts(caught.clean).culprits is None
+    texts = [part for one in rule.culprits for part in one if part is not None]
+    assert all(visible(text) == text and len(text) <= 300 for text in texts)
+
+
+def test_the_documents_of_a_group_are_of_that_group(caught: Caught) -> None:
+    limit = Limit("junk_share", 0.05, of="group")
+    (junk,) = audit.run_audit(caught.config, Policy((limit,)), mark=False).rules
+    with afn_ray.open_run(caught.broken.run.uri) as run:
+        langs = dict(run.sql("SELECT doc, lang FROM documents").fetchall())
+    docs = [int(one.name.split()[1]) for one in junk.culprits if one.kind == "document"]
+    assert {langs[doc] for doc in docs} == {junk.where} == {"xx"} and len(docs) == culprits.MOST
+
+
+def test_what_moved_is_named_with_types_in_their_context(caught: Caught) -> None:
+    new, vanished, psi, classes = audit.run_audit(
+        caught.config,
+        Policy(
+            (
+                Limit("max_new_types", 0),
+                Limit("max_vanished_types", None, 0, ""),
+                Limit("psi", 0),
+                Limit("class_share_shift", None, 0),
+            )
+        ),
+        mark=False,
+    ).rules
+    types = [one for one in new.culprits if one.kind == "type"]
+    assert {one.kind for one in new.culprits} == {"type"} and len(types) == culprits.MOST
+    for one in types:
+        assert one.reason.startswith("new, ") and one.text is not None
+        assert one.name in one.text.lower()
+    assert vanished.state == "held" and not vanished.culprits  # nothing was taken away
+    kinds = [one.kind for one in psi.culprits]
+    assert kinds == sorted(kinds, key=["source", "group", "type", "document"].index)
+    assert {"source", "type", "document"} <= {*kinds}
+    assert classes.state == "warned" and {"class", "type"} == {one.kind for one in classes.culprits}
+
+
+def test_names_are_cut_and_cannot_act() -> None:
+    assert culprits.shown("a\n\tb\x1b[2J\u202e") == "a b\\x1b[2J\\u202e"
+    assert culprits.shown("x" * 400) == "x" * 299 + "…"
 
 
 # --- broken nights as baselines

@@ -1,0 +1,333 @@
+"""What broke a limit, by name: sources, groups, files, classes, types in context, documents.
+
+All texts are from the corpus: they are cut, and characters that act on a terminal or reorder a page
+are escaped.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray import kept
+from afn_ray.analysis import own_parts
+from afn_ray.analysis.evidence import Evidence, distance
+from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
+from afn_ray.analysis.parts import Parts
+from afn_ray.analysis.policy import Policy
+from afn_ray.analysis.verdict import BROKEN, WARNED, Culprit, Rule
+from afn_ray.errors import QueryError
+from afn_ray.query import database
+from afn_ray.reduce import compare, duplicates, losses
+from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.group_drift import grouped_by
+from afn_ray.reduce.groups import BY_SOURCE, group_name
+from afn_ray.reduce.strangest import STRANGE_SCORE
+from afn_ray.schema import SCREENED_SCHEMA
+from afn_ray.store import manifest
+from afn_ray.store.manifest import RunFolder
+from afn_ray.text import count, visible
+
+MOST = 5
+"""Largest number of culprits of a kind that a limit names."""
+MOST_NAME_CHARS, MOST_TEXT_CHARS = 300, 200
+"""Longest name and longest text of a culprit, in characters."""
+CONTEXT_TOKENS = 8
+"""Number of tokens on each side of an example of a type."""
+RATIOS = ("min_tokens_ratio", "max_tokens_ratio")
+STATUS = {"max_moved_types": "both", "max_new_types": "new", "max_vanished_types": "vanished"}
+"""Status of the types that a limit counts, in ``MOVERS_SCHEMA``."""
+OF_DOCUMENTS = {
+    "quarantined_documents": "starts_with(status, 'quarantined')",
+    "empty_documents": "status = 'empty'",
+    "lost_bytes": "lost_bytes > 0",
+    "lost_share": "lost_bytes > 0",
+    "lost_documents": "lost_documents IS NULL OR lost_documents > 0",
+    "replaced_characters": "n_replaced > 0",
+    "replaced_share": "n_replaced > 0",
+    "near_duplicate_share": "near_duplicate_of IS NOT NULL",
+}  # fmt: skip
+"""SQL of the documents that a limit on the run alone counts."""
+
+
+def shown(text: str, most_chars: int = MOST_NAME_CHARS) -> str:
+    """``text`` in one line, with hidden characters as escapes, cut after ``most_chars``."""
+    line = visible(" ".join(text.split()))
+    return line if len(line) <= most_chars else line[: most_chars - 1] + "…"
+
+
+class _Asked:
+    """Answers to SQL questions about a run, which is opened at the first of them."""
+
+    def __init__(self, run: RunFolder | None) -> None:
+        self._run = run
+        self._opened: database.Run | None = None
+
+    def rows(self, query: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Rows of ``query``; none without a run, or if the query takes too long: names are extra."""
+        if self._run is None:
+            return []
+        try:
+            if self._opened is None:
+                self._opened = database.open_run(self._run.uri)
+            found = self._opened.sql(query, parameters or {}).to_arrow_table().to_pylist()
+        except QueryError:
+            return []
+        rows: list[dict[str, Any]] = found
+        return rows
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
+
+class _Night(NamedTuple):
+    """What the culprits of a night are found in."""
+
+    policy: Policy
+    evidence: Evidence
+    here: _Asked  # the run
+    before: _Asked  # the baseline
+
+
+def with_culprits(rules: Sequence[Rule], policy: Policy, evidence: Evidence) -> tuple[Rule, ...]:
+    """``rules``; those that are broken or warn name what is to blame."""
+    with closing(_Asked(evidence.run)) as here, closing(_Asked(evidence.baseline.run)) as before:
+        night = _Night(policy, evidence, here, before)
+        return tuple(
+            replace(rule, culprits=tuple(_first(_of(rule, night))))
+            if rule.state in (BROKEN, WARNED)
+            else rule
+            for rule in rules
+        )
+
+
+def _first(found: Iterable[Culprit]) -> Iterator[Culprit]:
+    """The first ``MOST`` of each kind, with texts that can be shown."""
+    num_of: Counter[str] = Counter()
+    for one in found:
+        num_of[one.kind] += 1
+        if num_of[one.kind] <= MOST:
+            text = None if one.text is None else shown(one.text, MOST_TEXT_CHARS)
+            yield Culprit(one.kind, shown(one.name), shown(one.reason), text)
+
+
+def _of(rule: Rule, night: _Night) -> Iterator[Culprit]:
+    """What is to blame for the state of ``rule``, the worst of each kind first."""
+    for kind in ("source", "group"):
+        yield from _parts(rule.limit, kind, night)
+    yield from _places(rule.limit, night.evidence)
+    if night.evidence.comparison is not None:
+        yield from _classes(rule.limit, night.evidence, night.evidence.comparison)
+        yield from _types(rule.limit, night, night.evidence.comparison)
+    yield from _documents(rule, night)
+
+
+# --- sources, groups, files, shards
+
+
+def _parts(limit: Limit, kind: str, night: _Night) -> Iterator[Culprit]:
+    """The parts of the ``kind`` by the figure of ``limit``; those of new or vanished sources."""
+    key, run, comparison = limit.key, night.evidence.run, night.evidence.comparison
+    if key in own_parts.FIGURES:
+        if f"{kind}s" in run.info["tables"]:
+            found = sorted(own_parts.FIGURES[key](run, kind), key=lambda part: -part.value)
+            for part in found:
+                if part.value:
+                    figure = _figure(limit, part.value)
+                    yield Culprit(kind, part.name, f"{figure}, {count(part.n, 'token')}")
+        return
+    if comparison is None:
+        return
+    parts = Parts.of(kind, night.policy, night.evidence, comparison)
+    if key in ("max_new_sources", "max_vanished_sources"):
+        if kind == "source":
+            gone, there = ("n_a", "n_b") if key == "max_new_sources" else ("n_b", "n_a")
+            rows = sorted(parts.rows, key=lambda row: -row[there])
+            for row in rows:
+                if not row[gone]:
+                    yield Culprit(kind, row["name"], count(row[there], "token"))
+    elif key in RATIOS:
+        rows = parts.shrinkable() if limit.is_minimum else parts.in_both()
+        ratios = [(row["n_b"] / row["n_a"], row) for row in rows]
+        for ratio, row in sorted(ratios, key=lambda of: of[0] if limit.is_minimum else -of[0]):
+            yield Culprit(kind, row["name"], f"{_figure(limit, ratio)}, {_tokens(row)}")
+    elif key in DISTANCE_LIMITS:
+        distances = [(distance(row, key), row) for row in parts.in_both()]
+        for value, row in sorted(distances, key=lambda of: -of[0]):
+            if value:
+                yield Culprit(kind, row["name"], f"{_figure(limit, value)}, {_tokens(row)}")
+
+
+def _figure(limit: Limit, value: float) -> str:
+    number = f"{value:,.0f}" if limit.is_whole else f"{value:.4g}"
+    return f"{limit.key} {number}"
+
+
+def _tokens(row: Mapping[str, Any]) -> str:
+    return f"{row['n_a']:,} tokens before, {row['n_b']:,} now"
+
+
+OF_FILES = {
+    "lost_bytes": "lost_bytes",
+    "lost_share": "lost_bytes",
+    "lost_documents": "lost_bytes",
+    "quarantined_documents": "n_quarantined",
+    "replaced_characters": "n_replaced",
+    "replaced_share": "n_replaced",
+}
+"""Column of ``FILES_SCHEMA`` by which a limit ranks files."""
+UNITS = {
+    "lost_bytes": "lost byte",
+    "n_quarantined": "quarantined document",
+    "n_replaced": "replaced character",
+}
+
+
+def _places(limit: Limit, evidence: Evidence) -> Iterator[Culprit]:
+    """Files that lost most, quarantined shards, and repeated ids."""
+    run = evidence.run
+    if limit.key == "quarantined_shards":
+        for shard in run.info["quarantined"]:
+            yield Culprit("shard", shard["uri"], shard["reason"])
+    if limit.key == "repeated_ids" and (found := duplicates.figures_of(run.info)) is not None:
+        for one in found.examples:
+            yield Culprit("id", one.id, f"{one.n:,} documents have it")
+    if (column := OF_FILES.get(limit.key)) is None:
+        return
+    files = manifest.read_table(run, "files")
+    rows = files.filter(pc.greater(files[column], 0)).sort_by([(column, "descending")])
+    for row in rows.slice(0, MOST).to_pylist():
+        read = f"; {losses.rounded_down(row['share_read'])} read"
+        yield Culprit("file", row["source"], count(row[column], UNITS[column]) + read)
+
+
+# --- classes and types
+
+
+def _classes(limit: Limit, evidence: Evidence, comparison: Comparison) -> Iterator[Culprit]:
+    """The classes whose share, or whose share of HIGH tokens, changed most."""
+    columns = {"class_share_shift": "share", "class_high_shift": "share_high"}
+    if (column := columns.get(limit.key)) is None:
+        return
+    here = comparison.classes.filter(pc.equal(comparison.classes["layer"], evidence.layer))
+    rows = here.to_pylist()
+    for row in sorted(rows, key=lambda row: -abs(row[f"{column}_b"] - row[f"{column}_a"])):
+        before, now = (f"{row[f'{column}_{run}']:.1%}" for run in "ab")
+        what = "HIGH" if column == "share_high" else "of the tokens"
+        yield Culprit("class", row["class"], f"{before} {what} before, {now} now")
+
+
+def _types(limit: Limit, night: _Night, comparison: Comparison) -> Iterator[Culprit]:
+    """The types that moved most, are new or vanished, each where it first occurs."""
+    statuses = (STATUS[limit.key],) if limit.key in STATUS else tuple(STATUS.values())
+    if limit.key not in (*STATUS, *DISTANCE_LIMITS, "class_share_shift", "class_high_shift"):
+        return
+    movers = comparison.movers.filter(pc.equal(comparison.movers["layer"], night.evidence.layer))
+    movers = compare.whole_words(movers)
+    rows: list[dict[str, Any]] = []
+    for status in statuses:
+        some = movers.filter(pc.equal(movers["status"], status))
+        some = compare.moved(some) if status == "both" else some
+        rows += some.slice(0, MOST).to_pylist()
+    for row in rows[:MOST]:
+        asked = night.before if row["status"] == "vanished" else night.here
+        text = row["text"].strip()
+        yield Culprit("type", text, _moved(row), _in_context(asked, row["token_id"]))
+
+
+def _moved(row: Mapping[str, Any]) -> str:
+    """How a type moved, from a row of ``MOVERS_SCHEMA``."""
+    if row["status"] != "both":
+        n = row["n_b"] if row["status"] == "new" else row["n_a"]
+        return f"{row['status']}, {n:,} times"
+    before, now = (f"{row[f'share_high_{run}']:.1%}" for run in "ab")
+    return f"HIGH {before} before, {now} now (z {row['z']:+.1f})"
+
+
+def _in_context(asked: _Asked, token_id: int) -> str | None:
+    """The first occurrence of a type with the tokens around it; None if none is found."""
+    query = f"""
+        WITH first AS (
+            SELECT doc, position FROM tokens WHERE token_id = $token_id
+            ORDER BY doc, position LIMIT 1
+        )
+        SELECT string_agg(if(is_word_start, ' ', '') || t.text, '' ORDER BY t.position) AS text
+        FROM tokens t JOIN first f ON t.doc = f.doc
+            AND t.position BETWEEN f.position - {CONTEXT_TOKENS} AND f.position + {CONTEXT_TOKENS}
+        WHERE NOT is_special"""  # noqa: S608 - a number of ours
+    rows = asked.rows(query, {"token_id": token_id})
+    return rows[0]["text"] if rows else None
+
+
+# --- documents
+
+
+def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
+    """The strangest documents for limits on junk and drift; for others those that they count."""
+    limit, tables = rule.limit, night.evidence.run.info["tables"]
+    if limit.key in ("junk_share", *DISTANCE_LIMITS) and "screened" in tables:
+        table = manifest.read_table(night.evidence.run, "screened").sort_by("rank")
+        for row in _of_part(
+            rule, night, table.filter(pc.greater_equal(table["score"], STRANGE_SCORE))
+        ):
+            yield Culprit("document", _name(row), row["reason"], row["text"])
+    if limit.key == "duplicate_share" and "screened" in tables:
+        table = manifest.read_table(night.evidence.run, "screened")
+        table = table.sort_by([("n_copies", "descending"), ("rank", "ascending")])
+        for row in table.filter(pc.greater(table["n_copies"], 1)).slice(0, MOST).to_pylist():
+            reason = f"{row['n_copies']:,} documents have this text"
+            yield Culprit("document", _name(row), reason, row["text"])
+    if (condition := OF_DOCUMENTS.get(limit.key)) is not None:
+        query = f"""
+            SELECT doc, source, status, lost_bytes, lost_documents, n_replaced
+            FROM documents WHERE {condition}
+            ORDER BY lost_bytes DESC, n_replaced DESC, doc LIMIT {MOST}"""  # noqa: S608 - ours
+        for row in night.here.rows(query):
+            yield Culprit("document", _name(row), _damage(row))
+
+
+def _of_part(rule: Rule, night: _Night, table: pa.Table) -> list[dict[str, Any]]:
+    """The first rows of ``screened`` that are of the part that ``rule`` names; of all without one."""
+    evidence = night.evidence
+    if rule.limit.of and rule.where is not None:
+        places = own_parts.parts_of(evidence.run, rule.limit.of, _places_of(evidence.run, table))
+        if rule.limit.of == "source" and evidence.comparison is not None:
+            _, renamed = compare.source_names(evidence.comparison.a, evidence.run)
+            places = [place if place == rule.where else renamed(str(place)) for place in places]
+        names = [group_name(place) if rule.limit.of == "group" else place for place in places]
+        table = table.filter(pa.array([name == rule.where for name in names], pa.bool_()))
+    rows: list[dict[str, Any]] = table.slice(0, MOST).to_pylist()
+    return rows
+
+
+def _places_of(run: RunFolder, screened: pa.Table) -> pa.Table:
+    """``source`` of the rows of ``screened``, and the column that groups them, if one does."""
+    by = str(grouped_by(run))
+    column = kept.beside(by, SCREENED_SCHEMA.names)
+    places = screened.select(["source"])
+    if by == BY_SOURCE or column not in screened.column_names:
+        return places
+    return places.append_column(by, screened[column])
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"document {row['doc']} of {row['source']}"
+
+
+def _damage(row: Mapping[str, Any]) -> str:
+    """What happened to a document, from its row of ``documents``."""
+    found = [row["status"]]
+    if row["lost_bytes"]:
+        found.append(count(row["lost_bytes"], "lost byte"))
+    if row["lost_documents"] is None:
+        found.append("nobody can tell how many documents it stands for")
+    if row["n_replaced"]:
+        found.append(count(row["n_replaced"], "replaced character"))
+    return ", ".join(found)
