@@ -318,7 +318,7 @@ def _places_of(run: RunFolder, screened: pa.Table) -> pa.Table:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    return f"document {row['doc']} of {row['source']}"
+    return f"{row['doc']} of {row['source']}"
 
 
 def _damage(row: Mapping[str, Any]) -> str:

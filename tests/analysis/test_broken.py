@@ -193,7 +193,7 @@ def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_text
     (of_json,) = (r for r in audit.to_json(caught.broken)["rules"] if r["key"] == rule.key)
     assert [tuple(one.values()) for one in of_json["worst"]] == [*rule.culprits]
     said = "\n".join(audit.lines(caught.broken))
-    assert f"document {documents[0].name.split()[1]} of {source.name}: {first[0]['reason']}" in said
+    assert f"document {documents[0].name.split()[0]} of {source.name}: {first[0]['reason']}" in said
     on_page = verdict_facts(caught.broken).culprits
     assert on_page is not None
     names = {row[2] for row in on_page.rows if row[0] == rule.key}
@@ -209,7 +209,7 @@ def test_the_documents_of_a_group_are_of_that_group(caught: Caught) -> None:
     (junk,) = audit.run_audit(caught.config, Policy((limit,)), mark=False).rules
     with afn_ray.open_run(caught.broken.run.uri) as run:
         langs = dict(run.sql("SELECT doc, lang FROM documents").fetchall())
-    docs = [int(one.name.split()[1]) for one in junk.culprits if one.kind == "document"]
+    docs = [int(one.name.split()[0]) for one in junk.culprits if one.kind == "document"]
     assert {langs[doc] for doc in docs} == {junk.where} == {"xx"} and len(docs) == culprits.MOST
 
 
