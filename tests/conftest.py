@@ -638,6 +638,25 @@ def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos) -> Drivers:
     return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium; without it these tests are skipped, but never in CI."""
+    path = next(
+        (p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None
+    )
+    if path is None:
+        why = "no Chromium here: apt-get install chromium"
+        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"]
+        )  # root has no sandbox
+        yield chromium
+        chromium.close()
+
+
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has joined no Ray: another test's may be there."""

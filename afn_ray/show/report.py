@@ -21,9 +21,10 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import compare, history
-from afn_ray.schema import FEATURES
+from afn_ray.schema import FEATURES, HISTORY_SCHEMA
 from afn_ray.show import charts, claim_charts, history_charts, run_facts, vocabulary_charts
 from afn_ray.show.figures import number
+from afn_ray.show.moved import Moved, moved_types
 from afn_ray.show.page_tables import (
     Table,
     drift_of_all_tokens,
@@ -37,9 +38,10 @@ from afn_ray.show.page_tables import (
 )
 from afn_ray.show.salient import salient_words
 from afn_ray.show.screened import screened_documents
+from afn_ray.show.sparklines import earlier_nights
 from afn_ray.show.summary import RunSummary, summarise
 from afn_ray.show.vega import Chart, VegaSpec
-from afn_ray.show.verdict_facts import verdict_facts
+from afn_ray.show.verdict_facts import VerdictFacts, verdict_facts
 from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
@@ -123,9 +125,9 @@ def _render(
         "movers": movers,
         "history": [],
     }
-    nights = _history(run, audit, main.layer)
-    if not isinstance(nights, str):
-        drawn["history"] = nights
+    nights = _history(run, audit)
+    known_nights = HISTORY_SCHEMA.empty_table() if isinstance(nights, str) else nights
+    drawn["history"] = history_charts.history_charts(known_nights, main.layer)
     points = vocabulary_charts.points(words)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
         salient = _salient(tables, main.layer)
@@ -156,7 +158,8 @@ def _render(
         model=run_facts.model_title(info["model"]["name"]),
         summary=summary,
         main=main,
-        verdict=None if audit is None else verdict_facts(audit),
+        verdict=None if audit is None else _verdict(audit, known_nights),
+        moved=_moved(comparison, main.layer if audit is None else audit.layer),
         glance=glance(summary, comparison),
         facts=run_facts.facts(summary),
         cautions=run_facts.cautions(summary),
@@ -172,7 +175,7 @@ def _render(
         files=files_table(run),
         kept=kept_table(run),
         groups=groups_table(run, main.layer),
-        history=nights,
+        history=nights if isinstance(nights, str) else drawn["history"],
         comparison=comparison,
         drift=None if comparison is None else drift_tables(comparison, main.layer),
         command=command_line(info["config"]),
@@ -277,14 +280,26 @@ def command_line(config: Mapping[str, Any]) -> str:
     return shlex.join(words)
 
 
-def _history(run: manifest.RunFolder, audit: Audit | None, layer: int) -> list[Chart] | str:
-    """Charts of the nights up to ``run``, or why they are unknown: another run may be damaged."""
+def _history(run: manifest.RunFolder, audit: Audit | None) -> pa.Table | str:
+    """Rows of the nights up to ``run``, or why they are unknown: another run may be damaged."""
     tonight = None if audit is None else to_keep(audit)
     try:
-        found = history.of_run(run, tonight, history_charts.MOST_NIGHTS)
+        return history.of_run(run, tonight, history_charts.MOST_NIGHTS).rows
     except StoreError as error:
         return str(error)
-    return history_charts.history_charts(found.rows, layer)
+
+
+def _verdict(audit: Audit, nights: pa.Table) -> VerdictFacts:
+    """The verdict with the figures of earlier ``nights``; without them if one is damaged."""
+    try:
+        return verdict_facts(audit, earlier_nights(audit, nights))
+    except StoreError:  # the section on the history says so
+        return verdict_facts(audit)
+
+
+def _moved(comparison: compare.Comparison | None, layer: int) -> Moved | None:
+    """What moved, in context; None without a baseline."""
+    return None if comparison is None else moved_types(comparison, layer, QUERY_TIMEOUT_S)
 
 
 def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:

@@ -834,14 +834,14 @@ def test_the_report_lies_beside_the_verdict(nights: Nights) -> None:
     assert sorted(names(nights.folder / "out")) == ["audit.json", "report.html"]
     page = (nights.folder / "out" / "report.html").read_text("utf-8")
     assert nights.said["run"]["id"] in page and nights.said["baseline"]["id"] in page
-    assert '<section id="verdict"><h2>Verdict: held</h2>' in page and "Not judged:" not in page
+    assert " Verdict: held</h1>" in page and "Not judged:" not in page
 
 
 def test_the_page_of_a_night_begins_with_what_was_not_judged(nights: Nights) -> None:
     nights.reports = True
     assert nights.audit() == 3
     page = (nights.folder / "out" / "report.html").read_text("utf-8")
-    verdict_of_page = page[page.index("<section") : page.index('<section id="glance"')]
+    verdict_of_page = page[page.index("<h1") : page.index('<section id="glance"')]
     assert "Verdict: not judged" in verdict_of_page and 'href="#verdict"' in page
     places = [
         verdict_of_page.index(text)

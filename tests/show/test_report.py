@@ -7,7 +7,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -517,25 +516,6 @@ def test_words_and_marks_stand_out_from_what_is_behind_them() -> None:
 
 # --- in a browser
 # ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium; without it these tests are skipped, but never in CI."""
-    path = next(
-        (p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None
-    )
-    if path is None:
-        why = "no Chromium here: apt-get install chromium"
-        pytest.fail(why) if os.environ.get("CI") else pytest.skip(why)
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(
-            executable_path=path, args=["--no-sandbox"]
-        )  # root has no sandbox
-        yield chromium
-        chromium.close()
 
 
 Opener = Callable[..., Any]

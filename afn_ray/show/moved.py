@@ -1,0 +1,210 @@
+"""Types that moved between two runs, each in its context before and now, coloured by quartile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.errors import QueryError, StoreError
+from afn_ray.query import database
+from afn_ray.reduce import compare
+from afn_ray.reduce.compare import Comparison
+from afn_ray.show.figures import cut
+from afn_ray.show.screened import pieces_by_offset, pieces_by_word
+from afn_ray.store import manifest
+from afn_ray.store.manifest import RunFolder
+
+MOST_OF = {"both": 4, "new": 2, "vanished": 2}
+"""Largest number of types that moved, are new, or vanished."""
+MOST_EXAMPLES = 2
+"""Largest number of examples of a type in each run."""
+CONTEXT_TOKENS = 10
+"""Number of tokens on each side of a type."""
+MAX_PIECE_CHARS = 60
+"""Longest piece of an example, in characters; one token may be a whole document."""
+IS_IT = 8
+"""Number that is added to the quartile of the token which an example is of."""
+Place = tuple[int, int]
+"""Document and position of a token."""
+
+
+class Piece(NamedTuple):
+    """Text of one token, or between tokens."""
+
+    text: str
+    quartile: int  # 0: it has none
+    is_it: bool  # whether the example is of this token
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One occurrence of a type with the tokens around it."""
+
+    source: str
+    doc: int
+    pieces: tuple[Piece, ...]
+    is_cut_before: bool
+    is_cut_after: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MovedType:
+    """A type, how it moved, and its examples in each run."""
+
+    text: str
+    status: str  # "both", "new" or "vanished"
+    what: str
+    before: tuple[Example, ...]
+    now: tuple[Example, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The types that moved most at a layer."""
+
+    layer: int
+    types: tuple[MovedType, ...]
+    unknown: str | None  # why examples are lacking; None: nothing failed
+
+
+def moved_types(comparison: Comparison, layer: int, timeout_s: float) -> Moved:
+    """The types of ``comparison`` that moved most at ``layer``, in their contexts.
+
+    Those in both runs come first, the surest first, then the most frequent new and vanished ones.
+    Examples are the occurrences whose strength is closest to the type's median in their run. Each
+    run's tokens are read twice. A run that cannot be read, or not within ``timeout_s`` seconds a
+    query, leaves its examples out.
+    """
+    rows = _most_moved(comparison.movers, layer)
+    examples: dict[str, Mapping[str, Sequence[Example]]] = {}
+    failures = []
+    for side, run in (("a", comparison.a), ("b", comparison.b)):
+        tokens = [row["token"] for row in rows if row[f"n_{side}"]]
+        try:
+            examples[side] = _examples(run, tokens, layer, timeout_s) if tokens else {}
+        except (QueryError, StoreError) as error:
+            examples[side] = {}
+            failures.append(str(error))
+    types = (
+        MovedType(
+            cut(row["text"].strip()),
+            row["status"],
+            _what(row),
+            *(tuple(examples[side].get(row["token"], ())) for side in "ab"),
+        )
+        for row in rows
+    )
+    return Moved(layer, tuple(types), "; ".join(failures) or None)
+
+
+def _most_moved(movers: pa.Table, layer: int) -> list[dict[str, Any]]:
+    """The whole words of ``MOVERS_SCHEMA`` rows that moved most at ``layer``."""
+    here = compare.whole_words(movers.filter(pc.equal(movers["layer"], layer)))
+    rows: list[dict[str, Any]] = []
+    for status, most in MOST_OF.items():
+        some = here.filter(pc.equal(here["status"], status))
+        some = compare.moved(some) if status == "both" else some
+        rows += some.slice(0, most).to_pylist()
+    return rows
+
+
+def _what(row: Mapping[str, Any]) -> str:
+    """How a type moved, from its row of ``MOVERS_SCHEMA``."""
+    before, now = (
+        f"{row[f'share_high_{run}']:.1%} of {row[f'n_{run}']:,}" if row[f"n_{run}"] else ""
+        for run in "ab"
+    )
+    if row["status"] == "both":
+        return f"HIGH {before} before, {now} now"
+    return f"new: HIGH {now}" if now else f"vanished: HIGH {before} before"
+
+
+# --- examples
+
+
+def _examples(
+    run: RunFolder, tokens: Sequence[str], layer: int, timeout_s: float
+) -> dict[str, list[Example]]:
+    """Examples of each of ``tokens``, pieces of the run's vocabulary, by piece."""
+    vocabulary = manifest.read_table(run, "vocabulary")
+    is_wanted = pc.and_(
+        pc.equal(vocabulary["layer"], layer),
+        pc.and_(
+            pc.not_equal(vocabulary["class"], "special"),
+            pc.is_in(vocabulary["token"], pa.array(list(tokens), pa.string())),
+        ),
+    )
+    wanted = vocabulary.filter(is_wanted).to_pylist()
+    if not wanted:
+        return {}
+    with database.open_run(run.uri, timeout_s=timeout_s) as tables:
+        places = _places(tables, wanted, layer)
+        return _read(tables, places, layer)
+
+
+def _places(
+    tables: database.Run, wanted: Sequence[Mapping[str, Any]], layer: int
+) -> dict[Place, str]:
+    """The pieces of the examples by place; ``wanted`` are rows of the vocabulary at ``layer``."""
+    types = ", ".join(f"({int(row['token_id'])}, {float(row['q2'])})" for row in wanted)
+    query = f"""
+        SELECT token_id, min({{
+            'far': abs(strength_{int(layer)} - median), 'doc': doc, 'position': position
+        }}, {MOST_EXAMPLES})
+        FROM tokens JOIN (VALUES {types}) wanted(token_id, median) USING (token_id)
+        WHERE NOT is_special GROUP BY token_id"""  # noqa: S608 - numbers of ours
+    pieces = {row["token_id"]: row["token"] for row in wanted}
+    found = {}
+    for token_id, nearest in tables.sql(query).fetchall():
+        for one in nearest:
+            found[one["doc"], one["position"]] = pieces[token_id]
+    return found
+
+
+def _read(
+    tables: database.Run, places: Mapping[Place, str], layer: int
+) -> dict[str, list[Example]]:
+    """The examples at ``places``, by piece, with the tokens around them."""
+    has_offsets = "start" in tables.tokens().columns
+    offsets = 'start, "end"' if has_offsets else "NULL, NULL"
+    far = CONTEXT_TOKENS + 1  # one more, to see whether the document goes on
+    near = " OR ".join(
+        f"doc = {int(doc)} AND position BETWEEN {int(at) - far} AND {int(at) + far}"
+        for doc, at in places
+    )
+    docs = sorted({doc for doc, _ in places})
+    query = f"""
+        SELECT doc, position, text, surface, is_word_start, {offsets},
+            coalesce(quartile_{int(layer)}, 0)
+        FROM tokens WHERE doc IN (SELECT unnest($docs)) AND ({near}) AND NOT is_special
+        ORDER BY doc, position"""  # noqa: S608 - numbers of ours
+    rows = tables.sql(query, {"docs": docs}).fetchall()
+    query = "SELECT doc, source FROM documents WHERE doc IN (SELECT unnest($docs))"
+    sources = dict(tables.sql(query, {"docs": docs}).fetchall())
+    found: dict[str, list[Example]] = {}
+    for (doc, at), piece in sorted(places.items()):
+        around = [
+            (position - at, (*token, quartile + IS_IT * (position == at)))
+            for of_doc, position, *token, quartile in rows
+            if of_doc == doc and abs(position - at) <= far
+        ]
+        tokens = [token for distance, token in around if abs(distance) < far]
+        pieces = (pieces_by_offset if has_offsets else pieces_by_word)(tokens)
+        is_cut_before, is_cut_after = around[0][0] == -far, around[-1][0] == far
+        example = Example(
+            sources.get(doc, ""), doc, tuple(_marked(pieces)), is_cut_before, is_cut_after
+        )
+        found.setdefault(piece, []).append(example)
+    return found
+
+
+def _marked(pieces: Iterator[tuple[str, int]]) -> Iterator[Piece]:
+    """``pieces`` of bounded length, with the token of the example marked."""
+    for text, number in pieces:
+        shown = text if len(text) <= MAX_PIECE_CHARS else text[: MAX_PIECE_CHARS - 1] + "…"
+        is_it, quartile = divmod(number, IS_IT)
+        yield Piece(shown, quartile, bool(is_it))
