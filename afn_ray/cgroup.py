@@ -1,12 +1,14 @@
 """CPU cores and memory that this process may use.
 
-A container limits both through control groups. The machine's own counts do not show these limits.
+A container limits both through control groups, and a shell limits memory with ``ulimit``. The
+machine's own counts do not show these limits.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -27,10 +29,11 @@ def num_cores(root: Path = ROOT) -> int:
 def memory_bytes(root: Path = ROOT) -> int | None:
     """Memory that this process may use, in bytes; None: unknown.
 
-    This is the machine's memory, or less where a control group has a limit. ``root`` holds ``proc``
-    and ``sys``.
+    This is the machine's memory, or less where a control group or this process has a limit.
+    ``root`` holds ``proc`` and ``sys``.
     """
-    return min([*_machine_bytes(root), *_memory_limits(root)], default=None)
+    limits = [*_machine_bytes(root), *_memory_limits(root), *_process_limits()]
+    return min(limits, default=None)
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
@@ -49,6 +52,14 @@ def _memory_limits(root: Path) -> Iterator[int]:
         limit = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         if limit.isdecimal():  # version 1 writes "no limit" as a number near 2^63
             yield int(limit)
+
+
+def _process_limits() -> Iterator[int]:
+    """Yield the limits of this process's own data and of its address space, in bytes."""
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            yield limit
 
 
 def _machine_bytes(root: Path) -> Iterator[int]:

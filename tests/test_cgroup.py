@@ -5,6 +5,8 @@ stand.
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from afn_ray.query import sandbox
 from afn_ray.runs.cluster import connection
 
 V2 = "30 23 0:26 {top} {point} rw,nosuid - cgroup2 cgroup rw,nsdelegate\n"
+
+
+def limited_to(limited: int, num_bytes: int) -> Callable[[int], tuple[int, int]]:
+    """``resource.getrlimit`` of a process with one limit."""
+    none = resource.RLIM_INFINITY
+    return lambda kind: (num_bytes if kind == limited else none, none)
+
+
 V1 = "33 31 0:30 {top} {point} rw - cgroup cgroup rw,{controllers}\n"
 
 
@@ -109,6 +119,10 @@ def test_no_limit_leaves_the_machines_own_figures(
     )
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})  # a cpuset, or taskset
     assert cgroup.num_cores(root) == 2
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):  # ulimit -v, ulimit -d
+        with monkeypatch.context() as patch:
+            patch.setattr(resource, "getrlimit", limited_to(kind, 3 << 30))
+            assert cgroup.memory_bytes(root) == 3 << 30
 
 
 def test_workers_tokenizers_and_a_local_ray_get_what_the_quota_gives(

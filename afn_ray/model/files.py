@@ -288,9 +288,8 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     """
     if files.gguf is None and not files.trust_remote_code:
         parts.check_has_tokenizer(files.name, files.folder)
-    contents = files.identity
-    if files.gguf is None:
-        contents = contents | _descriptions(files.folder)
+    described = {} if files.gguf else _descriptions(files.folder)
+    contents = files.identity | described
     # One run loads the tokenizer several times, and building it takes longer than reading its files.
     made = _build_tokenizer(
         files.name,
@@ -300,6 +299,11 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
         files.num_embeddings,
         tuple(contents.items()),
     )
+    if files.gguf is None and _descriptions(files.folder) != described:
+        _build_tokenizer.cache_clear()
+        raise ModelError(
+            f"the files of {files.name} changed while its tokenizer was read; give the command again"
+        )
     return tokenizers.Tokenizer.from_str(made)
 
 

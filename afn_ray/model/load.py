@@ -109,6 +109,7 @@ def load_blocks(files: ModelFiles, num_blocks: int) -> Loaded:
         )
         if (kind := _class_of(files, config)) is not None:
             mapped = MappedFiles(_safetensors(files))
+            _check_dtypes(files, mapped)
             short = _Shortened(kind, files, num_blocks, mapped.half)
             options = _options(files) | {"config": config}
             folder: Path | None = files.folder
@@ -123,6 +124,17 @@ def load_blocks(files: ModelFiles, num_blocks: int) -> Loaded:
     _check(files, model, info, short.left_out, with_pooler=False)
     blocks, short.blocks = short.blocks, []  # the model's class refers to ``short``
     return Loaded(_frozen(model), blocks, short.depth, mapped)
+
+
+def _check_dtypes(files: ModelFiles, mapped: MappedFiles) -> None:
+    """Raise ``ModelError`` for weights that are stored as whole numbers: their scales are unknown."""
+    for name, tensor in mapped.tensors.items():
+        if name.endswith("weight") and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"model {files.name}: {name} is stored as {kind}; expected floating point. Give the "
+                "weights of the model before it was quantized"
+            )
 
 
 def _class_of(files: ModelFiles, config: Any) -> Any:

@@ -20,6 +20,7 @@ MARKS = (
     "_STATUS_ALLOC_FAILED",  # cuBLAS, cuDNN and their kin
     "can't allocate memory",  # torch's allocator of the CPU
     "not enough memory",
+    "annot allocate memory",  # the system, where a file cannot be mapped
 )
 """Substrings of a ``RuntimeError`` that ran out of memory."""
 

@@ -355,6 +355,11 @@ def _first_line(error: BaseException) -> str:
 
 def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) -> None:
     """Raise ``ModelError`` if ``got`` and ``expected`` differ by more than ``TOLERANCE[dtype]``."""
+    if not np.isfinite(expected).all():
+        raise ModelError(
+            f"self-check failed: {what}: the plain model gives values that are no finite numbers, so "
+            "its weights may be damaged"
+        )
     tolerance = TOLERANCE[dtype]
     differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)
     difference = float(np.quantile(differences, 1.0 if dtype == torch.float32 else 0.9))

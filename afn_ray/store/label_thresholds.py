@@ -71,8 +71,17 @@ def measure_differences(
     """The differences of two measures as text; ``who`` is the owner of ``theirs``."""
     differences = []
     for key in sorted({*theirs, *ours} - {"id"}):
-        if theirs.get(key) != ours.get(key):
-            their_value = short(theirs.get(key))
-            our_value = short(ours.get(key))
-            differences.append(f"{key}: {who} has {their_value}, this run asks for {our_value}")
+        their_value, our_value = theirs.get(key), ours.get(key)
+        if their_value == our_value:
+            continue
+        if isinstance(their_value, dict) and isinstance(our_value, dict):
+            their_value, our_value = _apart(their_value, our_value), _apart(our_value, their_value)
+        differences.append(
+            f"{key}: {who} has {short(their_value)}, this run asks for {short(our_value)}"
+        )
     return "; ".join(differences)
+
+
+def _apart(value: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The entries of ``value`` that differ in ``other``: of a model's files, say."""
+    return {key: found for key, found in value.items() if other.get(key) != found}

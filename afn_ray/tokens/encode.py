@@ -135,7 +135,8 @@ class TextEncoder:
             found = self._find_texts()
             _TEXTS.clear()
             _TEXTS[made] = found
-        return found
+        pieces, readable = found
+        return list(pieces), list(readable)
 
     def _find_texts(self) -> tuple[list[str], list[str]]:
         size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)

@@ -827,6 +827,24 @@ def test_a_tokenizer_is_built_once_for_the_same_files(
         model.load_tokenizer(find_model(folder))
 
 
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda w: w.fill_(torch.nan), "no finite numbers, so its weights may be damaged"),
+        (lambda w: w.to(torch.int8), "dense.weight is stored as int8; expected floating point"),
+    ],
+    ids=["not a number", "quantized"],
+)
+def test_weights_that_are_no_numbers_or_whole_ones_are_named(
+    folder: Path, edit: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    name = "encoder.layer.0.intermediate.dense.weight"
+    edit_weights(folder, lambda weights: weights | {name: edit(weights[name])})
+    with pytest.raises(ModelError, match=says):
+        loaded = model.Model(find_model(folder), [1], "float32", "cpu", 64)
+        model.prepare(loaded, [[5, 6, 7]])
+
+
 def test_what_lies_beside_a_gguf_file_is_not_read(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -836,6 +854,27 @@ def test_what_lies_beside_a_gguf_file_is_not_read(
     monkeypatch.setattr(model_files, "_descriptions", unread)
     found = replace(find_model(tiny_bert), folder=tmp_path, gguf="model.gguf")
     assert model.load_tokenizer(found).get_vocab_size() == 30522
+
+
+def test_a_tokenizer_whose_files_change_while_it_is_read_is_refused_and_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, build = folder / "tokenizer.json", transformers.AutoTokenizer.from_pretrained
+    right = path.read_text("utf-8")
+    edit_json(folder / "tokenizer_config.json", name_or_path="of this test")  # no other's cache
+
+    def build_another(*args: Any, **options: Any) -> Any:
+        path.write_text(right.replace('"jesus"', '"jesux"'), "utf-8")
+        return build(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(ModelError, match="changed while its token"):
+        patch.setattr(transformers.AutoTokenizer, "from_pretrained", build_another)
+        model.load_tokenizer(find_model(folder))
+    path.write_text(right, "utf-8")
+    encoder = TextEncoder(model.load_tokenizer(find_model(folder)))
+    assert "jesus" in encoder.texts()[1]
+    encoder.texts()[1].clear()  # a caller's own
+    assert "jesus" in encoder.texts()[1]
 
 
 def unread(folder: Path) -> dict[str, str]:

@@ -24,12 +24,16 @@ from test_signals import load
 
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
 ASYNCHRONOUS = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+OF_MAPPING = (
+    "unable to mmap 280655904 bytes from file <model.safetensors>: Cannot allocate memory (12)"
+)
 OF_CPU = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 96 bytes."
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB."),
     torch.AcceleratorError(ASYNCHRONOUS),
     RuntimeError(CUBLAS),
     RuntimeError(OF_CPU),
+    RuntimeError(OF_MAPPING),
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),
 ]

@@ -53,6 +53,7 @@ from afn_ray.store import (
     uris,
 )
 from afn_ray.store.commits import Commit, Commits, total_counts
+from afn_ray.store.label_thresholds import measure_differences
 from afn_ray.store.manifest import RunFolder, find_run, finish_run
 from afn_ray.store.plans import Plan
 from afn_ray.store.run_claims import begin_run
@@ -478,6 +479,14 @@ def test_another_measure_is_refused_and_the_difference_is_named(
         "layers: the store has [8], this run asks for [0, 1, " in message and "model" not in message
     )
     assert "Use another --store, or --allow-another-measure" in message and len(message) < 500
+    files = {"config.json": "c" * 64, "model.safetensors": "a" * 64}
+    theirs, ours = (
+        {"model": files | {"model.safetensors": digit * 64}, "dtype": "float32"} for digit in "ab"
+    )
+    assert measure_differences(theirs, ours) == (  # of the model's files, only those that differ
+        f'model: the store has {{"model.safetensors": "{"a" * 64}"}}, '
+        f'this run asks for {{"model.safetensors": "{"b" * 64}"}}'
+    )
     allowed = _begin(replace(config, allow_another_measure=True), other)
     assert allowed.info == {} and len(find_names(config)) == 2
     assert _begin(config).id != allowed.id  # the first measure needs no leave
