@@ -28,11 +28,11 @@ MAX_PIECE_CHARS = 60
 """Longest piece of an example, in characters; one token may be a whole document."""
 IS_IT = 8
 """Number that is added to the quartile of the token which an example is of."""
-Place = tuple[int, int]
+TokenPlace = tuple[int, int]
 """Document and position of a token."""
 
 
-class Piece(NamedTuple):
+class TextPiece(NamedTuple):
     """Text of one token, or between tokens."""
 
     text: str
@@ -46,7 +46,7 @@ class Example:
 
     source: str
     doc: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TextPiece, ...]
     is_cut_before: bool
     is_cut_after: bool
 
@@ -148,7 +148,7 @@ def _examples(
 
 def _places(
     tables: database.Run, wanted: Sequence[Mapping[str, Any]], layer: int
-) -> dict[Place, str]:
+) -> dict[TokenPlace, str]:
     """The pieces of the examples by place; ``wanted`` are rows of the vocabulary at ``layer``."""
     types = ", ".join(f"({int(row['token_id'])}, {float(row['q2'])})" for row in wanted)
     query = f"""
@@ -166,7 +166,7 @@ def _places(
 
 
 def _read(
-    tables: database.Run, places: Mapping[Place, str], layer: int
+    tables: database.Run, places: Mapping[TokenPlace, str], layer: int
 ) -> dict[str, list[Example]]:
     """The examples at ``places``, by piece, with the tokens around them."""
     has_offsets = "start" in tables.tokens().columns
@@ -202,9 +202,9 @@ def _read(
     return found
 
 
-def _marked(pieces: Iterator[tuple[str, int]]) -> Iterator[Piece]:
+def _marked(pieces: Iterator[tuple[str, int]]) -> Iterator[TextPiece]:
     """``pieces`` of bounded length, with the token of the example marked."""
     for text, number in pieces:
         shown = text if len(text) <= MAX_PIECE_CHARS else text[: MAX_PIECE_CHARS - 1] + "…"
         is_it, quartile = divmod(number, IS_IT)
-        yield Piece(shown, quartile, bool(is_it))
+        yield TextPiece(shown, quartile, bool(is_it))

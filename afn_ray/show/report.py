@@ -41,7 +41,7 @@ from afn_ray.show.screened import screened_documents
 from afn_ray.show.sparklines import earlier_nights
 from afn_ray.show.summary import RunSummary, summarise
 from afn_ray.show.vega import Chart, VegaSpec
-from afn_ray.show.verdict_facts import VerdictFacts, verdict_facts
+from afn_ray.show.verdict_facts import verdict_facts
 from afn_ray.store import checksums, disk, manifest
 from afn_ray.text import printable
 
@@ -128,6 +128,9 @@ def _render(
     nights = _history(run, audit)
     known_nights = HISTORY_SCHEMA.empty_table() if isinstance(nights, str) else nights
     drawn["history"] = history_charts.history_charts(known_nights, main.layer)
+    verdict = None
+    if audit is not None:
+        verdict = verdict_facts(audit, earlier_nights(audit, known_nights))
     points = vocabulary_charts.points(words)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
         salient = _salient(tables, main.layer)
@@ -158,7 +161,7 @@ def _render(
         model=run_facts.model_title(info["model"]["name"]),
         summary=summary,
         main=main,
-        verdict=None if audit is None else _verdict(audit, known_nights),
+        verdict=verdict,
         moved=_moved(comparison, main.layer if audit is None else audit.layer),
         glance=glance(summary, comparison),
         facts=run_facts.facts(summary),
@@ -287,14 +290,6 @@ def _history(run: manifest.RunFolder, audit: Audit | None) -> pa.Table | str:
         return history.of_run(run, tonight, history_charts.MOST_NIGHTS).rows
     except StoreError as error:
         return str(error)
-
-
-def _verdict(audit: Audit, nights: pa.Table) -> VerdictFacts:
-    """The verdict with the figures of earlier ``nights``; without them if one is damaged."""
-    try:
-        return verdict_facts(audit, earlier_nights(audit, nights))
-    except StoreError:  # the section on the history says so
-        return verdict_facts(audit)
 
 
 def _moved(comparison: compare.Comparison | None, layer: int) -> Moved | None:
