@@ -39,8 +39,12 @@ class InlinePool:
         thread = threading.Thread(
             target=self._process, args=(shard, oom_retries), name="afn-shard", daemon=True
         )
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more threads or memory
+            self._events.put(Failed(worker, shard.id, error))
+            return
         self._threads = [t for t in self._threads if t.is_alive()] + [thread]
-        thread.start()
 
     def _process(self, shard: Shard, oom_retries: int) -> None:
         """Process ``shard`` on this thread and queue the event."""

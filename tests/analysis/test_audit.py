@@ -350,8 +350,8 @@ def test_every_key_is_judged() -> None:
         *(f"group.{key}" for key in GROUP_LIMITS),
     }
     own = {f"{of}.{key}" for of in PART_LIMITS for key in own_parts.FIGURES} | {"junk_share"}
-    own |= {"duplicate_share", "repeated_ids"}
-    assert set(VALUES) == known - own  # those are in test_broken.py and test_duplicates.py
+    own |= {"duplicate_share", "near_duplicate_share", "repeated_ids"}
+    assert set(VALUES) == known - own  # those are in test_broken and test_(near_)duplicates
     assert own <= known
 
 

@@ -531,6 +531,25 @@ def test_a_broken_device_or_disk_quarantines_no_document(
         assert run.info["counts"]["quarantined"] == 0
 
 
+def test_a_system_without_another_thread_ends_the_run_resumable(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
+    config, start = make_config(corpus=(str(corpus),)), threading.Thread.start
+
+    def start_or_not(thread: threading.Thread) -> None:
+        if thread.name == "afn-shard":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_or_not)
+        with pytest.raises(IncompleteRun, match="can't start new thread"):
+            afn_ray.run(config)
+    with afn_ray.run(config) as made:
+        assert made.info["counts"]["documents"] == 1
+
+
 def test_a_model_that_fails_on_everything_quarantines_no_document(
     tmp_path: Path, make_config: MakeConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
