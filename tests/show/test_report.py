@@ -705,6 +705,9 @@ def test_the_keyboard_reaches_what_can_be_used(opened: Opener) -> None:
         tab.keyboard.press("Tab")
         seen.append(tab.evaluate("(e => e.id || e.className || e.tagName)(document.activeElement)"))
     assert seen[0] == "skip" and {"search", "layer", "SUMMARY"} <= set(seen)
+    links = tab.eval_on_selector_all("nav a", "all => all.map(e => e.hash.slice(1))")
+    sections = tab.eval_on_selector_all("main section", "all => all.map(e => e.id)")
+    assert links == sections
 
 
 def test_without_scripts_the_tables_have_the_figures(browser: Any, page: Path) -> None:
