@@ -36,7 +36,8 @@ STRANGE_SCORE = 4.0
 
 Of 5,867 texts of King James verses 19 reach it (7 because they are repeated, 12 with 0.14 % of the
 tokens). All of 51 junk texts planted among them do, and all of 31 among 1,040 others
-(``tests/bench/screen.py``; MiniLM, layer 4).
+(``tests/bench/screen.py``; MiniLM, layer 4). The value was chosen with these; the guide's page on
+audits has figures of other texts.
 """
 REASON_Z = 3.0
 """Absolute z from which a feature is named among the reasons."""
