@@ -3,13 +3,15 @@
 The CPU computes the values. What a GPU would be asked for is logged: kernels, copies, and what the
 host waits for. A tensor on the wrong device, a shape that flash attention refuses and a dtype that a
 CUDA kernel does not take raise the errors that torch raises on a GPU. The bytes of the tensors that
-live on the device are counted. A launch takes a millisecond, whatever it computes. torch's grouped
-products of mixtures run as on the CPU.
+live on the device are counted. What a copy to pinned memory brings is there once the host has waited
+for an event that was recorded after it, or for the device. A launch takes a millisecond, whatever it
+computes. torch's grouped products of mixtures run as on the CPU.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import traceback
 from collections import Counter
@@ -90,6 +92,26 @@ class _Share:
         self._memory.remove(self._address)
 
 
+class Arrivals:
+    """Copies to pinned memory of the host, which holds poison until they have arrived."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+        self._missing: list[tuple[torch.Tensor, torch.Tensor]] = []  # the last ones begun
+
+    def begin(self, target: torch.Tensor, values: torch.Tensor) -> None:
+        """Begin the copy of ``values``, as they are now, to ``target``."""
+        target.fill_(torch.nan if target.is_floating_point() else torch.iinfo(target.dtype).min)
+        self._missing.append((target, values.clone()))
+        self.begun += 1
+
+    def finish(self, number: int) -> None:
+        """Fill the targets of the first ``number`` copies."""
+        while self._missing and self.begun - len(self._missing) < number:
+            target, values = self._missing.pop(0)
+            target.copy_(values)
+
+
 @dataclass(slots=True)
 class Log:
     """What the device was asked for, by name, since the last ``clear``."""
@@ -100,6 +122,7 @@ class Log:
     # Whether each event lets the host sleep while it waits.
     events: list[bool] = field(default_factory=list)
     memory: Memory = field(default_factory=Memory)  # not cleared
+    arrivals: Arrivals = field(default_factory=Arrivals)  # not cleared
     memory_share: float = 1.0  # that torch's allocator may use; not enforced, and not cleared
 
     def clear(self) -> None:
@@ -187,9 +210,10 @@ def _on_device(device: Any) -> bool:
 class _Operators(TorchDispatchMode):
     """Run torch's operators on the CPU, and log those that a GPU would run."""
 
-    def __init__(self, log: Log, gpu: Gpu) -> None:
+    def __init__(self, log: Log, gpu: Gpu, num_splits: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._log, self._gpu = log, gpu
+        self._num_splits = num_splits  # that flash attention must be given
         self.in_call = False  # of a function that was given a tensor on the device
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -238,6 +262,9 @@ class _Operators(TorchDispatchMode):
         what = "copy to the host" if to_host else "copy to the device"
         if non_blocking and getattr(target if to_host else source, "pinned", False):
             self._log.copies[what] += 1
+            if to_host:
+                self._log.arrivals.begin(target, _inner(source))
+                return target
         else:
             self._log.wait(what)
         _inner(target).copy_(_inner(source))
@@ -263,11 +290,13 @@ class _Operators(TorchDispatchMode):
         scale, (left, right) = args[8], args[9] or (-1, -1)
         assert all(isinstance(x, OnDevice) for x in args[:5])
         assert bounds.dtype == torch.int32 and query.dim() == 3
+        num_splits = args[13] if len(args) > 13 else None
+        assert num_splits == self._num_splits, "a sequence's bits depend on its batch"
         _check_flash(self._gpu, query, key, value)
         self._log.kernels["flash"] += 1
         out = torch.full_like(query.held, torch.nan)
         for begin, end in itertools.pairwise(bounds.held.tolist()):
-            assert end - begin <= min(args[5:7])
+            assert end - begin <= min(args[5:7]), "flash attention leaves out the rows behind"
             q, k, v = (x.held[begin:end].transpose(0, 1).float() for x in (query, key, value))
             at = torch.arange(end - begin)
             distance = at[None, :] - at[:, None]
@@ -499,16 +528,20 @@ def device(
     class Event:
         def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
             log.events.append(blocking)
-            self.launches = 0  # before this event
+            self.launches = self.copies = 0  # before this event
 
         def record(self) -> None:
-            self.launches = sum(log.kernels.values())
+            self.launches, self.copies = sum(log.kernels.values()), log.arrivals.begun
 
         def synchronize(self) -> None:
-            pass
+            log.arrivals.finish(self.copies)  # at once, if the event was never recorded
 
         def elapsed_time(self, end: Event) -> float:
             return float(end.launches - self.launches)
+
+    def synchronize(index: object = None) -> None:
+        log.wait("synchronize")
+        log.arrivals.finish(log.arrivals.begun)
 
     def find_kernel() -> fused.Kernel:
         if kernel is None:
@@ -539,7 +572,7 @@ def device(
         "mem_get_info": lambda index=None: (gpu.total_bytes, gpu.total_bytes),
         "memory_allocated": lambda index=None: 0,
         "set_per_process_memory_fraction": lambda share: setattr(log, "memory_share", share),
-        "synchronize": lambda index=None: log.wait("synchronize"),
+        "synchronize": synchronize,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, answer in answers.items():
@@ -550,7 +583,8 @@ def device(
         patch.setattr(varlen, "varlen_attn", varlen_attn)
         patch.setattr(fused, "find_kernel", find_kernel)
         patch.setattr(fused, "NARROWEST", 1)  # the models of tests are narrow
-        operators, threads = _Operators(log, gpu), torch.get_num_threads()
+        splits = 1 if "num_splits" in inspect.signature(varlen_attn).parameters else None
+        operators, threads = _Operators(log, gpu, splits), torch.get_num_threads()
         torch.set_num_threads(1)  # more threads would only wait for each other
         try:
             with operators, _Calls(log, gpu, operators):

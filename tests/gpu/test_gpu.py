@@ -89,6 +89,30 @@ def test_every_packed_family_uses_flash_and_never_makes_the_host_wait(
         assert_near(got, expected, dtype)
 
 
+def test_filler_that_is_the_longest_sequence_is_attended_as_one(
+    folder: Callable[[str], Path],
+) -> None:
+    expected = measured(load(folder("bert"), "float32", "cpu"))
+    ids = np.concatenate([batch(packed=False), np.full(CONTEXT + 1, 7)])
+    with simulated.device() as log:
+        loaded = load(folder("bert"), "float16", "cuda")
+        log.clear()
+        got = loaded.measure(ids, LENGTHS)[:, : sum(LENGTHS)]
+    assert log.kernels["flash"] == LAYERS[-1]
+    assert_near(got, expected, "float16")
+
+
+def test_each_batch_waits_for_its_own_values(folder: Callable[[str], Path]) -> None:
+    """Its host memory has them only once an event that follows its copy is waited for."""
+    with simulated.device() as log:
+        loaded = load(folder("bert"), "float16", "cuda")
+        one, other = (loaded.submit(batch(packed=True), LENGTHS) for _ in range(2))
+        expected = one.result().values
+        assert log.arrivals.begun > 1 and np.isfinite(expected).all()
+        assert torch.isnan(other._values).all()
+        np.testing.assert_array_equal(other.result().values, expected)
+
+
 def test_the_text_model_of_a_larger_one_keeps_no_cache_and_uses_flash(
     folder: Callable[[str], Path],
 ) -> None:
