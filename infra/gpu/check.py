@@ -8,7 +8,10 @@ parts at toy size on the CPU: it checks this file, and its figures mean nothing.
 
 Each part is a process of its own with a time limit, so a part that hangs, crashes or breaks the
 GPU's context loses its own figures only. Each row is written to the file as soon as it is measured.
-Exit code: 0 if nothing failed, 1 if a row or a part failed, 2 if the check cannot start.
+The part ``device`` always runs, and first. Parts that an earlier file has, and that do not run, are
+kept if they were measured on the same machine with the same versions. Exit code: 0 if nothing in
+the file failed, 1 if a row or a part failed, 2 if the check cannot start, 130 after Ctrl-C, 143
+after SIGTERM.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ from afn_ray.bench import figures, ours, peers
 from afn_ray.bench import texts as made_texts
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.corpus_values import Shard
+from afn_ray.errors import ConfigError
 from afn_ray.model import attention, fused
 from afn_ray.model.prove import TOLERANCE
 from afn_ray.runs import flow, measurer, worker
@@ -73,10 +77,16 @@ ROOT = Path(__file__).resolve().parents[2]
 """The checkout."""
 LIMIT_S = 465.0
 """Longest duration of the whole check, in seconds."""
+FORMAT = 1
+"""Version of the form of the results."""
 WIDTH = 80
 """Width of the summary, in columns."""
 LAYER = 8
 """Layer of the BERT-base shape that is measured; later blocks do not run."""
+STOPS = (signal.SIGINT, signal.SIGTERM)
+"""Signals that stop the check."""
+POLL_S = 0.1
+"""Pause between two looks at the running part, in seconds."""
 REPEAT = 5
 """Number of timed repetitions; the median counts."""
 QUEUED = flow.SUBMITTED
@@ -985,25 +995,51 @@ def measure_part(run: Check) -> None:
 def _in_child(run: Check, arguments: Sequence[str]) -> None:
     """Run one part in a forked process, or in a new one if this one cannot use CUDA."""
     os.setsid()  # its own processes end with it
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
     if getattr(torch.cuda, "_is_in_bad_fork", lambda: False)():
-        command = [sys.executable, __file__, *arguments, "--parts", run.part, "--here"]
+        target = ["--out", str(run.report.path), "--parts", run.part, "--here"]
+        command = [sys.executable, __file__, *arguments, *target]
         os.execv(sys.executable, command)  # noqa: S606 - this program, once more
     measure_part(run)
 
 
-def run_part(run: Check, limit_s: float, arguments: Sequence[str]) -> None:
-    """Run one part in a process of its own; end it and all its processes after ``limit_s``."""
+@contextlib.contextmanager
+def stops() -> Iterator[list[signal.Signals]]:
+    """The signals that have told the check to stop while this context is open, at first none."""
+    told: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in STOPS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as for Ctrl-C in a program in the background
+            signal.signal(number, lambda number, frame: told.append(signal.Signals(number)))
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_part(
+    run: Check, limit_s: float, arguments: Sequence[str], told: Sequence[signal.Signals]
+) -> None:
+    """Run one part in a process of its own; end it and all its processes after ``limit_s``.
+
+    A signal in ``told`` ends it at once.
+    """
     print(f"{run.part}:", flush=True)
     began = time.monotonic()
     child = multiprocessing.get_context("fork").Process(target=_in_child, args=(run, arguments))
     child.start()
-    child.join(limit_s)
-    late = child.is_alive()
+    while child.is_alive() and not told and (left_s := began + limit_s - time.monotonic()) > 0:
+        child.join(min(left_s, POLL_S))
+    ended = not child.is_alive()
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child.pid or 0, signal.SIGKILL)
+    child.kill()  # in case it has no group yet
     child.join()
-    if late:
-        run.report.update(run.part, error=f"stopped after {limit_s:.0f} s, its time limit")
+    if not ended:
+        why = told[0].name if told else f"after {limit_s:.0f} s, its time limit"
+        run.report.update(run.part, error=f"stopped {'by ' * bool(told)}{why}")
     elif child.exitcode:
         run.report.update(run.part, error=f"its process ended with exit code {child.exitcode}")
     run.report.update(run.part, seconds=round(time.monotonic() - began, 3))
@@ -1097,7 +1133,8 @@ def summary(content: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Check and measure a GPU.")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="file of results")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="file of results; "
+                        "keeps the parts that do not run")  # fmt: skip
     parser.add_argument("--model", help="local folder with real weights, for the label flips")
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")
@@ -1105,42 +1142,175 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+class Refused(Exception):
+    """The check cannot start; the message says why, in one line. ``code`` is the exit code."""
+
+    def __init__(self, why: str, code: int = 2) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+def part_names(listed: str) -> list[str]:
+    """The parts in a list with commas, each once. Raises ``Refused`` for a part that is none."""
+    names = list(dict.fromkeys(name.strip() for name in listed.split(",")))
+    if unknown := sorted(set(names) - set(PARTS)):
+        raise Refused(f"no part {unknown[0]!r}; expected some of {', '.join(PARTS)}")
+    return names
+
+
+def check_machine(args: argparse.Namespace) -> None:
+    """Raise ``Refused`` where there is no GPU, or no model in the folder that was given."""
+    if not args.dry and not torch.cuda.is_available():
+        raise Refused("torch sees no GPU here; --dry runs all parts at toy size on the CPU")
+    if args.model is not None and not (Path(args.model) / "config.json").expanduser().is_file():
+        raise Refused(f"--model {args.model}: no model there; expected a folder with config.json")
+
+
+def is_results(content: Any) -> bool:
+    """Whether ``content``, from a JSON file, has the form of this check's results."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return False
+    parts = content.get("parts")
+    return (
+        isinstance(parts, dict)
+        and parts.keys() <= PARTS.keys()
+        and all(
+            isinstance(part, dict) and isinstance(part.get("rows"), dict) for part in parts.values()
+        )
+        and all(isinstance(row, dict) for part in parts.values() for row in part["rows"].values())
+    )
+
+
+def open_results(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
+    """The results in the file ``path``; ``empty``, which is written, if there is no such file.
+
+    Raises ``Refused`` for a file that has something else, or cannot be written.
+    """
+    try:
+        found = path.read_bytes() if path.exists() else b""
+        content = json.loads(found) if found else empty
+        if (path.exists() and not path.is_file()) or not is_results(content):
+            raise ValueError
+        Report(path).write(content)
+    except (ConfigError, OSError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise Refused(f"--out {path}: {why}; give another file") from error
+    except ValueError as error:
+        raise Refused(f"--out {path} has no results of this check; give another file") from error
+    return content
+
+
+def why_apart(earlier: dict[str, Any], now: dict[str, Any]) -> str:
+    """In what two results of the part ``device`` differ; empty if in nothing."""
+    facts = [part.get("rows", {}).get("machine", {}) for part in (earlier, now)]
+    if not all("torch" in each for each in facts):
+        return "where they were measured is not known"
+    for name in dict.fromkeys([*facts[0], *facts[1]]):
+        old, new = (each.get(name) for each in facts)
+        if name != "seconds" and old != new:
+            return f"{name} was {old}, and is {new}"
+    return ""
+
+
+class _All:
+    """All parts, one after another, each in a process of its own."""
+
+    def __init__(self, args: argparse.Namespace, arguments: Sequence[str], folder: Path) -> None:
+        self._args, self._arguments, self._folder = args, arguments, folder
+        self._size = TOY if args.dry else REAL
+        self._began = time.monotonic()
+        self.report = Report(args.out.absolute())
+
+    def check(self, name: str, report: Report) -> Check:
+        """The part ``name``, which writes its rows to ``report``."""
+        return Check(name, self._size, report, self._folder, self._args.model)
+
+    def begin(
+        self, names: Sequence[str], empty: dict[str, Any], told: list[signal.Signals]
+    ) -> None:
+        """Measure the part ``device``, and keep the parts of an earlier file beside ``names``.
+
+        Raises ``Refused``, with the file as it was, if that is of another machine.
+        """
+        earlier = open_results(self.report.path, empty)["parts"]
+        kept = {n: part for n, part in earlier.items() if n not in ("device", *names)}
+        first = Report(self._folder / "device.json") if kept else self.report
+        first.write(empty)
+        self.run("device", first, told)
+        if not kept:
+            return
+        if told:
+            raise Refused(
+                f"stopped by {told[0].name}; --out {self.report.path} is as it was", 128 + told[0]
+            )
+        device = first.part("device")
+        if why := why_apart(earlier.get("device", {}), device):
+            raise Refused(
+                f"--out {self.report.path} has other parts ({', '.join(kept)}), and {why}; "
+                "give another file"
+            )
+        print(f"kept from {self.report.path}: {', '.join(kept)}", flush=True)
+        self.report.write(empty | {"parts": {"device": device} | kept})
+
+    def run(self, name: str, report: Report, told: Sequence[signal.Signals]) -> None:
+        """Run one part, if there is time."""
+        left_s = LIMIT_S * self._size.slack - (time.monotonic() - self._began)
+        limit_s = min(PARTS[name].limit_s * self._size.slack, left_s)
+        if left_s > 1:
+            run_part(self.check(name, report), limit_s, self._arguments, told)
+        else:
+            report.update(name, error="not begun: the time of the whole check was over")
+
+    def end(self) -> dict[str, Any]:
+        """Write how long it took, with the parts in order; return what the file has."""
+        content = self.report.read()
+        content["seconds"] = round(time.monotonic() - self._began, 1)
+        content["parts"] = {n: content["parts"][n] for n in PARTS if n in content["parts"]}
+        self.report.write(content)
+        return content
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the parts in order, print the summary, and return the exit code."""
-    began = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     args = parse(arguments)
-    names = args.parts.split(",")
-    if unknown := sorted(set(names) - set(PARTS)):
-        print(f"no part {unknown[0]!r}; expected some of {', '.join(PARTS)}", file=sys.stderr)
-        return 2
-    if not args.dry and not torch.cuda.is_available():
-        print(
-            "torch sees no GPU here; --dry runs all parts at toy size on the CPU", file=sys.stderr
-        )
-        return 2
-    report = Report(args.out.absolute())
-    about = "toy sizes on a CPU: the figures mean nothing" if args.dry else "measured on a GPU"
-    if not args.here:
-        report.write({"format": 1, "about": about, "seconds": 0.0, "parts": {}})
-    size = TOY if args.dry else REAL
+    try:
+        names = part_names(args.parts)
+        check_machine(args)
+        if args.here:
+            return measure_here(args, arguments, names)
+        return measure_all(args, arguments, names)
+    except Refused as why:
+        print(why, file=sys.stderr)
+        return why.code
+
+
+def measure_here(args: argparse.Namespace, arguments: Sequence[str], names: Sequence[str]) -> int:
+    """Run the parts in this process, and add to the file; 0, whatever fails."""
+    if not args.out.is_file():
+        raise Refused(f"--here adds to a file of results, and --out {args.out} is none")
     with tempfile.TemporaryDirectory(prefix="afn-gpu-") as folder:
+        parts = _All(args, arguments, Path(folder))
+        open_results(parts.report.path, {})
         for name in names:
-            run = Check(name, size, report, Path(folder), args.model)
-            left_s = LIMIT_S * size.slack - (time.monotonic() - began)
-            if args.here:
-                measure_part(run)
-            elif left_s > 1:
-                run_part(run, min(PARTS[name].limit_s * size.slack, left_s), arguments)
-            else:
-                report.update(name, error="not begun: the time of the whole check was over")
-    if args.here:
-        return 0
-    content = report.read() | {"seconds": round(time.monotonic() - began, 1)}
-    report.write(content)
-    print(summary(content))
-    return 1 if failures(content) else 0
+            measure_part(parts.check(name, parts.report))
+    return 0
+
+
+def measure_all(args: argparse.Namespace, arguments: Sequence[str], names: Sequence[str]) -> int:
+    """Run each part in a process of its own, print the summary, and return the exit code."""
+    about = "toy sizes on a CPU: the figures mean nothing" if args.dry else "measured on a GPU"
+    empty = {"format": FORMAT, "about": about, "seconds": 0.0, "parts": {}}
+    with tempfile.TemporaryDirectory(prefix="afn-gpu-") as folder, stops() as told:
+        parts = _All(args, arguments, Path(folder))
+        parts.begin(names, empty, told)
+        for name in names:
+            if name != "device" and not told:
+                parts.run(name, parts.report, told)
+        content = parts.end()
+        print(summary(content), flush=True)
+        return 128 + told[0] if told else int(bool(failures(content)))
 
 
 if __name__ == "__main__":

@@ -120,9 +120,14 @@ def test_the_summary_fits_a_terminal(whole: Any) -> None:
         assert any(heading in line for line in summary)
 
 
-def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def drills(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Checks of parts that fail, keep and are stopped, one after another in one program.
+
+    Its first check, what that wrote, and the exit codes and files of the others.
+    """
     program = f"""
-        import os, sys, time
+        import json, os, signal, sys, time
         sys.path.insert(0, {str(CHECK.parent)!r})
         import check
 
@@ -137,11 +142,51 @@ def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(tmp_path: Path) ->
             run.row("row", lambda: 1 / 0)
             raise ValueError("no figures")
 
+        def stopping(number):
+            def stop(run):
+                child = os.fork()
+                if child == 0:
+                    os.close(1), os.close(2)  # the test would wait for their end
+                    time.sleep(60)
+                    os._exit(0)
+                run.row("processes", lambda: {{"part": os.getpid(), "its child": child}})
+                os.kill(os.getppid(), number)
+                time.sleep(600)
+            return stop
+
+        def again(name, *arguments):
+            out = name + ".json"
+            code = check.main([*given[:-1], out, *arguments])
+            codes[name] = code, json.load(open(out))
+
+        given = sys.argv[1:]
+        codes = {{}}
         parts = {{"hang": check.Part(hang, 1), "die": check.Part(die, 60), "fail": check.Part(fail, 60)}}
         check.PARTS = parts | {{"device": check.PARTS["device"]}}
-        sys.exit(check.main([*sys.argv[1:], "--parts", ",".join(check.PARTS)]))
+        first = check.main([*given, "--parts", ",".join(check.PARTS)])
+
+        content = check.Report(check.Path(given[-1])).read()
+        for name, torch in (("kept", check.torch.__version__), ("apart", "1.0")):
+            content["parts"]["device"]["rows"]["machine"]["torch"] = torch
+            json.dump(content, open(name + ".json", "w"))
+            check.PARTS["fail"] = check.Part(lambda run: run.row("row", lambda: {{"done": 2}}), 60)
+            again(name, "--parts", "device, fail")
+
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the gate may run without Ctrl-C
+        for number in (signal.SIGTERM, signal.SIGINT):
+            check.PARTS["hang"] = check.Part(stopping(number), 60)
+            again(number.name, "--parts", "hang,die")
+        json.dump(codes, open("codes.json", "w"))
+        sys.exit(first)
     """
-    done, content = run(tmp_path, program=program)
+    folder = tmp_path_factory.mktemp("drills")
+    done, content = run(folder, program=program)
+    assert (folder / "codes.json").exists(), done.stderr
+    return done, content, json.loads((folder / "codes.json").read_text())
+
+
+def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(drills: Any) -> None:
+    done, content, _ = drills
     parts = content["parts"]
     assert done.returncode == 1, done.stderr
     assert parts["hang"]["rows"]["before"]["done"] == 1
@@ -153,11 +198,97 @@ def test_a_part_that_hangs_or_dies_costs_its_own_figures_only(tmp_path: Path) ->
     assert "FAILED fail, row: ZeroDivisionError" in done.stdout and "4 failures" in done.stdout
 
 
-def test_parity_fails_where_flash_attention_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_parts_of_an_earlier_file_are_kept(drills: Any) -> None:
+    done, first, codes = drills
+    code, content = codes["kept"]
+    assert code == 1  # two of the kept parts failed
+    assert list(content["parts"]) == ["hang", "die", "fail", "device"]
+    assert content["parts"]["fail"]["rows"]["row"]["done"] == 2
+    for name in ("hang", "die"):
+        assert content["parts"][name] == first["parts"][name]
+    assert re.search(r"^kept from \S+/kept\.json: hang, die$", done.stdout, re.M)
+
+
+def test_parts_of_another_machine_are_neither_kept_nor_lost(drills: Any) -> None:
+    done, first, codes = drills
+    code, content = codes["apart"]
+    assert code == 2
+    first["parts"]["device"]["rows"]["machine"]["torch"] = "1.0"
+    assert content == first
+    said = rf"apart\.json has other parts \(hang, die\), and torch was 1\.0, and is {torch.__version__}"
+    assert len(re.findall(said.replace("+", "\\+"), done.stderr)) == 1
+
+
+def is_running(process: int) -> bool:
+    """Whether the process exists and is no zombie, which some containers keep."""
+    stat = Path(f"/proc/{process}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_ends_the_running_part_and_its_processes(
+    name: str, code: int, drills: Any
 ) -> None:
+    got, content = drills[2][name]
+    assert got == code
+    assert list(content["parts"]) == ["hang", "device"]  # "die" has not begun
+    assert content["parts"]["hang"]["error"] == f"stopped by {name}"
+    processes = content["parts"]["hang"]["rows"]["processes"]
+    assert not is_running(processes["part"]) and not is_running(processes["its child"])
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(CHECK.parent))
-    check = importlib.import_module("check")
+    return importlib.import_module("check")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "no/such.json"], "cannot be written"),
+        (["--out", "/proc/nope/x.json"], "cannot be written"),
+        (["--out", "."], "Is a directory"),
+        (["--out", "other.json"], "has no results of this check"),
+        (["--out", "rows.json"], "has no results of this check"),
+        (["--out", "new.json", "--here"], "--here adds to a file of results"),
+        (["--model", "nosuchfolder"], "--model nosuchfolder: no model there"),
+        (["--parts", "flips, speeds"], "no part 'speeds'"),
+    ],
+)
+def test_a_check_that_cannot_start_says_why_in_one_line(
+    arguments: list[str],
+    said: str,
+    check: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(check, "run_part", lambda *given: pytest.fail("a part began"))
+    Path("other.json").write_text('{"of": "another program"}')
+    Path("rows.json").write_text('{"format": 1, "parts": {"flips": {"rows": []}}}')
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    assert check.main(["--dry", "--parts", "flips", *arguments]) == 2
+    output = capsys.readouterr()
+    assert said in output.err and output.err.count("\n") == 1 and output.out == ""
+    assert {path: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_part_without_a_process_of_its_own_adds_to_the_file(
+    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # also of later tests
+    out = tmp_path / "check.json"
+    earlier = {"format": 1, "about": "", "seconds": 0.0, "parts": {"device": {"rows": {}}}}
+    out.write_text(json.dumps(earlier))
+    assert check.main(["--dry", "--here", "--parts", "flips", "--out", str(out)]) == 0
+    assert list(json.loads(out.read_text())["parts"]) == ["device", "flips"]
+
+
+def test_parity_fails_where_flash_attention_is_refused(
+    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     with simulated.device():
         row = check._compare(check._Family("bert", tmp_path / "bert"), "float16", "cuda")
@@ -168,10 +299,8 @@ def test_parity_fails_where_flash_attention_is_refused(
 
 
 def test_the_engines_own_kernel_is_compared_where_it_can_be_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    check: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(CHECK.parent))
-    check = importlib.import_module("check")
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(check, "REPEAT", 1)
     monkeypatch.setattr(check, "QUEUED", 1)
@@ -225,5 +354,3 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "no folder with real weights" in content["parts"]["flips"]["rows"]["labels"]["skipped"]
     assert "flips, labels: skipped no folder with real weights" in done.stdout
-    done, content = run(tmp_path, "--parts", "speeds")
-    assert done.returncode == 2 and "no part 'speeds'" in done.stderr
