@@ -2,7 +2,7 @@
 
 ``tests/data/store`` was written by the last commit before the modules moved into rooms, over 40
 verses and a line that is no JSON, with neurons and a second signal. ``answers.json`` holds what
-that commit answered to the queries in it.
+that commit answered to the queries in it, without the columns that came later.
 """
 
 from __future__ import annotations
