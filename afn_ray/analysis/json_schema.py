@@ -151,7 +151,9 @@ def _in_any_case(pattern: str) -> str:
 
 
 PERCENT = {"type": "string", "pattern": _whole(rf"\s*{limits.PERCENT.pattern}\s*")}
-"""A share as text."""
+"""A number as a percentage."""
+SHARE = {"type": "string", "pattern": _whole(rf"\s*{limits.AT_MOST_ALL.pattern}\s*")}
+"""The same up to 100 %."""
 LEARNED = {
     "type": "string",
     "pattern": _whole(rf"\s*(?:{_in_any_case(learned.FORM.pattern)})\s*"),
@@ -167,7 +169,7 @@ def _of_limit(limit: Limit) -> Schema:
     kinds = [number, LEARNED]
     if not limit.is_whole:
         number.setdefault("maximum", sys.float_info.max)  # infinity limits nothing
-        kinds.append(PERCENT)
+        kinds.append(SHARE if limit.key in limits.SHARES else PERCENT)
     level = {"anyOf": kinds}
     levels = {
         "type": "object",

@@ -97,6 +97,9 @@ SHARES = (
 )
 """Limits that are shares: a value above 1 is an error."""
 PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*%")
+"""Form of a number as a percentage."""
+AT_MOST_ALL = re.compile(r"0*(?:100(?:\.0+)?|\d{1,2}(?:\.\d+)?)\s*%")
+"""The same for ``SHARES``: up to 100 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +197,11 @@ def _level(file: str | Path, limit: Limit, name: str, value: object) -> Level:
             f'policy {file}: {name} is {value!r}, and a share is at most 1; is it "{value:g}%"?'
         )
     if isinstance(value, str) and (percent := PERCENT.fullmatch(value.strip())):
+        if limit.key in SHARES and not AT_MOST_ALL.fullmatch(value.strip()):
+            raise ConfigError(
+                f"policy {file}: {name} is {value!r}; a share is at most 100%, so nothing would "
+                "break it"
+            )
         return float(percent[1]) / 100
     if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf:
         return float(value)

@@ -146,6 +146,7 @@ def test_the_schema_of_a_run_tells_an_editor_each_key_with_its_meaning_and_defau
 
 NUMBERS: list[Any] = [
     0, 1, 2, 1000, -1, 0.5, 1.5, -0.5, float("inf"), True, "2%", " 0.5 % ", "2 percent", "%", "150%", "-1%",
+    "100%", "100.00 %", "100.0001%", "0100%", "00099.5%", "1000%",
     "", "all", "new", "pass", "previous", "week", "weekday", "median:7", "median:1", "3", [], [1],
     "3 mad", " 2.5MAD ", "p99", "P99.5", "p100", "p5", "3 mads", "mad", 28,
 ]  # fmt: skip
@@ -172,6 +173,13 @@ def test_schema_and_parser_take_the_same_values_of_each_key_of_a_policy(
             assert schema.is_valid(values) == (error is None or is_loose), (values, error)
             taken += error is None
     assert (taken > 0) == (key in {**WHOLE_LIMITS, **OPTIONS})
+
+
+def test_a_share_above_all_is_refused_as_a_percentage_too(tmp_path: Path) -> None:
+    for key, is_share in (("junk_share", True), ("ks", True), ("psi", False)):
+        for text, is_above in (("100%", False), ("150%", True), ("100.0001%", True)):
+            error = refusal_of_policy({key: text}, tmp_path)
+            assert (error is not None and "at most 100%" in error) == (is_share and is_above)
 
 
 @pytest.mark.parametrize("part", list(PART_LIMITS))
