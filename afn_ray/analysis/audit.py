@@ -158,14 +158,16 @@ def _judge(
 
     Earlier nights are judged again against their own, where limits learn from them.
     """
-    baseline, excused = baseline_of(run), None
+    baseline, excused = baseline_of(run), list[str]()
     if night.first_night and baseline.lacking is not None and not baseline.is_refused:
-        excused = f"first night: {baseline.lacking}"
-        baseline = replace(baseline, lacking=excused)
+        baseline = replace(baseline, lacking=f"first night: {baseline.lacking}")
+        excused = [str(baseline.lacking)]
     evidence = _gather(policy, run, baseline)
     before = past.values_before(
         policy, run, evidence.layer, lambda earlier: _gather(policy, earlier, baseline_of(earlier))
     )
+    if excused:
+        excused += verdict.few_nights(policy, before)
     with checksums.named_damage(run.uri):
         rules = with_culprits(tuple(verdict.judge(policy, evidence, before)), policy, evidence)
         notes = tuple(_notes(policy, evidence, night))

@@ -24,7 +24,10 @@ OF_SCALARS = ("q1_shift", "q2_shift", "q3_shift", "share_high_shift", "class_sha
 
 
 class Found(NamedTuple):
-    """A value to hold against a limit, or the reason why there is none."""
+    """A value to hold against a limit, or the reason why there is none.
+
+    A value with a reason is a bound: it may show that the limit is broken, not that it holds.
+    """
 
     value: float | None
     where: str | None = None  # source, class or files that it belongs to

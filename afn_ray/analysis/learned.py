@@ -65,7 +65,8 @@ def usual(limit: Learned, values: Sequence[float]) -> UsualRange | None:
     """The range that ``limit`` makes of the ``values`` of earlier nights; None if they are few.
 
     With ``mads`` it is the median and that many median absolute deviations (not scaled) to both
-    sides, from 0 on, as no figure is negative. With ``share`` its ends are two quantiles, by the
+    sides, from 0 on, as no figure is negative. If the deviation is 0, as most nights are equal, it
+    goes from the least to the most of the nights. With ``share`` its ends are two quantiles, by the
     inverse CDF: for "p99" those of 1 % and of 99 %.
     """
     n = len(values)
@@ -75,6 +76,8 @@ def usual(limit: Learned, values: Sequence[float]) -> UsualRange | None:
         assert limit.mads is not None
         middle = median(values)
         spread = limit.mads * median(abs(value - middle) for value in values)
+        if not spread:
+            return UsualRange(min(values), max(values), n)
         return UsualRange(max(0.0, middle - spread), middle + spread, n)
     in_order = sorted(values)
     low = math.ceil((1 - limit.share) * n)
@@ -82,5 +85,12 @@ def usual(limit: Learned, values: Sequence[float]) -> UsualRange | None:
 
 
 def reason(limit: Learned, values: Sequence[float]) -> str:
-    """Why ``limit`` could not be judged by so few ``values``."""
-    return f'"{limit}" needs the figure of {LEAST_NIGHTS} earlier nights; there are {len(values)}'
+    """Why ``limit`` could not be judged by ``values``: they are few, or reach down to 0."""
+    if len(values) < LEAST_NIGHTS:
+        return (
+            f'"{limit}" needs the figure of {LEAST_NIGHTS} earlier nights; there are {len(values)}'
+        )
+    return (
+        f'"{limit}" of {len(values)} earlier nights reaches down to 0, and nothing is below that; '
+        "give a number"
+    )

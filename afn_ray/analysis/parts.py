@@ -14,7 +14,7 @@ from afn_ray.analysis.policy import Policy
 from afn_ray.errors import ConfigError
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.group_drift import grouped_by
-from afn_ray.reduce.groups import OTHERS, group_name
+from afn_ray.reduce.groups import MAX_GROUPS, OTHERS, group_name
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
 
@@ -42,6 +42,7 @@ class Parts(NamedTuple):
     rows: list[dict[str, Any]]  # of ``DRIFT_SCHEMA``, with the part's ``name``
     was_read: Collection[str]  # names of those in ``rows`` that this run read, with tokens or not
     min_tokens: int
+    others: int = 0  # tokens of the other groups of this run, if one not found may be among them
 
     @classmethod
     def of(cls, kind: str, policy: Policy, evidence: Evidence, comparison: Comparison) -> Parts:
@@ -54,10 +55,9 @@ class Parts(NamedTuple):
         table = comparison.groups.drift
         rows = table.filter(pc.equal(table["layer"], evidence.layer)).to_pylist()
         named = [row | {"name": group_name(row["group"])} for row in rows]
-        # A group that is not found may be among the others; then nobody knows whether it vanished.
-        has_others = any(row["name"] == OTHERS and row["n_b"] for row in named)
-        read = [row["name"] for row in named if row["n_b"] or not has_others]
-        return cls(kind, named, read, min_tokens)
+        others = _other_tokens(rows)
+        read = [row["name"] for row in named if row["n_b"] or not others]
+        return cls(kind, named, read, min_tokens, others)
 
     def in_both(self) -> list[dict[str, Any]]:
         """Rows with enough tokens in both runs."""
@@ -68,12 +68,28 @@ class Parts(NamedTuple):
         read = set(self.was_read)
         return [row for row in self.rows if row["name"] in read and row["n_a"] >= self.min_tokens]
 
+    def hidden(self) -> list[dict[str, Any]]:
+        """Rows with enough tokens in the baseline that may be among the other groups of this run."""
+        gone = [row for row in self.rows if self.others and not row["n_b"]]
+        return [row for row in gone if row["n_a"] >= self.min_tokens]
+
     def judged(self, policy: Policy) -> list[dict[str, Any]]:
         """Rows that a limit of ``policy`` was compared with."""
         found = self.in_both()
         if any(limit.key == "min_tokens_ratio" for limit in policy.limits_of(self.kind)):
-            found += self.shrinkable()
+            found += self.shrinkable() + self.hidden()
         return found
+
+
+def _other_tokens(rows: list[dict[str, Any]]) -> int:
+    """Tokens of this run's documents that have no group of their own, though they have a value.
+
+    There are none while so few groups have tokens that each has its own; then only documents have
+    the value ``OTHERS``, which counts as one of the groups.
+    """
+    n_of = {row["group"]: row["n_b"] for row in rows if row["n_b"] and row["group"] is not None}
+    others = n_of.pop(OTHERS, 0)
+    return others if len(n_of) >= MAX_GROUPS - 1 else 0
 
 
 def _read_sources(rows: list[dict[str, Any]], sources: Collection[str]) -> list[str]:
@@ -89,24 +105,29 @@ def _read_sources(rows: list[dict[str, Any]], sources: Collection[str]) -> list[
 
 def check(policy: Policy, run: RunFolder) -> None:
     """Raise ``ConfigError`` for limits on parts that ``run`` does not have."""
+    if (why := lacking(policy, run)) is not None:
+        raise ConfigError(why)
+
+
+def lacking(policy: Policy, run: RunFolder) -> str | None:
+    """Why ``run`` can never be held against the limits of ``policy`` on parts; None if it can."""
     needs_scan = any(limit.key in (*OF_SOURCES, *own_parts.TABLES) for limit in policy.limits)
     if (needs_scan or policy.limits_of("source")) and "sources" not in run.info["tables"]:
-        raise ConfigError(
+        return (
             f"the policy limits sources or strange documents, but run {run.uri} has no table of "
             "them: run it with its screening (--screen)"
         )
     if not policy.limits_of("group"):
-        return
+        return None
     by = grouped_by(run)
     if by is None:
-        raise ConfigError(
-            f"the policy limits groups, but run {run.uri} has none: give run.toml a group_by"
-        )
+        return f"the policy limits groups, but run {run.uri} has none: give run.toml a group_by"
     if policy.group_by not in (None, by):
-        raise ConfigError(
+        return (
             f"the policy limits groups by {policy.group_by}, but run {run.uri} is grouped by {by}: "
             f"name the table [group.{by}], or let run.toml group by {policy.group_by}"
         )
+    return None
 
 
 def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
@@ -123,15 +144,31 @@ def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
         return WITHOUT_SOURCES if limit.of == "source" else Found(None, reason="there is no group")
     least = count(parts.min_tokens, "token")
     if limit.key == "min_tokens_ratio":
-        ratios = [(row["n_b"] / row["n_a"], row["name"]) for row in parts.shrinkable()]
-        if ratios:
-            return Found(*min(ratios))
-        lacking = f"no {limit.of} that was read has {least} in the baseline"
-        return Found(None, reason=lacking)
+        return _worst_ratio(parts)
     distances = [(distance(row, limit.key), row["name"]) for row in parts.in_both()]
     if distances:
         return Found(*max(distances))
     return Found(None, reason=f"no {limit.of} has {least} in both runs")
+
+
+def _worst_ratio(parts: Parts) -> Found:
+    """The least ratio of tokens. Of a group that may be among the others, it is the largest it can
+    be: beyond a limit it breaks that, and otherwise nobody knows.
+    """
+    hidden = parts.hidden()
+    ratios = [(row["n_b"] / row["n_a"], row["name"]) for row in parts.shrinkable()]
+    ratios += [(parts.others / row["n_a"], row["name"]) for row in hidden]
+    if not ratios:
+        least = count(parts.min_tokens, "token")
+        return Found(None, reason=f"no {parts.kind} that was read has {least} in the baseline")
+    if not hidden:
+        return Found(*min(ratios))
+    reason = (
+        f"{count(len(hidden), 'group')} of the baseline may be among the other groups of this run, "
+        f"which have {count(parts.others, 'token')}: {_named(hidden, 'n_a')}; raise min_tokens in "
+        "[group] to judge larger groups only"
+    )
+    return Found(*min(ratios), reason)
 
 
 def _worst_own(limit: Limit, policy: Policy, run: RunFolder) -> Found:

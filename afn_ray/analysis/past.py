@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 
-from afn_ray.analysis import verdict
+from afn_ray.analysis import parts, verdict
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.policy import Policy
+from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.store import series_runs, verdicts
 from afn_ray.store.manifest import RunFolder
 
@@ -22,24 +23,34 @@ def values_before(
     """The values of each limit that learns on the last ``policy.nights`` nights before ``run``.
 
     They are by name of the limit, newest first, at ``layer``. A broken night is left out unless it
-    was accepted, and so is a night without the value. Values are those that the audit of the night
-    kept. A night without them is judged again.
+    was accepted, and so is a night without the value, such as one without groups, or with others
+    than ``run``. Values are those that the audit of the night kept. A night without them is judged
+    again.
     """
     learning = tuple(limit for limit in policy.limits if limit.learns)
     values: dict[str, list[float]] = {limit.name: [] for limit in learning}
     if not learning:
         return values
     as_numbers = tuple(replace(limit, fail=0.0, warn=None) for limit in learning)
-    again = replace(policy, limits=as_numbers, layer=layer)
+    again = replace(policy, layer=layer, group_by=grouped_by(run))
     nights = filter(verdicts.may_be_baseline, _nights_before(run, policy.window))
     for night in islice(nights, policy.nights):
-        figures = _kept(night, values, layer)
-        if figures is None:
-            figures = {rule.key: rule.value for rule in verdict.judge(again, gather(night))}
-        for name, of_name in values.items():
-            if (value := figures[name]) is not None:
-                of_name.append(value)
+        of_each = (replace(again, limits=(limit,)) for limit in as_numbers)
+        can_be = [one.limits[0] for one in of_each if parts.lacking(one, night) is None]
+        figures = _figures(replace(again, limits=tuple(can_be)), night, gather)
+        for limit in can_be:
+            if (value := figures[limit.name]) is not None:
+                values[limit.name].append(value)
     return values
+
+
+def _figures(policy: Policy, night: RunFolder, gather: Gather) -> Mapping[str, float | None]:
+    """The figures of ``night`` by name of the limits of ``policy``, kept or found again."""
+    assert policy.layer is not None
+    kept = _kept(night, [limit.name for limit in policy.limits], policy.layer)
+    if kept is not None:
+        return kept
+    return {rule.key: rule.value for rule in verdict.judge(policy, gather(night))}
 
 
 def _nights_before(run: RunFolder, window: str) -> Iterator[RunFolder]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, NamedTuple, TypedDict
 
@@ -77,17 +77,21 @@ def rule_of(limit: Limit, found: Found, past: Sequence[float]) -> Rule:
     value, where, reason = found
     if value is None:
         return Rule(limit, None, NOT_JUDGED, where, reason)
+    if math.isnan(value):
+        return Rule(limit, None, NOT_JUDGED, where, "the figure is not a number (NaN)")
     finite = value if math.isfinite(value) else None
     usual = None
     if limit.learns:
         limit, usual, lacking = _taught(limit, past)
         if lacking is not None:
-            return Rule(limit, finite, NOT_JUDGED, where, lacking)
+            return Rule(limit, finite if reason is None else None, NOT_JUDGED, where, lacking)
     state = HELD
     if limit.is_beyond(value, limit.warn):
         state = WARNED
     if limit.is_beyond(value, limit.fail):
         state = BROKEN
+    if reason is not None and state != (WARNED if limit.fail is None else BROKEN):
+        return Rule(limit, None, NOT_JUDGED, None, reason)
     return Rule(limit, finite, state, where, usual=usual)
 
 
@@ -112,7 +116,7 @@ def _number_of(
     if not isinstance(level, Learned):
         return level, None
     found = learned.usual(level, past)
-    if found is None:
+    if found is None or (limit.is_minimum and not found.low):
         return None, None
     return found.low if limit.is_minimum else found.high, found
 
@@ -129,18 +133,26 @@ def judged_layer(policy: Policy, run: RunFolder, comparison: Comparison | None) 
     return max(layers) if policy.layer is None else policy.layer
 
 
-def state_of(rules: Sequence[Rule], unjudged: str | None, excused: str | None) -> str:
+def few_nights(policy: Policy, past: Mapping[str, Sequence[float]]) -> Iterator[str]:
+    """The reasons for which limits of ``policy`` cannot learn from so few nights as in ``past``."""
+    for limit in policy.limits:
+        values = past.get(limit.name, ())
+        for level in (limit.fail, limit.warn):
+            if isinstance(level, Learned) and len(values) < learned.LEAST_NIGHTS:
+                yield learned.reason(level, values)
+
+
+def state_of(rules: Sequence[Rule], unjudged: str | None, excused: Collection[str]) -> str:
     """The state of a night with ``rules``; a limit that can only warn does not change it.
 
     ``unjudged`` is the policy's: what a limit counts as that was not judged. Limits that were not
-    judged for the reason ``excused`` do not count.
+    judged for one of the reasons ``excused`` do not count.
     """
     if any(rule.state == BROKEN for rule in rules):
         return BROKEN
     may_break = [rule for rule in rules if rule.limit.fail is not None]
-    open_rules = [rule for rule in may_break if rule.state == NOT_JUDGED]
-    if excused is not None:
-        open_rules = [rule for rule in open_rules if rule.reason != excused]
+    unexcused = [rule for rule in may_break if rule.reason not in excused]
+    open_rules = [rule for rule in unexcused if rule.state == NOT_JUDGED]
     if not open_rules:
         return HELD
     return {"pass": HELD, "fail": BROKEN, None: NOT_JUDGED}[unjudged]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import signal
 import sys
 import time
@@ -21,9 +22,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import afn_ray
-from afn_ray.analysis import audit, baselines, notify, own_parts, parts, verdict, verify
+from afn_ray.analysis import audit, baselines, notify, own_parts, parts, past, verdict, verify
 from afn_ray.analysis.baselines import Baseline
-from afn_ray.analysis.evidence import Evidence
+from afn_ray.analysis.evidence import Evidence, Found
 from afn_ray.analysis.limits import (
     DRIFT_LIMITS,
     GROUP_LIMITS,
@@ -32,8 +33,11 @@ from afn_ray.analysis.limits import (
     SOURCE_LIMITS,
     WHOLE_LIMITS,
     Limit,
+    parse,
 )
+from afn_ray.analysis.nights import Night
 from afn_ray.analysis.policy import OPTIONS, Policy, read_policy
+from afn_ray.analysis.standing import UNKNOWN
 from afn_ray.analysis.verdict import Rule
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted, QueryError, StoreError
 from afn_ray.reduce import compare
@@ -464,12 +468,70 @@ def test_limits_on_groups_want_a_run_with_groups_by_their_key() -> None:
     ]
 
 
-def test_a_group_that_may_be_among_the_others_has_not_vanished() -> None:
-    others = pa.Table.from_pylist([group_row(2, OTHERS, 2000, 2000)], GROUP_DRIFT_SCHEMA)
+def ratio_with_others(n: int, limit: Limit) -> Rule:
+    """The verdict on ``limit`` if this run's other groups have ``n`` tokens; xx had 1,000, en 4,000."""
+    others = pa.Table.from_pylist([group_row(2, OTHERS, 0, n)], GROUP_DRIFT_SCHEMA)
     drift = pa.concat_tables([COMPARED.groups.drift, others])
     found = replace(COMPARED, groups=COMPARED.groups._replace(drift=drift))
-    rule = one_rule("group.min_tokens_ratio", 0.5, found)
-    assert (rule.value, rule.where) == (0.75, "en")
+    (rule,) = verdict.judge(Policy((limit,)), evidence(found))
+    return rule
+
+
+def test_a_group_that_may_be_among_the_others_breaks_its_limit_or_is_not_judged(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its tokens are at most those of the others."""
+    limit = Limit("min_tokens_ratio", 0.5, of="group")
+    rows = COMPARED.groups.drift.to_pylist()
+    named = {row["group"] for row in rows if row["layer"] == 2 and row["n_b"]} - {None}
+    monkeypatch.setattr(parts, "MAX_GROUPS", len(named) + 1)
+    rule = ratio_with_others(3, limit)
+    assert (rule.state, rule.value, rule.where) == ("broken", 0.003, "xx")
+    rule = ratio_with_others(500, limit)
+    assert (rule.state, rule.value, rule.where) == ("not judged", None, None)
+    assert rule.reason == (
+        "1 group of the baseline may be among the other groups of this run, which have 500 tokens: "
+        "xx (1,000 tokens); raise min_tokens in [group] to judge larger groups only"
+    )
+    warned = [
+        ratio_with_others(3, replace(limit, fail=level, warn=0.5)).state for level in (None, 0)
+    ]
+    assert warned == ["warned", "not judged"]
+    rule = ratio_with_others(2000, replace(limit, fail=0.8))  # en is known to have lost more
+    assert (rule.state, rule.value, rule.where) == ("broken", 0.75, "en")
+    learning = parse("p", "min_tokens_ratio", "p99", "group")
+    rule = ratio_with_others(3, learning)
+    assert (rule.state, rule.value) == ("not judged", None)  # no later night learns a bound
+    # So few groups that each has its own: a document's value only looks like the others' name.
+    monkeypatch.setattr(parts, "MAX_GROUPS", len(named) + 2)
+    rule = ratio_with_others(2000, limit)
+    assert (rule.state, rule.value, rule.where) == ("broken", 0, "xx")
+
+
+def test_on_a_first_night_nothing_can_have_been_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, policy = evidence(None), Policy((parse("p", "lost_bytes", "3 mad"),))
+    monkeypatch.setattr(audit, "_gather", lambda *of: alone)
+    monkeypatch.setattr(audit, "standing", lambda *of: UNKNOWN)
+    monkeypatch.setattr(past, "values_before", lambda *of: {"lost_bytes": []})
+
+    def state(baseline: Baseline, *, first_night: bool) -> str:
+        night = Night(first_night=first_night)
+        return audit._judge(policy, alone.run, lambda run: baseline, night).state
+
+    lacking = Baseline(None, lacking="there is no earlier run")
+    assert state(lacking, first_night=True) == "held"
+    assert state(lacking, first_night=False) == "not judged"
+    assert state(replace(lacking, is_refused=True), first_night=True) == "not judged"
+
+
+def test_a_figure_that_is_no_number_is_not_judged() -> None:
+    for limit in (Limit("psi", 0.1), Limit("min_tokens_ratio", 0.5), parse("p", "psi", "p99")):
+        rule = verdict.rule_of(limit, Found(math.nan), [0.1] * 9)
+        assert (rule.state, rule.value, rule.reason) == (
+            "not judged",
+            None,
+            "the figure is not a number (NaN)",
+        )
 
 
 @pytest.mark.parametrize(
@@ -485,7 +547,7 @@ def test_a_group_that_may_be_among_the_others_has_not_vanished() -> None:
 def test_a_warning_is_told_and_does_not_break_the_night(limit: Limit, state: str) -> None:
     rules = tuple(verdict.judge(Policy((Limit("ks", 1), limit, Limit("js", 0.1))), evidence()))
     assert [rule.state for rule in rules] == ["held", state, "broken"]
-    assert verdict.state_of(rules[:2], None, None) == ("broken" if state == "broken" else "held")
+    assert verdict.state_of(rules[:2], None, ()) == ("broken" if state == "broken" else "held")
     found = audit.Audit("broken", rules, run_of(), Baseline(None), None, LOST, ())
     said = [line.split()[:2] for line in audit.lines(found)]
     words = {"held": "holds", "warned": "WARNS", "broken": "BROKEN"}
@@ -501,8 +563,8 @@ def test_a_warning_is_told_and_does_not_break_the_night(limit: Limit, state: str
 
 def test_a_warning_that_could_not_be_judged_leaves_the_night_judged() -> None:
     (rule,) = verdict.judge(Policy((Limit("psi", None, 0.1),)), evidence(None))
-    assert rule.state == "not judged" and verdict.state_of([rule], None, None) == "held"
-    assert verdict.state_of([rule], "fail", None) == "held"
+    assert rule.state == "not judged" and verdict.state_of([rule], None, ()) == "held"
+    assert verdict.state_of([rule], "fail", ()) == "held"
 
 
 def test_what_has_nothing_to_be_held_against_is_not_judged_and_says_why() -> None:

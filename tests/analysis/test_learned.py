@@ -96,6 +96,12 @@ def test_what_is_usual_equals_scipy_and_numpy(n: int) -> None:
     assert learned.usual(learns("p99"), values[:7]) is None
 
 
+def test_nights_that_are_mostly_equal_make_all_that_they_had_usual() -> None:
+    values = [0.0] * 15 + [0.02] * 13
+    assert learned.usual(learns("3 mad"), values) == learned.UsualRange(0.0, 0.02, 28)
+    assert [rule_of(x, "3 mad", values).state for x in (1e-6, 0.02, 0.021)] == [HELD, HELD, BROKEN]
+
+
 # --- judging
 
 
@@ -137,6 +143,28 @@ def test_two_levels_may_learn_or_one_of_them() -> None:
     assert rule_of(4, learning, values[:7]).state == NOT_JUDGED
     alone = {"warn": "p75"}
     assert [rule_of(16, alone, v).state for v in (values, values[:7])] == [WARNED, NOT_JUDGED]
+
+
+def test_a_minimum_that_reaches_down_to_zero_is_not_judged() -> None:
+    ratios = [1, 0.5, 1.5, 0.4, 1.6, 1, 0.3, 1.7]
+    rule = rule_of(0, "3 mad", ratios, "min_tokens_ratio")
+    assert (rule.state, rule.value) == (NOT_JUDGED, 0)
+    assert rule.reason == (
+        '"3 mad" of 8 earlier nights reaches down to 0, and nothing is below that; give a number'
+    )
+    assert rule_of(0, "1 mad", ratios, "min_tokens_ratio").state == BROKEN
+    beside = {"warn": "3 mad", "fail": 0.1}
+    assert rule_of(0, beside, ratios, "min_tokens_ratio").state == BROKEN
+    assert rule_of(0, "3 mad", ratios, "max_tokens_ratio").state == HELD
+
+
+def test_a_first_night_excuses_that_there_are_too_few_nights_to_learn_from() -> None:
+    policy = Policy((parse("p", "junk_share", {"warn": "p90", "fail": "3 mad"}),))
+    few = rule_of(0.01, "3 mad", VALUES[:2], "junk_share")
+    excused = [*verdict.few_nights(policy, {"junk_share": VALUES[:2]})]
+    assert verdict.state_of([few], None, excused) == HELD
+    assert verdict.state_of([few], None, ()) == NOT_JUDGED
+    assert [*verdict.few_nights(policy, {"junk_share": VALUES})] == []
 
 
 def test_what_is_usual_is_said_in_numbers() -> None:
@@ -218,3 +246,32 @@ def test_a_night_that_kept_no_such_figure_is_judged_again(
     monkeypatch.setattr(verdict, "judge", judge)
     values = past.values_before(POLICY, tonight, 8, lambda run: run.id)  # type: ignore[arg-type,return-value]
     assert values == {"psi": [0.125]} and judged == [earlier.id]
+
+
+def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_path: Path) -> None:
+    """Nor does it stop the audit, even if an audit kept a figure of other groups."""
+
+    def grouped(day: int, by: str | None, *tables: str) -> RunFolder:
+        run = night_of(tmp_path, day)
+        kept = StoredVerdict(
+            "held", "new", 8, None, (), (), (), {"group.psi": day, "junk_share": day}
+        )
+        verdicts.write_verdict(run, kept)
+        info = {**run.info, "config": {**run.info["config"], "group_by": by}}
+        info["tables"] = {**run.info["tables"], **{name: {} for name in tables}}
+        return replace(run, info=info)
+
+    of_both = ("sources", "groups", "strange")
+    nights = [
+        grouped(1, "lang", *of_both),
+        grouped(2, "kind", *of_both),
+        grouped(3, None, "sources", "strange"),
+        grouped(4, "lang"),
+    ]
+    tonight = grouped(5, "lang", *of_both)
+    limits = (parse("p", "psi", "3 mad", "group"), parse("p", "junk_share", "3 mad"))
+    policy = replace(POLICY, limits=limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(past, "_nights_before", lambda run, window: iter(nights))
+        values = past.values_before(policy, tonight, 8, no_evidence)
+    assert values == {"group.psi": [1], "junk_share": [1, 2, 3]}
