@@ -22,7 +22,7 @@ from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
 from afn_ray.analysis.parts import Parts
 from afn_ray.analysis.policy import Policy
 from afn_ray.analysis.verdict import BROKEN, WARNED, Culprit, Rule
-from afn_ray.errors import QueryError
+from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.compare import Comparison
@@ -70,14 +70,17 @@ class _Asked:
         self._opened: database.Run | None = None
 
     def rows(self, query: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Rows of ``query``; none without a run, or if the query takes too long: names are extra."""
+        """Rows of ``query``; none without a run, or if it cannot be read or not in time.
+
+        Names are extra: a verdict stands without them.
+        """
         if self._run is None:
             return []
         try:
             if self._opened is None:
                 self._opened = database.open_run(self._run.uri)
             found = self._opened.sql(query, parameters or {}).to_arrow_table().to_pylist()
-        except QueryError:
+        except (QueryError, StoreError):
             return []
         rows: list[dict[str, Any]] = found
         return rows

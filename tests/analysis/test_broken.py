@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,14 +16,17 @@ import pytest
 import afn_ray
 from afn_ray.analysis import audit, baselines, culprits, own_parts, verify
 from afn_ray.analysis.audit import Audit
+from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.nights import Night
 from afn_ray.analysis.policy import Policy, read_policy
 from afn_ray.analysis.standing import Standing, standing
-from afn_ray.analysis.verdict import Rule
+from afn_ray.analysis.verdict import Culprit, Rule
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.reduce import compare, losses
 from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.show.verdict_facts import verdict_facts
 from afn_ray.store import manifest, verdicts
@@ -236,6 +240,28 @@ def test_what_moved_is_named_with_types_in_their_context(caught: Caught) -> None
     assert kinds == sorted(kinds, key=["source", "group", "type", "document"].index)
     assert {"source", "type", "document"} <= {*kinds}
     assert classes.state == "warned" and {"class", "type"} == {one.kind for one in classes.culprits}
+
+
+def test_a_baseline_that_lost_a_file_leaves_out_texts_and_no_verdict(
+    caught: Caught, tmp_path: Path
+) -> None:
+    """The night of junk is the baseline of the clean one, so that types vanish."""
+    store = shutil.copytree(manifest.find_run(caught.broken.run.uri).store, tmp_path / "store")
+    before = manifest.find_run(str(store / "runs" / caught.broken.run.id))
+    drift = compare.compare(before, caught.clean.run)
+    found = Evidence(
+        caught.clean.run, losses.of_run(caught.clean.run), (), drift, Baseline(before), 2
+    )
+    rule = Rule(Limit("max_vanished_types", 0), 9, "broken", None)
+
+    def named() -> tuple[Culprit, ...]:
+        return culprits.with_culprits([rule], Policy((rule.limit,)), found)[0].culprits
+
+    whole = named()
+    assert whole and all(one.text for one in whole)
+    for shard in store.rglob("*-tokens.parquet"):
+        shard.unlink()
+    assert named() == tuple(one._replace(text=None) for one in whole)
 
 
 def test_names_are_cut_and_cannot_act() -> None:
