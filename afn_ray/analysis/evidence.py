@@ -70,7 +70,7 @@ def _junk(run: RunFolder) -> Found:
 def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
     """Values of ``RUN_LIMITS``; losses come with the worst files."""
     counts = run.info["counts"]
-    num_documents = max(1, counts["documents"])
+    num_documents = max(1, _num_read(run))
     num_quarantined = len(run.info["quarantined"])
     num_shards = max(1, counts["shards"] + num_quarantined)
     yield "quarantined_documents", Found(counts["quarantined"] / num_documents)
@@ -87,6 +87,15 @@ def _of_run(run: RunFolder, lost: Losses) -> Iterator[LimitValues]:
     yield "replaced_characters", Found(lost.replaced, replaced_files)
     yield "replaced_share", Found(replaced_share, replaced_files)
     yield from _of_copies(run)
+
+
+def _num_read(run: RunFolder) -> int:
+    """The number of documents that ``run`` read, with the copies that it does not count."""
+    num: int = run.info["counts"]["documents"]
+    found = duplicates.figures_of(run.info)
+    if found is None or duplicates.choice_of(run.info) == duplicates.KEEP:
+        return num
+    return num + found.documents
 
 
 def _of_copies(run: RunFolder) -> Iterator[LimitValues]:

@@ -335,6 +335,14 @@ def test_a_policy_limits_copies_and_repeated_ids(runs: dict[str, Any], tmp_path:
         assert body["examples"][0] == {"id": "v0", "n": 2, "doc": 0} and body["near_share"] is None
     run = manifest.find_run(runs[KEEP])
     older = replace(run, info={key: run.info[key] for key in run.info if key != "duplicates"})
+    num_read = run.info["counts"]["documents"]
+    for choice in (KEEP, ONCE, WEIGHT):  # shares are of the documents read, copies included
+        one = manifest.find_run(runs[choice])
+        counts = one.info["counts"] | {"empty": 2, "quarantined": 1}
+        one = replace(one, info=one.info | {"counts": counts})
+        values = dict(evidence._of_run(one, losses.of_run(one)))
+        assert values["empty_documents"].value == 2 / num_read
+        assert values["quarantined_documents"].value == 1 / num_read
     values = dict(evidence._of_run(older, losses.of_run(run)))
     assert values["repeated_ids"].value is None and "older" in str(values["repeated_ids"].reason)
 
