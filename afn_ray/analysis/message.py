@@ -19,6 +19,8 @@ MOST_RULES, MOST_REASONS, MOST_MOVERS = 4, 2, 3
 """Largest number of broken limits, of reasons and of moved types in a message."""
 MOST_PAGE_CHARS = 200
 """Longest URL of a page in a message, in characters."""
+MOST_ANSWER_CHARS = 300
+"""Longest state of a night in a message, with the reason why it was accepted, in characters."""
 ACTIVE = {ord(c): ord(c) + 0xFEE0 for c in "\\`*_[]<>#|~@&!$"}
 """Characters with a meaning in Markdown or in a chat, and their full-width forms, without one."""
 IN_LINK = re.compile(r"(?<=\w)([.:])(?=[\w/])")
@@ -38,7 +40,7 @@ def message(found: Audit, page: str | None) -> Message:
     """The message about the night ``found``; ``page`` is the URL of its page, if it has one."""
     day = "" if found.partition is None else f" {found.partition}"
     title = f"afn audit {found.state}: {inert(found.series, 60)}{day}"
-    lines = [answer(found), "", *_unjudged(found), *_broken(found), ""]
+    lines = [inert(answer(found), MOST_ANSWER_CHARS), "", *_unjudged(found), *_broken(found), ""]
     if found.comparison is not None:
         lines += [*_movers(found.comparison, found.layer), ""]
     if page is not None:

@@ -42,14 +42,24 @@ def services(urls: Sequence[str], allow_http: bool) -> list[Any]:
                 "slack://..., workflows://..., mailtos://..., pagerduty://... or another of its "
                 "services, with all that the service needs"
             )
-        is_open = not service.secure and service.protocol and service.secure_protocol
-        if is_open and not allow_http and not is_this_machine(service.host or ""):
+        if _is_open(service) and not allow_http and not is_this_machine(service.host or ""):
             raise ConfigError(
                 f"--notify to {name_of(service)} is not encrypted, and anybody on the way reads "
-                "it; use the scheme that ends with s, or --allow-http"
+                "it; use a scheme and a mode that encrypt (most end with s), or --allow-http"
             )
         found.append(service)
     return found
+
+
+def _is_open(service: Any) -> bool:
+    """Whether ``service`` sends to a host in clear text, by its scheme or by a mode in its URL.
+
+    A service without a host in its URL sends to this machine, or to its own address by https.
+    """
+    if getattr(service, "secure_mode", None) == "insecure":
+        return True
+    to_host = bool(service.secure_protocol) or _has_host(service)
+    return bool(service.protocol) and not service.secure and to_host
 
 
 def send(service: Any, message: Message, is_broken: bool) -> str | None:
@@ -73,8 +83,12 @@ def send(service: Any, message: Message, is_broken: bool) -> str | None:
 
 def name_of(service: Any) -> str:
     """Name of ``service``, with its host where that part of the URL is a host, not a secret."""
-    has_host = any("{host}" in template for template in service.templates)
-    return f"{service.service_name} at {service.host}" if has_host else str(service.service_name)
+    name = str(service.service_name)
+    return f"{name} at {service.host}" if _has_host(service) else name
+
+
+def _has_host(service: Any) -> bool:
+    return any("{host}" in template for template in service.templates)
 
 
 class _Statuses(logging.Filter):

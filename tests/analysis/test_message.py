@@ -17,13 +17,15 @@ from afn_ray.analysis import notify, services
 from afn_ray.analysis.audit import Audit
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.limits import Limit
-from afn_ray.analysis.message import MOST_PAGE_CHARS, Message, inert, message
+from afn_ray.analysis.message import MOST_ANSWER_CHARS, MOST_PAGE_CHARS, Message, inert, message
+from afn_ray.analysis.standing import Standing
 from afn_ray.analysis.verdict import Rule
 from afn_ray.errors import ConfigError
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.losses import Losses
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.store.manifest import RunFolder
+from afn_ray.store.verdicts import Acceptance
 from nights import Nights, listening, strictly
 
 EVIL = "<!channel> @everyone [x](http://evil.example/y) **b** _i_ `c` ~~s~~ | # h &lt; www.evil.example\n\n# top \u202e"
@@ -114,6 +116,17 @@ def test_words_of_a_corpus_are_inert_in_markdown_and_in_chats() -> None:
     )
 
 
+def test_the_reason_of_an_acceptance_is_inert_and_cut() -> None:
+    accepted = Acceptance(EVIL * 9, "2026-11-02T03:00:00+00:00")
+    found = replace(
+        night([PSI], []), standing=Standing("2026-11-02T02:00:00+00:00", acceptance=accepted)
+    )
+    first = message(found, None).body.splitlines()[0]
+    assert first.startswith("the policy is broken: 1 limit of 1; accepted ") and "channel" in first
+    assert not re.search(r"[<>@|`*\[\]&#~]|\w://|www\.\w|\u202e", first)
+    assert len(first.replace("\u2060", "")) == MOST_ANSWER_CHARS
+
+
 # --- services
 
 SECRETS = {
@@ -141,7 +154,19 @@ def test_urls_that_are_no_service_or_not_encrypted_are_refused_without_showing_t
         services.services(["json://u:hunter2@far.example/hunter2"], False)
     assert "hunter2" not in str(caught.value)
     assert len(services.services(["json://far.example/x"], True)) == 1
-    assert len(services.services(["json://127.0.0.1/x", "json://localhost/"], False)) == 2
+    local = ["json://127.0.0.1/x", "json://localhost/", "rsyslog://localhost", "syslog://"]
+    assert len(services.services(local, False)) == 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["rsyslog://far.example", "mailtos://u:hunter2@far.example?mode=insecure"],
+)
+def test_clear_text_by_a_plain_scheme_alone_or_by_a_mode_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"at far\.example is not encrypted") as caught:
+        services.services([url], False)
+    assert "hunter2" not in str(caught.value)
+    assert len(services.services([url], True)) == 1
 
 
 def test_a_service_that_does_not_take_it_is_named_with_the_status(
