@@ -6,6 +6,7 @@ from typing import Annotated, TypedDict
 
 from afn_ray.analysis import own_parts
 from afn_ray.config import CHOICES
+from afn_ray.errors import QueryError, StoreError
 from afn_ray.reduce import duplicates, near_duplicates
 from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.store.manifest import RunFolder
@@ -38,7 +39,10 @@ class CopiesJson(TypedDict):
     id_documents: Annotated[int, "documents with such an id"]
     examples: Annotated[list[RepeatedIdJson], "the first of these ids"]
     near_share: Annotated[float | None, "near-copies; null: they were not looked for"]
-    near_groups: Annotated[list[NearGroupJson], "the groups with near-copies, most first"]
+    near_groups: Annotated[
+        list[NearGroupJson] | None,
+        "the groups with near-copies, most first; null: the documents could not be read",
+    ]
 
 
 def to_json(run: RunFolder) -> CopiesJson | None:
@@ -48,11 +52,6 @@ def to_json(run: RunFolder) -> CopiesJson | None:
         return None
     examples = found.examples
     near_share = near_duplicates.share_of(run.info)
-    groups: list[NearGroupJson] = []
-    if near_share and grouped_by(run) is not None:
-        shares = [(part.name, part.value) for part in own_parts.near_copies(run, "group")]
-        shares.sort(key=lambda named: (-named[1], named[0]))
-        groups = [{"group": name, "share": share} for name, share in shares if share]
     return {
         "choice": duplicates.choice_of(run.info),
         "documents": found.documents,
@@ -63,5 +62,18 @@ def to_json(run: RunFolder) -> CopiesJson | None:
         "id_documents": found.id_documents,
         "examples": [{"id": one.id, "n": one.n, "doc": one.doc} for one in examples],
         "near_share": near_share,
-        "near_groups": groups,
+        "near_groups": _near_groups(run) if near_share else [],
     }
+
+
+def _near_groups(run: RunFolder) -> list[NearGroupJson] | None:
+    """The groups of ``run`` with near-copies, most first; None if its documents cannot be read."""
+    if grouped_by(run) is None:
+        return []
+    try:
+        parts = sorted(
+            own_parts.near_copies(run, "group"), key=lambda part: (-part.value, part.name)
+        )
+    except (QueryError, StoreError):
+        return None
+    return [{"group": part.name, "share": part.value} for part in parts if part.value]

@@ -140,8 +140,7 @@ def _parts(limit: Limit, kind: str, night: _Night) -> Iterator[Culprit]:
     key, run, comparison = limit.key, night.evidence.run, night.evidence.comparison
     if key in own_parts.FIGURES:
         if f"{kind}s" in run.info["tables"]:
-            found = sorted(own_parts.FIGURES[key](run, kind), key=lambda part: -part.value)
-            for part in found:
+            for part in _own(run, kind, key):
                 if part.value:
                     figure = _figure(limit, part.value)
                     yield Culprit(kind, part.name, f"{figure}, {count(part.n, 'token')}")
@@ -166,6 +165,14 @@ def _parts(limit: Limit, kind: str, night: _Night) -> Iterator[Culprit]:
         for value, row in sorted(distances, key=lambda of: -of[0]):
             if value:
                 yield Culprit(kind, row["name"], f"{_figure(limit, value)}, {_tokens(row)}")
+
+
+def _own(run: RunFolder, kind: str, key: str) -> list[own_parts.OwnPart]:
+    """The parts by their own figure, the largest first; none if documents cannot be read."""
+    try:
+        return sorted(own_parts.FIGURES[key](run, kind), key=lambda part: -part.value)
+    except (QueryError, StoreError):
+        return []
 
 
 def _figure(limit: Limit, value: float) -> str:
@@ -281,7 +288,9 @@ def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
             rule, night, table.filter(pc.greater_equal(table["score"], STRANGE_SCORE))
         ):
             yield Culprit("document", _name(row), row["reason"], row["text"])
-    if limit.key == "duplicate_share" and "screened" in tables:
+    if limit.key == "duplicate_share" and "duplicates" in tables:
+        yield from _left_out(night)
+    elif limit.key == "duplicate_share" and "screened" in tables:
         table = manifest.read_table(night.evidence.run, "screened")
         table = table.sort_by([("n_copies", "descending"), ("rank", "ascending")])
         for row in table.filter(pc.greater(table["n_copies"], 1)).slice(0, MOST).to_pylist():
@@ -294,6 +303,32 @@ def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
             ORDER BY lost_bytes DESC, n_replaced DESC, doc LIMIT {MOST}"""  # noqa: S608 - ours
         for row in night.here.rows(query):
             yield Culprit("document", _name(row), _damage(row))
+
+
+def _left_out(night: _Night) -> Iterator[Culprit]:
+    """The documents with most copies that are not counted; screening sees none of these copies."""
+    copies = manifest.read_table(night.evidence.run, "duplicates")
+    most = copies.group_by("duplicate_of").aggregate([("doc", "count")])
+    order = [("doc_count", "descending"), ("duplicate_of", "ascending")]
+    num_of = {row["duplicate_of"]: row["doc_count"] for row in _top(most, order)}
+    if not num_of:
+        return
+    query = f"""
+        SELECT d.doc, d.source,
+            string_agg(if(is_word_start, ' ', '') || t.text, '' ORDER BY t.position) AS text
+        FROM documents d JOIN tokens t ON d.doc = t.doc
+        WHERE d.doc IN ({", ".join(map(str, num_of))}) AND NOT t.is_special
+            AND t.position <= {MOST_TEXT_CHARS}
+        GROUP BY d.doc, d.source"""  # noqa: S608 - numbers of ours
+    for row in sorted(night.here.rows(query), key=lambda row: (-num_of[row["doc"]], row["doc"])):
+        reason = f"{num_of[row['doc']] + 1:,} documents have this text"
+        yield Culprit("document", _name(row), reason, row["text"])
+
+
+def _top(table: pa.Table, order: list[tuple[str, str]]) -> list[dict[str, int]]:
+    """The first ``MOST`` rows of ``table`` in this ``order``."""
+    rows: list[dict[str, int]] = table.sort_by(order).slice(0, MOST).to_pylist()
+    return rows
 
 
 def _of_part(rule: Rule, night: _Night, table: pa.Table) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
         f"SELECT source, {value} AS value, count(*) AS n, count(near_duplicate_of) AS n_near "  # noqa: S608
         "FROM documents WHERE n_tokens > 0 AND duplicate_of IS NULL GROUP BY ALL"
     )
-    with database.open_run(run.uri) as opened:
+    with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
         rows = opened.sql(query).to_arrow_table()
     places = rows.select(["source"])
     if column is not None:
@@ -172,7 +172,7 @@ def _kept_columns(run: RunFolder) -> str:
 def _lossy_documents(run: RunFolder, column: kept.KeptColumn) -> pa.Table:
     """``source``, ``lost_bytes`` and the kept ``column`` of each document that lost something."""
     name = quoted(column.name)
-    with database.open_run(run.uri) as opened:
+    with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
         query = f"SELECT source, lost_bytes, {name} FROM documents WHERE lost_bytes > 0"  # noqa: S608
         rows = opened.sql(query).to_arrow_table()
     kind = pa.string() if column.kind == "string" else kept.KINDS[column.kind]

@@ -15,6 +15,8 @@ import pytest
 
 import afn_ray
 from afn_ray.analysis import audit, evidence, verdict, verify
+from afn_ray.analysis.limits import Limit
+from afn_ray.analysis.policy import Policy
 from afn_ray.config import RunConfig
 from afn_ray.query.catalog import write_catalog
 from afn_ray.reduce import compare, duplicates, losses
@@ -345,6 +347,24 @@ def test_a_policy_limits_copies_and_repeated_ids(runs: dict[str, Any], tmp_path:
         assert values["quarantined_documents"].value == 1 / num_read
     values = dict(evidence._of_run(older, losses.of_run(run)))
     assert values["repeated_ids"].value is None and "older" in str(values["repeated_ids"].reason)
+
+
+def test_a_broken_share_of_copies_names_the_documents_that_have_them(runs: dict[str, Any]) -> None:
+    """The counted one of each text, the most frequent first, though no copy is scanned."""
+    policy = Policy((Limit("duplicate_share", 0),))
+    for choice in (ONCE, WEIGHT):
+        found = audit.run_audit(replace(runs["config"], duplicates=choice), policy, mark=False)
+        named = [one for one in found.rules[0].culprits if one.kind == "document"]
+        texts = {row["doc"]: row for row in ask(found.run.uri, "SELECT doc, source FROM documents")}
+        copies = Counter(
+            manifest.read_table(found.run, "duplicates")["duplicate_of"].to_pylist()
+        ).most_common()
+        expected = sorted(copies, key=lambda pair: (-pair[1], pair[0]))[:5]
+        assert [(one.name, one.reason) for one in named] == [
+            (f"{doc} of {texts[doc]['source']}", f"{n + 1:,} documents have this text")
+            for doc, n in expected
+        ]
+        assert str(named[0].text).replace(" ", "") == BANNER["text"].replace(" ", "")
 
 
 def test_frozen_thresholds_label_only_what_is_counted(runs: dict[str, Any], tmp_path: Path) -> None:

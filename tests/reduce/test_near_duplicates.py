@@ -13,8 +13,11 @@ import pytest
 
 import afn_ray
 from afn_ray.analysis import audit, verify
+from afn_ray.analysis.limits import Limit
+from afn_ray.analysis.policy import Policy
 from afn_ray.config import RunConfig
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, QueryError
+from afn_ray.query import database
 from afn_ray.reduce import near_duplicates
 from afn_ray.show import run_facts, summary
 from afn_ray.store import manifest
@@ -146,6 +149,26 @@ def test_a_policy_limits_near_copies_and_names_the_worst_group(
         replace(config, near_duplicates=None), afn_ray.read_policy(str(policy))
     )
     assert all("were not looked for" in str(rule.reason) for rule in lacking.rules)
+
+
+def test_documents_that_cannot_be_read_cost_names_and_no_verdict(
+    near_run: tuple[RunConfig, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures of parts are asked for without a time limit of a user's query."""
+    config, _ = near_run
+    limit = Limit("near_duplicate_share", 0.05)
+    limits_s = []
+
+    def fail(*_: object, timeout_s: float = 60.0, **__: object) -> None:
+        limits_s.append(timeout_s)
+        raise QueryError("stopped")
+
+    monkeypatch.setattr(database, "open_run", fail)
+    found = audit.run_audit(config, Policy((limit,)), mark=False)
+    assert found.state == "broken" and not found.rules[0].culprits
+    body = audit.to_json(found)["duplicates"]
+    assert body is not None and body["near_groups"] is None and body["near_share"] == 4 / 48
+    assert database.MAX_TIMEOUT_S in limits_s
 
 
 def test_verify_proves_near_copies(near_run: tuple[RunConfig, str], monkeypatch: Any) -> None:
