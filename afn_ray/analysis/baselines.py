@@ -76,12 +76,11 @@ def find(run: RunFolder, kind: str, window: str) -> Baseline:
     nights = itertools.chain([newest], nights)
     if kind == "weekday":
         return _same_weekday(run, nights)
-    nights = filter(verdicts.may_be_baseline, nights)
     if kind == "week":
         return _last_week(run, nights)
     if (median := MEDIAN.fullmatch(kind)) is not None:
         return _median(list(nights), int(median[1]))
-    previous = series_runs.newest_audited(nights)
+    previous = series_runs.newest_audited(filter(verdicts.may_be_baseline, nights))
     lacking = f'every earlier night of the series "{name}" is broken, and none was accepted'
     return Baseline(previous, None if previous else lacking, is_refused=previous is None)
 
@@ -123,11 +122,18 @@ def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def _last_week(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
-    """The newest of ``nights`` that is old enough, audited or not."""
+    """The newest of ``nights`` that is old enough and may be a baseline, audited or not."""
     latest = _began(run) - WEEK
-    found = next((night for night in nights if _began(night) <= latest), None)
-    days = WEEK.total_seconds() / 86_400
-    return Baseline(found, None if found else f"no run of the series is {days:g} days old yet")
+    days = f"{WEEK.total_seconds() / 86_400:g} days old"
+    lacking, is_refused = f"no run of the series is {days} yet", False
+    for night in nights:
+        if _began(night) > latest:
+            continue
+        if verdicts.may_be_baseline(night):
+            return Baseline(night)
+        lacking = f"every run of the series that is {days} is broken, and none was accepted"
+        is_refused = True
+    return Baseline(None, lacking, is_refused=is_refused)
 
 
 def _same_weekday(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
@@ -151,12 +157,20 @@ def _same_weekday(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
 
 
 def _median(nights: list[RunFolder], num_nights: int) -> Baseline:
-    """The newest audited one of ``nights``, and the ``num_nights`` newest for the medians."""
-    previous = series_runs.newest_audited(nights)
-    if len(nights) < num_nights:
-        lacking = f"the median needs {count(num_nights, 'earlier night')}; there are {len(nights)}"
-        return Baseline(previous, lacking, is_median=True)
-    return Baseline(previous, median_of=tuple(nights[:num_nights]), is_median=True)
+    """The newest audited one of ``nights``, and the ``num_nights`` newest for the medians.
+
+    Broken nights that were not accepted are neither.
+    """
+    able = [night for night in nights if verdicts.may_be_baseline(night)]
+    previous = series_runs.newest_audited(able)
+    if len(able) >= num_nights:
+        return Baseline(previous, median_of=tuple(able[:num_nights]), is_median=True)
+    broken = len(nights) - len(able)
+    lacking = f"the median needs {count(num_nights, 'earlier night')}; there are {len(able)}"
+    if broken:
+        lacking += f", and {broken} broken that nobody accepted"
+    is_refused = previous is None or len(nights) >= num_nights
+    return Baseline(previous, lacking, is_median=True, is_refused=is_refused)
 
 
 def _began(run: RunFolder) -> datetime:

@@ -320,6 +320,35 @@ def test_a_broken_night_is_no_baseline_until_it_is_accepted(tmp_path: Path) -> N
     assert none.lacking.endswith("is broken, and none was accepted")
 
 
+def test_a_baseline_that_only_broken_nights_could_be_is_refused_and_says_so(
+    tmp_path: Path,
+) -> None:
+    """So ``--first-night`` does not excuse its lack."""
+    start = datetime(2026, 11, 1, 3, tzinfo=UTC)
+    runs = [
+        complete(tmp_path, start + timedelta(days=at), corpus=[f"c/dt=2026-11-{at + 1:02}"])
+        for at in range(9)
+    ]
+    for run in runs[:8]:
+        put(run, "broken", False, "psi")
+
+    def found(tonight: RunFolder, kind: str, window: str) -> tuple[str | None, bool]:
+        baseline = baselines.find(tonight, kind, window)
+        assert baseline.run is None
+        return baseline.lacking, baseline.is_refused
+
+    of_week = "every run of the series that is 6.5 days old is broken, and none was accepted"
+    assert found(runs[8], "week", "all") == (of_week, True)
+    assert found(runs[5], "week", "all") == ("no run of the series is 6.5 days old yet", False)
+    needed = "the median needs 3 earlier nights; there are 0, and {} broken that nobody accepted"
+    assert found(runs[8], "median:3", "new") == (needed.format(8), True)
+    assert found(runs[2], "median:3", "new") == (needed.format(2), True)
+    put(runs[0], "held")
+    few = [baselines.find(runs[at], "median:3", "new") for at in (2, 3)]
+    assert [one.run for one in few] == [runs[0], runs[0]]
+    assert [one.is_refused for one in few] == [False, True]  # two nights are too few anyway
+
+
 def test_only_a_broken_night_is_accepted_and_with_a_reason(tmp_path: Path) -> None:
     run = complete(tmp_path, datetime(2026, 11, 1, tzinfo=UTC))
     with pytest.raises(ConfigError, match=r"needs no acceptance: it was never audited"):
