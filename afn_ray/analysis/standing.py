@@ -38,8 +38,10 @@ def standing(run: RunFolder, state: str, rules: Sequence[Rule]) -> Standing:
 
     Runs over the same text directly before it count as the same night.
     """
-    given = (state, _names(rules, BROKEN), _names(rules, NOT_JUDGED))
-    found = Standing(run.info["finished_at"])
+    broken = _names(rules, BROKEN)
+    given = (state, broken, _names(rules, NOT_JUDGED))
+    acceptance = verdicts.acceptance_of(run, broken)
+    found = Standing(run.info["finished_at"], acceptance=acceptance)
     earlier = series_runs.same_night(run, series_runs.alike(run, before=run.id))
     for night in (run, *earlier):
         verdict = verdicts.read_verdict(night)
@@ -47,7 +49,6 @@ def standing(run: RunFolder, state: str, rules: Sequence[Rule]) -> Standing:
             continue
         if (verdict.state, {*verdict.broken}, {*verdict.unjudged}) != given:
             break
-        acceptance = found.acceptance or verdicts.read_acceptance(night)
         told = found.was_told or verdict.told
         found = Standing(night.info["finished_at"], True, told, acceptance)
     return found

@@ -122,7 +122,7 @@ def _rows(
         before = night_before(run, runs)
         baseline = None if before is None else before.uri
         found = tuple(distances(before, run))
-    acceptance = verdicts.read_acceptance(run)
+    acceptance = verdicts.acceptance_of(run, () if verdict is None else verdict.broken)
     of_night: dict[str, Any] = {
         "run": run.id,
         "measure": run.info["measure"]["id"],

@@ -4,20 +4,22 @@
 baseline, which a garbage collection may remove. All other figures of a night are in the run's own
 tables.
 
-``accepted.json`` beside a broken night says that somebody accepted it as a baseline, and why.
+``accepted.json`` beside a broken night says that somebody accepted it as a baseline, why, and which
+broken limits that covers.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from afn_ray.errors import ConfigError
 from afn_ray.schema import SCHEMA_VERSION
-from afn_ray.store import checksums, storage, uris
+from afn_ray.store import checksums, series_runs, storage, uris
 from afn_ray.store.checksums import checksummed, read_json
 from afn_ray.store.manifest import RunFolder
 
@@ -72,6 +74,12 @@ class Acceptance(NamedTuple):
 
     why: str
     accepted_at: str  # ISO 8601, UTC
+    broken: frozenset[str] | None
+    """Names of the limits that were broken; None: all, as in files from before they were kept."""
+
+    def covers(self, broken: Iterable[str]) -> bool:
+        """Whether this is a word on every limit of ``broken``."""
+        return self.broken is None or self.broken.issuperset(broken)
 
 
 def write_verdict(run: RunFolder, verdict: StoredVerdict) -> None:
@@ -114,8 +122,9 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
 def accept(run: RunFolder, why: str) -> None:
     """Record that the broken night of ``run`` may be a baseline, and ``why``.
 
-    Raises ``ConfigError`` unless its last audit found a limit broken and nobody accepted it before,
-    and for a reason that is empty or too long.
+    It covers the limits that the last audit found broken, and replaces an acceptance that does not.
+    Raises ``ConfigError`` if none was broken or all of them were accepted before, and for a reason
+    that is empty or too long.
     """
     verdict = read_verdict(run)
     if verdict is None or not verdict.broken:
@@ -129,16 +138,27 @@ def accept(run: RunFolder, why: str) -> None:
             f"the reason has {len(why):,} characters; expected 1 to {MOST_WHY_CHARS:,}, as in --why "
             '"the new source is meant to be there"'
         )
-    accepted_at = datetime.now(UTC).isoformat(timespec="seconds")
-    body = {"schema_version": SCHEMA_VERSION, "run": run.id, "why": why, "accepted_at": accepted_at}
+    if acceptance_of(run, verdict.broken) is not None:
+        raise ConfigError(f"run {run.uri} was accepted before; nothing has changed")
+    body = {
+        "schema_version": SCHEMA_VERSION,
+        "run": run.id,
+        "why": why,
+        "accepted_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "broken": list(verdict.broken),
+    }
+    uri = uris.join(run.uri, ACCEPTED)
     try:
-        storage.write_once(uris.join(run.uri, ACCEPTED), checksummed(body))
-    except storage.AlreadyWritten:
-        raise ConfigError(f"run {run.uri} was accepted before; nothing has changed") from None
+        storage.write_once(uri, checksummed(body))
+    except storage.AlreadyWritten:  # of fewer limits
+        storage.write_over(uri, checksummed(body), retry_for_s=None)
 
 
 def read_acceptance(run: RunFolder) -> Acceptance | None:
-    """Who accepted the night of ``run``; None: nobody. Raises ``StoreError`` for damage."""
+    """What ``accepted.json`` beside ``run`` says; None without it. Raises ``StoreError`` for damage.
+
+    Whether it holds for the verdict on the run is what ``acceptance_of`` tells.
+    """
     uri = uris.join(run.uri, ACCEPTED)
     body = read_json(uri)
     if body is None:
@@ -146,7 +166,25 @@ def read_acceptance(run: RunFolder) -> Acceptance | None:
     with checksums.named_damage(uri):
         if body["run"] != run.id:  # copied with a folder
             return None
-        return Acceptance(_text(body["why"]), _text(body["accepted_at"]))
+        broken = body.get("broken")
+        keys = None if broken is None else frozenset(map(_text, broken))
+        return Acceptance(_text(body["why"]), _text(body["accepted_at"]), keys)
+
+
+def acceptance_of(run: RunFolder, broken: Iterable[str]) -> Acceptance | None:
+    """Somebody's word that the night of ``run`` may be a baseline although ``broken`` limits are.
+
+    It may be beside a run over the same text directly before it. None: nobody accepted every limit
+    of ``broken``, or there are none.
+    """
+    if not (keys := frozenset(broken)):
+        return None
+    earlier = series_runs.same_night(run, series_runs.alike(run, before=run.id))
+    for night in itertools.chain([run], earlier):
+        acceptance = read_acceptance(night)
+        if acceptance is not None and acceptance.covers(keys):
+            return acceptance
+    return None
 
 
 def may_be_baseline(run: RunFolder) -> bool:
@@ -156,7 +194,7 @@ def may_be_baseline(run: RunFolder) -> bool:
     there might never be enough of them.
     """
     verdict = read_verdict(run)
-    return verdict is None or not verdict.broken or read_acceptance(run) is not None
+    return verdict is None or not verdict.broken or acceptance_of(run, verdict.broken) is not None
 
 
 def _uri(run: RunFolder) -> str:

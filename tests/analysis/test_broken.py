@@ -29,7 +29,7 @@ from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.show.verdict_facts import verdict_facts
-from afn_ray.store import manifest, verdicts
+from afn_ray.store import checksums, manifest, verdicts
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.verdicts import StoredVerdict
 from afn_ray.text import visible
@@ -375,6 +375,52 @@ def test_only_a_broken_night_is_accepted_and_with_a_reason(tmp_path: Path) -> No
     copied.write_bytes(copied.read_bytes().replace(b"first", b"furst"))
     with pytest.raises(StoreError, match=r"accepted.json"):
         verdicts.may_be_baseline(run)
+
+
+def test_an_acceptance_covers_the_limits_that_were_broken(tmp_path: Path) -> None:
+    """An audit by a tighter policy must be accepted anew; what it says is what baselines follow."""
+    run = put(complete(tmp_path, datetime(2026, 11, 1, tzinfo=UTC)), "broken", False, "psi", "ks")
+    rules = {key: Rule(Limit(key, 0.1), 0.2, "broken", None) for key in ("psi", "ks", "js")}
+
+    def why_of(*broken: str) -> str | None:
+        """The reason that the audit gives, which may be a baseline just when it gives one."""
+        put(run, "broken", True, *broken)
+        found = standing(run, "broken", [rules[key] for key in broken]).acceptance
+        assert verdicts.may_be_baseline(run) is (found is not None)
+        return None if found is None else found.why
+
+    verdicts.accept(run, "both")
+    assert [why_of("psi", "ks"), why_of("ks"), why_of("ks", "js")] == ["both", "both", None]
+    verdicts.accept(run, "js too")
+    assert [why_of("js"), why_of("psi", "ks")] == ["js too", None]
+    path = tmp_path / "runs" / run.id / "accepted.json"
+    body = checksums.read_json(str(path))
+    assert body is not None
+    old = {key: body[key] for key in ("schema_version", "run", "why", "accepted_at")}
+    path.write_bytes(checksums.checksummed(old))  # as before limits were kept
+    assert why_of("psi") == "js too"
+
+
+def test_an_accepted_night_that_is_measured_again_stays_accepted(tmp_path: Path) -> None:
+    """Its later run is the baseline that partitions are held against and learned from."""
+    night = datetime(2026, 11, 1, 3, tzinfo=UTC)
+    runs = (
+        complete(tmp_path, night + timedelta(hours=at), corpus=["c/dt=2026-11-01"], shards="5")
+        for at in (0, 1)
+    )
+    first, again = (put(run, "broken", False, "psi") for run in runs)
+    next_night = complete(tmp_path, night + timedelta(days=1), corpus=["c/dt=2026-11-02"])
+    rules = (Rule(Limit("psi", 0.1), 0.2, "broken", None),)
+    assert baselines.find(next_night, "previous", "new").run is None
+    verdicts.accept(first, "meant")
+    acceptance = standing(again, "broken", rules).acceptance
+    assert acceptance is not None and acceptance == verdicts.read_acceptance(first)
+    assert baselines.find(next_night, "previous", "new").run == again
+    assert baselines.find(next_night, "previous", "all").run == again
+    with pytest.raises(ConfigError, match=r"was accepted before"):
+        verdicts.accept(again, "twice")
+    put(again, "broken", False, "ks")
+    assert not verdicts.may_be_baseline(again)  # the word was on psi
 
 
 def test_a_night_is_known_where_the_same_text_had_the_same_verdict(tmp_path: Path) -> None:
