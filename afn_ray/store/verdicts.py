@@ -114,7 +114,7 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
             tuple(map(_text, body["unjudged"])),
             {_text(key): _number(value) for key, value in body["figures"].items()},
             tuple(map(_distance, body["distances"])),
-            body["told"] is True,
+            body.get("told") is True,  # older verdicts lack it
         )
     return found
 

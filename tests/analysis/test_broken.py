@@ -447,6 +447,16 @@ def test_a_night_is_known_where_the_same_text_had_the_same_verdict(tmp_path: Pat
     assert not standing(other, "broken", rules).is_repeated
 
 
+def test_a_verdict_from_before_notifications_were_kept_told_nobody(tmp_path: Path) -> None:
+    run = put(complete(tmp_path, datetime(2026, 11, 1, tzinfo=UTC)), "broken", True, "psi")
+    path = tmp_path / "runs" / run.id / "verdict.json"
+    body = checksums.read_json(str(path))
+    assert body is not None and body.pop("told") is True
+    path.write_bytes(checksums.checksummed(body))
+    found = verdicts.read_verdict(run)
+    assert found is not None and not found.told and found.broken == ("psi",)
+
+
 def test_a_broken_night_is_told_once_and_accepted_by_hand(
     tmp_path: Path, tiny_bert: Path, verses: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
