@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import date
 
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.store import layout, manifest, plans, series, storage, uris
+from afn_ray.store import layout, manifest, plans, series_runs, storage, uris, verdicts
 from afn_ray.store.layout import ShardKey
+from afn_ray.store.manifest import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,18 +67,22 @@ def _is_under_way(store: str, there: layout.StoreFiles, name: str, old_s: float)
 def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
     """The newest of the ``audited`` runs of each measure and series, and that of the newest day.
 
-    The next audit is compared with one of them; a late partition makes them two.
+    Of each also the newest that may be a baseline. The next audit is compared with one of them; a
+    late partition, or broken nights, make them several.
     """
-    newest: dict[tuple[str, str], str] = {}
-    of_day: dict[tuple[str, str], tuple[date, str]] = {}
-    for name in audited:
-        info = manifest.open_folder(store, name).info
-        key = info["measure"]["id"], series.name_of(store, info["config"])
-        newest[key] = name
-        day = series.day_of(info["config"]["corpus"])
-        if day is not None:
-            of_day[key] = max(of_day.get(key, (day, name)), (day, name))
-    return {*newest.values(), *(name for _, name in of_day.values())}
+    by_series: dict[tuple[str, str], list[RunFolder]] = {}
+    for name in reversed(audited):
+        run = manifest.open_folder(store, name)
+        key = run.info["measure"]["id"], series_runs.series_of(run)
+        by_series.setdefault(key, []).append(run)
+    kept: set[str] = set()
+    for newest in by_series.values():
+        days = [(day, run) for run in newest if (day := series_runs.day_of(run)) is not None]
+        of_day = [run for _, run in sorted(days, key=lambda dated: dated[0], reverse=True)]
+        for runs in (newest, of_day):
+            able = filter(verdicts.may_be_baseline, runs)
+            kept.update(run.id for run in (*runs[:1], *itertools.islice(able, 1)))
+    return kept
 
 
 def _name_of(store: str, run: str, names: Sequence[str]) -> str:
@@ -98,7 +103,7 @@ def planned_shards(store: str, name: str) -> set[ShardKey]:
     It has none if it crashed before it wrote one, or if a gc deleted it. Raises ``StoreError`` if
     the plan is damaged or missing from a complete run.
     """
-    run = manifest.RunFolder(uris.join(store, "runs", name), store, name, {})
+    run = RunFolder(uris.join(store, "runs", name), store, name, {})
     try:
         shards, header = plans.read_shards(run)
     except StoreError as error:

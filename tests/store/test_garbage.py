@@ -24,10 +24,11 @@ from afn_ray import collect_garbage, verify_store
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted, StoreError
-from afn_ray.store import calibrations, epochs, manifest, storage, uris
+from afn_ray.store import calibrations, epochs, manifest, storage, uris, verdicts
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.gc_report import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
+from afn_ray.store.verdicts import StoredVerdict
 from conftest import afn, config_of, rewrite, write_jsonl
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
@@ -204,6 +205,19 @@ def test_the_newest_audited_run_is_kept_for_the_next_audit(made: Made, store: st
     left = collect_garbage(store, keep=1, min_age_h=0, delete=True)
     assert set(left.kept) == {made.runs[1], made.runs[-1]}
     assert not verify_store(store).findings
+
+
+def test_the_newest_run_that_may_be_a_baseline_is_kept_beside_broken_ones(
+    made: Made, store: str
+) -> None:
+    runs = [manifest.open_folder(store, name) for name in made.runs]
+    for run, broken in zip(runs, ((), (), ("psi",), ("psi",)), strict=True):
+        state = "broken" if broken else "held"
+        verdicts.write_verdict(run, StoredVerdict(state, "all", 2, None, broken, (), (), {}))
+        manifest.mark_audited(run)
+    assert collect(store).kept == (made.runs[1], made.runs[3])
+    verdicts.accept(runs[2], "meant")
+    assert collect(store).kept == (made.runs[2], made.runs[3])
 
 
 def test_runs_that_may_be_under_way_are_kept(made: Made, store: str) -> None:
