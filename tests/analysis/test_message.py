@@ -117,7 +117,7 @@ def test_words_of_a_corpus_are_inert_in_markdown_and_in_chats() -> None:
 
 
 def test_the_reason_of_an_acceptance_is_inert_and_cut() -> None:
-    accepted = Acceptance(EVIL * 9, "2026-11-02T03:00:00+00:00")
+    accepted = Acceptance(EVIL * 9, "2026-11-02T03:00:00+00:00", None)
     found = replace(
         night([PSI], []), standing=Standing("2026-11-02T02:00:00+00:00", acceptance=accepted)
     )
