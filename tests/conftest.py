@@ -638,7 +638,7 @@ def drivers(tmp_path_factory: pytest.TempPathFactory, chaos: Chaos) -> Drivers:
     return Drivers(tmp_path_factory.mktemp("drivers"), chaos.environment)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Debian's Chromium; without it these tests are skipped, but never in CI."""
     path = next(
