@@ -178,7 +178,7 @@ def _judge(
 
 
 def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
-    """What ``policy`` judges of the complete ``run``, held against ``baseline``."""
+    """Evidence for ``policy`` on the complete ``run``, held against ``baseline``."""
     before = baseline.run
     comparison = None if before is None else compare.compare(before, run)
     with checksums.named_damage(run.uri):

@@ -1,4 +1,4 @@
-"""What broke a limit, by name: sources, groups, files, classes, types in context, documents.
+"""Culprits of a broken limit, by name: sources, groups, files, classes, types in context, documents.
 
 All texts are from the corpus: they are cut, and characters that act on a terminal or reorder a page
 are escaped.
@@ -91,7 +91,7 @@ class _Asked:
 
 
 class _Night(NamedTuple):
-    """What the culprits of a night are found in."""
+    """The runs, tables and queries in which the culprits of a night are found."""
 
     policy: Policy
     evidence: Evidence
@@ -122,7 +122,7 @@ def _first(found: Iterable[Culprit]) -> Iterator[Culprit]:
 
 
 def _of(rule: Rule, night: _Night) -> Iterator[Culprit]:
-    """What is to blame for the state of ``rule``, the worst of each kind first."""
+    """Culprits for the state of ``rule``, the worst of each kind first."""
     for kind in ("source", "group"):
         yield from _parts(rule.limit, kind, night)
     yield from _places(rule.limit, night.evidence)
@@ -360,7 +360,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _damage(row: Mapping[str, Any]) -> str:
-    """What happened to a document, from its row of ``documents``."""
+    """The fate of a document in words, from its row of ``documents``."""
     found = [row["status"]]
     if row["lost_bytes"]:
         found.append(count(row["lost_bytes"], "lost byte"))

@@ -1,4 +1,4 @@
-"""What a policy judges, and the figures of a whole run and its comparison for each limit."""
+"""Evidence that a policy judges, and the figures of a whole run and its comparison for each limit."""
 
 from __future__ import annotations
 

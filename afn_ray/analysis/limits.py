@@ -118,7 +118,7 @@ class Limit:
 
     @property
     def meaning(self) -> str:
-        """What the value is, in words."""
+        """Meaning of the value, in words."""
         return PART_LIMITS[self.of][self.key] if self.of else WHOLE_LIMITS[self.key]
 
     @property

@@ -43,7 +43,7 @@ def junk(run: RunFolder, kind: str) -> Iterator[OwnPart]:
 
 
 def lost(run: RunFolder, kind: str) -> Iterator[OwnPart]:
-    """The lost bytes of each part; those of which nobody knows the group are of "(no value)"."""
+    """The lost bytes of each part; those of unknown groups count for "(no value)"."""
     lost_bytes = _lost_by_source(run) if kind == "source" else _lost_by_group(run)
     tokens = _tokens(run, kind)
     for name in dict.fromkeys([*tokens, *lost_bytes]):

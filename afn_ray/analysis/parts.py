@@ -32,7 +32,7 @@ REMEDY = {
         "group": "min_tokens_ratio in [group] limits them",
     },
 }
-"""What to do about parts that are new or gone, for notes."""
+"""Advice on parts that are new or gone, for notes."""
 
 
 class Parts(NamedTuple):
@@ -153,7 +153,7 @@ def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
 
 def _worst_ratio(parts: Parts) -> Found:
     """The least ratio of tokens. Of a group that may be among the others, it is the largest it can
-    be: beyond a limit it breaks that, and otherwise nobody knows.
+    be: beyond a limit it breaks that, and otherwise it is unknown.
     """
     hidden = parts.hidden()
     ratios = [(row["n_b"] / row["n_a"], row["name"]) for row in parts.shrinkable()]

@@ -1,4 +1,4 @@
-"""What earlier audits of the same night left: since when it is broken, and who knows."""
+"""The standing of a night by its earlier audits: since when it is broken, accepted, notified."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afn_ray.store.verdicts import Acceptance
 
 
 class Standing(NamedTuple):
-    """What is known of a night from earlier audits of it, if nothing has changed since."""
+    """Facts of a night from earlier audits of it, if nothing has changed since."""
 
     since: str
     """When the first run with this verdict was finished, ISO 8601 in UTC."""

@@ -89,7 +89,7 @@ def figures_of(info: Mapping[str, Any]) -> Figures | None:
 
 
 def choice_of(info: Mapping[str, Any]) -> str:
-    """What the run of ``info``, a run.json, does with copies: ``KEEP``, ``ONCE`` or ``WEIGHT``."""
+    """Treatment of copies by the run of ``info``, a run.json: ``KEEP``, ``ONCE`` or ``WEIGHT``."""
     return str(info["config"].get("duplicates", KEEP))
 
 

@@ -293,7 +293,7 @@ def _history(run: manifest.RunFolder, audit: Audit | None) -> pa.Table | str:
 
 
 def _moved(comparison: compare.Comparison | None, layer: int) -> Moved | None:
-    """What moved, in context; None without a baseline."""
+    """Moved words in context; None without a baseline."""
     return None if comparison is None else moved_types(comparison, layer, QUERY_TIMEOUT_S)
 
 

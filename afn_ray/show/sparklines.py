@@ -63,7 +63,7 @@ class Sparkline:
     limit: float | None
     """Place of the limit from the top; None: it is outside of the drawing."""
     text: str
-    """What the drawing shows, in words."""
+    """Content of the drawing, in words."""
 
 
 # --- earlier nights
@@ -168,7 +168,7 @@ def _lines(places: Sequence[Point | None]) -> Iterator[str]:
 
 
 def _text(rule: Rule, nights: Sequence[NightFigures], known: Sequence[float]) -> str:
-    """What the drawing shows, for those who do not see it."""
+    """Text alternative of the drawing."""
     low, high = (short(rule.limit, value) for value in (min(known), max(known)))
     tonight = "no value" if rule.value is None else short(rule.limit, rule.value)
     text = f"{rule.key} on {count(len(known), 'night')}: {low} to {high}, tonight {tonight}"

@@ -92,7 +92,7 @@ def _usual(rule: Rule, nights: Sequence[NightFigures]) -> str:
 
 
 def _culprits(found: Audit) -> Table | None:
-    """What the limits of ``found`` name, each once, with the limits that name it."""
+    """Culprits that the limits of ``found`` name, each once, with the limits that name it."""
     limits_of: dict[Culprit, list[str]] = {}
     for rule in audit.in_order(found.rules):
         for one in rule.culprits:

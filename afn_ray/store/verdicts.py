@@ -1,4 +1,4 @@
-"""What an audit keeps beside its run: the verdict, and the figures that need the baseline.
+"""Records that an audit keeps beside its run: the verdict, and the figures that need the baseline.
 
 ``verdict.json`` is replaced as a whole if the run is audited again. The verdict outlives the
 baseline, which a garbage collection may remove. All other figures of a night are in the run's own
@@ -155,7 +155,7 @@ def accept(run: RunFolder, why: str) -> None:
 
 
 def read_acceptance(run: RunFolder) -> Acceptance | None:
-    """What ``accepted.json`` beside ``run`` says; None without it. Raises ``StoreError`` for damage.
+    """The acceptance in ``accepted.json`` beside ``run``; None without it. Raises ``StoreError`` for damage.
 
     Whether it holds for the verdict on the run is what ``acceptance_of`` tells.
     """

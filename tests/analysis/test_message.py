@@ -197,9 +197,12 @@ def test_a_page_is_an_http_url_that_markdown_leaves_alone() -> None:
 
 
 def test_a_night_is_told_of_unless_it_holds_and_no_url_is_kept(
-    tmp_path: Path, tiny_bert: Path, verses: list[str], monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    tiny_bert: Path,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     nights = Nights(tmp_path / "nights", tiny_bert, verses, "psi = 0.0\nempty_documents = 0\n")
     with listening() as hook:
         urls = [f"json://{hook.url.removeprefix('http://')}/hunter{at}" for at in range(2)]
