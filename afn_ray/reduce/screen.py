@@ -53,18 +53,13 @@ from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_column
 from afn_ray.reduce.group_labels import count_own
 from afn_ray.reduce.group_tables import group_tables
 from afn_ray.reduce.groups import Grouping, find_groups
-from afn_ray.reduce.histogram import (
-    Histogram,
-)
+from afn_ray.reduce.histogram import Histogram, starts
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.sources import Sources, sums_by_source
 from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
-from afn_ray.schema import (
-    SCREENED_SCHEMA,
-    SPECIAL,
-    WORD_START,
-)
+from afn_ray.schema import SCREENED_SCHEMA, SPECIAL, WORD_START
+from afn_ray.store import parquet, records
 
 RARE = 0.01
 """Largest share of a run's documents in which a rare type occurs."""
@@ -230,19 +225,22 @@ def _texts(
     place: ShardTables, docs: Sequence[int], readable: Sequence[str], kept: Sequence[str]
 ) -> list[dict[int, tuple[str, list[Any]]]]:
     """Beginnings of the texts of ``docs``, joined from their tokens, and their ``kept`` values."""
-    tokens = read_columns(place.tokens, ["doc", "token_id", "flags", "surface"])
-    documents = read_columns(place.documents, kept).take(docs) if kept else None
-    column = tokens["doc"].to_numpy()
-    found = {}
-    for at, doc in enumerate(docs):
-        begin, end = np.searchsorted(column, [doc, doc + 1])
-        # Nearly every token has at least one character.
-        rows = tokens.slice(begin, min(end - begin, TEXT_CHARS))
-        text = joined(rows, readable)
-        if len(text) > TEXT_CHARS:
-            text = text[: TEXT_CHARS - 3] + "..."
-        values = [] if documents is None else [documents[name][at].as_py() for name in kept]
-        found[doc] = text, values
+    documents = read_columns(place.documents, kept) if kept else None
+    file = parquet.open_file(place.tokens.read())
+    columns = ["token_id", "flags", "surface"]
+    found: dict[int, tuple[str, list[Any]]] = {}
+    for tokens in records.some_documents(file, np.unique(docs), columns):
+        column = tokens["doc"].to_numpy()
+        begins = starts(column)
+        sizes = np.diff(begins, append=len(column))
+        for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
+            # Nearly every token has at least one character.
+            text = joined(tokens.slice(begin, min(size, TEXT_CHARS)), readable)
+            if len(text) > TEXT_CHARS:
+                text = text[: TEXT_CHARS - 3] + "..."
+            doc = int(column[begin])
+            values = [] if documents is None else [documents[name][doc].as_py() for name in kept]
+            found[doc] = text, values
     return [found]
 
 
