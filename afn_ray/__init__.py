@@ -21,6 +21,7 @@ from afn_ray.errors import (
 if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit, run_audit
     from afn_ray.analysis.findings import Finding
+    from afn_ray.analysis.layers import LayerComparison, compare_layers
     from afn_ray.analysis.nights import Night
     from afn_ray.analysis.policy import Policy, read_policy
     from afn_ray.analysis.verify import Verification, verify_store
@@ -48,6 +49,7 @@ __all__ = [
     "Garbage",
     "IncompleteRun",
     "Interrupted",
+    "LayerComparison",
     "ModelError",
     "Night",
     "Policy",
@@ -59,6 +61,7 @@ __all__ = [
     "Verification",
     "__version__",
     "collect_garbage",
+    "compare_layers",
     "compare_runs",
     "config_from",
     "dry_run",
@@ -77,11 +80,13 @@ _LAZY = {
     "Estimate": "runs.estimate",
     "Finding": "analysis.findings",
     "Garbage": "store.garbage",
+    "LayerComparison": "analysis.layers",
     "Night": "analysis.nights",
     "Policy": "analysis.policy",
     "Run": "query.database",
     "Verification": "analysis.verify",
     "collect_garbage": "store.garbage",
+    "compare_layers": "analysis.layers",
     "compare_runs": "reduce.compare:compare",
     "config_from": "store.settings",
     "dry_run": "runs.estimate",

@@ -553,6 +553,23 @@ GROUP_MOVERS_SCHEMA = _schema("layer: int16", "group: string or null", *_MOVER)
 Medians are null: groups have none of each type.
 """
 
+LAYER_CLASSES_SCHEMA = _schema(*_CLASSES_OF_TWO, "rank_a, rank_b: float64 or null")
+"""Classes of words at two layers; null: the class has no words there.
+
+A rank is the mean share of the run's words with a smaller strength, ties half, 0 to 1.
+"""
+
+LAYER_WORDS_SCHEMA = _schema(
+    "word: string",  # lower case, NFC
+    "class: string",  # at b; at a for a word that only a has
+    "status: string",  # "both", "only_a" or "only_b": too rare on the other side, or not there
+    "n_a, n_b: int64 or null",  # null: too rare, or not there
+    "share_high_a, share_high_b: float64 or null",
+    "rank_a, rank_b: float64 or null",  # as in ``LAYER_CLASSES_SCHEMA``
+    "z, p, q: float64 or null",  # of the HIGH shares, as in ``MOVERS_SCHEMA``
+)
+"""Every word that is frequent enough at either of two layers, and how it differs."""
+
 # --- table of a series of runs
 
 _CLASSES_OF_NIGHT = _list_of(pa.struct(_columns("class: string", "share, share_high: float64")))

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from afn_ray import logs
-from afn_ray.cli import audits, grammar, questions, terminal
+from afn_ray.cli import audits, comparisons, grammar, questions, terminal
 from afn_ray.cli.audits import AUDIT_FAILED
 from afn_ray.cli.estimates import print_estimate
 from afn_ray.cli.progress import ToStderr, json_lines, log_as, now_and_then, shown_progress
@@ -337,11 +337,11 @@ COMMANDS: Calls = {
     "run": _run,
     "status": _status,
     "show": questions.call_show,
-    "compare": questions.call_compare,
+    "compare": comparisons.call_compare,
     "claims": questions.call_claims,
     "neurons": questions.call_neurons,
     "audit": audits.call_audit,
-    "history": questions.call_history,
+    "history": comparisons.call_history,
     "schema": _schema,
     "sql": questions.call_sql,
     "explain": questions.call_explain,

@@ -1,6 +1,6 @@
 """The parser of the ``afn`` command, one function for each subcommand.
 
-``questions`` has the subcommands that read a run.
+``questions`` has the subcommands that read a run, ``comparisons`` those that compare runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from afn_ray import __version__, bench
 from afn_ray.analysis import json_schema
-from afn_ray.cli import arguments, questions
+from afn_ray.cli import arguments, comparisons, questions
 from afn_ray.cli.arguments import EPILOG, Commands, help_of, positive
 from afn_ray.config import CHOICES, HINTS, RunConfig
 from afn_ray.errors import ConfigError
@@ -65,11 +65,11 @@ def parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_status(commands)
     questions.add_show(commands)
-    questions.add_compare(commands)
+    comparisons.add_compare(commands)
     questions.add_claims(commands)
     questions.add_neurons(commands)
     _add_audit(commands)
-    questions.add_history(commands)
+    comparisons.add_history(commands)
     _add_schema(commands)
     questions.add_sql(commands)
     questions.add_explain(commands)

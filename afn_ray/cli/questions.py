@@ -31,27 +31,6 @@ def add_show(commands: Commands) -> None:
     arguments.add_json(show)
 
 
-def add_compare(commands: Commands) -> None:
-    compare = commands.add_parser(
-        "compare",
-        help="show what changed between two runs: quartiles, classes, types and sources",
-        epilog=EPILOG,
-    )
-    compare.add_argument("run_a", metavar="RUN_A", help=f"the baseline: {arguments.RUN}")
-    compare.add_argument(
-        "run_b", metavar="RUN_B", help=f"the run to compare with it: {arguments.RUN}"
-    )
-    compare.add_argument(
-        "--json", metavar="FILE", type=local_file, help="write the comparison to FILE as JSON too"
-    )
-    compare.add_argument(
-        "--ranks-only",
-        action="store_true",
-        help="compare ranks and shares, but no raw strengths; this is the only way to compare runs "
-        "of different measures",
-    )
-
-
 def add_claims(commands: Commands) -> None:
     claims = commands.add_parser(
         "claims",
@@ -116,33 +95,6 @@ def add_neurons(commands: Commands) -> None:
     )
     arguments.add_query_timeout(neurons, default_s=600.0)
     arguments.add_json(neurons)
-
-
-def add_history(commands: Commands) -> None:
-    history = commands.add_parser(
-        "history",
-        help="show the nights of a series: figures, distances from the baseline, verdicts",
-        epilog=EPILOG,
-        description="Has a line for each complete run of the series. --json also has layers, "
-        "groups and classes; so has the view history of 'afn sql'.",
-    )
-    history.add_argument("store", metavar="STORE", help="URI of a store")
-    history.add_argument(
-        "--series",
-        metavar="NAME",
-        help="series to show (default: that of the store's latest complete run)",
-    )
-    history.add_argument(
-        "--layer", type=int, help="layer to show (default: the deepest that was recorded)"
-    )
-    history.add_argument(
-        "--last",
-        type=positive,
-        default=30,
-        metavar="N",
-        help="largest number of nights, the newest (default: 30)",
-    )
-    arguments.add_json(history)
 
 
 def add_sql(commands: Commands) -> None:
@@ -304,19 +256,6 @@ def call_show(args: argparse.Namespace) -> None:
         overview.render(summary, Console(highlight=False))
 
 
-def call_compare(args: argparse.Namespace) -> None:
-    from afn_ray.reduce import compare
-    from afn_ray.show import comparison_tables
-
-    found = compare.compare(args.run_a, args.run_b, ranks_only=args.ranks_only)
-    if args.json:
-        with disk.write_local(args.json) as file:
-            file.write(
-                (json.dumps(compare.to_json(found), indent=1, allow_nan=False) + "\n").encode()
-            )
-    comparison_tables.render_comparison(found, Console(highlight=False))
-
-
 def call_claims(args: argparse.Namespace) -> None:
     from afn_ray.analysis import claims, claims_text
     from afn_ray.query import database
@@ -375,18 +314,6 @@ def call_neurons(args: argparse.Namespace) -> None:
     else:
         console.print(head, markup=False)
         render(console)
-
-
-def call_history(args: argparse.Namespace) -> None:
-    from afn_ray.reduce import history
-    from afn_ray.show import history_table
-
-    found = history.of_store(args.store, args.series, args.last)
-    if args.json:
-        print(json.dumps(history_table.to_json(found), indent=1, allow_nan=False))
-        return
-    for line in history_table.lines(found, args.layer):
-        print(printable(line))
 
 
 def call_sql(args: argparse.Namespace) -> None:

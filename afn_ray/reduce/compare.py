@@ -89,12 +89,12 @@ def compare(
     Also raises ``ConfigError`` for runs without a common layer, and ``StoreError`` for a run that
     is missing, incomplete or damaged.
     """
-    a, b = (_complete(run) for run in (run_a, run_b))
+    a, b = (complete_run(run) for run in (run_a, run_b))
     same_measure = a.info["measure"]["id"] == b.info["measure"]["id"]
     if not same_measure and not ranks_only:
         raise ConfigError(
             f"runs {a.uri} and {b.uri} are of different measures, so their strengths cannot be "
-            f"compared: {'; '.join(_differences(a.info['measure'], b.info['measure']))}. 'afn "
+            f"compared: {'; '.join(differences(a.info['measure'], b.info['measure']))}. 'afn "
             "compare A B --ranks-only' compares shares alone"
         )
     layers = [k for k in a.info["layers"] if k in b.info["layers"]]
@@ -177,7 +177,7 @@ def _rows_by_source(
         yield drift_row(layer, name, in_a, in_b, ranks_only=ranks_only)
 
 
-def _complete(run: str | RunFolder) -> RunFolder:
+def complete_run(run: str | RunFolder) -> RunFolder:
     """The run's folder. Raises ``StoreError`` if the run is not complete."""
     folder = manifest.find_run(run) if isinstance(run, str) else run
     if not folder.info:
@@ -190,8 +190,8 @@ def _complete(run: str | RunFolder) -> RunFolder:
 # --- notes for the reader ---
 
 
-def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """Keys of two measures with different values, with both values."""
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Keys of two measures with different values, with both values, cut."""
     keys = sorted({*a, *b} - {"id"})
     differing = [key for key in keys if a.get(key) != b.get(key)]
     return [f"{key}: {_short(a.get(key))} against {_short(b.get(key))}" for key in differing]
@@ -212,7 +212,7 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         yield "A and B are one run."
     if ranks_only:
         yield "Ranks only: quartiles, medians and distances are left out; shares remain."
-        if differing := _differences(a.info["measure"], b.info["measure"]):
+        if differing := differences(a.info["measure"], b.info["measure"]):
             yield (
                 "The measures differ, and types are matched by their piece: "
                 f"{'; '.join(differing)}."
@@ -229,18 +229,10 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
     for name, run, other in (("A", a, b), ("B", b, a)):
         if left_out := [k for k in run.info["layers"] if k not in layers]:
             yield f"Of {name} {_listed(left_out)} were not compared: {other.uri} has them not."
-        if lost := losses.describe(losses.of_run(run)):
-            yield f"{name} lost {lost}."
-        if missing := run.info.get("quarantined"):
-            yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
+        yield from notes_on_losses(name, run)
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
-    copies_a, copies_b = (duplicates.choice_of(run.info) for run in (a, b))
-    if copies_a != copies_b:
-        yield (
-            f"Copies are counted differently: duplicates is {copies_a} in A and {copies_b} in B, so "
-            "all that is compared differs by that too."
-        )
+    yield from notes_on_copies(a, b)
     by_a, by_b = grouped_by(a), grouped_by(b)
     if by_a != by_b:
         yield (
@@ -249,7 +241,25 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         )
     elif by_a is not None:
         yield from _notes_on_group_labels(labels_by_group(a), labels_by_group(b))
-    yield from _notes_on_classes(a, b)
+    yield from notes_on_classes(a, b)
+
+
+def notes_on_losses(name: str, run: RunFolder) -> Iterator[str]:
+    """What the run, called ``name``, lacks of its corpus."""
+    if lost := losses.describe(losses.of_run(run)):
+        yield f"{name} lost {lost}."
+    if missing := run.info.get("quarantined"):
+        yield f"{name} lacks {count(len(missing), 'shard')} of its corpus, quarantined."
+
+
+def notes_on_copies(a: RunFolder, b: RunFolder) -> Iterator[str]:
+    """Whether the runs count copies of a text in the same way."""
+    copies_a, copies_b = (duplicates.choice_of(run.info) for run in (a, b))
+    if copies_a != copies_b:
+        yield (
+            f"Copies are counted differently: duplicates is {copies_a} in A and {copies_b} in B, so "
+            "all that is compared differs by that too."
+        )
 
 
 def _notes_on_group_labels(in_a: bool, in_b: bool) -> Iterator[str]:
@@ -263,7 +273,7 @@ def _notes_on_group_labels(in_a: bool, in_b: bool) -> Iterator[str]:
         )
 
 
-def _notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
+def notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
     """Reasons why the classes of types differ between the runs."""
     language_a, language_b = (run.info["config"].get("language") for run in (a, b))
     if language_a != language_b:
