@@ -116,21 +116,21 @@ class Histogram:
             return cls.empty()
         if len(parts) == 1:
             return parts[0]
-        low = min(part.keys[0] for part in parts)
-        width = int(max(part.keys[-1] for part in parts) - low) + 1
-        if width <= sum(len(part.keys) for part in parts):
-            return cls._counted_in(low, width, parts)
-        sums = [cls._concatenated(pieces) for pieces in _cut_alike(parts)]
+        sums = [cls._sum(pieces) for pieces in _cut_alike(parts)]
         keys = np.concatenate([one.keys for one in sums])
         counts = np.concatenate([one.counts for one in sums])
         return cls(keys, counts)
 
     @classmethod
-    def _counted_in(cls, low: int, width: int, parts: Sequence[Histogram]) -> Histogram:
-        """The sum of ``parts``, whose keys are among the ``width`` numbers from ``low`` on.
-
-        It needs no sort.
-        """
+    def _sum(cls, parts: Sequence[Histogram]) -> Histogram:
+        """The sum of ``parts``; keys that lie close together are counted without a sort."""
+        parts = [part for part in parts if len(part.keys)]
+        if len(parts) == 1:
+            return parts[0]
+        low = min(part.keys[0] for part in parts)
+        width = int(max(part.keys[-1] for part in parts) - low) + 1
+        if width > sum(len(part.keys) for part in parts):
+            return cls._concatenated(parts)
         counts, occurs = np.zeros(width, np.int64), np.zeros(width, np.bool_)
         for part in parts:
             counts[part.keys - low] += part.counts
