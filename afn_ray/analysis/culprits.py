@@ -24,10 +24,10 @@ from afn_ray.analysis.policy import Policy
 from afn_ray.analysis.verdict import BROKEN, WARNED, Culprit, Rule
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import database
+from afn_ray.query.expressions import quoted
 from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.compare import Comparison
-from afn_ray.reduce.group_drift import grouped_by
-from afn_ray.reduce.groups import BY_SOURCE, group_name
+from afn_ray.reduce.groups import group_name
 from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.schema import SCREENED_SCHEMA
 from afn_ray.store import manifest
@@ -36,6 +36,8 @@ from afn_ray.text import count, visible
 
 MOST = 5
 """Largest number of culprits of a kind that a limit names."""
+MOST_READ = 10_000
+"""Largest number of documents among which those of a source or group are looked for."""
 MOST_NAME_CHARS, MOST_TEXT_CHARS = 300, 200
 """Longest name and longest text of a culprit, in characters."""
 CONTEXT_TOKENS = 8
@@ -69,20 +71,24 @@ class _Asked:
         self._run = run
         self._opened: database.Run | None = None
 
-    def rows(self, query: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Rows of ``query``; none without a run, or if it cannot be read or not in time.
+    def table(self, query: str, parameters: Mapping[str, Any] | None = None) -> pa.Table | None:
+        """The answer to ``query``; None without a run, or if it cannot be read or not in time.
 
         Names are extra: a verdict stands without them.
         """
         if self._run is None:
-            return []
+            return None
         try:
             if self._opened is None:
                 self._opened = database.open_run(self._run.uri)
-            found = self._opened.sql(query, parameters or {}).to_arrow_table().to_pylist()
+            return self._opened.sql(query, parameters or {}).to_arrow_table()
         except (QueryError, StoreError):
-            return []
-        rows: list[dict[str, Any]] = found
+            return None
+
+    def rows(self, query: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+        """The rows of ``table``; none if it is None."""
+        found = self.table(query, parameters)
+        rows: list[dict[str, Any]] = [] if found is None else found.to_pylist()
         return rows
 
     def close(self) -> None:
@@ -253,7 +259,7 @@ def _types(limit: Limit, night: _Night, comparison: Comparison) -> Iterator[Culp
 
 
 def _moved(row: Mapping[str, Any]) -> str:
-    """How a type moved, from a row of ``MOVERS_SCHEMA``."""
+    """Move of a type in words, from a row of ``MOVERS_SCHEMA``."""
     if row["status"] != "both":
         n = row["n_b"] if row["status"] == "new" else row["n_a"]
         return f"{row['status']}, {n:,} times"
@@ -280,39 +286,61 @@ def _in_context(asked: _Asked, token_id: int) -> str | None:
 
 
 def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
-    """The strangest documents for limits on junk and drift; for others those that they count."""
-    limit, tables = rule.limit, night.evidence.run.info["tables"]
-    if limit.key in ("junk_share", *DISTANCE_LIMITS) and "screened" in tables:
+    """The strangest documents for limits on junk and drift; for others those that they count.
+
+    They are of the part that ``rule`` names, if it names one.
+    """
+    key, tables = rule.limit.key, night.evidence.run.info["tables"]
+    if key in ("junk_share", *DISTANCE_LIMITS) and "screened" in tables:
         table = manifest.read_table(night.evidence.run, "screened").sort_by("rank")
-        for row in _of_part(
-            rule, night, table.filter(pc.greater_equal(table["score"], STRANGE_SCORE))
-        ):
+        strange = table.filter(pc.greater_equal(table["score"], STRANGE_SCORE))
+        for row in _first_rows(_of_part(rule, night, strange)):
             yield Culprit("document", _name(row), row["reason"], row["text"])
-    if limit.key == "duplicate_share" and "duplicates" in tables:
-        yield from _left_out(night)
-    elif limit.key == "duplicate_share" and "screened" in tables:
+    if key == "duplicate_share" and (rule.limit.of or "duplicates" in tables):
+        yield from _copied(rule, night)
+    elif key == "duplicate_share" and "screened" in tables:
         table = manifest.read_table(night.evidence.run, "screened")
         table = table.sort_by([("n_copies", "descending"), ("rank", "ascending")])
-        for row in table.filter(pc.greater(table["n_copies"], 1)).slice(0, MOST).to_pylist():
+        for row in _first_rows(table.filter(pc.greater(table["n_copies"], 1))):
             reason = f"{row['n_copies']:,} documents have this text"
             yield Culprit("document", _name(row), reason, row["text"])
-    if (condition := OF_DOCUMENTS.get(limit.key)) is not None:
-        query = f"""
-            SELECT doc, source, status, lost_bytes, lost_documents, n_replaced
-            FROM documents WHERE {condition}
-            ORDER BY lost_bytes DESC, n_replaced DESC, doc LIMIT {MOST}"""  # noqa: S608 - ours
-        for row in night.here.rows(query):
+    if (condition := OF_DOCUMENTS.get(key)) is not None:
+        query = f"FROM documents WHERE {condition} ORDER BY lost_bytes DESC, n_replaced DESC, doc"
+        columns = "doc, source, status, lost_bytes, lost_documents, n_replaced"
+        for row in _first_rows(_such_documents(rule, night, columns, query)):
             yield Culprit("document", _name(row), _damage(row))
 
 
-def _left_out(night: _Night) -> Iterator[Culprit]:
-    """The documents with most copies that are not counted; screening sees none of these copies."""
-    copies = manifest.read_table(night.evidence.run, "duplicates")
-    most = copies.group_by("duplicate_of").aggregate([("doc", "count")])
-    order = [("doc_count", "descending"), ("duplicate_of", "ascending")]
-    num_of = {row["duplicate_of"]: row["doc_count"] for row in _top(most, order)}
-    if not num_of:
+def _such_documents(rule: Rule, night: _Night, columns: str, query: str) -> pa.Table | None:
+    """The first ``columns`` of ``query``, both SQL, that are of the part that ``rule`` names.
+
+    A part's rows are looked for among the first ``MOST_READ``. None if they cannot be read.
+    """
+    limit, column = MOST, own_parts.grouping_column(night.evidence.run)
+    if rule.limit.of:
+        limit = MOST_READ
+        if column is not None:
+            columns += f", {quoted(column.name)} AS {quoted(_in_screened(column.name))}"
+    table = night.here.table(f"SELECT {columns} {query} LIMIT {limit}")
+    return None if table is None else _of_part(rule, night, table)
+
+
+def _copied(rule: Rule, night: _Night) -> Iterator[Culprit]:
+    """The documents with most copies in the part that ``rule`` names, or in the run.
+
+    Screening sees no copy that is not counted.
+    """
+    run = night.evidence.run
+    if rule.limit.of:
+        query = f"FROM ({own_parts.copies_of(run)}) JOIN documents USING (doc) ORDER BY doc"
+        copies = _such_documents(rule, night, "doc, source, of", query)
+    else:
+        copies = manifest.read_table(run, "duplicates").rename_columns(["doc", "of"])
+    if copies is None or not len(copies):
         return
+    most = copies.group_by("of").aggregate([("doc", "count")])
+    rows = _first_rows(most.sort_by([("doc_count", "descending"), ("of", "ascending")]))
+    num_of = {row["of"]: row["doc_count"] for row in rows}
     query = f"""
         SELECT d.doc, d.source,
             string_agg(if(is_word_start, ' ', '') || t.text, '' ORDER BY t.position) AS text
@@ -322,37 +350,46 @@ def _left_out(night: _Night) -> Iterator[Culprit]:
         GROUP BY d.doc, d.source"""  # noqa: S608 - numbers of ours
     for row in sorted(night.here.rows(query), key=lambda row: (-num_of[row["doc"]], row["doc"])):
         reason = f"{num_of[row['doc']] + 1:,} documents have this text"
+        if rule.limit.of:
+            reason = f"its text again in {count(num_of[row['doc']], 'document')} of {rule.where}"
         yield Culprit("document", _name(row), reason, row["text"])
 
 
-def _top(table: pa.Table, order: list[tuple[str, str]]) -> list[dict[str, int]]:
-    """The first ``MOST`` rows of ``table`` in this ``order``."""
-    rows: list[dict[str, int]] = table.sort_by(order).slice(0, MOST).to_pylist()
+def _first_rows(table: pa.Table | None) -> list[dict[str, Any]]:
+    """The first ``MOST`` rows of ``table``."""
+    rows: list[dict[str, Any]] = [] if table is None else table.slice(0, MOST).to_pylist()
     return rows
 
 
-def _of_part(rule: Rule, night: _Night, table: pa.Table) -> list[dict[str, Any]]:
-    """The first rows of ``screened`` that are of the part that ``rule`` names; of all without one."""
+def _of_part(rule: Rule, night: _Night, table: pa.Table) -> pa.Table:
+    """The rows of ``table`` that are of the part that ``rule`` names; all if it names none."""
     evidence = night.evidence
-    if rule.limit.of and rule.where is not None:
-        places = own_parts.parts_of(evidence.run, rule.limit.of, _places_of(evidence.run, table))
-        if rule.limit.of == "source" and evidence.comparison is not None:
-            _, renamed = compare.source_names(evidence.comparison.a, evidence.run)
-            places = [place if place == rule.where else renamed(str(place)) for place in places]
-        names = [group_name(place) if rule.limit.of == "group" else place for place in places]
-        table = table.filter(pa.array([name == rule.where for name in names], pa.bool_()))
-    rows: list[dict[str, Any]] = table.slice(0, MOST).to_pylist()
-    return rows
+    if not rule.limit.of or rule.where is None:
+        return table
+    places = own_parts.parts_of(evidence.run, rule.limit.of, _places_of(evidence.run, table))
+    if rule.limit.of == "source" and evidence.comparison is not None:
+        _, renamed = compare.source_names(evidence.comparison.a, evidence.run)
+        places = [place if place == rule.where else renamed(str(place)) for place in places]
+    names = [group_name(place) if rule.limit.of == "group" else place for place in places]
+    return table.filter(pa.array([name == rule.where for name in names], pa.bool_()))
 
 
-def _places_of(run: RunFolder, screened: pa.Table) -> pa.Table:
-    """``source`` of the rows of ``screened``, and the column that groups them, if one does."""
-    by = str(grouped_by(run))
-    column = kept.beside(by, SCREENED_SCHEMA.names)
-    places = screened.select(["source"])
-    if by == BY_SOURCE or column not in screened.column_names:
+def _places_of(run: RunFolder, rows: pa.Table) -> pa.Table:
+    """``source`` of ``rows``, and the column that groups them, if one does.
+
+    ``rows`` have it as ``screened`` does.
+    """
+    places = rows.select(["source"])
+    column = own_parts.grouping_column(run)
+    if column is None or _in_screened(column.name) not in rows.column_names:
         return places
-    return places.append_column(by, screened[column])
+    values = own_parts.as_kept(rows[_in_screened(column.name)], column)
+    return places.append_column(column.name, values)
+
+
+def _in_screened(name: str) -> str:
+    """Name of the kept column ``name`` in the table ``screened``."""
+    return kept.beside(name, SCREENED_SCHEMA.names)
 
 
 def _name(row: Mapping[str, Any]) -> str:

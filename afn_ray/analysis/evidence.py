@@ -106,7 +106,7 @@ def _of_copies(run: RunFolder) -> Iterator[LimitValues]:
     yield "near_duplicate_share", Found(near, sentence, reason)
     found = duplicates.figures_of(run.info)
     if found is None:
-        unknown = Found(None, reason="the run is older than the count of copies and repeated ids")
+        unknown = Found(None, reason=duplicates.NOT_COUNTED)
         yield from (("duplicate_share", unknown), ("repeated_ids", unknown))
         return
     copies, ids = duplicates.describe(found, duplicates.choice_of(run.info))

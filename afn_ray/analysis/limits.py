@@ -63,6 +63,7 @@ SOURCE_LIMITS = {
     **DISTANCE_LIMITS,
     "junk_share": "share of a source's tokens that may be in documents which screening ranks as "
     "strange",
+    "duplicate_share": "share of a source's documents with tokens that may be copies of others",
     "near_duplicate_share": "share of a source's documents with tokens that may be near-copies",
     "lost_bytes": "bytes of a source that may be lost: damaged, cut off, quarantined",
     "min_tokens_ratio": "tokens of a source in this run over those in the baseline, at least",
@@ -75,6 +76,7 @@ GROUP_LIMITS = {
     **DISTANCE_LIMITS,
     "junk_share": "share of a group's tokens that may be in documents which screening ranks as "
     "strange",
+    "duplicate_share": "share of a group's documents with tokens that may be copies of others",
     "near_duplicate_share": "share of a group's documents with tokens that may be near-copies",
     "lost_bytes": "bytes of a group that may be lost: damaged, cut off, quarantined",
     "min_tokens_ratio": "tokens of a group in this run over those in the baseline, at least; "

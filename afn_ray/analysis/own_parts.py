@@ -9,16 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import kept
 from afn_ray.query import database
 from afn_ray.query.expressions import quoted
-from afn_ray.reduce import near_duplicates
+from afn_ray.reduce import duplicates, near_duplicates
 from afn_ray.reduce.group_drift import grouped_by
-from afn_ray.reduce.groups import Grouping, group_name
+from afn_ray.reduce.groups import OTHERS, Grouping, group_name
 from afn_ray.reduce.sources import Sources
+from afn_ray.reduce.stats import Ints
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 
@@ -28,7 +30,7 @@ class OwnPart(NamedTuple):
 
     name: str
     value: float
-    n: int  # its tokens, special ones apart
+    n: int  # its tokens; special ones only where the figure is a share of documents
 
 
 def junk(run: RunFolder, kind: str) -> Iterator[OwnPart]:
@@ -52,27 +54,51 @@ def lost(run: RunFolder, kind: str) -> Iterator[OwnPart]:
 
 def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
     """The share of near-copies among the counted documents of each part that have tokens."""
-    columns = {column.name: column for column in kept.parse(_kept_columns(run))}
-    column = columns.get(str(grouped_by(run))) if kind == "group" else None
-    value = "NULL" if column is None else quoted(column.name)
-    query = (
-        f"SELECT source, {value} AS value, count(*) AS n, count(near_duplicate_of) AS n_near "  # noqa: S608
-        "FROM documents WHERE n_tokens > 0 AND duplicate_of IS NULL GROUP BY ALL"
+    counted = "n_tokens > 0 AND duplicate_of IS NULL"
+    return _shares_of_documents(run, kind, counted, "near_duplicate_of IS NOT NULL")
+
+
+def copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
+    """The share of copies among the documents of each part that have tokens, counted or not.
+
+    A copy has the text of an earlier document of the run, in any part, or of the one that is drawn.
+    """
+    is_copy = f"doc IN (SELECT doc FROM ({copies_of(run)}))"  # noqa: S608 - SQL of ours
+    return _shares_of_documents(run, kind, "n_tokens > 0", is_copy)
+
+
+def copies_of(run: RunFolder) -> str:
+    """SQL of the copies in ``documents``: ``doc``, and ``of``, the document of their text that counts."""
+    if duplicates.choice_of(run.info) != duplicates.KEEP:
+        return "SELECT doc, duplicate_of AS of FROM documents WHERE duplicate_of IS NOT NULL"
+    return (
+        "SELECT doc, min(doc) OVER (PARTITION BY text_sha256) AS of FROM documents "
+        "WHERE n_tokens > 0 QUALIFY doc > of"
     )
+
+
+def _shares_of_documents(run: RunFolder, kind: str, which: str, has_it: str) -> Iterator[OwnPart]:
+    """The share of the documents with ``has_it`` among those of each part; both are SQL."""
+    column = grouping_column(run) if kind == "group" else None
+    value = "NULL" if column is None else quoted(column.name)
+    query = f"""
+        SELECT source, value, count(*) AS n, count(*) FILTER (has_it) AS n_found,
+            sum(n_tokens)::BIGINT AS n_tokens
+        FROM (
+            SELECT source, n_tokens, {value} AS value, {has_it} AS has_it
+            FROM documents WHERE {which}
+        ) GROUP BY ALL"""  # noqa: S608 - SQL of ours, and a quoted name
     with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
         rows = opened.sql(query).to_arrow_table()
     places = rows.select(["source"])
     if column is not None:
-        texts = pa.string() if column.kind == "string" else kept.KINDS[column.kind]
-        places = places.append_column(column.name, rows["value"].cast(texts))
-    n, n_near = Counter[str | None](), Counter[str | None]()
-    counts = (rows[name].to_pylist() for name in ("n", "n_near"))
-    for name, of_rows, near in zip(parts_of(run, kind, places), *counts, strict=True):
-        n[name] += of_rows
-        n_near[name] += near
-    tokens = _tokens(run, kind)
-    for name in n:
-        yield OwnPart(_shown(kind, name), n_near[name] / n[name], tokens[name])
+        places = places.append_column(column.name, as_kept(rows["value"], column))
+    sums: dict[str | None, Ints] = {}
+    columns = (rows[name].to_pylist() for name in ("n", "n_found", "n_tokens"))
+    for name, *numbers in zip(parts_of(run, kind, places), *columns, strict=True):
+        sums[name] = sums.get(name, 0) + np.array(numbers)
+    for name, (n, n_found, n_tokens) in sums.items():
+        yield OwnPart(_shown(kind, name), int(n_found) / int(n), int(n_tokens))
 
 
 def most_junk(run: RunFolder) -> str | None:
@@ -84,6 +110,7 @@ def most_junk(run: RunFolder) -> str | None:
 FIGURES: dict[str, Callable[[RunFolder, str], Iterator[OwnPart]]] = {
     "junk_share": junk,
     "lost_bytes": lost,
+    "duplicate_share": copies,
     "near_duplicate_share": near_copies,
 }
 """Figures by the key of their limit; each is given a run and the kind of the parts."""
@@ -93,6 +120,8 @@ TABLES = {"junk_share": "strange"}
 
 def lacking(run: RunFolder, key: str) -> str | None:
     """Why ``run`` has no figure for the limit ``key``; None if it has."""
+    if key == "duplicate_share" and duplicates.figures_of(run.info) is None:
+        return duplicates.NOT_COUNTED
     if key == "near_duplicate_share" and "near_duplicates" not in run.info["tables"]:
         return near_duplicates.NOT_LOOKED_FOR
     if key not in TABLES or TABLES[key] in run.info["tables"]:
@@ -129,11 +158,10 @@ def _lost_by_group(run: RunFolder) -> Counter[str | None]:
     files = manifest.read_table(run, "files")
     rows = files.filter(pc.invert(files["is_skipped"])).select(["source", "lost_bytes"])
     sources = Sources.of(rows["source"].to_pylist())
-    columns = {column.name: column for column in kept.parse(_kept_columns(run))}
-    by, found = str(grouped_by(run)), Counter[str | None]()
+    column, found = grouping_column(run), Counter[str | None]()
     total = pc.sum(rows["lost_bytes"]).as_py() or 0
-    if by in columns and total:
-        rows = _lossy_documents(run, columns[by])
+    if column is not None and total:
+        rows = _lossy_documents(run, column)
         # A shard that was given up has no documents.
         found[None] = total - (pc.sum(rows["lost_bytes"]).as_py() or 0)
     if not total:
@@ -154,19 +182,30 @@ def parts_of(run: RunFolder, kind: str, rows: pa.Table) -> list[str | None]:
 
 
 def _groups_of(run: RunFolder, rows: pa.Table, sources: Sources) -> list[str | None]:
-    """The group of each of ``rows``, with ``source`` and the kept column if one makes the groups."""
+    """The group of each of ``rows``, with ``source`` and the kept column if one makes the groups.
+
+    A group of which no document counts is not among those of the run. It has its own name too,
+    unless the run joins groups.
+    """
     by = str(grouped_by(run))
-    groups = manifest.read_table(run, "groups")["group"].unique().to_pylist()
-    names = tuple(dict.fromkeys([*groups, None]))
+    names = {None, *manifest.read_table(run, "groups")["group"].unique().to_pylist()}
     uris = rows["source"].cast(pa.string()).combine_chunks().dictionary_encode()
     documents = rows.set_column(rows.column_names.index("source"), "source", uris)
-    is_column = by in [column.name for column in kept.parse(_kept_columns(run))]
-    index = Grouping(by, is_column, sources, names).index_of(documents)
-    return [names[at] for at in index.tolist()]
+    values = Grouping(by, grouping_column(run) is not None, sources).values(documents).to_pylist()
+    if OTHERS not in names:
+        return list(values)
+    return [value if value in names else OTHERS for value in values]
 
 
-def _kept_columns(run: RunFolder) -> str:
-    return run.info["config"].get("keep_columns") or ""
+def grouping_column(run: RunFolder) -> kept.KeptColumn | None:
+    """The kept column that makes the groups of ``run``, if one does."""
+    columns = kept.parse(run.info["config"].get("keep_columns") or "")
+    return next((column for column in columns if column.name == grouped_by(run)), None)
+
+
+def as_kept(values: pa.ChunkedArray, column: kept.KeptColumn) -> pa.ChunkedArray:
+    """``values`` of the kept ``column`` in the type by which groups are found."""
+    return values.cast(pa.string() if column.kind == "string" else kept.KINDS[column.kind])
 
 
 def _lossy_documents(run: RunFolder, column: kept.KeptColumn) -> pa.Table:
@@ -175,6 +214,5 @@ def _lossy_documents(run: RunFolder, column: kept.KeptColumn) -> pa.Table:
     with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
         query = f"SELECT source, lost_bytes, {name} FROM documents WHERE lost_bytes > 0"  # noqa: S608
         rows = opened.sql(query).to_arrow_table()
-    kind = pa.string() if column.kind == "string" else kept.KINDS[column.kind]
     rows = rows.set_column(0, "source", rows["source"].cast(pa.string()))
-    return rows.set_column(2, column.name, rows[column.name].cast(kind))
+    return rows.set_column(2, column.name, as_kept(rows[column.name], column))

@@ -11,7 +11,7 @@ from afn_ray.analysis import own_parts
 from afn_ray.analysis.evidence import WITHOUT_SOURCES, Evidence, Found, distance, sources_at
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.policy import Policy
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, QueryError
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.reduce.groups import MAX_GROUPS, OTHERS, group_name
@@ -176,7 +176,11 @@ def _worst_own(limit: Limit, policy: Policy, run: RunFolder) -> Found:
     if (lacking := own_parts.lacking(run, limit.key)) is not None:
         return Found(None, reason=lacking)
     min_tokens = 0 if limit.is_whole else policy.least_tokens(limit.of)
-    found = [part for part in own_parts.FIGURES[limit.key](run, limit.of) if part.n >= min_tokens]
+    try:
+        of_parts = list(own_parts.FIGURES[limit.key](run, limit.of))
+    except QueryError as error:
+        return Found(None, reason=f"its documents could not be asked: {error}")
+    found = [part for part in of_parts if part.n >= min_tokens]
     if not found:
         return Found(None, reason=f"no {limit.of} has {count(min_tokens, 'token')}")
     worst = max(found, key=lambda part: part.value)

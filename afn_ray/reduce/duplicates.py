@@ -36,6 +36,8 @@ KEEP, ONCE, WEIGHT = CHOICES["duplicates"]
 """Documents of one text that are counted: all, the first, or one that is drawn."""
 PART_DOCS = 1_000_000
 """Number of documents for each part."""
+NOT_COUNTED = "the run is older than the count of copies and repeated ids"
+"""Reason why a run has no figures of copies."""
 EXAMPLES = 5
 """Largest number of repeated ids that a run names; those of the first documents come first."""
 ID_CHARS = 80

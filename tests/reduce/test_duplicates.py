@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 import afn_ray
-from afn_ray.analysis import audit, evidence, verdict, verify
+from afn_ray.analysis import audit, evidence, own_parts, verdict, verify
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.config import RunConfig
@@ -103,7 +104,7 @@ def runs(
         labels="tags",
     )
     write(folder / "corpus", files)
-    found: dict[str, Any] = {"config": config}
+    found: dict[str, Any] = {"config": config, "verses": verses}
     for choice in (KEEP, ONCE, WEIGHT):
         with afn_ray.run(replace(config, duplicates=choice)) as run:
             found[choice] = run.uri
@@ -365,6 +366,45 @@ def test_a_broken_share_of_copies_names_the_documents_that_have_them(runs: dict[
             for doc, n in expected
         ]
         assert str(named[0].text).replace(" ", "") == BANNER["text"].replace(" ", "")
+
+
+def copies_by(runs: dict[str, Any], part: Callable[[dict[str, Any]], str]) -> dict[str, float]:
+    """The share of copies in each part of the corpus, counted text by text."""
+    seen: set[str] = set()
+    numbers: dict[str, list[int]] = {}
+    for at, rows in enumerate(documents(runs["verses"])):
+        for row in rows:
+            if row["text"]:
+                of_part = numbers.setdefault(part(row | {"file": at}), [0, 0])
+                of_part[0] += 1
+                of_part[1] += row["text"] in seen
+                seen.add(row["text"])
+    return {name: found / n for name, (n, found) in numbers.items()}
+
+
+@pytest.mark.parametrize("choice", [KEEP, ONCE])
+def test_a_policy_limits_copies_in_each_source_and_group(runs: dict[str, Any], choice: str) -> None:
+    """Also in a file that has copies alone, of which a run that counts them once has no token."""
+    run = manifest.find_run(runs[choice])
+    for kind, part in (
+        ("source", lambda row: f"{row['file']}.jsonl"),
+        ("group", lambda row: row["lang"]),
+    ):
+        found = {one.name.rpartition("/")[2]: one.value for one in own_parts.copies(run, kind)}
+        assert found == copies_by(runs, part)
+    policy = Policy(
+        (Limit("duplicate_share", 0.5, of="source"), Limit("duplicate_share", 0.05, of="group")),
+        min_tokens={"source": 1, "group": 1},
+    )
+    audited = audit.run_audit(replace(runs["config"], duplicates=choice), policy, mark=False)
+    of_source, of_group = audited.rules
+    assert of_source.value == 1 and str(of_source.where).endswith("3.jsonl")
+    assert of_source.state == of_group.state == verdict.BROKEN
+    named = [one for one in of_source.culprits if one.kind == "document"]
+    with afn_ray.open_run(runs[choice]) as opened:
+        texts = dict(opened.sql("SELECT doc, doc_id FROM documents").fetchall())
+    assert {texts[int(one.name.split()[0])] for one in named} == {"v7", "v9"}
+    assert all(one.reason.endswith(f"in 1 document of {of_source.where}") for one in named)
 
 
 def test_frozen_thresholds_label_only_what_is_counted(runs: dict[str, Any], tmp_path: Path) -> None:
