@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
+import importlib
 import json
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -39,12 +41,15 @@ PRELOADED = [
 """What takes seconds to import; a job is a fork of a process that has it."""
 
 
-def real_job(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of jobs/nightly_audit.py in a process of its own."""
+def real_job(folder: Path, *arguments: str, dies_at: str = "") -> tuple[int, str, str]:
+    """Exit code, output and errors of jobs/nightly_audit.py in a process of its own.
+
+    ``dies_at`` is a function, as in "package.module:name": the process is killed where it calls it.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     out, err = folder / "job-out", folder / "job-err"
-    words = ([str(SCRIPT), *arguments], str(out), str(err), dict(os.environ))
+    words = ([str(SCRIPT), *arguments], str(out), str(err), dict(os.environ), dies_at)
     process = context.Process(target=_become_job, args=words, daemon=False)
     process.start()
     process.join(300)
@@ -52,7 +57,13 @@ def real_job(folder: Path, *arguments: str) -> tuple[int, str, str]:
     return process.exitcode, out.read_text(), err.read_text()
 
 
-def _become_job(words: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+def _become_job(
+    words: list[str], out: str, err: str, environment: dict[str, str], dies_at: str
+) -> None:
+    if dies_at:
+        module, _, name = dies_at.partition(":")
+        vars(importlib.import_module(module))[name]  # it is there
+        setattr(importlib.import_module(module), name, _die)
     os.environ.clear()
     os.environ.update(environment)
     for descriptor, path in ((1, out), (2, err)):
@@ -61,6 +72,10 @@ def _become_job(words: list[str], out: str, err: str, environment: dict[str, str
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
+
+
+def _die(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Nights:
@@ -143,6 +158,7 @@ def complete(
     corpus: Sequence[str] = ("c",),
     ask: str = "",
     shards: str = "",
+    **config: Any,
 ) -> RunFolder:
     name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
     run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
@@ -151,7 +167,7 @@ def complete(
         "measure": {"id": measure},
         "tables": {"plan": plan}
         | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
-        "config": {"corpus": list(corpus)},
+        "config": {"corpus": list(corpus), **config},
     }
     return manifest.finish_run(run, info) if done else run
 

@@ -50,6 +50,7 @@ class Audit:
     notes: tuple[str, ...]
     window: str = "all"
     layer: int = 0  # that was judged
+    terms: str | None = None  # of the policy
     standing: Standing = UNKNOWN  # what earlier audits of the night left
 
     @property
@@ -119,8 +120,10 @@ def run_audit(
     The same call gives the same verdict while the corpus is the same, however the previous call
     ended. Raises what ``job.run`` and ``compare.compare`` raise.
     """
-    kind = night.baseline or policy.baseline
-    named = _named_baseline(kind, policy.window)  # before the run: a wrong name fails early
+    policy = replace(policy, baseline=night.baseline or policy.baseline)
+    named = _named_baseline(
+        policy.baseline, policy.window
+    )  # before the run: a wrong name fails early
     covered = choose_partition(config, policy, night)
     config = covered.config
     if covered.message is not None:
@@ -135,7 +138,9 @@ def run_audit(
         run = manifest.find_run(opened.uri)
 
     def baseline_of(run: RunFolder) -> Baseline:
-        return Baseline(named) if named else baselines.find(run, kind, policy.window)
+        if named is not None:
+            return Baseline(named)
+        return baselines.find(run, policy.baseline, policy.window)
 
     found = _judge(policy, run, baseline_of, night)
     if mark:
@@ -172,9 +177,19 @@ def _judge(
         rules = with_culprits(tuple(verdict.judge(policy, evidence, before)), policy, evidence)
         notes = tuple(_notes(policy, evidence, night))
     state = verdict.state_of(rules, policy.unjudged, excused)
-    of_run, of_policy = (evidence.comparison, evidence.lost), (policy.window, evidence.layer)
-    known = standing(run, state, rules)
-    return Audit(state, rules, run, baseline, *of_run, notes, *of_policy, known)
+    return Audit(
+        state=state,
+        rules=rules,
+        run=run,
+        held_against=baseline,
+        comparison=evidence.comparison,
+        losses=evidence.lost,
+        notes=notes,
+        window=policy.window,
+        layer=evidence.layer,
+        terms=policy.terms,
+        standing=standing(run, state, rules),
+    )
 
 
 def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
@@ -192,6 +207,11 @@ def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
     baseline, comparison = evidence.baseline, evidence.comparison
     if (labels_of := evidence.run.info["config"].get("thresholds")) is not None:
         yield f"HIGH is decided by the thresholds of {labels_of}."
+    elif night.frozen:
+        yield (
+            "HIGH is decided by this run's own thresholds: --frozen found no earlier night of the "
+            "series that may be a baseline."
+        )
     if baseline.median_of:
         yield (
             f"Quartiles, HIGH shares, classes and tokens are held against medians of "
@@ -249,6 +269,7 @@ def to_keep(found: Audit) -> StoredVerdict:
         unjudged=tuple(rule.key for rule in found.rules if rule.state == NOT_JUDGED),
         figures={rule.key: rule.value for rule in found.rules},
         distances=tuple(_distances(found.comparison)),
+        terms=found.terms,
     )
 
 

@@ -62,7 +62,7 @@ class Policy:
     window: str = "all"
     """Part of the corpus that a night covers: "all" of it, or "new", one dated partition."""
     baseline: str = "previous"
-    """Kind of the baseline, as ``check_kind`` allows it."""
+    """Kind of the baseline, as ``check_kind`` allows it, or the URI of a run."""
     unjudged: str | None = None
     """Result of a limit that could not be judged: "pass" or "fail"; None: it is not judged."""
     nights: int = learned.NIGHTS
@@ -75,6 +75,12 @@ class Policy:
     def least_tokens(self, part: str) -> int:
         """Tokens that a part of the kind ``part`` needs to be judged, at least 1."""
         return max(1, self.min_tokens.get(part, LEAST_TOKENS))
+
+    @property
+    def terms(self) -> str:
+        """Settings that figures depend on beside the runs; figures under equal terms can be compared."""
+        least = (f"{part} from {self.least_tokens(part)} tokens" for part in PART_LIMITS)
+        return ", ".join([f"window {self.window}", f"baseline {self.baseline}", *least])
 
 
 def read_policy(file: str | Path) -> Policy:

@@ -37,7 +37,7 @@ class Distance:
 
     layer: int
     group_by: str | None
-    """How the run is grouped; None: the distance is that of all tokens."""
+    """Key that groups the run; None: the distance is that of all tokens."""
     group: str | None
     """The group; None also for documents without a value."""
     psi: float | None
@@ -65,6 +65,8 @@ class StoredVerdict:
     figures: Mapping[str, float | None]
     """Values of the limits by name; None: infinite, unknown or not judged."""
     distances: tuple[Distance, ...] = ()
+    terms: str | None = None
+    """``policy.Policy.terms`` of the audit; None in older verdicts."""
     told: bool = False
     """Whether this verdict was reported to somebody: to every place that the audit notified."""
 
@@ -114,7 +116,8 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
             tuple(map(_text, body["unjudged"])),
             {_text(key): _number(value) for key, value in body["figures"].items()},
             tuple(map(_distance, body["distances"])),
-            body.get("told") is True,  # older verdicts lack it
+            _text_or_none(body.get("terms")),  # older verdicts lack the last two
+            body.get("told") is True,
         )
     return found
 

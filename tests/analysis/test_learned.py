@@ -196,8 +196,14 @@ def night_of(store: Path, day: int, **changes: Any) -> RunFolder:
     return complete(store, began, corpus=[f"/t/dt=2026-11-{day:02d}"], ask=ask, **changes)
 
 
-def keep(run: RunFolder, psi: float | None, layer: int = 8, key: str = "psi") -> None:
-    kept = StoredVerdict("held", "new", layer, None, (), (), (), {key: psi})
+def keep(
+    run: RunFolder,
+    psi: float | None,
+    layer: int = 8,
+    key: str = "psi",
+    terms: str | None = POLICY.terms,
+) -> None:
+    kept = StoredVerdict("held", "new", layer, None, (), (), (), {key: psi}, terms=terms)
     verdicts.write_verdict(run, kept)
     manifest.mark_audited(run)
 
@@ -222,16 +228,27 @@ def test_a_corpus_that_is_measured_whole_has_a_night_for_each_run(tmp_path: Path
     policy = replace(POLICY, window="all")
     for day in range(1, 13):
         run = complete(tmp_path, TONIGHT + timedelta(hours=day), ask=f"{day // 2:012x}")
-        keep(run, day / 100)
+        keep(run, day / 100, terms=policy.terms)
     tonight = complete(tmp_path, TONIGHT + timedelta(hours=20), ask="f" * 12)
     # Two runs with one request are one night, tried again: the later one counts.
     values = past.values_before(policy, tonight, 8, no_evidence)
     assert values == {"psi": [day / 100 for day in (12, 11, 9, 7, 5, 3, 1)]}
 
 
-@pytest.mark.parametrize("kept", [None, (8, "ks"), (0, "psi")])
+OTHER_TERMS = (
+    replace(POLICY, baseline="median:7").terms,
+    replace(POLICY, min_tokens={"group": 1}).terms,
+    replace(POLICY, window="all").terms,
+    None,  # of an older verdict
+)
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [None, (8, "ks"), (0, "psi"), *((8, "psi", terms) for terms in OTHER_TERMS)],
+)
 def test_a_night_that_kept_no_such_figure_is_judged_again(
-    kept: tuple[int, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: tuple[Any, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earlier, tonight = night_of(tmp_path, 1), night_of(tmp_path, 2)
     if kept is not None:
@@ -248,13 +265,25 @@ def test_a_night_that_kept_no_such_figure_is_judged_again(
     assert values == {"psi": [0.125]} and judged == [earlier.id]
 
 
+def test_a_night_whose_copies_count_otherwise_is_none_to_learn_from(tmp_path: Path) -> None:
+    for day, choice in ((1, "keep"), (2, "once"), (3, None)):
+        changes = {} if choice is None else {"duplicates": choice}
+        keep(night_of(tmp_path, day, **changes), day / 100)
+    once = night_of(tmp_path, 5, duplicates="once")
+    assert past.values_before(POLICY, once, 8, no_evidence) == {"psi": [0.02]}
+    kept = night_of(tmp_path, 4)
+    assert past.values_before(POLICY, kept, 8, no_evidence) == {"psi": [0.03, 0.01]}
+
+
 def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_path: Path) -> None:
     """Nor does it stop the audit, even if an audit kept a figure of other groups."""
 
     def grouped(day: int, by: str | None, *tables: str) -> RunFolder:
         run = night_of(tmp_path, day)
         kept = StoredVerdict(
-            "held", "new", 8, None, (), (), (), {"group.psi": day, "junk_share": day}
+            *("held", "new", 8, None, (), (), ()),
+            {"group.psi": day, "junk_share": day},
+            terms=POLICY.terms,
         )
         verdicts.write_verdict(run, kept)
         info = {**run.info, "config": {**run.info["config"], "group_by": by}}
