@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 import afn_ray
-from afn_ray.analysis import baselines
+from afn_ray.analysis import baselines, verify
 from afn_ray.analysis.policy import read_policy
 from afn_ray.cli import audits, commands
 from afn_ray.runs import events
@@ -23,6 +24,9 @@ from nights import complete, real_job
 ROOT = Path(__file__).parents[2]
 NEW = 'window = "new"\n'
 LIMITS = "psi = 9\nempty_documents = 0\nmax_new_sources = 0\n[source]\nks = 1\nmin_tokens = 1\n"
+
+
+DRIFTING = "g17"
 
 
 class Dated:
@@ -38,9 +42,20 @@ class Dated:
         )
         self.policy.write_text(NEW + LIMITS)
 
-    def put(self, day: int, begin: int, end: int, *more: str, texts: str = "") -> None:
-        """Verses ``begin`` to ``end`` and ``more`` texts as the partition of November ``day``."""
-        lines = [json.dumps({"text": text}) for text in (*self.verses[begin:end], *more)]
+    def put(
+        self, day: int, begin: int, end: int, *more: str, texts: str = "", drifts: bool = False
+    ) -> None:
+        """Verses ``begin`` to ``end`` and ``more`` texts as the partition of November ``day``.
+
+        They are in 30 groups; with ``drifts`` the group ``DRIFTING`` repeats one word.
+        """
+        rows = []
+        for at, text in enumerate((*self.verses[begin:end], *more)):
+            lang = f"g{at % 30:02d}"
+            if drifts and lang == DRIFTING:
+                text = " ".join(["begat"] * len(text.split()))
+            rows.append({"text": text, "lang": lang})
+        lines = map(json.dumps, rows)
         content = "".join(f"{line}\n" for line in lines).encode()
         place = texts or self.texts
         storage.write_over(f"{place}/dt=2026-11-{day:02d}/part-0.jsonl", content)
@@ -49,9 +64,9 @@ class Dated:
         out = f"--out={self.folder}/out"
         return [f"--policy={self.policy}", out, "--no-report", "--quiet", *flags]
 
-    def night(self, *flags: str) -> tuple[int, str, str]:
-        """Exit code, output and errors of the real job."""
-        return real_job(self.folder, str(self.config), *self.words(*flags))
+    def night(self, *flags: str, dies_at: str = "") -> tuple[int, str, str]:
+        """Exit code, output and errors of the real job, which may be killed at a step."""
+        return real_job(self.folder, str(self.config), *self.words(*flags), dies_at=dies_at)
 
     def here(self, *flags: str) -> tuple[int, str, str | None]:
         """Exit code, state and id of the baseline of the same command in this process."""
@@ -90,9 +105,28 @@ def dated(
     return Dated(tmp_path, place, tiny_bert, verses)
 
 
-def test_nights_of_a_dated_corpus_are_each_held_against_the_one_before(dated: Dated) -> None:
-    """Through the real job, on a disk and in a bucket."""
-    dated.put(1, 0, 30)
+STEPS = (
+    "afn_ray.store.plans:plan_table",
+    "afn_ray.store.shard_files:publish",
+    "afn_ray.reduce.losses:files_table",
+    "afn_ray.store.manifest:finish_run",
+    "afn_ray.analysis.audit:write_json",
+    "afn_ray.store.verdicts:write_verdict",
+    "afn_ray.store.manifest:mark_audited",
+)
+"""Steps of a night, in order; each is called by this name, so it can be replaced."""
+OF_GROUPS = f"{LIMITS.replace('psi = 9', 'psi = 0.1')}[group.lang]\npsi = 0.8\nmin_tokens = 50\n"
+"""Limits on the whole, each source and each group; all hold for verses of one book after another."""
+
+
+def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
+    """Through the real job, on a disk and in a bucket: every state and exit code, and kills.
+
+    Each night is held against the one before that is neither broken nor empty.
+    """
+    dated.config.write_text(f'{dated.config.read_text()}keep_columns = "lang"\ngroup_by = "lang"\n')
+    dated.policy.write_text(NEW + OF_GROUPS)
+    dated.put(1, 0, 120)
     assert dated.audited() == (3, "not judged", "01", None)
     first = dated.said
     assert first["window"] == "new" and first["run"]["corpus"] == [
@@ -100,22 +134,23 @@ def test_nights_of_a_dated_corpus_are_each_held_against_the_one_before(dated: Da
     ]
     assert first["series"] == f"store: {uris.absolute(dated.texts)}/dt=<date>"
     assert first["reason"] == (
-        f'psi, max_new_sources, source.ks: the series "{first["series"]}" has no earlier run with '
-        "this measure"
+        f'psi, max_new_sources, source.ks, group.psi: the series "{first["series"]}" has no '
+        "earlier run with this measure"
     )
     assert dated.audited("--first-night") == (0, "held", "01", None)
-    assert dated.said["reason"].startswith("psi, max_new_sources, source.ks: first night: ")
+    assert "group.psi: first night: " in dated.said["reason"]
     assert dated.said["run"] == first["run"]
 
-    dated.put(2, 30, 60)
+    dated.put(2, 120, 240)
     assert dated.audited() == (0, "held", "02", "01")  # no limit on sources is broken
     source = f"{uris.absolute(dated.texts)}/dt=<date>/part-0.jsonl"
     assert {r["key"]: r["where"] for r in dated.said["rules"]}["source.ks"] == source
 
-    dated.put(3, 60, 90, "")
+    dated.put(3, 240, 360, "")
     assert dated.audited() == (1, "broken", "03", "02")
     broken = dated.written
-    assert dated.audited() == (1, "broken", "03", "02") and dated.written == broken  # run twice
+    code, out, _ = dated.night()  # run twice
+    assert code == 1 and dated.written == broken and "still broken since" in out
 
     # The night of the 4th: its partition is late.
     code, _, err = dated.night()
@@ -123,17 +158,17 @@ def test_nights_of_a_dated_corpus_are_each_held_against_the_one_before(dated: Da
     assert "partition 2026-11-03 was audited before, and no newer one is there" in err
     code, _, err = dated.night("--partition=2026-11-04")
     assert code == 2 and "there is no partition 2026-11-04" in err and dated.written == broken
-    dated.put(5, 120, 150)
+    dated.put(5, 480, 600)
     assert dated.audited() == (0, "held", "05", "02")  # not against the broken one
-    dated.put(4, 90, 120)
+    dated.put(4, 360, 480)
     assert dated.audited("--partition=2026-11-04") == (0, "held", "04", "02")
 
     # The 5th is replaced: it is not held against what it was, and the 6th against what it is.
     old = dated.said["run"]["id"]
-    dated.put(5, 150, 190)
+    dated.put(5, 600, 720)
     assert dated.audited() == (0, "held", "05", "04")
     new = dated.said["run"]["id"]
-    dated.put(6, 190, 220)
+    dated.put(6, 720, 840)
     assert dated.audited() == (0, "held", "06", "05")
     assert dated.said["baseline"]["id"] == new != old
 
@@ -142,8 +177,44 @@ def test_nights_of_a_dated_corpus_are_each_held_against_the_one_before(dated: Da
     dated.put(7, 0, 0)
     code, _, err = dated.night()
     assert code == 2 and "the corpus has no token to measure" in err and dated.written == sixth
-    dated.put(8, 220, 250)
+    dated.put(8, 840, 960)
     assert dated.audited() == (0, "held", "08", "06")
+
+    # One of 30 groups drifts in the night of the 9th, and stays so: somebody accepts it.
+    dated.put(9, 960, 1080, drifts=True)
+    assert dated.audited() == (1, "broken", "09", "08")
+    said = dated.said
+    rules = {rule["key"]: rule for rule in said["rules"]}
+    assert [key for key, rule in rules.items() if rule["state"] == "broken"] == ["group.psi"]
+    assert rules["group.psi"]["where"] == DRIFTING
+    named = [one["name"] for one in rules["group.psi"]["worst"] if one["kind"] == "group"]
+    assert named[0] == DRIFTING and len(named) == 5
+    dated.put(10, 1080, 1200, drifts=True)
+    assert dated.audited() == (1, "broken", "10", "08")
+    accept = ["audit", f"--accept={dated.said['run']['uri']}", "--why=the new source of it"]
+    with pytest.raises(SystemExit) as left:
+        commands.main(accept)
+    assert not left.value.code
+    dated.put(11, 1200, 1320, drifts=True)
+    assert dated.audited() == (0, "held", "11", "10")
+
+    # Another series of the same store, whose nights are not those of this one.
+    assert dated.audited("--series=mine") == (3, "not judged", "11", None)
+    mine = dated.said["run"]["id"]
+
+    # Nights that are killed at one step or more, and given again each time.
+    for day, steps in ((12, STEPS[:3]), (13, STEPS[3:5]), (14, STEPS[5:])):
+        dated.put(day, 120 * (day - 1), 120 * day, drifts=True)
+        earlier = dated.written
+        for step in steps:
+            code, out, err = dated.night(dies_at=step)
+            assert code == -signal.SIGKILL, (step, out, err)
+            assert (dated.written != earlier) == (step in STEPS[5:]), step
+        assert dated.audited() == (0, "held", f"{day}", f"{day - 1}")
+    assert dated.audited("--series=mine") == (0, "held", "14", "11")
+    assert dated.said["baseline"]["id"] == mine
+    found = verify.verify_store(dated.store)
+    assert not found.findings
 
 
 def test_two_series_of_one_store_do_not_meet(dated: Dated) -> None:
