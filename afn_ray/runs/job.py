@@ -301,6 +301,10 @@ def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnE
         f"quarantined{why}"
     )
     on_event(events.Complete(message))
+    copies, choice = duplicates.figures_of(folder.info), duplicates.choice_of(folder.info)
+    if copies is not None and copies.documents and choice != duplicates.KEEP:
+        sentence, _ = duplicates.describe(copies, choice)
+        on_event(events.Complete(f"of these, {sentence}"))
     for shard in given_up(results.given_up[:MOST_SHARDS], results.failures):
         notice = f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"
         on_event(events.Warned(notice))
