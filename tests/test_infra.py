@@ -638,6 +638,10 @@ def test_each_use_has_a_config_of_its_own(rendered: dict[str, list[Manifest]]) -
             assert [config["configMap"]["name"]] == made[folder]
 
 
+SECRETS = {"AFN_WEBHOOK": ("afn-webhook", "url"), "AFN_NOTIFY": ("afn-notify", "urls")}
+"""Secret and key of each variable with addresses that an audit reports to."""
+
+
 @pytest.mark.parametrize("folder", ["once", "nightly"])
 def test_what_is_run_exists_and_takes_its_arguments(
     rendered: dict[str, list[Manifest]], folder: str
@@ -652,8 +656,9 @@ def test_what_is_run_exists_and_takes_its_arguments(
     if given.command == "audit":  # all of a pod is gone when its job ends
         assert given.out == values()["audits"] and "://" in given.out
         head = pods(rendered[folder])["head"]["spec"]["containers"][0]
-        (hook,) = (e["valueFrom"] for e in head["env"] if e["name"] == "AFN_WEBHOOK")
-        assert hook == {"secretKeyRef": {"name": "afn-webhook", "key": "url", "optional": True}}
+        secrets = {e["name"]: e["valueFrom"] for e in head["env"] if e["name"] in SECRETS}
+        for name, (secret, key) in SECRETS.items():
+            assert secrets[name] == {"secretKeyRef": {"name": secret, "key": key, "optional": True}}
     (mount,) = (
         v["mountPath"]
         for v in pods(rendered[folder])["head"]["spec"]["containers"][0]["volumeMounts"]
@@ -1400,13 +1405,8 @@ def test_the_commands_of_the_page(command: str, rendered: dict[str, list[Manifes
         assert words[:2] == ["-n", named(rendered["access"], "Namespace")["metadata"]["name"]]
         match words[2:]:
             case ["create", "secret", "generic", secret, key]:
-                head = pods(rendered["nightly"])["head"]["spec"]["containers"][0]
-                (hook,) = (
-                    e["valueFrom"]["secretKeyRef"]
-                    for e in head["env"]
-                    if e["name"] == "AFN_WEBHOOK"
-                )
-                assert secret == hook["name"] and key.startswith(f"--from-file={hook['key']}=")
+                (in_secret,) = (key for name, key in SECRETS.values() if name == secret)
+                assert key.startswith(f"--from-file={in_secret}=")
             case ["create", "job", source, "afn-tonight"]:
                 assert (
                     source
