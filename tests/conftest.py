@@ -34,6 +34,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# The processes that Ray would start beforehand for each CPU have another environment than workers.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # One thread each, for the suite's processes have the cores between them: threads that wait for
 # others' cores spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -593,10 +595,12 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
             yield faults.wrap(request.getfixturevalue("memory"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def local_ray(s3_server: str) -> Iterator[None]:
-    """One local Ray of four logical CPUs for the whole session; its workers inherit the way to the
-    bucket.
+    """One local Ray of four logical CPUs for the tests of a file; its workers inherit the way to
+    the bucket.
+
+    An idle one takes a twentieth of a core, so it does not outlive them.
     """
     import ray
 

@@ -65,16 +65,15 @@ def test_a_file_of_one_gigabyte_in_one_shard_stays_under_two(
     assert peak_bytes(corpus, tmp_path / "store", tiny_bert) < 1 << 30
 
 
-def test_memory_does_not_grow_with_the_text(tmp_path: Path, minilm: Path) -> None:
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, tiny_bert: Path) -> None:
     verses = demo.corpus_file().read_bytes()
     peaks = []
     for copies in (1, 4):
         corpus = tmp_path / f"{copies}.jsonl"
         corpus.write_bytes(verses * copies)
-        peaks.append(peak_bytes(corpus, tmp_path / f"store-{copies}", minilm))
+        peaks.append(peak_bytes(corpus, tmp_path / f"store-{copies}", tiny_bert))
         corpus.unlink()
-    assert peaks[1] < 2 << 30
-    assert peaks[1] - peaks[0] < 150 << 20, peaks
+    assert peaks[1] - peaks[0] < 100 << 20, peaks
 
 
 WORKER = """
