@@ -14,7 +14,7 @@ UPOS, XPOS = "upos", "xpos"
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """How bytes become documents; part of a shard's identity."""
+    """Options that turn bytes into documents; part of a shard's identity."""
 
     format: str  # "auto", "txt", "jsonl", "csv", "parquet" or "conllu"
     text_column: str

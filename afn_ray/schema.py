@@ -299,7 +299,7 @@ FILES_SCHEMA = _schema(
     "share_read: float64",  # measured share of num_bytes
     *_DAMAGE,
 )
-"""How much of each file of a run's corpus was measured."""
+"""Bytes and documents measured of each file of a run's corpus."""
 
 KEPT_SCHEMA = _schema(
     "name: string",

@@ -1,4 +1,4 @@
-"""How one night is audited: its baseline, its partition, and whether it begins a series."""
+"""Settings of one night's audit: its baseline, its partition, and whether it begins a series."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from afn_ray.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """How one night is audited, beside what the policy says."""
+    """Settings of one night's audit beside the policy."""
 
     baseline: str | None = None
     """Kind of baseline as in the policy, or the URI of a run; None: the policy's kind."""

@@ -214,6 +214,24 @@ def _add_audit(commands: Commands) -> None:
         "--why",
     )
     audit.add_argument("--why", metavar="TEXT", help="reason for --accept, shown in the history")
+    _add_night(audit)
+    audit.add_argument(
+        "--out",
+        metavar="DIR",
+        default="audit",
+        help="folder for audit.json and report.html, or its URL (default: audit)",
+    )
+    audit.add_argument(
+        "--no-report",
+        action="store_true",
+        help="write no report.html; the packages that it needs may then be missing",
+    )
+    _add_notifications(audit)
+    arguments.add_quiet(audit)
+
+
+def _add_night(audit: argparse.ArgumentParser) -> None:
+    """Flags that choose the night and its baseline."""
     audit.add_argument(
         "--baseline",
         metavar="RUN",
@@ -244,17 +262,10 @@ def _add_audit(commands: Commands) -> None:
         action="store_true",
         help="decide what is HIGH by the thresholds of the runs before this one",
     )
-    audit.add_argument(
-        "--out",
-        metavar="DIR",
-        default="audit",
-        help="folder for audit.json and report.html, or its URL (default: audit)",
-    )
-    audit.add_argument(
-        "--no-report",
-        action="store_true",
-        help="write no report.html; the packages that it needs may then be missing",
-    )
+
+
+def _add_notifications(audit: argparse.ArgumentParser) -> None:
+    """Flags that choose who is told of a verdict, and how."""
     audit.add_argument(
         "--webhook",
         metavar="URL",
@@ -290,7 +301,6 @@ def _add_audit(commands: Commands) -> None:
         action="store_true",
         help="notify even if an earlier audit notified of the same verdict on the same text",
     )
-    arguments.add_quiet(audit)
 
 
 def _add_schema(commands: Commands) -> None:

@@ -1,4 +1,4 @@
-"""What computes a run's rows: the query process, and DuckDB in this process for rows it sent."""
+"""Backends of a run's rows: the query process, and DuckDB in this process for rows it sent."""
 
 from __future__ import annotations
 

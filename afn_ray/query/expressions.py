@@ -25,7 +25,7 @@ class ShardFile(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordedColumns:
-    """What a run recorded, as far as its views depend on it."""
+    """Contents of a run that its views depend on."""
 
     layers: Sequence[int]
     thresholds: Mapping[int, Mapping[str, Any]]

@@ -65,7 +65,7 @@ def own_q3(folder: RunFolder, documents: str, layers: Sequence[int]) -> str:
 
 
 def _by_file(folder: RunFolder, files: pa.Table) -> Grouping | None:
-    """How files decide the groups of their documents; None if a kept column does."""
+    """Grouping of the run's documents by their file; None if a kept column decides."""
     by = grouped_by(folder)
     columns = kept.parse(folder.info["config"].get("keep_columns") or "")
     if by is None or by in [column.name for column in columns]:

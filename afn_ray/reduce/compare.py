@@ -263,7 +263,7 @@ def notes_on_copies(a: RunFolder, b: RunFolder) -> Iterator[str]:
 
 
 def _notes_on_group_labels(in_a: bool, in_b: bool) -> Iterator[str]:
-    """By which Q3 tokens are HIGH in the comparison of groups; the flags are ``labels_by_group``."""
+    """Note on the Q3 by which tokens are HIGH in the groups; the flags are ``labels_by_group``."""
     if in_a and in_b:
         yield ("In groups, HIGH is a rank within the group and its run: each labels by its own Q3.")
     elif in_a or in_b:

@@ -133,7 +133,7 @@ def labels_by_group(run: RunFolder) -> bool:
 
 
 def grouped_by(run: RunFolder) -> str | None:
-    """How the documents of ``run`` are grouped; None: they are not."""
+    """Key that groups the documents of ``run``; None: they are not grouped."""
     by = run.info["config"].get("group_by")
     # run.json may have been edited, and titles have this name.
     is_name = isinstance(by, str) and NAME.fullmatch(by) is not None

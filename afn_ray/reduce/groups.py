@@ -41,7 +41,7 @@ HIVE_NULL = "__HIVE_DEFAULT_PARTITION__"
 
 
 class Grouping(NamedTuple):
-    """How the documents of a run are grouped."""
+    """Rule that groups the documents of a run."""
 
     by: str  # ``BY_SOURCE``, a kept column or a partition key
     is_column: bool  # ``by`` is a kept column
@@ -186,7 +186,7 @@ DENSE_COUNTS = 1 << 24
 
 
 class TypeCounter:
-    """How often each type occurs in each group, and how often it is HIGH at each layer.
+    """Counts of each type in each group: of all its tokens, and of the HIGH ones at each layer.
 
     The counters are one array. Where that would be too large, histograms are added instead.
     """

@@ -204,7 +204,7 @@ def neuron_tables(pairs: Pairs, layer: int, types: Mapping[str, Ints]) -> tuple[
 
 
 class _Shares(NamedTuple):
-    """How much each pair and each neuron occurs, in tokens with recorded neurons."""
+    """Frequency of each pair and each neuron, in tokens with recorded neurons."""
 
     neurons: Ints  # of the pairs, [n_pairs]
     token_ids: Ints  # of the pairs, [n_pairs]

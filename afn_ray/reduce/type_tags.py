@@ -1,4 +1,4 @@
-"""How often each type of a labelled corpus has each tag."""
+"""Counts of each tag of each type of a labelled corpus."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class State:
-    """What a call has done so far with its shards; it does not count what the store had before."""
+    """Outcome of a call so far for its shards; shards that the store had before do not count."""
 
     num_shards: int
     num_workers: int = 0

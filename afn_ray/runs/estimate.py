@@ -205,7 +205,7 @@ class _There:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """What a run has to do, and what the store has of it already."""
+    """Work of a run, and the part of it that the store has already."""
 
     todo: list[Shard]
     there: _There

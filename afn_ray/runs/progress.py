@@ -128,7 +128,7 @@ class Progress:
 
     @property
     def loading_text(self) -> str:
-        """How many workers have loaded the model, while none has and nothing is committed."""
+        """Number of workers with a loaded model, in words; empty once one has or a shard is done."""
         if self.num_ready > 0 or self.num_committed > 0:
             return ""
         return f"workers: 0 of {self.num_workers} have loaded the model"

@@ -39,7 +39,7 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Outcomes:
-    """What became of the documents of a chunk."""
+    """Fates of the documents of a chunk."""
 
     n_tokens: npt.NDArray[np.int64]  # recorded tokens
     status: Sequence[str]
@@ -266,7 +266,7 @@ def _outcomes(
     bad: npt.NDArray[np.bool_],
     problems: Mapping[int, str],
 ) -> _Outcomes:
-    """What became of ``documents``, of which those in ``problems`` could not be measured."""
+    """Fates of ``documents``, of which those in ``problems`` could not be measured."""
     status: list[str] = []
     losses: list[tuple[int, int | None]] = []
     for i, document in enumerate(documents):

@@ -70,7 +70,7 @@ def collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> 
 def facts_of(
     asked: Preparation, results: Results, tables: Mapping[str, Any], num_reused: int
 ) -> dict[str, Any]:
-    """What run.json says of the inputs and the shards of a run."""
+    """Entries of run.json on the inputs and the shards of a run."""
     config, measure, files, plan = asked.config, asked.task.measure, asked.files, results.plan
     return {
         "measure": {"id": measure.id, **measure.as_dict()},

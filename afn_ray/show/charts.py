@@ -295,7 +295,7 @@ def _classes_by_layer(summary: RunSummary) -> Chart:
 
 
 def _spread_by_layer(summary: RunSummary) -> Chart:
-    """How far strengths spread, by layer."""
+    """Spread of the strengths, by layer."""
     kinds = ("Q3 above the median", "CV (sd / mean)")
     values: list[VegaSpec] = []
     rows = []

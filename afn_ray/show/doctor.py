@@ -415,7 +415,7 @@ def _gpu(index: int, name: str | None) -> Check:
 
 
 def _norms(loaded: Model) -> str:
-    """How a model on a GPU adds and normalises: how fast by one kernel, or why not by one."""
+    """Addition and normalisation on a GPU: the speed of the one kernel, or the reason against it."""
     from afn_ray.model import time_norms
 
     if (times := time_norms(loaded)) is None:

@@ -113,7 +113,7 @@ def _most_moved(movers: pa.Table, layer: int) -> list[dict[str, Any]]:
 
 
 def _what(row: Mapping[str, Any]) -> str:
-    """How a type moved, from its row of ``MOVERS_SCHEMA``."""
+    """Move of a type in words, from its row of ``MOVERS_SCHEMA``."""
     before, now = (
         f"{row[f'share_high_{run}']:.1%} of {row[f'n_{run}']:,}" if row[f"n_{run}"] else ""
         for run in "ab"

@@ -113,18 +113,7 @@ def _render(
     info, summary = run.info, summarise(run)
     main = summary.layers[-1]
     words = by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
-    movers: list[Chart] = []
-    if comparison is not None:
-        chart = vocabulary_charts.movers_chart(comparison.movers, main.layer)
-        movers = [] if chart is None else [chart]
-    drawn = {
-        "histograms": _histograms(run, summary, comparison),
-        "classes": [charts.classes_chart(summary, words[main.layer])],
-        "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
-        "vocabulary": [vocabulary_charts.vocabulary_chart(words[main.layer])],
-        "movers": movers,
-        "history": [],
-    }
+    drawn = _charts(run, summary, comparison, words[main.layer])
     nights = _history(run, audit)
     known_nights = HISTORY_SCHEMA.empty_table() if isinstance(nights, str) else nights
     drawn["history"] = history_charts.history_charts(known_nights, main.layer)
@@ -139,9 +128,7 @@ def _render(
     claims_of = []
     if not isinstance(claimed, str):
         claims_of = claim_charts.claims_charts(claimed, main.layer)
-    drawn["claims"] = []
-    for *_, of_claim in claims_of:
-        drawn["claims"] += of_claim
+    drawn["claims"] = [chart for *_, of_claim in claims_of for chart in of_claim]
     specs: dict[str, VegaSpec] = {}
     for group in drawn.values():
         specs |= {chart.name: chart.spec for chart in group}
@@ -190,6 +177,26 @@ def _render(
         policy={"style": _policy(style), "script": f"{_policy(vega)} {_policy(script)}"},
     )
     return page
+
+
+def _charts(
+    run: manifest.RunFolder,
+    summary: RunSummary,
+    comparison: compare.Comparison | None,
+    words: pa.Table,
+) -> dict[str, list[Chart]]:
+    """Charts of the run and its drift by section; ``words`` are the vocabulary at its last layer."""
+    layer = summary.layers[-1].layer
+    moved = None
+    if comparison is not None:
+        moved = vocabulary_charts.movers_chart(comparison.movers, layer)
+    return {
+        "histograms": _histograms(run, summary, comparison),
+        "classes": [charts.classes_chart(summary, words)],
+        "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
+        "vocabulary": [vocabulary_charts.vocabulary_chart(words)],
+        "movers": [] if moved is None else [moved],
+    }
 
 
 def _resource(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run is and what its figures do not say, in words."""
+"""Facts of a run, and cautions that its figures do not show, in words."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def _copies(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _makers(info: dict[str, Any]) -> str:
-    """What measured the shards; "" for a CPU, and for runs of older versions, which do not say."""
+    """Devices and kernels that measured the shards; "" for a CPU, and for runs of older versions, which do not say."""
     makers = info.get("makers", {})
     if len(makers) == 1:
         (only,) = makers

@@ -48,7 +48,7 @@ class Commit:
 
 
 class _Shared(NamedTuple):
-    """What many commits share, so that it is stored once."""
+    """Facts that many commits share, so that they are stored once."""
 
     tables: tuple[str, ...]
     counts: tuple[str, ...]
@@ -174,7 +174,7 @@ def describe_makers(commits: Iterable[Commit]) -> dict[str, int]:
 
 
 def _describe_maker(made_by: Mapping[str, str]) -> str:
-    """What measured a shard, in words. On a CPU, the dtype of the run decides the attention.
+    """Device and kernels that measured a shard, in words. On a CPU, the dtype of the run decides the attention.
 
     Older commits lack ``norm`` and ``experts``: no norm was fused, and experts ran in float32.
     """

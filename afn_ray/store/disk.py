@@ -227,7 +227,7 @@ def scratch_folder(given: str | None) -> Path:
 
 
 def find_lacks(folder: Path) -> list[str]:
-    """What the filesystem of the writable ``folder`` lacks, and what is done instead.
+    """Features that the filesystem of the writable ``folder`` lacks, and their substitutes.
 
     The list is empty on most disks.
     """

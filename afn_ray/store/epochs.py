@@ -50,7 +50,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one gc published. Number 0 stands for the time before the first gc."""
+    """Record of one gc. Number 0 stands for the time before the first gc."""
 
     number: int = 0
     rows: pa.Table = field(default_factory=SCHEMA.empty_table)

@@ -59,7 +59,7 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
 
 
 def _reason(error: OSError) -> str:
-    """What happened, and what to do where that is known."""
+    """Message: the event, and the remedy where it is known."""
     if isinstance(error, FileNotFoundError):
         return "no such bucket" if NO_BUCKET in str(error) else "no such file or folder"
     if isinstance(error, PermissionError):

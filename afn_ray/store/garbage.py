@@ -45,7 +45,7 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """What no kept run of a store refers to: deleted, or what ``delete`` would delete."""
+    """Objects that no kept run of a store refers to: deleted, or those that ``delete`` would delete."""
 
     store: str
     kept: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What a garbage collection found or deleted, as lines for people."""
+"""Findings and deletions of a garbage collection, as lines for people."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def _is_missing(path: Path) -> bool:
 
 
 def find_lacks(uri: str) -> list[str]:
-    """What the filesystem of the writable folder ``uri`` lacks, and what is done instead."""
+    """Features that the filesystem of the writable folder ``uri`` lacks, and their substitutes."""
     fs, path = uris.open_filesystem(uri)
     if not isinstance(fs, LocalFileSystem):
         return []

@@ -15,7 +15,7 @@ from afn_ray.store.manifest import RunFolder
 
 @dataclass(frozen=True, slots=True)
 class RetentionRules:
-    """What is kept, as in ``collect_garbage``."""
+    """Rule of which runs are kept, as in ``collect_garbage``."""
 
     keep: int
     keep_runs: tuple[str, ...]

@@ -62,7 +62,7 @@ AHEAD = 2
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How texts become batches; small and picklable, for tokenizer processes."""
+    """Settings that turn texts into batches; small and picklable, for tokenizer processes."""
 
     tokenizer: str  # as JSON
     window_tokens: int
@@ -239,7 +239,7 @@ class Feed:
         )
 
     def why_dead(self, executors: Sequence[Executor]) -> str:
-        """How the first dead process of ``executors`` ended.
+        """End of the first dead process of ``executors``, in words.
 
         It says only "died" where no exit code is known after ``EXIT_CODE_S``.
         """

@@ -145,7 +145,7 @@ def _strings(texts: Sequence[str], cuts: Ints) -> pa.LargeStringArray:
 
 
 def find_cut(tokenizer: Tokenizer) -> Cut | None:
-    """Where texts for ``tokenizer`` can be cut without changing a token; None if that is unknown.
+    """Places at which texts for ``tokenizer`` can be cut without changing a token; None if unknown.
 
     ``tokenizer`` takes control tokens in a text for text. Two kinds are known:
 
