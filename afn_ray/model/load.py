@@ -98,7 +98,7 @@ def load_blocks(files: ModelFiles, num_blocks: int) -> Loaded:
 
     All blocks are loaded, in float32, if the model comes with code of its own. Raises
     ``ModelError`` as ``load_weights`` does. Blocks that are left out must have a tensor in the
-    files, but are not checked further.
+    files, but are not checked further; those of a GGUF file are not checked at all.
     """
     with _loading(files):
         config = transformers.AutoConfig.from_pretrained(
@@ -121,7 +121,9 @@ def load_blocks(files: ModelFiles, num_blocks: int) -> Loaded:
     if kind is None:
         model = load_weights(files)
         return Loaded(model, find_blocks(model, files), files.depth, MappedFiles([]))
-    _check(files, model, info, short.left_out, with_pooler=False)
+    # Of a GGUF file transformers reads the tensors that the model has, and names no others.
+    left_out = {} if files.gguf else short.left_out
+    _check(files, model, info, left_out, with_pooler=False)
     blocks, short.blocks = short.blocks, []  # the model's class refers to ``short``
     return Loaded(_frozen(model), blocks, short.depth, mapped)
 

@@ -69,6 +69,12 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
             plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
             for ids in rows
         ]
+    few = load.load_blocks(found, 2)  # the others are not read
+    assert (few.depth, len(few.blocks), len(few.module.layers)) == (2, 2, 2)
+    with torch.inference_mode():
+        ids = torch.tensor([rows[0]])
+        shallow = few.module(input_ids=ids, output_hidden_states=True).hidden_states
+    assert all(torch.equal(shallow[at], states[0][at]) for at in (0, 1))
     expected = [[x[k][0].double().norm(dim=-1).numpy() for k in LAYERS] for x in states]
     monkeypatch.setattr(engine, "load_blocks", lambda *_: once)
     loaded = model.Model(found, LAYERS, "float32", "cpu", 64)
