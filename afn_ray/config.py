@@ -35,6 +35,8 @@ SIGNAL = re.compile(r"[a-z][a-z_]*")
 """Form of a signal's name."""
 SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Form of the name of a series."""
+LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,3}")
+"""Form of a language: a code of ISO 639, which a script or a region may follow."""
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 """Form of one entry of ``layers``: a block number, or a share of the depth."""
 
@@ -94,6 +96,7 @@ FORMS = {
         kept.NAME,
         "source, one of keep_columns, or a key of the path: letters, digits, _ and -, at most 63",
     ),
+    "language": Form(LANGUAGE, "a code of ISO 639, such as en, pt-BR or yue"),
 }
 """Forms of texts, by key."""
 LEAST = {
@@ -209,7 +212,8 @@ class RunConfig:
     )
     offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
     language: str = _option(
-        "en", "language of the corpus (ISO 639-1), whose function words get a class of their own"
+        "en",
+        "language of the corpus (ISO 639-1, such as en), whose closed-class words are function words",
     )
     sink_factor: float = _option(
         10.0, "a token is a sink if its strength is over this many medians"

@@ -63,8 +63,16 @@ def neurons_column(layer: int) -> str:
 
 # --- classes and tags
 
-CLASSES = ("content", "function", "piece", "fragment", "number", "punctuation", "special")
-"""Classes of a token type, in the order of the tables."""
+CLASSES_VERSION = 2
+"""Version of the rules and words that give types their classes; part of a run's request.
+
+It grows when the class of a type may change. 1 stands for the stop lists of earlier versions.
+"""
+CLASSES = ("content", "function", "word", "piece", "fragment", "number", "punctuation", "special")
+"""Classes of a token type, in the order of the tables.
+
+A type is a ``word`` where the language has no list of closed-class words.
+"""
 PARTS_OF_WORDS = ("piece", "fragment")
 """Classes of types that mostly begin or continue a word of several tokens.
 
@@ -404,8 +412,12 @@ VOCABULARY_SCHEMA = _schema(
     "share_high: float64",
     "share_high_low, share_high_high: float64",  # Wilson interval, 95 %
     "idf: float64",
+    "class_confidence: float32 or null",  # estimated share of the type's uses that have its class
+    "is_ambiguous: bool or null",  # a word that is used as open and as closed, or has two tags
 )
 """Every token type at each layer: its strengths, and how often it is HIGH."""
+ADDED = {"vocabulary": ("class_confidence", "is_ambiguous")}
+"""Columns that tables of older runs lack; they read as null."""
 
 SIGNAL_VOCABULARY_SCHEMA = _schema(
     "signal: string", "layer: int16", *_TYPE_IN_CORPUS, "idf: float64"

@@ -19,6 +19,7 @@ from afn_ray.analysis.policy import read_policy
 from afn_ray.config import (
     CHOICES,
     HINTS,
+    LANGUAGE,
     MOST_QUARANTINED,
     MOST_WORKERS_PER_GPU,
     SERIES,
@@ -53,6 +54,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["source", "lang"])
     if name == "series":
         return st.from_regex(SERIES, fullmatch=True)
+    if name == "language":
+        return st.from_regex(LANGUAGE, fullmatch=True)
     if name == "near_duplicates":
         return st.floats(0.5, 1)
     if name == "workers_per_gpu":
@@ -185,6 +188,18 @@ def test_nothing_that_is_needed_may_be_empty(name: str) -> None:
     for empty in [(), ("",), ("a", "")] if name == "corpus" else [""]:
         with pytest.raises(ConfigError, match=f"{name} is empty"):
             RunConfig(**(NEEDED | {name: empty}))
+
+
+@pytest.mark.parametrize(
+    "language", ["english", "e", "en-", "en us", "en/x", "日本", "en-GB-a-b-c"]
+)
+def test_a_language_is_a_code(language: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"language is .*; expected a code of ISO 639, such as en"
+    ):
+        RunConfig(**NEEDED | {"language": language})
+    for valid in ("en", "pt-BR", "zh_Hans_CN", "yue"):
+        assert RunConfig(**NEEDED | {"language": valid}).language == valid
 
 
 def test_every_field_has_a_help_and_all_but_three_a_default() -> None:

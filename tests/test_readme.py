@@ -297,7 +297,7 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
     flags = set()
-    parsers = list(command_parsers().values())
+    parsers = [*command_parsers().values(), bench_commands.parser()]
     while parsers:
         for action in parsers.pop()._actions:
             flags |= {*action.option_strings}

@@ -25,6 +25,7 @@ from afn_ray.query import database
 from afn_ray.reduce import duplicates, kept_columns, losses, near_duplicates, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts, shards_table
+from afn_ray.schema import ADDED
 from afn_ray.store import (
     blocks,
     checksums,
@@ -328,9 +329,9 @@ class RunCheck:
         """Recompute the run's tables: reduce the summaries, which match the rows, and screen.
 
         The tokenizer and word lists that name and classify types may be missing here, or newer. So
-        ``token``, ``text`` and ``class`` come from the stored ``vocabulary``, and only its checksum
-        vouches for them; classes that are tags are recomputed. The list of files left out of the
-        corpus comes from the stored ``files``.
+        ``token``, ``text``, ``class`` and what says how sure it is come from the stored
+        ``vocabulary``, and only its checksum vouches for them; classes that are tags are
+        recomputed. The list of files left out of the corpus comes from the stored ``files``.
         """
         texts = _texts_of(vocabulary)
         recorded = tree.RecordedSeries(
@@ -338,6 +339,7 @@ class RunCheck:
         )
         rules = tree.LabelRules(self._config["language"], self._config["sink_factor"], self._frozen)
         tables = tree.reduce_run(shards, recorded, texts, rules)
+        tables["vocabulary"] = _without_added(tables["vocabulary"], vocabulary)
         if not measure.tagged:
             tables |= _with_classes(tables, vocabulary)
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
@@ -424,9 +426,19 @@ def _texts_of(vocabulary: pa.Table) -> TokenTexts:
     return TokenTexts(pieces, readable)
 
 
+def _without_added(computed: pa.Table, stored: pa.Table) -> pa.Table:
+    """The ``computed`` vocabulary, without columns that the ``stored`` one of an older run lacks."""
+    lacking = [name for name in ADDED["vocabulary"] if name not in stored.column_names]
+    return computed.drop_columns(lacking) if lacking else computed
+
+
 def _with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[str, pa.Table]:
     """The tables of types in ``tables``, with the classes of the stored ``vocabulary``."""
-    named = {"vocabulary": _with_column(tables["vocabulary"], "class", vocabulary["class"])}
+    classed = tables["vocabulary"]
+    for name in ("class", *ADDED["vocabulary"]):
+        if name in classed.column_names:
+            classed = _with_column(classed, name, vocabulary[name])
+    named = {"vocabulary": classed}
     of_signals = tables.get("signal_vocabulary")
     if of_signals is not None:
         known = dict(zip(_types_of(vocabulary), vocabulary["class"].to_pylist(), strict=True))

@@ -23,6 +23,7 @@ from afn_ray.query.views import NeuronFiles, statements
 from afn_ray.reduce.compare import compare
 from afn_ray.reduce.group_drift import labels_by_group
 from afn_ray.schema import (
+    ADDED,
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
     FILES_SCHEMA,
@@ -235,7 +236,11 @@ def _columns(files: ReadOnlyFiles, name: str) -> list[str]:
 def _small_table(folder: manifest.RunFolder, name: str, schema: pa.Schema) -> pa.Table:
     """The run's table ``name`` as ``schema``. Raises ``StoreError`` if it is damaged."""
     try:
-        return manifest.read_table(folder, name).select(schema.names).cast(schema)
+        table = manifest.read_table(folder, name)
+        for added in ADDED.get(name, ()):
+            if added not in table.column_names:
+                table = table.append_column(added, pa.nulls(len(table)))
+        return table.select(schema.names).cast(schema)
     except checksums.DAMAGES as error:
         raise StoreError(f"{folder.uri}/{name}.parquet is damaged: {error}") from error
 

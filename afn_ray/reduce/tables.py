@@ -22,6 +22,7 @@ from afn_ray.reduce.histogram import (
     to_values,
 )
 from afn_ray.reduce.stats import is_high, mean_and_variance, quantile_rank, wilson
+from afn_ray.reduce.type_tags import TagShare
 from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     SHARDS_SCHEMA,
@@ -240,12 +241,12 @@ def vocabulary_table(
     n_docs: int,
     texts: TokenTexts,
     language: str,
-    tags: Mapping[int, str] | None = None,
+    tags: Mapping[int, TagShare] | None = None,
 ) -> pa.Table:
     """The vocabulary of one layer: ``statistics`` with texts, classes and shares, ordered by id.
 
-    ``statistics`` holds all types in any order. ``tags`` gives the classes of types if the corpus
-    is labelled; without it, classes are guessed by the words of ``language``.
+    ``statistics`` holds all types in any order. ``tags`` gives the most frequent tag of each type
+    if the corpus is labelled; without it, classes are guessed by the words of ``language``.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
     columns: dict[str, Any] = {
@@ -254,11 +255,15 @@ def vocabulary_table(
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
     readable = [texts.readable[i] for i in ids]
     low, upper = wilson(n_high, n)
+    words = lexicon.find(language)
+    guesses = _by_tag(columns, tags) if tags is not None else _guesses(columns, readable, words)
     columns |= {
         "layer": np.full(len(ids), layer),
         "token": [texts.pieces[i] for i in ids],
         "text": readable,
-        "class": _classes(columns, readable, language, tags),
+        "class": [guess.name for guess in guesses],
+        "class_confidence": [guess.confidence for guess in guesses],
+        "is_ambiguous": [guess.is_ambiguous for guess in guesses],
         "share_high": n_high / n,
         "share_high_low": low,
         "share_high_high": upper,
@@ -267,34 +272,30 @@ def vocabulary_table(
     return _table(columns, VOCABULARY_SCHEMA)
 
 
-def _classes(
-    columns: Mapping[str, npt.NDArray[Any]],
-    readable: Sequence[str],
-    language: str,
-    tags: Mapping[int, str] | None,
-) -> list[str]:
-    """The class of each type: its most frequent tag if the corpus is labelled, else a guess."""
-    if tags is None:
-        return _guessed_classes(columns, readable, language)
+def _by_tag(
+    columns: Mapping[str, npt.NDArray[Any]], tags: Mapping[int, TagShare]
+) -> list[lexicon.Guess]:
+    """The class of each type in a labelled corpus: its most frequent tag."""
     types = zip(columns["token_id"].tolist(), columns["special"].tolist(), strict=True)
-    return ["special" if special else tags.get(token_id, UNTAGGED) for token_id, special in types]
+    guesses = []
+    for token_id, special in types:
+        tag, share = ("special", 1.0) if special else tags.get(token_id, (UNTAGGED, 1.0))
+        guesses.append(lexicon.Guess(tag, share, share <= 1 - lexicon.MANY))
+    return guesses
 
 
-def _guessed_classes(
-    columns: Mapping[str, npt.NDArray[Any]], readable: Sequence[str], language: str
-) -> list[str]:
+def _guesses(
+    columns: Mapping[str, npt.NDArray[Any]], readable: Sequence[str], words: lexicon.Lexicon | None
+) -> list[lexicon.Guess]:
     """The class of each type, guessed from its text and from how often it is a word."""
     n_starts = columns["n_word_start"]
-    starts_word = 2 * n_starts >= columns["n"]
-    is_whole = 2 * columns["n_whole"] >= n_starts
-    flags = zip(columns["special"].tolist(), starts_word.tolist(), is_whole.tolist(), strict=True)
-    classes = []
-    for text, (special, starts_it, whole) in zip(readable, flags, strict=True):
-        found = lexicon.classify(
-            text, special=special, starts_word=starts_it, is_whole=whole, language=language
-        )
-        classes.append(found)
-    return classes
+    starts = n_starts / columns["n"]
+    whole = columns["n_whole"] / np.maximum(1, n_starts)
+    shares = zip(columns["special"].tolist(), starts.tolist(), whole.tolist(), strict=True)
+    return [
+        lexicon.classify(text, special=special, starts=start, whole=is_word, words=words)
+        for text, (special, start, is_word) in zip(readable, shares, strict=True)
+    ]
 
 
 def _table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:

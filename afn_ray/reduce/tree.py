@@ -57,7 +57,7 @@ from afn_ray.reduce.tables import (
     vocabulary_table,
 )
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
-from afn_ray.reduce.type_tags import TypeTags
+from afn_ray.reduce.type_tags import TagShare, TypeTags
 from afn_ray.schema import (
     SIGNAL_VOCABULARY_SCHEMA,
     SIGNALS_SCHEMA,
@@ -103,7 +103,7 @@ class RecordedSeries:
 class LabelRules:
     """Rules by which a run classifies types and labels tokens."""
 
-    language: str  # of the function words
+    language: str  # of the closed-class words
     sink_factor: float  # a sink is stronger than this many medians
     # Rows of ``label_thresholds.FROZEN`` that label tokens; empty: the run's own thresholds do.
     frozen: Sequence[dict[str, Any]] = ()
@@ -402,7 +402,7 @@ def _add_tags(_: None, *parts: TypeTags) -> list[TypeTags]:
     return [TypeTags.merge(parts)]
 
 
-def _most_frequent(tags: TypeTags) -> list[dict[int, str]]:
+def _most_frequent(tags: TypeTags) -> list[dict[int, TagShare]]:
     return [tags.most_frequent()]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.schema import TAGGED_SUMMARY_SCHEMA
+
+
+class TagShare(NamedTuple):
+    """The most frequent tag of a type."""
+
+    tag: str
+    share: float  # of the type's tagged tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +88,18 @@ class TypeTags:
         in_order = [columns[name] for name in names]
         return pa.table(in_order, names).cast(TAGGED_SUMMARY_SCHEMA)
 
-    def most_frequent(self) -> dict[int, str]:
+    def most_frequent(self) -> dict[int, TagShare]:
         """The most frequent tag of each type; for equal counts, the first by name."""
         best: dict[int, tuple[int, str]] = {}
+        totals: Counter[int] = Counter()
         token_ids, tags, counts = (
             self.table[name].to_pylist() for name in ("token_id", "tag", "n")
         )
         for token_id, tag, n in zip(token_ids, tags, counts, strict=True):
+            totals[token_id] += n
             best_n, _ = best.get(token_id, (0, ""))
             if n > best_n:
                 best[token_id] = (n, tag)
-        return {token_id: tag for token_id, (_, tag) in best.items()}
+        return {
+            token_id: TagShare(tag, n / totals[token_id]) for token_id, (n, tag) in best.items()
+        }

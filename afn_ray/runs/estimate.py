@@ -11,7 +11,6 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard
 from afn_ray.errors import CorpusError
-from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster, precheck
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
@@ -124,7 +123,6 @@ def dry_run(
     # before the corpus is read, which may take hours
     known = None if rate is None else read_rate(rate)
     config = precheck.normalised(config)
-    lexicon.function_words(config.language)
     probes.try_writable(config.store)
     asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
     if known is not None and rate is not None:

@@ -73,6 +73,8 @@ def prepare(
     if config.neurons_of == "high":
         measure = replace(measure, neurons_above=_high_from(frozen, measure.neuron_layers))
     task = replace(task, measure=measure)
+    if not measure.tagged and lexicon.find(config.language) is None:
+        on_event(events.Warned(lexicon.why_none(config.language)))
     return Preparation(config, device, files, plan, begun_ns, decided, task, frozen)
 
 
@@ -152,7 +154,6 @@ def run(
     committed), and ``Interrupted`` when the same call resumes the run.
     """
     config = precheck.normalised(config)
-    lexicon.function_words(config.language)
     if config.near_duplicates is not None:
         near_duplicates.check_package()
     probes.check_writable(config.store)

@@ -12,7 +12,7 @@ from typing import Any
 from afn_ray.config import BUILT_IN_SIGNALS, SIGNAL_GROUP, RunConfig, resolve_layers, signal_names
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, ModelError
-from afn_ray.reduce import lexicon, near_duplicates
+from afn_ray.reduce import near_duplicates
 from afn_ray.runs import address
 from afn_ray.store import manifest, probes, uris
 from afn_ray.text import nearest
@@ -34,7 +34,6 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
     Only this machine is checked, not a hub, a bucket or a cluster. ``reduce_only``: the run needs
     no device.
     """
-    lexicon.function_words(config.language)
     if config.near_duplicates is not None:
         near_duplicates.check_package()
     is_here = config.executor == "inline"

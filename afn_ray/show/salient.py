@@ -36,7 +36,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     """Content words that are most surely and least surely HIGH.
 
     Words are ranked by the end of the interval nearer to the middle. A content word has two letters
-    or more and is no function word of the run's language. Reads the run's tokens once.
+    or more and is no closed-class word of the run's language. Reads the run's tokens once.
     """
     ((q3,),) = run.sql(
         "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
@@ -48,10 +48,10 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
         FROM words WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') GROUP BY lower(text) HAVING n >= $least
     """  # noqa: S608 - the layer is a number
     rows = run.sql(query, {"q3": q3, "least": SALIENT_MIN_N}).fetchall()
-    functions = lexicon.function_words(run.info["config"]["language"])
+    words = lexicon.find(run.info["config"]["language"])
     found = []
     for word, n, n_high, median in rows:
-        if word not in functions:
+        if words is None or words.guess(word).name != "function":
             low, high = wilson(n_high, n)
             found.append(SalientWord(word, n, n_high, median, float(low), float(high)))
     most = sorted(found, key=lambda w: (-w.low, -w.n, w.text))[:SALIENT_WORDS]

@@ -15,7 +15,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus_values import FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
-from afn_ray.schema import PLAN_SCHEMA, SCHEMA_VERSION
+from afn_ray.schema import CLASSES_VERSION, PLAN_SCHEMA, SCHEMA_VERSION
 from afn_ray.store import manifest, storage, uris
 from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
 
@@ -116,11 +116,13 @@ def request_id(
     shards: Iterable[Shard],
     config: RunConfig,
     frozen: Sequence[dict[str, Any]] | None,
+    classes: int | None = CLASSES_VERSION,
 ) -> str:
     """Last part of a run's name: a fingerprint of the request.
 
     A run of a named series is another request than the same run of another series. ``frozen`` is
-    None for a plan that was written before frozen thresholds existed.
+    None for a plan that was written before frozen thresholds existed, and ``classes`` for one
+    from before words had shares.
     """
     ask: dict[str, Any] = {
         "measure": measure_id,
@@ -128,6 +130,8 @@ def request_id(
         "language": config.language,
         "sink_factor": config.sink_factor,
     }
+    if classes is not None:
+        ask["classes"] = classes
     if frozen is not None:
         ask |= {"screen": config.screen, "frozen": list(frozen)}
     if config.group_by is not None:
@@ -161,7 +165,13 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
         settings = header["config"]
         config = RunConfig(**{**settings, "corpus": tuple(settings["corpus"])})
         shards = _shards_of(rows, config.read_options, uri)
-        suffix = request_id(fingerprint(header["measure"]), shards, config, header.get("frozen"))
+        suffix = request_id(
+            fingerprint(header["measure"]),
+            shards,
+            config,
+            header.get("frozen"),
+            header.get("classes"),
+        )
     except DAMAGES as error:
         raise StoreError(f"{uri} is damaged: {error!r}") from error
     if not run.id.endswith(f"-{suffix}"):

@@ -14,7 +14,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
-from afn_ray.schema import SCHEMA_VERSION
+from afn_ray.schema import CLASSES_VERSION, SCHEMA_VERSION
 from afn_ray.store import epochs, manifest, parquet, plans, storage, uris
 from afn_ray.store.checksums import checksummed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences
@@ -130,6 +130,7 @@ def _new_run(
         "config": asdict(config),
         "measure": measure.as_dict(),
         "frozen": list(frozen),
+        "classes": CLASSES_VERSION,
     }
     table, header["sha256"] = plans.plan_table(plan.shards, header)
     table = table.replace_schema_metadata({"afn": json.dumps(header)})

@@ -166,6 +166,7 @@ def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str
         "sink_factor": 10.0,
         "screen": 1000,
         "frozen": [],
+        "classes": header["classes"],
     }
     name = f"20990101T000000.000Z-{fingerprint(ask)[:12]}"
     for file in storage.list_below(before.uri):

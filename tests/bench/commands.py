@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from afn_ray import bench as of_users
@@ -83,6 +84,20 @@ def parser() -> argparse.ArgumentParser:
     groups.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="reduces of each kind (default: 3)"
     )
+    lexicons = commands.add_parser(
+        "lexicons",
+        allow_abbrev=False,
+        help="how well the packed lists tell closed-class words from others",
+        description="Lists are built from tagged words and packages of word lists, and scored over the parts that are "
+        "held out in turn. A file of tagged words is named by language, such as en.tsv, and has a form, a tab and "
+        "its universal part of speech on a line.",
+    )
+    lexicons.add_argument("tagged", type=Path, metavar="TAGGED", help="folder of tagged words")
+    what = lexicons.add_mutually_exclusive_group()
+    what.add_argument(
+        "--check", action="store_true", help="score the packed lists over TAGGED, and build none"
+    )
+    what.add_argument("--write", action="store_true", help="put what is built into the package")
     reduce = commands.add_parser(
         "reduce",
         allow_abbrev=False,
@@ -219,6 +234,14 @@ def call(args: argparse.Namespace) -> None:
 
         result = groups.measure(args.tokens, args.groups, args.repeat, on_note)
         groups.render(result, console)
+    elif args.what == "lexicons":
+        from bench import lexicons
+
+        check, measure = lexicons.check, lexicons.measure
+        result = check(args.tagged) if args.check else measure(args.tagged, on_note)
+        lexicons.render(result, console)
+        if args.write:
+            lexicons.packed_file().write_text(result["packed"], "utf-8")
     elif args.what == "reduce":
         from bench import reduce
 

@@ -260,7 +260,10 @@ WRONG = [
     ("run c.jsonl --model {model} --store s --text-column txet", "no column 'txet' in"),
     ("run c.jsonl --model {model} --store s --text-column txet", "did you mean text?"),
     ("run c.jsonl --model {model} --store s --id-column nr", "no column 'nr' in"),
-    ("run c.jsonl --model {model} --store s --language xx", "no function words for language 'xx'"),
+    (
+        "run c.jsonl --model {model} --store s --language english",
+        "language is 'english'; expected a code of ISO 639, such as en, pt-BR or yue",
+    ),
     (
         "run c.jsonl --model {model} --store s --device cuda",
         "device is cuda, but there is no driver of a GPU here",

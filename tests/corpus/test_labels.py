@@ -547,6 +547,13 @@ def test_classes_are_the_files_own_tags_in_every_table(
                 class_of
             )
             assert all(c == "special" or c == class_of[i] for i, c in rows), view
+        sure = run.sql(
+            "SELECT token_id, class, class_confidence, is_ambiguous FROM vocabulary"
+        ).fetchall()
+        for token_id, name, confidence, is_ambiguous in sure:
+            found = [-n for n, _ in tags_of.get(token_id, ())] if name != "special" else [1]
+            assert confidence == pytest.approx(max(found) / sum(found))
+            assert is_ambiguous == (max(found) <= 0.99 * sum(found))
         drift = run.sql("SELECT class, n_a, n_b FROM class_drift WHERE layer = 2").fetchall()
         by_type = Counter(class_of[e["token_id"]] for e in expected)
         assert {c: (a, b) for c, a, b in drift} == {c: (n, n) for c, n in by_type.items()}

@@ -21,7 +21,7 @@ import simulated
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "infra" / "gpu" / "check.py"
-ABSENT = {"ray", "duckdb", "stopwords", "prompt_toolkit", "conftest"}
+ABSENT = {"ray", "duckdb", "prompt_toolkit", "conftest"}
 """Modules that a machine with torch's image may lack."""
 BLOCK = f"""
 import sys

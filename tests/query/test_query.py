@@ -131,6 +131,7 @@ def write_run(
     vocabulary = [
         dict.fromkeys(VOCABULARY_SCHEMA.names, 0)
         | {"layer": layer, "token_id": i, "token": piece, "text": text, "class": "content"}
+        | {"is_ambiguous": False}
         for layer in layers
         for i, (piece, text) in enumerate(zip(PIECES, TEXTS, strict=True))
     ]

@@ -50,7 +50,7 @@ from afn_ray.errors import (
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, estimate, flow, job, measurer, precision, status, worker
-from afn_ray.runs.events import Complete, Event, Working
+from afn_ray.runs.events import Complete, Event, Warned, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
 from afn_ray.show import doctor, salient
@@ -994,7 +994,6 @@ def test_a_store_of_another_measure_is_refused_and_the_difference_named(
         ({"model": "/no/model"}, ModelError, "no model at /no/model"),
         ({"window_tokens": 65}, ModelError, "takes at most 64"),
         ({"window_tokens": 8, "overlap_tokens": 6}, ConfigError, "has no room to move"),
-        ({"language": "xx"}, ConfigError, "no function words for language 'xx'; known: ar"),
         ({"store": "/proc/afn"}, StoreError, "writing /proc/afn"),
         ({"store": "nope://bucket/x"}, ConfigError, "nope"),
     ],
@@ -1010,6 +1009,34 @@ def test_a_wrong_request_is_named_before_any_work(
     with pytest.raises(error, match=message):
         afn_ray.run(make_config(**({"corpus": (str(corpus),)} | changes)))
     assert not (tmp_path / "store" / "shards").exists()
+
+
+def test_a_language_without_closed_class_words_is_said_once(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    """Then words are neither content nor function, and the same text in English has both."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": 1, "text": "And the lord said, in 7 days."}])
+    classes, warnings = {}, {}
+    for language in ("xx", "en"):
+        said: list[Event] = []
+        config = make_config(
+            corpus=(str(corpus),), store=str(tmp_path / language), language=language
+        )
+        with afn_ray.run(config, said.append) as run:
+            found = run.sql("SELECT text, class FROM vocabulary WHERE layer = 2").fetchall()
+        classes[language] = {text: name for text, name in found if name != "special"}
+        warnings[language] = [e.message for e in said if isinstance(e, Warned)]
+    (warning,) = (w for w in warnings["xx"] if "closed-class" in w)
+    assert "there are no closed-class words of language 'xx'" in warning
+    assert not any("closed-class" in w for w in warnings["en"])
+    words = {text for text, name in classes["xx"].items() if name == "word"}
+    assert {"the", "lord"} <= words and set(classes["xx"].values()) & {
+        "content",
+        "function",
+    } == set()
+    assert {classes["en"][text] for text in words} == {"content", "function"}
+    others = classes["en"].keys() - words
+    assert others and all(classes["en"][text] == classes["xx"][text] for text in others)
 
 
 def test_a_corpus_without_any_token_is_an_error(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -1124,11 +1151,15 @@ def test_salient_words_are_those_of_the_tokens_read_one_by_one(
             if not row["flags"] & SPECIAL:
                 text += verses[row["doc"]][row["start"] : row["end"]]
                 values.append(row["strength_0"])
-    functions = lexicon.function_words("en")
+    english = lexicon.find("en")
+    assert english is not None
     shares = {
         w: np.mean(np.array(v) >= q3)
         for w, v in words.items()
-        if len(v) >= salient.SALIENT_MIN_N and w.isalpha() and len(w) > 1 and w not in functions
+        if len(v) >= salient.SALIENT_MIN_N
+        and w.isalpha()
+        and len(w) > 1
+        and english.guess(w).name != "function"
     }
     assert len(most) == len(least) == salient.SALIENT_WORDS <= len(shares)
     for word in (*most, *least):

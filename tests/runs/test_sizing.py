@@ -567,7 +567,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such signal": ({"signals": "shfit"}, "shfit"),
     "no such column": ({"text_column": "body"}, "no column 'body'"),
     "a long window": ({"window_tokens": 65}, "window_tokens is 65"),
-    "no such language": ({"language": "xx"}, "xx"),
     "thresholds of another measure": (
         {"thresholds": "{store}", "layers": "1", "store": "{new}"},
         "another measure",

@@ -70,6 +70,7 @@ def _type(
         "share_high_low": share * 0.9,
         "share_high_high": min(1, share * 1.1),
         "idf": idf,
+        "is_ambiguous": False,
     }
 
 

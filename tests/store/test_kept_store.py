@@ -46,3 +46,11 @@ def test_the_measure_of_an_earlier_store_has_the_fingerprint_that_it_had(store: 
     recorded = dict(run.info["measure"])
     assert fingerprint({k: v for k, v in recorded.items() if k != "id"}) == recorded["id"]
     assert (store / "shards" / recorded["id"]).is_dir()
+
+
+def test_an_earlier_vocabulary_does_not_say_how_sure_its_classes_are(store: Path) -> None:
+    with afn_ray.open_run(str(store)) as run:
+        counts = run.sql(
+            "SELECT count(*) > 0, count(class_confidence), count(is_ambiguous) FROM vocabulary"
+        ).fetchall()
+    assert counts == [(True, 0, 0)]

@@ -89,13 +89,14 @@ def test_a_name_that_might_be_a_derived_one_is_refused(given: str, tmp_path: Pat
 def test_the_id_of_a_run_depends_on_its_series_only_if_one_is_given(tmp_path: Path) -> None:
     """Runs in stores that exist keep their ids."""
 
-    def request(**changes: str) -> str:
+    def request(classes: int | None = None, **changes: str) -> str:
         config: RunConfig = config_of(tmp_path, tmp_path, tmp_path, **changes)
         shards: list[Shard] = []
-        return plans.request_id("0" * 32, shards, config, [])
+        return plans.request_id("0" * 32, shards, config, [], classes)
 
-    assert request() == "05683f4ff534"
+    assert request() == "05683f4ff534"  # of a plan that has no version of the classes
     assert len({request(), request(series="a"), request(series="b")}) == 3
+    assert len({request(), request(1), request(2), request(2, language="de")}) == 4
 
 
 def test_sources_of_two_nights_match_without_their_own_dates() -> None:
