@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from hashlib import sha256
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -213,6 +215,12 @@ def test_every_entry_of_the_packed_file_can_be_found() -> None:
             assert words.entry(word) is entry and 0 <= entry.share <= 1, (code, word)
         seen = sum(entry.uses > 0 for entry in words.words.values())
         assert (seen > 100) == (code in TAGGED), code
+
+
+def test_the_packed_file_is_part_of_the_package() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    data = project["tool"]["setuptools"]["package-data"]["afn_ray"]
+    assert f"reduce/{lexicon.PACKED}" in data
 
 
 def test_packed_lexicons_read_as_they_were() -> None:
