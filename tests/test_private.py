@@ -34,7 +34,10 @@ PRIVATE = {
         ("torch.utils._python_dispatch", "TorchDispatchMode"),
         ("torch.utils._pytree", "tree_map"),
     ],
-    "transformers": [("transformers", "BertModel._can_record_outputs")],
+    "transformers": [
+        ("transformers", "BertModel._can_record_outputs"),
+        ("transformers.modeling_gguf_pytorch_utils", "tqdm"),
+    ],
 }
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 

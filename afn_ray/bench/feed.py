@@ -7,6 +7,7 @@ time per token, which other processes on the machine disturb little.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
 import tempfile
@@ -126,6 +127,7 @@ def measure(
         )
         num_tokens = num_tokens or TOKENS_PER_WORKER["cuda"]
         texts = _texts(config, corpus, num_tokens)
+        once_bytes = sum(len(json.dumps({"text": text})) + 1 for text in texts)
         num_bytes = rate.write_corpus(
             folder / "corpus.jsonl", texts, num_tokens * rate.CHARS_A_TOKEN
         )
@@ -137,6 +139,7 @@ def measure(
         **machine.facts("cpu"),
         "model": model_name or BUILT_IN_TOKENIZER,
         "corpus": list(corpus),
+        "times": round(num_bytes / once_bytes, 1),
         "tokens": turns[num_processes[0]][0].tokens,
         "repeat": repeat,
         "foreign": round(foreign, 3),
@@ -308,6 +311,11 @@ def render(result: dict[str, Any], console: Console) -> None:
         f"others took {result['foreign']:.0%} of the cores",
         markup=False,
     )
+    if result["times"] > 1:
+        console.print(
+            f"The texts are measured {result['times']:g} times over: words that a chunk has already "
+            "cost less, so give --corpus more texts or a smaller --tokens"
+        )
     table = Table("stage", "CPU us/token", "what", title="Each stage alone, on one thread")
     for stage, values in result["stages"].items():
         table.add_row(stage, _spread(values, ".3f"), STAGES[stage])

@@ -129,6 +129,28 @@ def find_model(
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(loading_failed(name, error)) from error
+    text = _text_config(name, config, allow_untested)
+    num_embeddings = getattr(text, "vocab_size", None)
+    return ModelFiles(
+        name,
+        folder,
+        gguf,
+        text.num_hidden_layers,
+        text.hidden_size,
+        str(config.model_type),
+        _context_tokens(text),
+        num_embeddings if isinstance(num_embeddings, int) else None,
+        trust_remote_code,
+        allow_pickle,
+        _identity(folder, gguf, weights, trust_remote_code),
+    )
+
+
+def _text_config(name: str, config: Any, allow_untested: bool) -> Any:
+    """The part of ``config`` that is of text.
+
+    Raises ``ModelError`` for an architecture that cannot be measured, as ``find_model`` does.
+    """
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{name} is an encoder-decoder ({config.model_type}); afn-ray measures encoders and "
@@ -147,20 +169,14 @@ def find_model(
             f"{name} ({config.model_type}) does not say how many layers it has; is it a model of "
             "text?"
         )
-    num_embeddings = getattr(text, "vocab_size", None)
-    return ModelFiles(
-        name,
-        folder,
-        gguf,
-        depth,
-        hidden,
-        str(config.model_type),
-        _context_tokens(text),
-        num_embeddings if isinstance(num_embeddings, int) else None,
-        trust_remote_code,
-        allow_pickle,
-        _identity(folder, gguf, weights, trust_remote_code),
-    )
+    for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        value = getattr(text, key, None)
+        if isinstance(value, int) and value < 1:
+            raise ModelError(
+                f"model {name}: config.json says {key} = {value}; expected 1 or more. Copy the "
+                "model's folder again"
+            )
+    return text
 
 
 def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickle: bool) -> Path:

@@ -182,12 +182,28 @@ def _loading(files: ModelFiles) -> Iterator[None]:
     parts.check_environment()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with quiet():
+        with quiet(), _no_bar(files):
             yield
     except Exception as error:  # transformers raises nearly any error for unusable files
         if is_out_of_memory(error) or isinstance(error, ModelError):
             raise
         raise ModelError(loading_failed(files.name, error)) from error
+
+
+@contextmanager
+def _no_bar(files: ModelFiles) -> Iterator[None]:
+    """Keep the bar away that transformers draws for a GGUF file, whatever its settings say."""
+    if files.gguf is None:
+        yield
+        return
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    bar = reading.tqdm
+    reading.tqdm = lambda tensors, **_: tensors
+    try:
+        yield
+    finally:
+        reading.tqdm = bar
 
 
 def _check(

@@ -163,6 +163,12 @@ def test_a_config_with_another_number_of_blocks_is_refused(
         load_blocks(files, num_blocks)
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "num_attention_heads"])
+def test_a_config_with_nothing_to_measure_is_refused(key: str, bert: Path) -> None:
+    with pytest.raises(ModelError, match=f"config.json says {key} = 0; expected 1 or more"):
+        edit(bert, lambda weights: None, **{key: 0})
+
+
 def test_other_weights_that_would_be_left_out_are_refused(bert: Path) -> None:
     def change(weights: dict[str, torch.Tensor]) -> None:
         weights["bert.encoder.extra.3.weight"] = torch.rand(3)

