@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -44,6 +45,7 @@ from afn_ray.bench import PIPED_COLUMNS
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.measure import Measure
+from afn_ray.query import processes
 from afn_ray.runs import demo
 from afn_ray.schema import strengths
 from afn_ray.store import blocks, checksums, storage, uris
@@ -152,6 +154,17 @@ def pytest_runtest_teardown() -> None:
 def pytest_unconfigure() -> None:
     """Extensions that count what they have freed see it freed."""
     gc.unfreeze()
+
+
+@pytest.fixture
+def own_templates(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The test's own templates of query processes: its first query process is a fresh one."""
+    monkeypatch.setattr(processes, "_crashes", 0)
+    monkeypatch.setattr(processes, "_once", set())
+    monkeypatch.setattr(processes, "_failed", Counter())
+    monkeypatch.setattr(processes, "_templates", {})
+    yield
+    processes._end()
 
 
 @pytest.fixture(scope="session")

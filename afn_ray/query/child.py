@@ -1,8 +1,9 @@
 """The main program of the query process.
 
-``sandbox`` starts it. It answers one request at a time and has only sockets: it reads files through
-its parent process, opens no file itself, and cannot write. Requests arrive as pickled objects, from
-a parent that has full rights anyway. Answers return as JSON and Arrow, which cannot execute code.
+``processes`` starts it. It answers one request at a time and has only sockets: it reads files
+through its parent process, opens no file itself, and cannot write. Requests arrive as pickled
+objects, from a parent that has full rights anyway. Answers return as JSON and Arrow, which cannot
+execute code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import resource
 import signal
 import socket
 import threading
+import traceback
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from afn_ray.query.protocol import FRAME, LENGTH, READ, Answer, Request, Setup, receive
 from afn_ray.query.session import Session
@@ -61,7 +64,22 @@ class _Reads:
         return connection
 
 
-def main(requests_fd: int, stops_fd: int, files_fd: int) -> None:
+def main(requests_fd: int, stops_fd: int, files_fd: int) -> NoReturn:
+    """Answer requests until the parent process is gone, and end this process.
+
+    It ends without Python's cleanup, which could write to standard error after the traceback.
+    """
+    code = 1
+    try:
+        _answer_all(requests_fd, stops_fd, files_fd)
+        code = 0
+    except BaseException:  # noqa: BLE001 - the parent reads the last line of standard error
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _answer_all(requests_fd: int, stops_fd: int, files_fd: int) -> None:
     """Answer requests until the parent process is gone."""
     requests = socket.socket(fileno=requests_fd)
     stops = socket.socket(fileno=stops_fd)

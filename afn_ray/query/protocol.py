@@ -1,4 +1,4 @@
-"""Messages between the query process and its parent process."""
+"""Messages between the query process, its parent process and a template process."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ LENGTH = struct.Struct("<Q")
 """Message of the parent to stop a request: the request's number."""
 READ = struct.Struct("<IQQ")
 """Header of a read request: bytes of the file's name, start and end of the range."""
+PID = struct.Struct("<i")
+"""First report of a template on a fork: its pid; its pidfd comes with it."""
+STATUS = struct.Struct("<i")
+"""Last report of a template on a fork: its exit code, or the number of its signal below 0."""
 Steps = tuple[tuple[Any, ...], ...]
 """Steps that make a relation.
 

@@ -11,45 +11,22 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from afn_ray import cgroup
 from afn_ray.errors import QueryError
+from afn_ray.query import processes
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.protocol import FRAME, LENGTH, READ, Answer, Request, Setup, receive
 from afn_ray.query.session import OUT_OF_MEMORY
-
-CODE = """
-import json, sys
-sys.path += json.loads(sys.argv[1])
-from afn_ray.query.child import main
-main(*map(int, sys.argv[2:]))
-"""
-
-ENVIRONMENT = (
-    "PATH",
-    "LANG",
-    "LC_ALL",
-    "LC_CTYPE",
-    "TZ",
-    "TZDIR",
-    "LD_LIBRARY_PATH",
-    "DYLD_LIBRARY_PATH",
-)
-"""Environment variables that the child process inherits.
-
-Credentials are not among them: the child opens no files itself.
-"""
 
 START_S = 120.0
 """Longest start of the process, in seconds.
@@ -243,35 +220,17 @@ class _Child:
         pairs = [socket.socketpair() for _ in range(3)]
         self._requests, self._stops, served = (here for here, _ in pairs)
         theirs = [there for _, there in pairs]
-        package = str(Path(__file__).resolve().parents[2])
-        path = [str(Path(p).resolve()) for p in (*sys.path, package) if p]
         self._sockets = [self._requests, self._stops, served]
         self._sender = Connection(os.dup(self._requests.fileno()), readable=False)
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - this Python and our own code
-                [
-                    sys.executable,
-                    "-I",
-                    "-S",
-                    "-c",
-                    CODE,
-                    json.dumps(path),
-                    *(str(s.fileno()) for s in theirs),
-                ],
-                pass_fds=[s.fileno() for s in theirs],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                cwd="/",
-                start_new_session=True,  # Ctrl-C goes to the parent, which stops the query
-                env={k: v for k in ENVIRONMENT if (v := os.environ.get(k)) is not None}
-                | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            )
-        except OSError as error:
+            self._process = processes.start([one.fileno() for one in theirs])
+        except BaseException as error:
             self._sender.close()
             for one in self._sockets:
                 one.close()
-            raise QueryError(f"the process that runs SQL cannot be started: {error}") from error
+            if isinstance(error, OSError):
+                raise QueryError(f"the process that runs SQL cannot be started: {error}") from error
+            raise
         finally:
             for one in theirs:
                 one.close()
@@ -374,7 +333,9 @@ class _Child:
         self.end()
         if "bad_alloc" in said or "MemoryError" in said:
             return self._limits.memory_error()
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        how = "exit code unknown" if code in (None, processes.LOST) else f"exit code {code}"
+        if code is not None and code < 0:
+            how = signal.Signals(-code).name
         why = (
             "an expression nested too deeply does that"
             if code in (-signal.SIGSEGV, -signal.SIGBUS)
@@ -387,16 +348,16 @@ class _Child:
 
     def end(self) -> None:
         """Kill the process and close the sockets; a fork of the parent only closes its copies."""
+        if self._owner == os.getpid():
+            self._process.kill()
         self._sender.close()
         for one in self._sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR) if self._owner == os.getpid() else None
             one.close()
         if self._owner == os.getpid():
-            self._process.kill()
             self._process.wait()
-        if self._process.stderr is not None:
-            self._process.stderr.close()
+        self._process.close()
 
 
 def _text_error(num_bytes: int) -> QueryError:

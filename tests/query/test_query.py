@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.query import expressions, result, sandbox, session, views
+from afn_ray.query import expressions, processes, result, sandbox, session, views
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.schema import (
@@ -444,7 +444,12 @@ def test_own_tables_are_joined(run: Run) -> None:
         run.sql("FROM read_csv('dates.csv')").fetchall()
 
 
-def test_a_crash_a_hang_and_memory_leave_the_run_usable(store: Path) -> None:
+@pytest.mark.parametrize("can_fork", [True, False])
+def test_a_crash_a_hang_and_memory_leave_the_run_usable(
+    store: Path, own_templates: None, monkeypatch: pytest.MonkeyPatch, can_fork: bool
+) -> None:
+    """So it is in forks of a template and in fresh processes."""
+    monkeypatch.setattr(processes, "CAN_FORK", processes.CAN_FORK and can_fork)
     deep = "SELECT json_transform('1', repeat('[',50000)||'\"INT\"'||repeat(']',50000))"
     slow = "SELECT levenshtein(repeat('a',300000), repeat('b',300000))"
     large = "SELECT length(repeat('x',2000000000))"
@@ -455,6 +460,8 @@ def test_a_crash_a_hang_and_memory_leave_the_run_usable(store: Path) -> None:
             (slow, "stopped after 1 s"),
             (large, "limit of 300MB"),
         ):
+            processes._once.add(processes._Python.now())  # the next one may be a fork
+            assert run.sql("SELECT 1").fetchall() == [(1,)]
             began = time.monotonic()
             with pytest.raises(QueryError, match=said):
                 run.sql(text).fetchall()
