@@ -507,6 +507,15 @@ STRANGE_SCHEMA = _schema(
 ``screened`` lists some of them; this table counts every one, by source and group.
 """
 
+COPIED_SCHEMA = _schema(
+    "source: string",  # as in ``SOURCES_SCHEMA``
+    "group: string or null",  # as in ``STRANGE_SCHEMA``
+    "n_docs: int64",  # documents with tokens, whether they count or not
+    "n_copies: int64",  # of these, with the text of an earlier document of the run
+    "n: int64",  # tokens of the documents, special ones included
+)
+"""A run's copies of texts by source and group."""
+
 # --- tables of two runs compared, a and b
 
 _STRENGTHS_OF_TWO = (

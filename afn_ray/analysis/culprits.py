@@ -7,7 +7,7 @@ are escaped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -145,9 +145,10 @@ def _parts(limit: Limit, kind: str, night: _Night) -> Iterator[Culprit]:
     """The parts of the ``kind`` by the figure of ``limit``; those of new or vanished sources."""
     key, run, comparison = limit.key, night.evidence.run, night.evidence.comparison
     if key in own_parts.FIGURES:
-        if f"{kind}s" in run.info["tables"]:
+        if f"{kind}s" in run.info["tables"] and own_parts.lacking(run, key) is None:
+            least = 0 if limit.is_whole else night.policy.least_tokens(kind)
             for part in _own(run, kind, key):
-                if part.value:
+                if part.value and part.n >= least:
                     figure = _figure(limit, part.value)
                     yield Culprit(kind, part.name, f"{figure}, {count(part.n, 'token')}")
         return
@@ -176,7 +177,7 @@ def _parts(limit: Limit, kind: str, night: _Night) -> Iterator[Culprit]:
 def _own(run: RunFolder, kind: str, key: str) -> list[own_parts.OwnPart]:
     """The parts by their own figure, the largest first; none if documents cannot be read."""
     try:
-        return sorted(own_parts.FIGURES[key](run, kind), key=lambda part: -part.value)
+        return sorted(own_parts.FIGURES[key](run, kind), key=own_parts.worst_first)
     except (QueryError, StoreError):
         return []
 
@@ -296,8 +297,10 @@ def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
         strange = table.filter(pc.greater_equal(table["score"], STRANGE_SCORE))
         for row in _first_rows(_of_part(rule, night, strange)):
             yield Culprit("document", _name(row), row["reason"], row["text"])
-    if key == "duplicate_share" and (rule.limit.of or "duplicates" in tables):
-        yield from _copied(rule, night)
+    if key == "duplicate_share" and rule.limit.of:
+        yield from _copies_of_part(rule, night)
+    elif key == "duplicate_share" and "duplicates" in tables:
+        yield from _left_out(night)
     elif key == "duplicate_share" and "screened" in tables:
         table = manifest.read_table(night.evidence.run, "screened")
         table = table.sort_by([("n_copies", "descending"), ("rank", "ascending")])
@@ -306,9 +309,9 @@ def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
             yield Culprit("document", _name(row), reason, row["text"])
     if (condition := OF_DOCUMENTS.get(key)) is not None:
         query = f"FROM documents WHERE {condition} ORDER BY lost_bytes DESC, n_replaced DESC, doc"
-        columns = "doc, source, status, lost_bytes, lost_documents, n_replaced"
+        columns = "doc, source, status, lost_bytes, lost_documents, n_replaced, near_duplicate_of"
         for row in _first_rows(_such_documents(rule, night, columns, query)):
-            yield Culprit("document", _name(row), _damage(row))
+            yield Culprit("document", _name(row), _damage(row, key))
 
 
 def _such_documents(rule: Rule, night: _Night, columns: str, query: str) -> pa.Table | None:
@@ -320,39 +323,57 @@ def _such_documents(rule: Rule, night: _Night, columns: str, query: str) -> pa.T
     if rule.limit.of:
         limit = MOST_READ
         if column is not None:
-            columns += f", {quoted(column.name)} AS {quoted(_in_screened(column.name))}"
+            columns += f", documents.{quoted(column.name)} AS {quoted(_in_screened(column.name))}"
     table = night.here.table(f"SELECT {columns} {query} LIMIT {limit}")
     return None if table is None else _of_part(rule, night, table)
 
 
-def _copied(rule: Rule, night: _Night) -> Iterator[Culprit]:
-    """The documents with most copies in the part that ``rule`` names, or in the run.
+FIRST = '"first document"'
+"""Name of the first document of a text, in SQL; no kept column can have it."""
+COPIES = f"""
+    FROM documents JOIN (
+        SELECT d.doc, min(d.doc) OVER (PARTITION BY d.text_sha256) AS {FIRST}
+        FROM documents AS d WHERE d.n_tokens > 0 QUALIFY d.doc > {FIRST}
+    ) AS copies ON documents.doc = copies.doc ORDER BY documents.doc"""  # noqa: S608 - ours
+"""SQL of the documents with the text of an earlier one."""
 
-    Screening sees no copy that is not counted.
-    """
-    run = night.evidence.run
-    if rule.limit.of:
-        query = f"FROM ({own_parts.copies_of(run)}) JOIN documents USING (doc) ORDER BY doc"
-        copies = _such_documents(rule, night, "doc, source, of", query)
-    else:
-        copies = manifest.read_table(run, "duplicates").rename_columns(["doc", "of"])
-    if copies is None or not len(copies):
-        return
-    most = copies.group_by("of").aggregate([("doc", "count")])
-    rows = _first_rows(most.sort_by([("doc_count", "descending"), ("of", "ascending")]))
-    num_of = {row["of"]: row["doc_count"] for row in rows}
+
+def _copies_of_part(rule: Rule, night: _Night) -> Iterator[Culprit]:
+    """The first copies in the part that ``rule`` names, with the beginnings of their texts."""
+    columns = f"documents.doc, documents.source, copies.{FIRST}"
+    rows = _first_rows(_such_documents(rule, night, columns, COPIES))
+    first = [row[FIRST.strip('"')] for row in rows]
+    texts = _texts_of(night, set(first))
+    for row, doc in zip(rows, first, strict=True):
+        text = texts.get(doc, {}).get("text")
+        yield Culprit("document", _name(row), f"a copy of document {doc:,}", text)
+
+
+def _left_out(night: _Night) -> Iterator[Culprit]:
+    """The documents with most copies that are not counted; screening sees none of these copies."""
+    copies = manifest.read_table(night.evidence.run, "duplicates")
+    most = copies.group_by("duplicate_of").aggregate([("doc", "count")])
+    order = [("doc_count", "descending"), ("duplicate_of", "ascending")]
+    rows = _first_rows(most.sort_by(order))
+    of_doc = _texts_of(night, {row["duplicate_of"] for row in rows})
+    for row in rows:
+        if (document := of_doc.get(row["duplicate_of"])) is not None:
+            reason = f"{row['doc_count'] + 1:,} documents have this text"
+            yield Culprit("document", _name(document), reason, document["text"])
+
+
+def _texts_of(night: _Night, docs: Collection[int]) -> dict[int, dict[str, Any]]:
+    """``doc``, ``source`` and the beginning of the ``text`` of each of ``docs`` that counts."""
+    if not docs:
+        return {}
     query = f"""
         SELECT d.doc, d.source,
             string_agg(if(is_word_start, ' ', '') || t.text, '' ORDER BY t.position) AS text
         FROM documents d JOIN tokens t ON d.doc = t.doc
-        WHERE d.doc IN ({", ".join(map(str, num_of))}) AND NOT t.is_special
+        WHERE d.doc IN ({", ".join(map(str, docs))}) AND NOT t.is_special
             AND t.position <= {MOST_TEXT_CHARS}
         GROUP BY d.doc, d.source"""  # noqa: S608 - numbers of ours
-    for row in sorted(night.here.rows(query), key=lambda row: (-num_of[row["doc"]], row["doc"])):
-        reason = f"{num_of[row['doc']] + 1:,} documents have this text"
-        if rule.limit.of:
-            reason = f"its text again in {count(num_of[row['doc']], 'document')} of {rule.where}"
-        yield Culprit("document", _name(row), reason, row["text"])
+    return {row["doc"]: row for row in night.here.rows(query)}
 
 
 def _first_rows(table: pa.Table | None) -> list[dict[str, Any]]:
@@ -396,8 +417,10 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['doc']} of {row['source']}"
 
 
-def _damage(row: Mapping[str, Any]) -> str:
-    """The fate of a document in words, from its row of ``documents``."""
+def _damage(row: Mapping[str, Any], key: str) -> str:
+    """The fate of a document that the limit ``key`` counts, from its row of ``documents``."""
+    if key == "near_duplicate_share":
+        return f"a near-copy of document {row['near_duplicate_of']:,}"
     found = [row["status"]]
     if row["lost_bytes"]:
         found.append(count(row["lost_bytes"], "lost byte"))

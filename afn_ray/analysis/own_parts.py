@@ -9,18 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import kept
 from afn_ray.query import database
 from afn_ray.query.expressions import quoted
-from afn_ray.reduce import duplicates, near_duplicates
+from afn_ray.reduce import near_duplicates
 from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.reduce.groups import OTHERS, Grouping, group_name
 from afn_ray.reduce.sources import Sources
-from afn_ray.reduce.stats import Ints
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 
@@ -30,7 +28,12 @@ class OwnPart(NamedTuple):
 
     name: str
     value: float
-    n: int  # its tokens; special ones only where the figure is a share of documents
+    n: int  # its tokens, special ones apart except for copies
+
+
+def worst_first(part: OwnPart) -> tuple[float, str]:
+    """Key by which the parts with the largest values come first, and equal ones by name."""
+    return -part.value, part.name
 
 
 def junk(run: RunFolder, kind: str) -> Iterator[OwnPart]:
@@ -54,51 +57,38 @@ def lost(run: RunFolder, kind: str) -> Iterator[OwnPart]:
 
 def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
     """The share of near-copies among the counted documents of each part that have tokens."""
-    counted = "n_tokens > 0 AND duplicate_of IS NULL"
-    return _shares_of_documents(run, kind, counted, "near_duplicate_of IS NOT NULL")
-
-
-def copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
-    """The share of copies among the documents of each part that have tokens, counted or not.
-
-    A copy has the text of an earlier document of the run, in any part, or of the one that is drawn.
-    """
-    is_copy = f"doc IN (SELECT doc FROM ({copies_of(run)}))"  # noqa: S608 - SQL of ours
-    return _shares_of_documents(run, kind, "n_tokens > 0", is_copy)
-
-
-def copies_of(run: RunFolder) -> str:
-    """SQL of the copies in ``documents``: ``doc``, and ``of``, the document of their text that counts."""
-    if duplicates.choice_of(run.info) != duplicates.KEEP:
-        return "SELECT doc, duplicate_of AS of FROM documents WHERE duplicate_of IS NOT NULL"
-    return (
-        "SELECT doc, min(doc) OVER (PARTITION BY text_sha256) AS of FROM documents "
-        "WHERE n_tokens > 0 QUALIFY doc > of"
-    )
-
-
-def _shares_of_documents(run: RunFolder, kind: str, which: str, has_it: str) -> Iterator[OwnPart]:
-    """The share of the documents with ``has_it`` among those of each part; both are SQL."""
     column = grouping_column(run) if kind == "group" else None
     value = "NULL" if column is None else quoted(column.name)
-    query = f"""
-        SELECT source, value, count(*) AS n, count(*) FILTER (has_it) AS n_found,
-            sum(n_tokens)::BIGINT AS n_tokens
-        FROM (
-            SELECT source, n_tokens, {value} AS value, {has_it} AS has_it
-            FROM documents WHERE {which}
-        ) GROUP BY ALL"""  # noqa: S608 - SQL of ours, and a quoted name
+    query = (
+        f"SELECT source, {value} AS value, count(*) AS n, count(near_duplicate_of) AS n_near "  # noqa: S608
+        "FROM documents WHERE n_tokens > 0 AND duplicate_of IS NULL GROUP BY ALL"
+    )
     with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
         rows = opened.sql(query).to_arrow_table()
     places = rows.select(["source"])
     if column is not None:
         places = places.append_column(column.name, as_kept(rows["value"], column))
-    sums: dict[str | None, Ints] = {}
-    columns = (rows[name].to_pylist() for name in ("n", "n_found", "n_tokens"))
-    for name, *numbers in zip(parts_of(run, kind, places), *columns, strict=True):
-        sums[name] = sums.get(name, 0) + np.array(numbers)
-    for name, (n, n_found, n_tokens) in sums.items():
-        yield OwnPart(_shown(kind, name), int(n_found) / int(n), int(n_tokens))
+    n, n_near = Counter[str | None](), Counter[str | None]()
+    counts = (rows[name].to_pylist() for name in ("n", "n_near"))
+    for name, of_rows, near in zip(parts_of(run, kind, places), *counts, strict=True):
+        n[name] += of_rows
+        n_near[name] += near
+    tokens = _tokens(run, kind)
+    for name in n:
+        yield OwnPart(_shown(kind, name), n_near[name] / n[name], tokens[name])
+
+
+def copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
+    """The share of copies among the documents of each part that have tokens, counted or not.
+
+    A copy has the text of an earlier document of the run, in any part. Special tokens count.
+    """
+    table = manifest.read_table(run, "copied")
+    columns = ("n_docs", "n_copies", "n")
+    added = table.group_by(kind).aggregate([(name, "sum") for name in columns])
+    for row in added.to_pylist():
+        n_docs, n_copies, n = (row[f"{name}_sum"] for name in columns)
+        yield OwnPart(_shown(kind, row[kind]), n_copies / n_docs, n)
 
 
 def most_junk(run: RunFolder) -> str | None:
@@ -114,14 +104,12 @@ FIGURES: dict[str, Callable[[RunFolder, str], Iterator[OwnPart]]] = {
     "near_duplicate_share": near_copies,
 }
 """Figures by the key of their limit; each is given a run and the kind of the parts."""
-TABLES = {"junk_share": "strange"}
+TABLES = {"junk_share": "strange", "duplicate_share": "copied"}
 """Tables of a run's screening that figures need and that an older run lacks."""
 
 
 def lacking(run: RunFolder, key: str) -> str | None:
     """Why ``run`` has no figure for the limit ``key``; None if it has."""
-    if key == "duplicate_share" and duplicates.figures_of(run.info) is None:
-        return duplicates.NOT_COUNTED
     if key == "near_duplicate_share" and "near_duplicates" not in run.info["tables"]:
         return near_duplicates.NOT_LOOKED_FOR
     if key not in TABLES or TABLES[key] in run.info["tables"]:

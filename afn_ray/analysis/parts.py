@@ -111,7 +111,7 @@ def check(policy: Policy, run: RunFolder) -> None:
 
 def lacking(policy: Policy, run: RunFolder) -> str | None:
     """Why ``run`` can never be held against the limits of ``policy`` on parts; None if it can."""
-    needs_scan = any(limit.key in (*OF_SOURCES, *own_parts.TABLES) for limit in policy.limits)
+    needs_scan = any(limit.key in (*OF_SOURCES, "junk_share") for limit in policy.limits)
     if (needs_scan or policy.limits_of("source")) and "sources" not in run.info["tables"]:
         return (
             f"the policy limits sources or strange documents, but run {run.uri} has no table of "
@@ -183,7 +183,7 @@ def _worst_own(limit: Limit, policy: Policy, run: RunFolder) -> Found:
     found = [part for part in of_parts if part.n >= min_tokens]
     if not found:
         return Found(None, reason=f"no {limit.of} has {count(min_tokens, 'token')}")
-    worst = max(found, key=lambda part: part.value)
+    worst = min(found, key=own_parts.worst_first)
     return Found(worst.value, worst.name)
 
 

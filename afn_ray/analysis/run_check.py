@@ -228,7 +228,7 @@ class RunCheck:
             names = self.folder.info["tables"].keys() & {"duplicates"}
             stored = {name: manifest.read_table(self.folder, name) for name in names}
             self._compare({"duplicates": found.table}, stored)
-        return replace(shards, left_out=found.left_out)
+        return replace(shards, left_out=found.left_out, copies=found.copies)
 
     def _wrong_totals(self, shards: CommittedShards, given_up: Sequence[Shard]) -> str:
         """Difference between run.json's counts and the sums over its commits and given-up shards.
@@ -353,8 +353,8 @@ class RunCheck:
             by_group = self._config.get("thresholds_by") == "group"
             asked = screen.Asked(worst, self._config.get("group_by"), by_group)
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
-            if "strange" not in self.folder.info["tables"]:  # an older run
-                del tables["strange"]
+            for name in {"strange", "copied"} - self.folder.info["tables"].keys():
+                del tables[name]  # the run is older
         return tables
 
     def _ask_duckdb(self, measure: Measure, memory_limit: str, n_tokens: int) -> None:

@@ -25,6 +25,7 @@ from afn_ray.reduce.group_drift import labels_by_group
 from afn_ray.schema import (
     ADDED,
     CLASS_DRIFT_SCHEMA,
+    COPIED_SCHEMA,
     DRIFT_SCHEMA,
     FILES_SCHEMA,
     GROUP_CLASS_DRIFT_SCHEMA,
@@ -57,13 +58,13 @@ RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
-    "strange": STRANGE_SCHEMA,
+    "strange": STRANGE_SCHEMA, "copied": COPIED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
     "kept": KEPT_SCHEMA, "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
 }  # fmt: skip
 """Schemas of a run's small tables, by the names of their views."""
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept",
-            "groups", "group_classes", "strange")  # fmt: skip
+            "groups", "group_classes", "strange", "copied")  # fmt: skip
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 

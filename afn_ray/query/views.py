@@ -45,6 +45,8 @@ VIEWS = {
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
     "strange": "how many documents are as strange as that, of all, by source and group; empty where "
     "none is, or the run was not screened",
+    "copied": "documents with tokens, and how many are copies of earlier ones, by source and group; "
+    "empty where the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",
     "drift": "distances of the strengths from the baseline, whole and by source; empty without a "
     "baseline",

@@ -9,7 +9,8 @@ the text. All steps are pure functions under ``reduce.tasks.Tasks``::
     ids      a part of the ids              -> the ids in it that occur more than once
 
 A part holds all documents of its hashes, about ``PART_DOCS`` of them, 52 bytes each; a call needs
-four times that at most. The caller holds 16 bytes for each copy that is not counted.
+four times that at most. The caller holds 8 bytes for each copy, and 16 for each one that is not
+counted.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Duplicates(NamedTuple):
 
     figures: Figures
     table: pa.Table  # ``DUPLICATES_SCHEMA``; without rows if copies are kept
+    copies: Ints  # documents, run-wide and ascending, with the text of an earlier one
 
     @property
     def left_out(self) -> LeftOut:
@@ -134,10 +136,11 @@ def find(shards: CommittedShards, choice: str, tasks: Tasks | None = None) -> Du
         for some in batches(places)
     )
     parts = merge_parts(tasks, leaves, _join, None)
-    of_texts = [tasks.submit(_copies, part, choice, num_results=2) for part in parts[:num_parts]]
+    of_texts = [tasks.submit(_copies, part, choice, num_results=3) for part in parts[:num_parts]]
     of_ids = [tasks.submit(_repeated, part)[0] for part in parts[num_parts:]]
-    sums = [tasks.result(sums) for sums, _ in of_texts]
-    tables = [tasks.result(table) for _, table in of_texts]
+    sums, tables, copies = (
+        [tasks.result(handle) for handle in handles] for handles in zip(*of_texts, strict=True)
+    )
     ids = [tasks.result(found) for found in of_ids]
     first = sorted(example for found in ids for example in found.examples)[:EXAMPLES]
     figures = Figures(
@@ -148,7 +151,8 @@ def find(shards: CommittedShards, choice: str, tasks: Tasks | None = None) -> Du
         id_documents=sum(found.n_documents for found in ids),
         examples=tuple(RepeatedId(doc, n, _id_of(places, doc)) for doc, n in first),
     )
-    return Duplicates(figures, pa.concat_tables(tables).sort_by("doc").combine_chunks())
+    table = pa.concat_tables(tables).sort_by("doc").combine_chunks()
+    return Duplicates(figures, table, np.sort(np.concatenate(copies)))
 
 
 def describe(figures: Figures, choice: str) -> tuple[str, str]:
@@ -267,7 +271,10 @@ def _join(_: None, *parts: _Rows) -> list[_Rows]:
 
 
 def _copies(rows: _Rows, choice: str) -> list[Any]:
-    """Numbers of copies, their tokens and their texts in ``rows``; and ``DUPLICATES_SCHEMA``."""
+    """Numbers of copies, their tokens and their texts; ``DUPLICATES_SCHEMA``; documents.
+
+    The documents are those of ``rows`` with the text of an earlier one, whichever of them counts.
+    """
     found, begins = rows.grouped()
     is_copy = np.ones(len(found.docs), bool)
     is_copy[begins] = False
@@ -275,7 +282,9 @@ def _copies(rows: _Rows, choice: str) -> list[Any]:
     copies = found.take(is_copy)
     sums = [len(copies.docs), int(copies.n_tokens.sum(dtype=np.int64)), len(begins)]
     table = pa.table([copies.docs, counted[is_copy]], schema=DUPLICATES_SCHEMA)
-    return [sums, DUPLICATES_SCHEMA.empty_table() if choice == KEEP else table]
+    first = np.minimum.reduceat(found.docs, begins) if len(begins) else begins
+    later = found.docs[found.docs != np.repeat(first, np.diff(begins, append=len(found.docs)))]
+    return [sums, DUPLICATES_SCHEMA.empty_table() if choice == KEEP else table, later]
 
 
 class _Ids(NamedTuple):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.reduce.copied import add_copies, count_copies
 from afn_ray.reduce.groups import Cells, Grouping, TypeCounter
 from afn_ray.reduce.histogram import (
     BIN_BITS,
@@ -51,6 +52,7 @@ class ShardTables(NamedTuple):
     tokens: CommittedFile
     documents: CommittedFile
     left_out: Ints  # documents that count nowhere, as numbers in the shard
+    copies: Ints  # documents with the text of an earlier one, as numbers in the shard
 
 
 class FeatureLimits(NamedTuple):
@@ -73,7 +75,9 @@ def scan(
     num_parts: int,
     grouping: Grouping | None = None,
 ) -> list[Any]:
-    """Sums by source, a table of the documents' features, and text hashes in ``num_parts`` parts.
+    """Sums by source, a table of the documents' features, ``COPIED_SCHEMA``, and text hashes.
+
+    The hashes are in ``num_parts`` parts.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin. With ``grouping`` follow strengths of each layer,
@@ -81,14 +85,15 @@ def scan(
     """
     of_types = None if grouping is None else TypeCounter(grouping, grouping.q3)
     scanned = [_scan_shard(place, sources, layers, limits, grouping, of_types) for place in places]
-    (sums,) = add(*(sums_of_shard for sums_of_shard, _ in scanned))
+    of_shards, tables, copied = zip(*scanned, strict=True)
+    (sums,) = add(*of_shards)
     if of_types is not None:
         sums = (*sums, *of_types.sums())
-    table = pa.concat_tables([table for _, table in scanned]).unify_dictionaries()
+    table = pa.concat_tables(tables).unify_dictionaries()
     hashes = table["hash"].to_numpy()
     part_of = hashes % num_parts
     parts = [(Histogram.of(hashes[part_of == part]),) for part in range(num_parts)]
-    return [sums, table, *parts]
+    return [sums, table, *add_copies(*copied), *parts]
 
 
 def _scan_shard(
@@ -98,8 +103,8 @@ def _scan_shard(
     limits: FeatureLimits,
     grouping: Grouping | None,
     of_types: TypeCounter | None,
-) -> tuple[Histograms, pa.Table]:
-    """Sums of ``scan`` but for types, and the features of the shard's documents with tokens."""
+) -> tuple[Histograms, pa.Table, pa.Table]:
+    """Sums of ``scan`` but for types, features of the documents with tokens, and their copies."""
     of_groups = [] if grouping is None else grouping.columns
     columns_read = list(dict.fromkeys(["source", "n_tokens", "text_sha256", *of_groups]))
     documents = read_columns(place.documents, columns_read)
@@ -127,14 +132,15 @@ def _scan_shard(
         columns[name] = values[has_tokens]
         of_features.append(Histogram.of(prefix + to_bins(values[has_tokens])))
     of_sources = (*of_features, Histogram.of(source[counts]))
+    copied = count_copies(documents, place.copies, sources, grouping)
     if grouping is None:
-        return (*strengths, *of_sources), pa.table(columns)
+        return (*strengths, *of_sources), pa.table(columns), copied
     # Cells are as many as sources times groups, so no sum over shards has them.
     num = len(grouping.names)
     by_source = (of_cells(histogram, lambda cells: cells // num) for histogram in strengths)
     by_group = (of_cells(histogram, lambda cells: cells % num) for histogram in strengths)
     of_documents = (Histogram.of(cells.group[some]) for some in (counts, has_tokens))
-    return (*by_source, *of_sources, *by_group, *of_documents), pa.table(columns)
+    return (*by_source, *of_sources, *by_group, *of_documents), pa.table(columns), copied
 
 
 def _scan_tokens(

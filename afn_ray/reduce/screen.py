@@ -49,12 +49,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.kept import KINDS, Kept, beside
+from afn_ray.reduce.copied import add_copies
 from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
 from afn_ray.reduce.group_labels import count_own
 from afn_ray.reduce.group_tables import group_tables
 from afn_ray.reduce.groups import Grouping, find_groups
 from afn_ray.reduce.histogram import Histogram, starts
-from afn_ray.reduce.shards import CommittedShards
+from afn_ray.reduce.shards import NOTHING, CommittedShards, LeftOut
 from afn_ray.reduce.sources import Sources, sums_by_source
 from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
@@ -109,21 +110,21 @@ def scan_run(
     read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
     for some in read_at_once:
         args = (some, sources, layers, limits, num_parts, grouping)
-        scanned.append(tasks.submit(scan, *args, num_results=2 + num_parts))
-    of_sums, tables, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
+        scanned.append(tasks.submit(scan, *args, num_results=3 + num_parts))
+    of_sums, tables, copied, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
     read = sums_by_source(files, sources)
     spread, described = tasks.submit(
         describe, sources.names, layers, labels, sums, read, num_results=2
     )
-    of_groups = {}
+    further: dict[str, pa.Table] = {}
     if grouping is not None:
         own = []
         if asked.by_group:
             own = [count_own(read_at_once, grouping, layers, sums, tasks)]
         args = (grouping, layers, reduced["vocabulary"], sums, *own)
         (made,) = tasks.submit(group_tables, *args)
-        of_groups = tasks.result(made)
+        further |= tasks.result(made)
     hashes = [merged(tasks, add, handles) for handles in of_parts]
     repeated = [tasks.submit(_repeated, part)[0] for part in hashes]
     of_tables = []
@@ -133,12 +134,14 @@ def scan_run(
     ranked, of_strange = (list(handles) for handles in zip(*of_tables, strict=True))
     strangest = tasks.result(merged(tasks, strangest_of, ranked, asked.worst))
     strange = tasks.result(merged(tasks, add, of_strange))
+    if shards.copies is not None:
+        further["copied"] = tasks.result(merged(tasks, add_copies, copied))
     groups = (None,) if grouping is None else grouping.names
     return {
         "sources": tasks.result(described),
         "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
         "strange": strange_table(sources.names, groups, strange),
-        **of_groups,
+        **further,
     }
 
 
@@ -160,10 +163,12 @@ def _grouping(
 
 
 def _places(shards: CommittedShards) -> Iterator[ShardTables]:
+    of_copies = NOTHING if shards.copies is None else LeftOut(shards.copies)
     for commit, doc_offset, left_out in shards.places():
         tokens = shards.file(commit, "tokens")
         documents = shards.file(commit, "documents")
-        yield ShardTables(commit.shard, doc_offset, tokens, documents, left_out)
+        copies = of_copies.of_shard(doc_offset, commit.counts["documents"])
+        yield ShardTables(commit.shard, doc_offset, tokens, documents, left_out, copies)
 
 
 def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> FeatureLimits:

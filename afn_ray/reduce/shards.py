@@ -56,6 +56,7 @@ class CommittedShards:
     num_bytes: Sequence[int]  # bytes of the corpus that each shard reads
     kept: Kept = ()  # columns of the corpus that every shard keeps
     left_out: LeftOut = NOTHING  # documents that count nowhere
+    copies: Ints | None = None  # documents, run-wide and ascending, with the text of an earlier one
 
     @property
     def n_docs(self) -> int:

@@ -270,7 +270,7 @@ def _reduce(
     rules = LabelRules(config.language, config.sink_factor, asked.frozen)
     with cluster.tasks(config, results.done, on_warning(on_event)) as tasks:
         found = duplicates.find(shards, config.duplicates, tasks)
-        shards = replace(shards, left_out=found.left_out)
+        shards = replace(shards, left_out=found.left_out, copies=found.copies)
         tables = reduce_run(shards, recorded, texts, rules, tasks)
         if config.duplicates != duplicates.KEEP:
             tables["duplicates"] = found.table
@@ -305,7 +305,7 @@ def _report_complete(folder: manifest.RunFolder, results: Results, on_event: OnE
     copies, choice = duplicates.figures_of(folder.info), duplicates.choice_of(folder.info)
     if copies is not None and copies.documents and choice != duplicates.KEEP:
         sentence, _ = duplicates.describe(copies, choice)
-        on_event(events.Complete(f"of these, {sentence}"))
+        on_event(events.Complete(f"of these tokens, {sentence}"))
     for shard in given_up(results.given_up[:MOST_SHARDS], results.failures):
         notice = f"missing shard {shard['shard']} ({shard['uri']}): {shard['reason']}"
         on_event(events.Warned(notice))

@@ -23,11 +23,12 @@ from afn_ray.query.catalog import write_catalog
 from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.duplicates import KEEP, ONCE, WEIGHT
 from afn_ray.reduce.shards import CommittedFile
+from afn_ray.runs import events
 from afn_ray.show import run_facts, summary
 from afn_ray.store import manifest, storage, uris
 from conftest import config_of, write_jsonl
 
-NOT_OF_DOCUMENTS = ("plan", "shards", "files")
+NOT_OF_DOCUMENTS = ("plan", "shards", "files", "copied")
 """Tables of a run that say what was read, copies included."""
 OF_FILES = ("bytes", "share_read")
 """Columns of ``sources`` that describe the files."""
@@ -251,11 +252,14 @@ def test_copies_are_those_of_a_dictionary_of_texts(
     for doc in sorted(range(300), key=lambda doc: (found.ranks[doc], doc)):
         groups[keys[doc].tobytes()].append(doc)
     expected = {doc: of_text[0] for of_text in groups.values() for doc in of_text[1:]}
-    got = {row["doc"]: row["duplicate_of"] for _, table in pieces for row in table.to_pylist()}
+    of_doc = [row for _, table, _ in pieces for row in table.to_pylist()]
+    got = {row["doc"]: row["duplicate_of"] for row in of_doc}
+    later = sorted(doc for *_, docs in pieces for doc in docs.tolist())
+    assert later == sorted(doc for of in groups.values() for doc in sorted(of)[1:])
     assert got == expected
     assert not len(duplicates._copies(found.take(docs[:0]), choice)[1]), "no texts, no copies"
-    assert sum(sums[0] for sums, _ in pieces) == len(expected)
-    assert sum(sums[2] for sums, _ in pieces) == sum(len(some) > 1 for some in groups.values())
+    assert sum(sums[0] for sums, _, _ in pieces) == len(expected)
+    assert sum(sums[2] for sums, _, _ in pieces) == sum(len(some) > 1 for some in groups.values())
 
 
 def test_a_run_says_how_many_copies_and_repeated_ids_it_has(runs: dict[str, Any]) -> None:
@@ -382,7 +386,7 @@ def copies_by(runs: dict[str, Any], part: Callable[[dict[str, Any]], str]) -> di
     return {name: found / n for name, (n, found) in numbers.items()}
 
 
-@pytest.mark.parametrize("choice", [KEEP, ONCE])
+@pytest.mark.parametrize("choice", [KEEP, ONCE, WEIGHT])
 def test_a_policy_limits_copies_in_each_source_and_group(runs: dict[str, Any], choice: str) -> None:
     """Also in a file that has copies alone, of which a run that counts them once has no token."""
     run = manifest.find_run(runs[choice])
@@ -402,9 +406,28 @@ def test_a_policy_limits_copies_in_each_source_and_group(runs: dict[str, Any], c
     assert of_source.state == of_group.state == verdict.BROKEN
     named = [one for one in of_source.culprits if one.kind == "document"]
     with afn_ray.open_run(runs[choice]) as opened:
-        texts = dict(opened.sql("SELECT doc, doc_id FROM documents").fetchall())
-    assert {texts[int(one.name.split()[0])] for one in named} == {"v7", "v9"}
-    assert all(one.reason.endswith(f"in 1 document of {of_source.where}") for one in named)
+        rows = opened.sql("SELECT doc, source, doc_id FROM documents ORDER BY doc").fetchall()
+    of_part = [(doc, str(uri)) for doc, uri, _ in rows if str(uri).endswith("3.jsonl")]
+    assert [one.name for one in named] == [f"{doc} of {uri}" for doc, uri in of_part]
+    firsts = [min(doc for doc, _, name in rows if name == of) for of in ("v7", "v9")]
+    assert [one.reason for one in named] == [f"a copy of document {doc}" for doc in firsts]
+    # The worst part that is judged comes first, though smaller ones are all copies.
+    large = replace(policy, min_tokens={"source": 100})
+    (rule, _) = audit.run_audit(replace(runs["config"], duplicates=choice), large, mark=False).rules
+    assert rule.where is None or not str(rule.where).endswith("3.jsonl")
+    parts = [one.name for one in rule.culprits if one.kind == "source"]
+    assert not any(name.endswith("3.jsonl") for name in parts)
+
+
+def test_a_run_says_what_it_leaves_out(runs: dict[str, Any]) -> None:
+    for choice, expected in ((KEEP, []), (ONCE, ["of these tokens, 5 documents"])):
+        said: list[events.Event] = []
+        config = replace(runs["config"], duplicates=choice, store=f"{runs['config'].store}-said")
+        afn_ray.run(config, on_event=said.append).close()
+        texts = [one.message for one in said if isinstance(one, events.Complete)]
+        found = [text for text in texts if text.startswith("of these")]
+        assert len(found) == len(expected)
+        assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
 
 
 def test_frozen_thresholds_label_only_what_is_counted(runs: dict[str, Any], tmp_path: Path) -> None:
