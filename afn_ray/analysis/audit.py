@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Annotated, TypedDict
 
@@ -50,7 +50,7 @@ class Audit:
     notes: tuple[str, ...]
     window: str = "all"
     layer: int = 0  # that was judged
-    terms: str | None = None  # of the policy
+    terms: Mapping[str, str] = field(default_factory=dict)  # ``past.terms`` by name of the limit
     standing: Standing = UNKNOWN  # what earlier audits of the night left
 
     @property
@@ -187,7 +187,7 @@ def _judge(
         notes=notes,
         window=policy.window,
         layer=evidence.layer,
-        terms=policy.terms,
+        terms={one.name: past.terms(policy, one, run, baseline.run) for one in policy.limits},
         standing=standing(run, state, rules),
     )
 

@@ -129,6 +129,11 @@ class Limit:
         return self.key.startswith("min_")
 
     @property
+    def needs_baseline(self) -> bool:
+        """Whether the value compares the run with another one."""
+        return self.key in DRIFT_LIMITS
+
+    @property
     def is_whole(self) -> bool:
         """Whether the value is a whole number."""
         is_number_of = self.key.startswith("max_") and not self.key.endswith("_ratio")

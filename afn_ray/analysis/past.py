@@ -8,6 +8,7 @@ from itertools import islice
 
 from afn_ray.analysis import parts, verdict
 from afn_ray.analysis.evidence import Evidence
+from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.reduce import duplicates
 from afn_ray.reduce.group_drift import grouped_by
@@ -18,14 +19,42 @@ Gather = Callable[[RunFolder], Evidence]
 """Function that gives the evidence on an earlier night, against its own baseline."""
 
 
+OF_HIGH = ("share_high_shift", "class_high_shift", "max_moved_types")
+"""Limits whose figures depend on the thresholds that label."""
+
+
+def terms(policy: Policy, limit: Limit, run: RunFolder, baseline: RunFolder | None) -> str:
+    """Settings under which the figure of ``limit`` on ``run`` is found, against ``baseline``.
+
+    Figures under equal terms can be compared.
+    """
+    found = [policy.terms(limit), *_settings(limit, run)]
+    if limit.needs_baseline:
+        found += ["against", *_settings(limit, run if baseline is None else baseline)]
+    return ", ".join(found)
+
+
+def _settings(limit: Limit, run: RunFolder) -> list[str]:
+    """Settings of ``run`` that the figure of ``limit`` depends on."""
+    if not limit.needs_baseline and limit.key not in ("junk_share", "near_duplicate_share"):
+        return []
+    config = run.info["config"]
+    found = [f"copies {duplicates.choice_of(run.info)}"]
+    if limit.key == "near_duplicate_share":
+        found.append(f"near-copies from {config.get('near_duplicates')}")
+    if limit.key in OF_HIGH:
+        found.append("own thresholds" if config.get("thresholds") is None else "frozen thresholds")
+    return found
+
+
 def values_before(
     policy: Policy, run: RunFolder, layer: int, gather: Gather
 ) -> dict[str, list[float]]:
     """The values of each limit that learns on the last ``policy.nights`` nights before ``run``.
 
     They are by name of the limit, newest first, at ``layer``. A broken night is left out unless it
-    was accepted, and so is one whose copies count otherwise than those of ``run``, and a night
-    without the value, such as one without groups, or with others than ``run``. Values are those
+    was accepted. So is a night without the value, such as one with other groups than ``run``, and
+    one whose value depends on other settings, such as another treatment of copies. Values are those
     that the audit of the night kept, if it was on the same terms. Otherwise the night is judged
     again.
     """
@@ -33,29 +62,41 @@ def values_before(
     values: dict[str, list[float]] = {limit.name: [] for limit in learning}
     if not learning:
         return values
-    as_numbers = tuple(replace(limit, fail=0.0, warn=None) for limit in learning)
     again = replace(policy, layer=layer, group_by=grouped_by(run))
-    choice = duplicates.choice_of(run.info)
-    before = _nights_before(run, policy.window)
-    alike = (night for night in before if duplicates.choice_of(night.info) == choice)
-    nights = filter(verdicts.may_be_baseline, alike)
+    as_numbers = [replace(limit, fail=0.0, warn=None) for limit in learning]
+    asked = {limit: terms(policy, limit, run, run) for limit in as_numbers}
+    nights = filter(verdicts.may_be_baseline, _nights_before(run, policy.window))
     for night in islice(nights, policy.nights):
-        of_each = (replace(again, limits=(limit,)) for limit in as_numbers)
-        can_be = [one.limits[0] for one in of_each if parts.lacking(one, night) is None]
-        figures = _figures(replace(again, limits=tuple(can_be)), night, gather)
-        for limit in can_be:
-            if (value := figures[limit.name]) is not None:
-                values[limit.name].append(value)
+        for name, value in _figures(again, asked, night, gather).items():
+            if value is not None:
+                values[name].append(value)
     return values
 
 
-def _figures(policy: Policy, night: RunFolder, gather: Gather) -> Mapping[str, float | None]:
-    """The figures of ``night`` by name of the limits of ``policy``, kept or found again."""
-    assert policy.layer is not None
-    kept = _kept(night, policy)
-    if kept is not None:
-        return kept
-    return {rule.key: rule.value for rule in verdict.judge(policy, gather(night))}
+def _figures(
+    policy: Policy, asked: Mapping[Limit, str], night: RunFolder, gather: Gather
+) -> dict[str, float | None]:
+    """The figures of ``night`` by name of the limits ``asked`` for, on these terms: kept or found.
+
+    Limits that the night has no figure for are missing.
+    """
+    kept, found = verdicts.read_verdict(night), dict[str, float | None]()
+    unknown = []
+    for limit, on_terms in asked.items():
+        of_limit = replace(policy, limits=(limit,))
+        if parts.lacking(of_limit, night) is not None:
+            continue
+        is_kept = kept is not None and kept.layer == policy.layer
+        if kept is not None and is_kept and kept.terms.get(limit.name) == on_terms:
+            found[limit.name] = kept.figures.get(limit.name)
+        elif terms(policy, limit, night, night) == on_terms:
+            unknown.append(limit)
+    if unknown:
+        evidence = gather(night)
+        for rule in verdict.judge(replace(policy, limits=tuple(unknown)), evidence):
+            if terms(policy, rule.limit, night, evidence.baseline.run) == asked[rule.limit]:
+                found[rule.key] = rule.value
+    return found
 
 
 def _nights_before(run: RunFolder, window: str) -> Iterator[RunFolder]:
@@ -68,13 +109,3 @@ def _nights_before(run: RunFolder, window: str) -> Iterator[RunFolder]:
     while night is not None:
         yield night
         night = next(series_runs.nights_before(night, runs), None)
-
-
-def _kept(night: RunFolder, policy: Policy) -> Mapping[str, float | None] | None:
-    """The figures that the audit of ``night`` kept; None unless it has all that ``policy`` asks for."""
-    kept = verdicts.read_verdict(night)
-    if kept is None or (kept.layer, kept.terms) != (policy.layer, policy.terms):
-        return None
-    if any(limit.name not in kept.figures for limit in policy.limits):
-        return None
-    return kept.figures

@@ -76,11 +76,15 @@ class Policy:
         """Tokens that a part of the kind ``part`` needs to be judged, at least 1."""
         return max(1, self.min_tokens.get(part, LEAST_TOKENS))
 
-    @property
-    def terms(self) -> str:
-        """Settings that figures depend on beside the runs; figures under equal terms can be compared."""
-        least = (f"{part} from {self.least_tokens(part)} tokens" for part in PART_LIMITS)
-        return ", ".join([f"window {self.window}", f"baseline {self.baseline}", *least])
+    def terms(self, limit: Limit) -> str:
+        """Settings that the figure of ``limit`` depends on beside the runs.
+
+        Figures under equal terms can be compared.
+        """
+        least = f", {self.least_tokens(limit.of)} tokens" if limit.of else ""
+        if limit.needs_baseline:
+            return f"window {self.window}, baseline {self.baseline}{least}"
+        return f"the run alone{least}"
 
 
 def read_policy(file: str | Path) -> Policy:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -65,8 +65,8 @@ class StoredVerdict:
     figures: Mapping[str, float | None]
     """Values of the limits by name; None: infinite, unknown or not judged."""
     distances: tuple[Distance, ...] = ()
-    terms: str | None = None
-    """``policy.Policy.terms`` of the audit; None in older verdicts."""
+    terms: Mapping[str, str] = field(default_factory=dict)
+    """Settings under which each figure was found, by name; older verdicts lack them."""
     told: bool = False
     """Whether this verdict was reported to somebody: to every place that the audit notified."""
 
@@ -116,7 +116,8 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
             tuple(map(_text, body["unjudged"])),
             {_text(key): _number(value) for key, value in body["figures"].items()},
             tuple(map(_distance, body["distances"])),
-            _text_or_none(body.get("terms")),  # older verdicts lack the last two
+            # Older verdicts lack the last two.
+            {_text(key): _text(value) for key, value in body.get("terms", {}).items()},
             body.get("told") is True,
         )
     return found

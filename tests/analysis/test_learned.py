@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,9 +202,13 @@ def keep(
     psi: float | None,
     layer: int = 8,
     key: str = "psi",
-    terms: str | None = POLICY.terms,
+    policy: Policy = POLICY,
+    terms: str | None = None,
 ) -> None:
-    kept = StoredVerdict("held", "new", layer, None, (), (), (), {key: psi}, terms=terms)
+    """The verdict of an audit of ``run``, which was held against a run like itself."""
+    if terms is None:
+        terms = past.terms(policy, Limit(key, 0), run, run)
+    kept = StoredVerdict("held", "new", layer, None, (), (), (), {key: psi}, terms={key: terms})
     verdicts.write_verdict(run, kept)
     manifest.mark_audited(run)
 
@@ -228,31 +233,30 @@ def test_a_corpus_that_is_measured_whole_has_a_night_for_each_run(tmp_path: Path
     policy = replace(POLICY, window="all")
     for day in range(1, 13):
         run = complete(tmp_path, TONIGHT + timedelta(hours=day), ask=f"{day // 2:012x}")
-        keep(run, day / 100, terms=policy.terms)
+        keep(run, day / 100, policy=policy)
     tonight = complete(tmp_path, TONIGHT + timedelta(hours=20), ask="f" * 12)
     # Two runs with one request are one night, tried again: the later one counts.
     values = past.values_before(policy, tonight, 8, no_evidence)
     assert values == {"psi": [day / 100 for day in (12, 11, 9, 7, 5, 3, 1)]}
 
 
-OTHER_TERMS = (
-    replace(POLICY, baseline="median:7").terms,
-    replace(POLICY, min_tokens={"group": 1}).terms,
-    replace(POLICY, window="all").terms,
-    None,  # of an older verdict
-)
-
-
 @pytest.mark.parametrize(
     "kept",
-    [None, (8, "ks"), (0, "psi"), *((8, "psi", terms) for terms in OTHER_TERMS)],
+    [
+        None,
+        {"key": "ks"},
+        {"layer": 0},
+        {"policy": replace(POLICY, baseline="median:7")},
+        {"policy": replace(POLICY, window="all")},
+        {"terms": ""},
+    ],
 )
 def test_a_night_that_kept_no_such_figure_is_judged_again(
-    kept: tuple[Any, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: dict[str, Any] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     earlier, tonight = night_of(tmp_path, 1), night_of(tmp_path, 2)
     if kept is not None:
-        keep(earlier, 0.5, *kept)
+        keep(earlier, 0.5, **kept)
     judged = []
 
     def judge(policy: Policy, evidence: Any) -> list[Rule]:
@@ -261,30 +265,55 @@ def test_a_night_that_kept_no_such_figure_is_judged_again(
         return [Rule(policy.limits[0], 0.125, BROKEN, None)]
 
     monkeypatch.setattr(verdict, "judge", judge)
-    values = past.values_before(POLICY, tonight, 8, lambda run: run.id)  # type: ignore[arg-type,return-value]
-    assert values == {"psi": [0.125]} and judged == [earlier.id]
+    evidence = SimpleNamespace(baseline=SimpleNamespace(run=earlier))
+    values = past.values_before(POLICY, tonight, 8, lambda run: evidence)  # type: ignore[arg-type,return-value]
+    assert values == {"psi": [0.125]} and judged == [evidence]
 
 
-def test_a_night_whose_copies_count_otherwise_is_none_to_learn_from(tmp_path: Path) -> None:
-    for day, choice in ((1, "keep"), (2, "once"), (3, None)):
-        changes = {} if choice is None else {"duplicates": choice}
-        keep(night_of(tmp_path, day, **changes), day / 100)
-    once = night_of(tmp_path, 5, duplicates="once")
-    assert past.values_before(POLICY, once, 8, no_evidence) == {"psi": [0.02]}
-    kept = night_of(tmp_path, 4)
-    assert past.values_before(POLICY, kept, 8, no_evidence) == {"psi": [0.03, 0.01]}
+def test_a_figure_on_other_settings_is_none_to_learn_from(tmp_path: Path) -> None:
+    """Of copies, near-copies and thresholds, where the figure depends on them."""
+    changes: list[dict[str, Any]] = [
+        {},
+        {"duplicates": "once"},
+        {"duplicates": "keep", "near_duplicates": 0.5},
+        {"near_duplicates": 0.5, "thresholds": "/t"},
+    ]
+    keys = ("psi", "lost_bytes", "near_duplicate_share", "share_high_shift")
+    policy = replace(POLICY, limits=tuple(parse("p", key, "3 mad") for key in keys))
+    nights = [night_of(tmp_path, day, **one) for day, one in enumerate(changes, 1)]
+    for day, night in enumerate(nights, 1):
+        terms = {one.name: past.terms(policy, one, night, night) for one in policy.limits}
+        figures = dict.fromkeys(keys, float(day))
+        kept = StoredVerdict("held", "new", 8, None, (), (), (), figures, terms=terms)
+        verdicts.write_verdict(night, kept)
+    tonight = night_of(tmp_path, 9, near_duplicates=0.5)
+    assert past.values_before(policy, tonight, 8, no_evidence) == {
+        "psi": [4, 3, 1],
+        "lost_bytes": [4, 3, 2, 1],
+        "near_duplicate_share": [4, 3],
+        "share_high_shift": [3, 1],
+    }
+    # The night of a switch, held against a run with other settings.
+    psi = Limit("psi", 0)
+    keep(nights[0], 0.9, terms=past.terms(POLICY, psi, nights[0], nights[1]))
+    evidence = SimpleNamespace(baseline=SimpleNamespace(run=nights[1]))
+    rule = Rule(replace(psi, fail=0.0), 0.9, BROKEN, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdict, "judge", lambda policy, evidence: [rule])
+        values = past.values_before(POLICY, night_of(tmp_path, 10), 8, lambda run: evidence)  # type: ignore[arg-type,return-value]
+    assert values["psi"] == [4, 3]
 
 
 def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_path: Path) -> None:
     """Nor does it stop the audit, even if an audit kept a figure of other groups."""
 
+    limits = (parse("p", "psi", "3 mad", "group"), parse("p", "junk_share", "3 mad"))
+
     def grouped(day: int, by: str | None, *tables: str) -> RunFolder:
         run = night_of(tmp_path, day)
-        kept = StoredVerdict(
-            *("held", "new", 8, None, (), (), ()),
-            {"group.psi": day, "junk_share": day},
-            terms=POLICY.terms,
-        )
+        terms = {one.name: past.terms(POLICY, one, run, run) for one in limits}
+        figures = {"group.psi": day, "junk_share": day}
+        kept = StoredVerdict("held", "new", 8, None, (), (), (), figures, terms=terms)
         verdicts.write_verdict(run, kept)
         info = {**run.info, "config": {**run.info["config"], "group_by": by}}
         info["tables"] = {**run.info["tables"], **{name: {} for name in tables}}
@@ -298,7 +327,6 @@ def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_pa
         grouped(4, "lang"),
     ]
     tonight = grouped(5, "lang", *of_both)
-    limits = (parse("p", "psi", "3 mad", "group"), parse("p", "junk_share", "3 mad"))
     policy = replace(POLICY, limits=limits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(past, "_nights_before", lambda run, window: iter(nights))
