@@ -127,8 +127,9 @@ def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
     dated.config.write_text(f'{dated.config.read_text()}keep_columns = "lang"\ngroup_by = "lang"\n')
     dated.policy.write_text(NEW + OF_GROUPS)
     dated.put(1, 0, 120)
-    assert dated.audited() == (3, "not judged", "01", None)
+    assert dated.audited("--frozen") == (3, "not judged", "01", None)
     first = dated.said
+    assert any("--frozen found no earlier night" in note for note in first["notes"])
     assert first["window"] == "new" and first["run"]["corpus"] == [
         f"{uris.absolute(dated.texts)}/dt=2026-11-01"
     ]
@@ -210,6 +211,7 @@ def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
             code, out, err = dated.night(dies_at=step)
             assert code == -signal.SIGKILL, (step, out, err)
             assert (dated.written != earlier) == (step in STEPS[5:]), step
+            (dated.folder / "out" / "audit.json").write_bytes(earlier)
         assert dated.audited() == (0, "held", f"{day}", f"{day - 1}")
     assert dated.audited("--series=mine") == (0, "held", "14", "11")
     assert dated.said["baseline"]["id"] == mine
