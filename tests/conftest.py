@@ -476,6 +476,17 @@ def recorded(run: Run) -> tuple[pa.Table, ...]:
     )
 
 
+def flags_of(*parsers: argparse.ArgumentParser) -> set[str]:
+    """Flags of ``parsers`` and of the parsers of their subcommands."""
+    flags, waiting = set[str](), list(parsers)
+    while waiting:
+        for action in waiting.pop()._actions:
+            flags |= {*action.option_strings}
+            if isinstance(action.choices, dict):
+                waiting += action.choices.values()
+    return flags
+
+
 def fenced(page: str, language: str) -> list[str]:
     """What stands between fences of ``language`` in the Markdown ``page``."""
     return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)

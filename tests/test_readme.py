@@ -18,7 +18,7 @@ from afn_ray.cli import commands as cli
 from afn_ray.runs import demo
 from afn_ray.show import shell
 from bench import commands as bench_commands
-from conftest import command_parsers, fenced, stop_after, write_jsonl
+from conftest import command_parsers, fenced, flags_of, stop_after, write_jsonl
 
 SMALL_BENCH = {
     # tests/bench measures every variant
@@ -296,13 +296,7 @@ def test_the_worked_question(workplace: Path, baseline: str, number: int) -> Non
 
 
 def test_flags_and_views_that_the_text_names_exist(workplace: Path) -> None:
-    flags = set()
-    parsers = [*command_parsers().values(), bench_commands.parser()]
-    while parsers:
-        for action in parsers.pop()._actions:
-            flags |= {*action.option_strings}
-            if isinstance(action.choices, dict):  # of 'afn bench': one parser for each benchmark
-                parsers += action.choices.values()
+    flags = flags_of(*command_parsers().values(), bench_commands.parser())
     prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
     named = set(re.findall(r"`(--[a-z-]+)", prose))
     named.discard("--fuzz-long")  # of the tests
