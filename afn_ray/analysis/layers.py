@@ -259,7 +259,7 @@ def _notes(a: Side, b: Side, texts: Texts, matched: MatchedWords | None) -> Iter
     )
     for name, side in (("A", a), ("B", b)):
         if "frozen" in side.run.info["tables"]:
-            yield f"HIGH goes by frozen thresholds in {name}, not by its own quarter."
+            yield f"HIGH in {name} is decided by frozen thresholds, not by its own Q3."
         yield from compare.notes_on_losses(name, side.run)
     if a.run.uri != b.run.uri:
         yield from _notes_on_texts(texts)
@@ -317,7 +317,7 @@ def _notes_on_texts(texts: Texts) -> Iterator[str]:
 
 
 def _notes_on_matches(matched: MatchedWords | None, texts: Texts) -> Iterator[str]:
-    """Which words were not matched at their places."""
+    """Note on the words that were not matched at their places."""
     if matched is None:
         yield (
             "Words were not matched at their places: a run has no offsets (--no-offsets), which "

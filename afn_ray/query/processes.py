@@ -141,7 +141,7 @@ class Fork:
 
 @dataclass(frozen=True)
 class _Python:
-    """What a new Python inherits from this process. Each of these has its own template."""
+    """State of this process that a new Python inherits; each such state has its own template."""
 
     owner: int
     """Pid of this process: a fork of it does not use its templates."""

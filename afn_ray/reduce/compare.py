@@ -245,7 +245,7 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
 
 
 def notes_on_losses(name: str, run: RunFolder) -> Iterator[str]:
-    """What the run, called ``name``, lacks of its corpus."""
+    """Sentences on the part of its corpus that the run, called ``name``, lost."""
     if lost := losses.describe(losses.of_run(run)):
         yield f"{name} lost {lost}."
     if missing := run.info.get("quarantined"):

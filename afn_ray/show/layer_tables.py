@@ -40,7 +40,7 @@ def _print(console: Console, text: str, *, style: str = "", soft_wrap: bool = Fa
 
 
 def _described(side: Side) -> str:
-    """What a side is, in one line."""
+    """Description of a side, in one line."""
     depth, words = side.run.info["model"]["depth"], side.words
     share = percent(words.n_high / words.n)
     return f"layer {side.layer} of {depth}, {count(words.n, 'word')}, {share} HIGH"

@@ -419,7 +419,7 @@ def test_a_layer_is_not_compared_with_itself(
 def test_a_run_without_words_is_refused(
     folder: Path, uris: tuple[str, str], of_models: LayerComparison
 ) -> None:
-    """Of special tokens alone there is no Q3."""
+    """A layer of special tokens alone has no Q3."""
     copy = folder / "special"
     shutil.copytree(of_models.b.run.store, copy)
     uri = f"{copy}/runs/{of_models.b.run.id}"
@@ -469,7 +469,7 @@ def test_frozen_thresholds_are_said(of_models: LayerComparison) -> None:
     tables = run.info["tables"] | {"frozen": run.info["tables"]["thresholds"]}
     side = replace(of_models.a, run=replace(run, info=run.info | {"tables": tables}))
     found = " ".join(layers._notes(side, of_models.b, of_models.texts, of_models.matched))
-    assert "HIGH goes by frozen thresholds in A, not by its own quarter." in found
+    assert "HIGH in A is decided by frozen thresholds, not by its own Q3." in found
     assert "frozen thresholds in B" not in found
 
 

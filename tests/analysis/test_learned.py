@@ -271,7 +271,7 @@ def test_a_night_that_kept_no_such_figure_is_judged_again(
 
 
 def test_a_figure_on_other_settings_is_none_to_learn_from(tmp_path: Path) -> None:
-    """Of copies, near-copies and thresholds, where the figure depends on them."""
+    """Settings of copies, near-copies and thresholds count where the figure depends on them."""
     changes: list[dict[str, Any]] = [
         {},
         {"duplicates": "once"},

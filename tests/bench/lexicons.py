@@ -38,7 +38,7 @@ PRIOR = 5
 """Number of words that the trust of other languages counts for, beside a language's own."""
 REVIEWED = Path(__file__).parent / "reviewed_words.toml"
 UNLISTED = Entry(0.0, 0)
-"""What a word without an entry is taken for."""
+"""Entry that stands for a word without one."""
 Sentence = list[tuple[str, str]]
 """The forms of a sentence, each with its tag."""
 Pattern = tuple[bool, ...]
@@ -48,7 +48,7 @@ Right = Mapping[Pattern, tuple[int, int]]
 
 
 class Sources(NamedTuple):
-    """What the words of a language come from, beside tagged words; normalised and in lower case."""
+    """Sources of a language's words beside tagged words; normalised and in lower case."""
 
     lists: Mapping[str, frozenset[str]]  # by package
     reviewed: frozenset[str]  # closed unless the tagged words have them as open
