@@ -443,3 +443,21 @@ def test_frozen_thresholds_label_only_what_is_counted(runs: dict[str, Any], tmp_
             assert catalog.execute(query).fetchone() == (row["n"], row["n_high"])
         (copies,) = catalog.execute("SELECT count(duplicate_of) FROM documents").fetchall()
         assert copies == (5,)
+
+
+def test_kept_columns_named_as_in_the_queries_hide_nothing(tmp_path: Path, tiny_bert: Path) -> None:
+    """Names that the corpus chooses, beside those that SQL of copies uses."""
+    (tmp_path / "c").mkdir()
+    odd = {"of": "x'); --", "first": 7, "copies": 1}
+    write_jsonl(tmp_path / "c" / "a'; b.jsonl", [{"text": "Selah.", **odd}] * 3)
+    columns = "of,first:int64,copies:int64"
+    config = config_of(
+        tiny_bert, tmp_path / "c", tmp_path / "s", keep_columns=columns, group_by="of"
+    )
+    limits = tuple(Limit("duplicate_share", 0.5, of=part) for part in ("source", "group"))
+    policy = Policy(limits, min_tokens={"source": 1, "group": 1})
+    for rule in audit.run_audit(config, policy, mark=False).rules:
+        assert rule.value == 2 / 3
+        named = [one for one in rule.culprits if one.kind == "document"]
+        assert [one.reason for one in named] == ["a copy of document 0"] * 2
+        assert all(one.name.endswith("a'; b.jsonl") for one in named)
