@@ -28,6 +28,11 @@ def add_show(commands: Commands) -> None:
         "show", help="show a run's facts, thresholds and classes, and their limits", epilog=EPILOG
     )
     arguments.add_run(show)
+    show.add_argument(
+        "--card",
+        action="store_true",
+        help="show the model card instead: figures of every layer, to hold against those of papers",
+    )
     arguments.add_json(show)
 
 
@@ -245,11 +250,19 @@ SAMPLE = 200
 
 
 def call_show(args: argparse.Namespace) -> None:
-    from afn_ray.show import overview
+    from afn_ray.show import card, card_tables, overview
     from afn_ray.show.summary import summarise, to_json
     from afn_ray.store import manifest
 
-    summary = summarise(manifest.find_run(args.run))
+    run = manifest.find_run(args.run)
+    if args.card:
+        of_run = card.card_of(run)
+        if args.json:
+            print(json.dumps(card.to_json(of_run), indent=1))
+        else:
+            card_tables.render(of_run, Console(highlight=False))
+        return
+    summary = summarise(run)
     if args.json:
         print(json.dumps(to_json(summary), indent=1))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class LayerFacts:
     cv: float  # sd / mean of all tokens except special ones
     q3_over_q2: float
     special_mean: float | None  # mean strength of the special tokens
+    special_max: float | None  # their largest
     idf_auc: float | None  # AUC of rarity alone for HIGH; 0.5 is chance
     classes: tuple[ClassShare, ...]
 
@@ -102,6 +104,7 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
                 cv=ratio(main["sd"], main["mean"]),
                 q3_over_q2=ratio(main["q3"], main["q2"]),
                 special_mean=_mean(special),
+                special_max=pc.max(special["strength"]).as_py(),
                 idf_auc=_idf_auc(words),
                 classes=_class_shares(layer, words),
             )
@@ -142,13 +145,14 @@ def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
     return tuple(shares)
 
 
-def frequent_classes(facts: LayerFacts) -> list[int]:
-    """Indices of the ``MAX_CLASSES`` most frequent of ``facts.classes``, ascending.
+def by_frequency(classes: Sequence[ClassShare]) -> list[int]:
+    """Indices of ``classes``, the most frequent first; they are valid at every layer."""
+    return sorted(range(len(classes)), key=lambda at: -classes[at].n)
 
-    They are valid at every layer.
-    """
-    by_n = sorted(range(len(facts.classes)), key=lambda at: -facts.classes[at].n)
-    return sorted(by_n[:MAX_CLASSES])
+
+def frequent_classes(facts: LayerFacts) -> list[int]:
+    """Indices of the ``MAX_CLASSES`` most frequent of ``facts.classes``, ascending."""
+    return sorted(by_frequency(facts.classes)[:MAX_CLASSES])
 
 
 def _idf_auc(vocabulary: Any) -> float | None:
