@@ -496,6 +496,16 @@ SCREENED_SCHEMA = _schema(
 )
 """A run's strangest documents."""
 
+SALIENCE_SCHEMA = _schema(
+    "layer: int16",
+    "token_id: int32",
+    "expected: float64",  # HIGH share that the type's frequency, positions and documents would give
+    "beyond: float64",  # HIGH share - expected
+    "beyond_low, beyond_high: float64",  # 95 % interval, clustered by document
+    "n_effective: float64",  # independent tokens that would say as much of the HIGH share
+)
+"""Salience of each type beyond its frequency at each layer, special types apart."""
+
 STRANGE_SCHEMA = _schema(
     "source: string",  # as in ``SOURCES_SCHEMA``
     "group: string or null",  # as in ``GROUPS_SCHEMA``; null too where the run has no groups

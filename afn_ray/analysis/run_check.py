@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import kept
-from afn_ray.analysis import recount, rows
+from afn_ray.analysis import recount, rows, salience_check
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
 from afn_ray.corpus_values import FileSlice, Shard
@@ -353,7 +353,7 @@ class RunCheck:
             by_group = self._config.get("thresholds_by") == "group"
             asked = screen.Asked(worst, self._config.get("group_by"), by_group)
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
-            for name in {"strange", "copied"} - self.folder.info["tables"].keys():
+            for name in {"strange", "copied", "salience"} - self.folder.info["tables"].keys():
                 del tables[name]  # the run is older
         return tables
 
@@ -385,6 +385,9 @@ class RunCheck:
             return
         wrong = run.sql(recount.vocabulary_sql(layer))
         self._find_wrong_rows("vocabulary", "token_id", layer, wrong.fetchall())
+        lacks = "salience" not in self.folder.info["tables"]
+        if not lacks and (differs := salience_check.wrong_type(run, layer)):
+            self._find("tables", self._table_uri("salience"), f"layer {layer}: {differs}")
 
     def _find_wrong_rows(
         self, table: str, key: str, layer: int, wrong: Sequence[Sequence[object]]

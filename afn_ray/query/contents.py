@@ -40,6 +40,7 @@ from afn_ray.schema import (
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
     OWN_LABELS,
+    SALIENCE_SCHEMA,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SIGNAL_VOCABULARY_SCHEMA,
@@ -60,11 +61,11 @@ SMALL = {
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "strange": STRANGE_SCHEMA, "copied": COPIED_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
-    "kept": KEPT_SCHEMA, "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
+    "salience": SALIENCE_SCHEMA, "kept": KEPT_SCHEMA, "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
 }  # fmt: skip
 """Schemas of a run's small tables, by the names of their views."""
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept",
-            "groups", "group_classes", "strange", "copied")  # fmt: skip
+            "groups", "group_classes", "strange", "copied", "salience")  # fmt: skip
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
@@ -122,6 +123,7 @@ def _small_tables(
         tables[name] = tables[name].drop_columns(["bins", "counts"])
     if labels_by_group(folder):
         tables |= own_tables(folder, tables)
+    tables["internal.salience"] = tables.pop("salience")
     tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)
     tables["history"] = HISTORY_SCHEMA.empty_table()

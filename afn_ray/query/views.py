@@ -18,6 +18,8 @@ VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
+    "salience": "how often every type is HIGH, and how often its frequency, positions and documents "
+    "alone would make it so, per layer; empty where the run was not screened",
     "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is "
     "labelled",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
@@ -63,7 +65,7 @@ VIEWS = {
     "run": "the run itself: one row",
 }
 """Descriptions of the views, by name."""
-DERIVED = ("tokens", "documents", "words", "classes", "token_neurons", "neuron_types")
+DERIVED = ("tokens", "documents", "words", "classes", "salience", "token_neurons", "neuron_types")
 """Views that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: "
@@ -107,6 +109,7 @@ def statements(
         f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
         f"CREATE VIEW words AS {words_view(tokens, recorded)}",
         f"CREATE VIEW classes AS {classes_view(recorded)}",
+        f"CREATE VIEW salience AS {SALIENCE_VIEW}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, recorded)}",
         "CREATE MACRO document_text(document) AS "
         f"({document_text_macro(rows_of(tokens), recorded.offsets)})",
@@ -241,6 +244,20 @@ def classes_view(recorded: RecordedColumns) -> str:
             mean, q1, q2, q3
         FROM ({of_layers})"""  # noqa: S608
 
+
+# --- salience ---
+
+SALIENCE_VIEW = """
+    SELECT layer, row_number() OVER (PARTITION BY layer ORDER BY beyond_low DESC, n DESC, token_id) AS rank,
+        row_number() OVER (PARTITION BY layer ORDER BY share_high_low DESC, n DESC, token_id) AS rank_high,
+        token_id, token, text, class, n, n_docs, share_high, share_high_low, share_high_high,
+        expected, beyond, beyond_low, beyond_high, n_effective
+    FROM internal.salience JOIN vocabulary USING (layer, token_id) WHERE class <> 'special'"""
+"""SQL of the ``salience`` view.
+
+``rank`` orders types by how far they are HIGH beyond their frequency, ``rank_high`` by how often they
+are HIGH; each by the lower end of its interval, so that no rare type leads by chance.
+"""
 
 # --- words ---
 #

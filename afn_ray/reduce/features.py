@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.reduce.controls import ControlCounter, Controls, places_of
 from afn_ray.reduce.copied import add_copies, count_copies
 from afn_ray.reduce.groups import Cells, Grouping, TypeCounter
 from afn_ray.reduce.histogram import (
@@ -61,6 +62,14 @@ class FeatureLimits(NamedTuple):
     q3: float  # HIGH: at or above
     sink: float  # sink: above
     rare: npt.NDArray[np.bool_]  # by token id
+    controls: Controls
+
+
+class TokenCounters(NamedTuple):
+    """TokenCounters of normal tokens that a scan fills."""
+
+    of_types: TypeCounter | None  # by group; None: the run has no groups
+    of_controls: ControlCounter
 
 
 def read_columns(file: CommittedFile, columns: Sequence[str]) -> pa.Table:
@@ -75,16 +84,17 @@ def scan(
     num_parts: int,
     grouping: Grouping | None = None,
 ) -> list[Any]:
-    """Sums by source, a table of the documents' features, ``COPIED_SCHEMA``, and text hashes.
+    """Sums by source, features of the documents, ``COPIED_SCHEMA``, control sums, and text hashes.
 
-    The hashes are in ``num_parts`` parts.
+    The control sums are a flat ``ControlSums``. The hashes are in ``num_parts`` parts.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin. With ``grouping`` follow strengths of each layer,
     documents and documents with tokens by group, and a ``TypeCounter``'s sums.
     """
     of_types = None if grouping is None else TypeCounter(grouping, grouping.q3)
-    scanned = [_scan_shard(place, sources, layers, limits, grouping, of_types) for place in places]
+    counters = TokenCounters(of_types, ControlCounter(limits.controls))
+    scanned = [_scan_shard(place, sources, layers, limits, grouping, counters) for place in places]
     of_shards, tables, copied = zip(*scanned, strict=True)
     (sums,) = add(*of_shards)
     if of_types is not None:
@@ -93,7 +103,8 @@ def scan(
     hashes = table["hash"].to_numpy()
     part_of = hashes % num_parts
     parts = [(Histogram.of(hashes[part_of == part]),) for part in range(num_parts)]
-    return [sums, table, *add_copies(*copied), *parts]
+    controlled = counters.of_controls.sums().flat()
+    return [sums, table, *add_copies(*copied), controlled, *parts]
 
 
 def _scan_shard(
@@ -102,7 +113,7 @@ def _scan_shard(
     layers: Sequence[int],
     limits: FeatureLimits,
     grouping: Grouping | None,
-    of_types: TypeCounter | None,
+    counters: TokenCounters,
 ) -> tuple[Histograms, pa.Table, pa.Table]:
     """Sums of ``scan`` but for types, features of the documents with tokens, and their copies."""
     of_groups = [] if grouping is None else grouping.columns
@@ -111,7 +122,7 @@ def _scan_shard(
     uris = documents["source"].combine_chunks()
     source = sources.index_of(uris)
     cells = Cells.of(source, documents, grouping)
-    n, features, strengths = _scan_tokens(place, documents, cells, layers, limits, of_types)
+    n, features, strengths = _scan_tokens(place, documents, cells, layers, limits, counters)
     has_tokens = np.flatnonzero(n)
     hashes = _hashes(documents["text_sha256"])
     counts = np.ones(len(documents), bool)
@@ -149,9 +160,9 @@ def _scan_tokens(
     cells: Cells,
     layers: Sequence[int],
     limits: FeatureLimits,
-    of_types: TypeCounter | None,
+    counters: TokenCounters,
 ) -> tuple[Ints, list[Float32s], Histograms]:
-    """One pass over the shard's normal tokens, which ``of_types`` counts too.
+    """One pass over the shard's normal tokens, which ``counters`` count too.
 
     Returns the number of tokens of each document, its ``FEATURES``, and the strengths of each layer
     by cell.
@@ -161,6 +172,7 @@ def _scan_tokens(
     sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
     present, ranks = np.unique(cells.cell, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
+    lengths = documents["n_tokens"].to_numpy().astype(np.int64)
     for tokens in normal_tokens(place, documents, layers):
         n[tokens.whole], found = _features(tokens, limits)
         for feature, values in zip(features, found, strict=True):
@@ -170,8 +182,10 @@ def _scan_tokens(
         if num_held > MOST_HELD:
             sums.append(_by_cell(keys, held))
             held, num_held = [], 0
-        if of_types is not None:
-            of_types.add(cells.group[tokens.docs], tokens.types, tokens.by_layer)
+        if counters.of_types is not None:
+            counters.of_types.add(cells.group[tokens.docs], tokens.types, tokens.by_layer)
+        places = places_of(tokens.positions, lengths[tokens.docs])
+        counters.of_controls.add(tokens.docs, tokens.types, places, tokens.by_layer)
         if _num_keys(sums[1:]) > COMPACT_KEYS:
             sums = add(*sums)
     if held:
@@ -195,6 +209,7 @@ class NormalTokens(NamedTuple):
 
     whole: slice  # the documents, in the shard
     docs: Int32s  # document of each token, in the shard
+    positions: Ints  # in the document, special tokens counted too
     types: Int32s
     flags: npt.NDArray[np.uint8]
     by_layer: list[Float32s]  # strengths at each layer
@@ -207,14 +222,17 @@ def normal_tokens(
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     columns = ["token_id", "flags", *map(strength_column, layers)]
-    for _, tokens in records.whole_documents(file, ends, columns):
+    begins = ends - documents["n_tokens"].to_numpy()
+    for first, tokens in records.whole_documents(file, ends, columns):
         docs, flags, types = (tokens[name].to_numpy() for name in ("doc", "flags", "token_id"))
         is_normal = flags & SPECIAL == 0
         if len(place.left_out):
             is_normal &= ~np.isin(docs, place.left_out)
         by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
+        positions = (first + np.arange(len(docs)) - begins[docs])[is_normal]
         whole = slice(int(docs[0]), int(docs[-1]) + 1)
-        yield NormalTokens(whole, docs[is_normal], types[is_normal], flags[is_normal], by_layer)
+        docs, types, flags = docs[is_normal], types[is_normal], flags[is_normal]
+        yield NormalTokens(whole, docs, positions, types, flags, by_layer)
 
 
 def _num_keys(sums: Sequence[Histograms]) -> int:
@@ -226,7 +244,7 @@ def _features(tokens: NormalTokens, limits: FeatureLimits) -> tuple[Ints, list[F
 
     Both are 0 for a document without tokens. The strengths are those of the last layer.
     """
-    _, docs, types, flags, (*_, strengths) = tokens
+    _, docs, _, types, flags, (*_, strengths) = tokens
     num_docs, docs = tokens.whole.stop - tokens.whole.start, docs - tokens.whole.start
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)

@@ -33,7 +33,8 @@ share_distinct   log(distinct types) / log(n): Herdan's C          p (1 - p) / n
                                                                    p = n^(m - 1)
 ===============  ================================================  ==============================
 
-The same scan counts the tokens of each group of documents, if the run has groups (``reduce.groups``).
+The same scan counts the tokens of each group of documents, if the run has groups (``reduce.groups``),
+and what the salience of types needs (``reduce.controls``).
 
 A text that several documents share is strange too. log2(copies) log2(n) / 2 counts as a z, because
 the chance that independent texts agree falls with their length.
@@ -49,12 +50,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.kept import KINDS, Kept, beside
+from afn_ray.reduce.controls import Controls, frequency_bins
 from afn_ray.reduce.copied import add_copies
 from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
 from afn_ray.reduce.group_labels import count_own
 from afn_ray.reduce.group_tables import group_tables
 from afn_ray.reduce.groups import Grouping, find_groups
 from afn_ray.reduce.histogram import Histogram, starts
+from afn_ray.reduce.salience import salience_table
 from afn_ray.reduce.shards import NOTHING, CommittedShards, LeftOut
 from afn_ray.reduce.sources import Sources, sums_by_source
 from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
@@ -88,7 +91,7 @@ def scan_run(
     asked: Asked,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
-    """The run's ``sources``, ``screened`` and ``strange`` tables, made by ``tasks`` or in this process.
+    """The run's ``sources``, ``screened``, ``strange`` and ``salience`` tables, by ``tasks`` or here.
 
     With groups, their tables too. ``reduced`` are the run's other tables by name; its ``files``
     define the sources. ``readable`` has the tokenizer's texts by token id. ``screened`` has at most
@@ -100,7 +103,7 @@ def scan_run(
     files = reduced["files"].filter(pc.invert(reduced["files"]["is_skipped"]))
     sources = Sources.of(files["source"].to_pylist())
     layer = layers[-1]
-    limits = _limits(layer, labels, reduced["vocabulary"], shards.n_docs)
+    limits = _limits(layers, labels, reduced["vocabulary"], shards.n_docs)
     num_parts = 1 + shards.n_docs // PART_DOCS
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     if grouping is not None:
@@ -110,9 +113,16 @@ def scan_run(
     read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
     for some in read_at_once:
         args = (some, sources, layers, limits, num_parts, grouping)
-        scanned.append(tasks.submit(scan, *args, num_results=3 + num_parts))
-    of_sums, tables, copied, *of_parts = (list(handles) for handles in zip(*scanned, strict=True))
+        scanned.append(tasks.submit(scan, *args, num_results=4 + num_parts))
+    of_sums, tables, copied, controlled, *of_parts = map(list, zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
+    (salience,) = tasks.submit(
+        _salience,
+        layers,
+        reduced["vocabulary"],
+        limits.controls.bins,
+        merged(tasks, add, controlled),
+    )
     read = sums_by_source(files, sources)
     spread, described = tasks.submit(
         describe, sources.names, layers, labels, sums, read, num_results=2
@@ -141,6 +151,7 @@ def scan_run(
         "sources": tasks.result(described),
         "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
         "strange": strange_table(sources.names, groups, strange),
+        "salience": tasks.result(salience),
         **further,
     }
 
@@ -171,18 +182,30 @@ def _places(shards: CommittedShards) -> Iterator[ShardTables]:
         yield ShardTables(commit.shard, doc_offset, tokens, documents, left_out, copies)
 
 
-def _limits(layer: int, labels: pa.Table, vocabulary: pa.Table, n_docs: int) -> FeatureLimits:
-    """Limits at ``layer``; infinite if the run has no normal tokens."""
-    is_label = (pc.field("layer") == layer) & (pc.field("population") == "tokens")
-    (row,) = labels.filter(is_label).to_pylist()
+def _salience(*args: Any) -> list[pa.Table]:
+    return [salience_table(*args)]
+
+
+def _limits(
+    layers: Sequence[int], labels: pa.Table, vocabulary: pa.Table, n_docs: int
+) -> FeatureLimits:
+    """Limits at the last of ``layers``; infinite if the run has no normal tokens."""
+    rows = {r["layer"]: r for r in labels.to_pylist() if r["population"] == "tokens"}
+    layer = layers[-1]
+    row = rows[layer]
     here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
     ids, in_docs = here["token_id"].to_numpy(), here["n_docs"].to_numpy()
     is_rare = in_docs <= max(1, RARE * n_docs)
     rare = np.zeros(int(ids.max(initial=0)) + 1, bool)
     rare[ids[is_rare]] = True
+    q3 = tuple(np.inf if rows[k]["q3"] is None else rows[k]["q3"] for k in layers)
+    counts = np.zeros(len(rare), np.int64)
+    is_normal = pc.not_equal(here["class"], "special").to_numpy(zero_copy_only=False)
+    counts[ids[is_normal]] = here["n"].to_numpy()[is_normal]
+    controls = Controls(q3, frequency_bins(counts))
     if row["q3"] is None:
-        return FeatureLimits(np.inf, np.inf, rare)
-    return FeatureLimits(row["q3"], row["sink_factor"] * row["q2"], rare)
+        return FeatureLimits(np.inf, np.inf, rare, controls)
+    return FeatureLimits(row["q3"], row["sink_factor"] * row["q2"], rare, controls)
 
 
 def _repeated(part: tuple[Histogram]) -> list[Histogram]:

@@ -15,8 +15,11 @@ Ints = npt.NDArray[np.int64]
 Int32s = npt.NDArray[np.int32]
 
 
-def wilson(k: Ints | int, n: Ints | int) -> tuple[Float64s, Float64s]:
-    """Lower and upper end of Wilson's 95 % interval of the share ``k / n``, n > 0 (Wilson 1927)."""
+def wilson(k: Ints | Float64s | int, n: Ints | Float64s | int) -> tuple[Float64s, Float64s]:
+    """Lower and upper end of Wilson's 95 % interval of the share ``k / n``, n > 0 (Wilson 1927).
+
+    Of tokens that are no independent draws, ``n`` is the number of such draws, with fractions.
+    """
     k, n = np.asarray(k, np.float64), np.asarray(n, np.float64)
     p = k / n
     z2 = Z_95**2

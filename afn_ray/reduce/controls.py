@@ -1,0 +1,185 @@
+"""Counts by what strength is controlled for: how frequent a type is, its position, the document's length.
+
+The scan of ``reduce.screen`` counts the normal tokens in *cells*, and how often a type occurs twice
+in one document. All counts are whole numbers, so sums of shards are exact in any order. Whoever
+counts other units than types, such as words, gives their numbers as types.
+
+Positions and lengths are cut at powers of two: a position p (from 0) is in the bin floor(log2(p +
+1)), a document of n tokens in floor(log2(n)), and what is ``LONGEST`` or more in the last bin. A
+position is never in a higher bin than its document, so there are ``NUM_PLACES`` pairs of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from afn_ray.reduce.histogram import COMPACT_KEYS, Histogram, starts
+from afn_ray.reduce.stats import Int32s, Ints, is_high
+
+LONGEST = 512
+"""Smallest position (counted from 1) and length that share a bin with all larger ones."""
+NUM_BINS = LONGEST.bit_length()
+"""Number of bins of positions, and of lengths."""
+NUM_PLACES = NUM_BINS * (NUM_BINS + 1) // 2
+"""Number of pairs of a position and a length; pair (p, l) has the index l (l + 1) / 2 + p."""
+STEPS = 8
+"""Bins of frequencies for each doubling."""
+OCTAVES = 50
+"""Doublings that have bins of frequencies; more tokens than 2^50 share the last one."""
+_LIMITS = np.unique([round(2 ** (step / STEPS)) for step in range(OCTAVES * STEPS)])
+"""Smallest frequency of each bin; whole numbers, so that the bins are the same on any machine."""
+_BIN_OF = np.array([min(n, LONGEST).bit_length() - 1 for n in range(1, LONGEST + 1)])
+"""Bin of each position from 0 to ``LONGEST`` - 1, and of each length less 1."""
+DENSE_COUNTS = 1 << 24
+"""Number of counters up to which keys are counted in an array, 128 MB."""
+KEY_BITS = 62
+"""Bits of a key that sorts tokens by document and type and says where each is HIGH."""
+
+
+class Controls(NamedTuple):
+    """Rule by which a scan counts tokens by their controls."""
+
+    q3: tuple[float, ...]  # of the thresholds that label, by layer; infinite without tokens
+    bins: Ints  # of the frequency of each type, by token id
+
+
+def frequency_bins(n: Ints) -> Ints:
+    """Bin of each frequency in ``n`` [n_types], which is 0 or more; 0 is in the bin of 1."""
+    return np.maximum(np.searchsorted(_LIMITS, n, side="right") - 1, 0)
+
+
+def bins_of_places() -> tuple[Ints, Ints]:
+    """Bin of the position and of the length of each place, both [NUM_PLACES]."""
+    length, position = np.tril_indices(NUM_BINS)
+    return position, length
+
+
+def places_of(positions: Ints, lengths: Ints) -> Ints:
+    """Place of each token, from its position from 0 and the tokens of its document, both [n]."""
+    length = _BIN_OF[np.minimum(lengths, LONGEST) - 1]
+    position = _BIN_OF[np.minimum(positions, LONGEST - 1)]
+    return np.asarray(length * (length + 1) // 2 + position)
+
+
+class _Counts:
+    """Counts of keys below ``size``: one array, or histograms where it would be too large."""
+
+    def __init__(self, size: int) -> None:
+        self._sums = [Histogram.empty()]
+        self._counts = np.zeros(size, np.int64) if size <= DENSE_COUNTS else None
+
+    def add(self, keys: Ints, counts: Ints | int = 1) -> None:
+        """Count ``keys`` [n], each so many times."""
+        if self._counts is not None:
+            np.add.at(self._counts, keys, counts)
+            return
+        self._sums.append(Histogram.of(keys, np.broadcast_to(np.int64(counts), len(keys))))
+        if sum(len(part.keys) for part in self._sums[1:]) > COMPACT_KEYS:
+            self._sums = [Histogram.merge(self._sums)]
+
+    def sum(self) -> Histogram:
+        """The counts of keys that occur."""
+        if self._counts is None:
+            return Histogram.merge(self._sums)
+        there = np.flatnonzero(self._counts)
+        return Histogram(there, self._counts[there])
+
+
+class ControlSums(NamedTuple):
+    """Counts of normal tokens, as histograms that add up.
+
+    n is the number of tokens of a type in a document, and h the number of these that are HIGH.
+    """
+
+    tokens: Histogram  # keys: type * NUM_PLACES + place
+    pairs: Histogram  # n (n - 1) by type, over all documents
+    high: tuple[Histogram, ...]  # by layer; keys: bin of the frequency * NUM_PLACES + place
+    mixed_pairs: tuple[Histogram, ...]  # h (n - 1) by type, for each layer
+    high_pairs: tuple[Histogram, ...]  # h (h - 1) by type, for each layer
+
+    def flat(self) -> tuple[Histogram, ...]:
+        """All histograms, in one order, to be added one by one."""
+        return (self.tokens, self.pairs, *self.high, *self.mixed_pairs, *self.high_pairs)
+
+    @classmethod
+    def of_flat(cls, sums: Sequence[Histogram]) -> ControlSums:
+        """The inverse of ``flat``."""
+        tokens, pairs, *of_layers = sums
+        num = len(of_layers) // 3
+        by_kind = (tuple(of_layers[at * num : (at + 1) * num]) for at in range(3))
+        return cls(tokens, pairs, *by_kind)
+
+
+class ControlCounter:
+    """Counts of ``ControlSums``, added batch by batch."""
+
+    def __init__(self, controls: Controls) -> None:
+        num_types, layers = len(controls.bins), range(len(controls.q3))
+        self._controls, self._num_types = controls, num_types
+        num_bins = int(controls.bins.max(initial=0)) + 1
+        self._tokens = _Counts(num_types * NUM_PLACES)
+        self._pairs = _Counts(num_types)
+        self._high = [_Counts(num_bins * NUM_PLACES) for _ in layers]
+        self._mixed_pairs = [_Counts(num_types) for _ in layers]
+        self._high_pairs = [_Counts(num_types) for _ in layers]
+
+    def add(
+        self,
+        docs: Int32s,
+        types: Int32s,
+        places: Ints,
+        strengths: Sequence[npt.NDArray[np.float32]],
+    ) -> None:
+        """Count normal tokens of whole documents: all arrays are [n], ``strengths`` by layer."""
+        if not len(docs):
+            return
+        self._tokens.add(types.astype(np.int64) * NUM_PLACES + places)
+        high = [is_high(s, q3) for s, q3 in zip(strengths, self._controls.q3, strict=True)]
+        cells = self._controls.bins[types] * NUM_PLACES + places
+        for counts, which in zip(self._high, high, strict=True):
+            counts.add(cells[which])
+        pairs = (docs - int(docs[0])).astype(np.int64) * self._num_types + types
+        num_layers = max(1, KEY_BITS - int(pairs.max()).bit_length())
+        for begin in range(0, len(high), num_layers):
+            self._add_pairs(pairs, high[begin : begin + num_layers], begin)
+
+    def _add_pairs(
+        self, pairs: Ints, high: Sequence[npt.NDArray[np.bool_]], first_layer: int
+    ) -> None:
+        """Count how often types occur again in a document.
+
+        ``pairs`` [n] are numbers of a document and a type; ``high`` are of the layers that follow
+        ``first_layer``. One sort does for all of them, since a key ends in their bits.
+        """
+        keys = pairs
+        for which in high:
+            keys = keys << 1 | which
+        keys = np.sort(keys, kind="stable")  # nearly in order already
+        groups = keys >> len(high)
+        first = starts(groups)
+        n = np.diff(first, append=len(keys))
+        again = np.flatnonzero(n > 1)
+        types, n = groups[first[again]] % self._num_types, n[again]
+        if not len(types):
+            return
+        if first_layer == 0:
+            self._pairs.add(types, n * (n - 1))
+        for at in range(len(high)):
+            bits = keys >> (len(high) - 1 - at) & 1
+            h = np.add.reduceat(bits, first)[again]
+            self._mixed_pairs[first_layer + at].add(types, h * (n - 1))
+            self._high_pairs[first_layer + at].add(types, h * (h - 1))
+
+    def sums(self) -> ControlSums:
+        """The counts so far."""
+        return ControlSums(
+            self._tokens.sum(),
+            self._pairs.sum(),
+            tuple(counts.sum() for counts in self._high),
+            tuple(counts.sum() for counts in self._mixed_pairs),
+            tuple(counts.sum() for counts in self._high_pairs),
+        )

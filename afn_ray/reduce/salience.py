@@ -1,0 +1,202 @@
+"""Salience beyond frequency: the HIGH share of a type against that of others like it.
+
+``expected`` is the HIGH share that a type would have if its tokens were as often HIGH as the model of
+``smooth`` says for its frequency, and their positions and document lengths. The model is fitted at
+each layer to the cells of ``controls``. A type counts there as at most ``MOST_TOKENS`` tokens, so that
+a few frequent ones do not make the curve, and what is expected of a type is without its own tokens.
+
+The interval is clustered by document: Wilson's, with as many tokens as independent draws would be
+as sure (Korn and Graubard 1998). That number is n / d, where d is the ratio of two variances of the
+share: that of sums by document, and that of independent tokens. A type in few documents says little
+of its own d. So its variance is averaged with the one that it has if tokens of one type and
+document are correlated as they are in the whole run; the latter counts as ``PRIOR_DOCS`` documents.
+The interval of the difference has the error of what is expected too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.reduce.controls import NUM_PLACES, ControlSums, bins_of_places
+from afn_ray.reduce.histogram import Histogram, starts
+from afn_ray.reduce.smooth import Fit, fit, sigmoid
+from afn_ray.reduce.stats import Z_95, Float64s, Ints, wilson
+from afn_ray.schema import SALIENCE_SCHEMA
+
+MOST_TOKENS = 20
+"""Largest weight of a type in the fit, in tokens."""
+PRIOR_DOCS = 20
+"""Weight of the correlation in the whole run against that of a type, in documents."""
+SLICE_KEYS = 1 << 18
+"""Number of pairs of a type and a place that are computed at a time."""
+
+
+def salience_table(
+    layers: Sequence[int], vocabulary: pa.Table, bins: Ints, sums: Sequence[Histogram]
+) -> pa.Table:
+    """The ``salience`` table: every type of ``vocabulary`` but special ones, layer by layer.
+
+    ``bins`` are those of ``Controls``; ``sums`` are a ``ControlSums``, flat.
+    """
+    counted = ControlSums.of_flat(sums)
+    tables = [SALIENCE_SCHEMA.empty_table()]
+    if not len(counted.tokens.keys):
+        return tables[0]
+    for at, layer in enumerate(layers):
+        is_normal = (pc.field("layer") == layer) & (pc.field("class") != "special")
+        here = vocabulary.filter(is_normal).sort_by("token_id")
+        types = {name: here[name].to_numpy() for name in ("token_id", "n", "n_docs", "n_high")}
+        model = fit_types(types["n"], bins[types["token_id"]], counted, at)
+        n_effective = effective_tokens(types, counted, at)
+        expected = expected_shares(model, types, n_effective, counted.tokens)
+        columns = {
+            "layer": np.full(len(here), layer),
+            "token_id": types["token_id"],
+            "n_effective": n_effective,
+            "expected": expected.share,
+            **beyond(types["n_high"] / types["n"], n_effective, expected),
+        }
+        arrays = [pa.array(columns[field.name], field.type) for field in SALIENCE_SCHEMA]
+        tables.append(pa.Table.from_arrays(arrays, schema=SALIENCE_SCHEMA))
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def beyond(share: Float64s, n_effective: Float64s, expected: Expected) -> dict[str, Float64s]:
+    """How far each HIGH share is from what is expected, with its interval.
+
+    The intervals of the two are combined as by Zou and Donner (2008).
+    """
+    low, high = wilson(share * n_effective, n_effective)
+    difference = share - expected.share
+    of_expected = Z_95 * expected.sd
+    return {
+        "beyond": difference,
+        "beyond_low": difference - np.hypot(share - low, of_expected),
+        "beyond_high": difference + np.hypot(high - share, of_expected),
+    }
+
+
+def fit_types(n: Ints, bins: Ints, counted: ControlSums, at: int) -> Fit:
+    """The model of layer number ``at`` of ``counted``.
+
+    ``n`` and ``bins`` are the tokens and the bin of the frequency of each type, by ascending id.
+    """
+    capped = np.minimum(n, MOST_TOKENS)
+    of_bins = np.bincount(bins, capped)
+    with np.errstate(invalid="ignore"):  # of bins without a type
+        frequency = np.bincount(bins, capped * np.log2(n)) / of_bins
+        weight = of_bins / np.bincount(bins, n)
+    types, places = np.divmod(counted.tokens.keys, NUM_PLACES)
+    size = np.diff(starts(types), append=len(types))
+    cells = Histogram.of(np.repeat(bins, size) * NUM_PLACES + places, counted.tokens.counts)
+    bin_of, place = np.divmod(cells.keys, NUM_PLACES)
+    position, length = bins_of_places()
+    controls = np.stack([frequency[bin_of], position[place], length[place]], axis=1)
+    n_high = counted.high[at].counts_of(cells.keys)
+    return fit(controls, cells.counts * weight[bin_of], n_high * weight[bin_of])
+
+
+class Expected(NamedTuple):
+    """What the model of all other types expects of each type, [n_types]."""
+
+    share: Float64s
+    sd: Float64s  # standard error of the share, over documents
+
+
+def expected_shares(
+    model: Fit, types: Mapping[str, Ints], n_effective: Float64s, tokens: Histogram
+) -> Expected:
+    """The HIGH share expected of each of ``types``, by ascending id, without its own tokens.
+
+    ``tokens`` are those of types by place. The log-odds without a type are those of ``model`` moved
+    by one Newton step (Pregibon 1981), in which the type stands at the mean of its places. The
+    error comes from the errors of the shares of all other types, as if these were independent.
+    """
+    n, observed = types["n"], types["n_high"] / types["n"]
+    design = _design(model, n, tokens)
+    share, spread = _shares(model, n, tokens, np.zeros(len(n)))
+    reached = np.einsum("ti,ij->tj", design, model.inverse)
+    reach = (reached * design).sum(axis=1)
+    weight = np.minimum(n, MOST_TOKENS)
+    left = 1 - weight * spread * reach  # 1 less the leverage of the type
+    without, spread = _shares(model, n, tokens, -weight * (observed - share) * reach / left)
+    score = weight**2 * observed * (1 - observed) / n_effective  # variance of a type's pull
+    scores = np.einsum("ti,tj->ij", design * score[:, None], design)
+    of_all = (np.einsum("ti,ij->tj", reached, scores) * reached).sum(axis=1)
+    of_others = np.maximum(of_all - score * reach**2, 0) / left**2
+    return Expected(without, spread * np.sqrt(of_others))
+
+
+def _design(model: Fit, n: Ints, tokens: Histogram) -> Float64s:
+    """Row of each type in the model, the mean over its tokens: [n_types, n_coefficients]."""
+    places = [
+        model.curves[at].basis(bins.astype(np.float64))
+        for at, bins in enumerate(bins_of_places(), 1)
+    ]
+    columns = np.concatenate(places, axis=1).T
+    found = [np.ones((len(n), 1)), model.curves[0].basis(np.log2(n))]
+    means = np.empty((len(n), len(columns)))
+    for some, keys, first in _slices(tokens):
+        of_keys = columns[:, keys.keys % NUM_PLACES] * keys.counts
+        means[some] = np.add.reduceat(of_keys, first, axis=1).T
+    return np.concatenate([*found, means / n[:, None]], axis=1)
+
+
+def _shares(model: Fit, n: Ints, tokens: Histogram, moved: Float64s) -> tuple[Float64s, Float64s]:
+    """Share of HIGH tokens of each type by ``model``, with its log-odds ``moved``, [n_types].
+
+    Also the mean over tokens of p (1 - p), which is how far the share moves with the log-odds.
+    """
+    position, length = (bins.astype(np.float64) for bins in bins_of_places())
+    of_place = model.curve(1, position) + model.curve(2, length)
+    of_type = model.constant + model.curve(0, np.log2(n)) + moved
+    share, spread = np.empty(len(n)), np.empty(len(n))
+    for some, keys, first in _slices(tokens):
+        size = np.diff(first, append=len(keys.keys))
+        p = sigmoid(np.repeat(of_type[some], size) + of_place[keys.keys % NUM_PLACES])
+        share[some] = np.add.reduceat(keys.counts * p, first)
+        spread[some] = np.add.reduceat(keys.counts * p * (1 - p), first)
+    return share / n, spread / n
+
+
+def _slices(tokens: Histogram) -> Iterator[tuple[slice, Histogram, Ints]]:
+    """Types of ``tokens``, their keys, and the first key of each type among these; some at a time."""
+    first = starts(tokens.keys // NUM_PLACES)
+    begin = 0
+    while begin < len(first):
+        end = int(np.searchsorted(first, first[begin] + SLICE_KEYS))
+        last = int(first[end]) if end < len(first) else len(tokens.keys)
+        keys = tokens.slice(int(first[begin]), last)
+        yield slice(begin, end), keys, first[begin:end] - first[begin]
+        begin = end
+
+
+def effective_tokens(types: Mapping[str, Ints], counted: ControlSums, at: int) -> Float64s:
+    """Number of independent tokens that say as much of each type's HIGH share as its tokens do.
+
+    ``types`` has ``token_id``, ``n``, ``n_docs`` and ``n_high``, all [n_types].
+    """
+    ids, n, n_docs = types["token_id"].astype(np.int64), types["n"], types["n_docs"]
+    pairs = counted.pairs.counts_of(ids)
+    mixed = counted.mixed_pairs[at].counts_of(ids)
+    high = counted.high_pairs[at].counts_of(ids)
+    p = types["n_high"] / n
+    of_one = p * (1 - p)  # variance of a token
+    # Sum over documents of the square of (HIGH tokens - p tokens), less that of independent tokens.
+    excess = high - 2 * p * mixed + p * p * pairs
+    of_pairs = float((of_one * pairs).sum())
+    correlation = min(1.0, max(0.0, float(excess.sum()) / of_pairs)) if of_pairs else 0.0
+    usual = of_one / n * (1 + correlation * pairs / n)
+    own = (excess + n * of_one) / n**2.0 * n_docs / np.maximum(n_docs - 1, 1)
+    known = n**2.0 / (n + pairs) - 1  # 0 in one document, n - 1 in n
+    variance = (known * own + PRIOR_DOCS * usual) / (known + PRIOR_DOCS)
+    if_constant = n / (1 + correlation * pairs / n)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = np.where(of_one > 0, np.minimum(n, of_one / variance), if_constant)
+    of_t = 1 + (Z_95**2 + 1) / (4 * (known + PRIOR_DOCS))  # t over z, to first order
+    return np.asarray(found / of_t**2)
