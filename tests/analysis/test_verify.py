@@ -200,7 +200,7 @@ def test_a_store_that_is_whole_is_said_to_be(store: Copy) -> None:
     counts = run.info["counts"]
     assert (v.num_shards, v.num_rows, v.num_runs) == (counts["shards"], counts["tokens"], 1)
     assert counts["shards"] > 3 and counts["empty"] == 2 and counts["quarantined"] == 1
-    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 10
+    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 11
     sizes = {f.uri: f.size for f in storage.list_below(store.uri) if not f.uri.endswith(".json")}
     assert v.num_bytes == sum(sizes.values())
     one = verify_store(run.uri)

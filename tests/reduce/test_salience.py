@@ -12,6 +12,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import SplineTransformer
 
 from afn_ray.reduce import controls
 from afn_ray.reduce.controls import (
@@ -183,8 +185,6 @@ def of_frequency(n: Any) -> Floats:
 
 def test_expected_shares_are_those_of_scikit_learn_without_the_type(corpus: Corpus) -> None:
     """Its splines and its optimiser, over cells of each type, fitted anew without that type."""
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    preprocessing = pytest.importorskip("sklearn.preprocessing")
     high = planted(corpus, 2, of_frequency(corpus.n), 0.5)
     found = corpus.salience(high)["expected"].to_numpy()
     keys, at = np.unique(corpus.types * NUM_PLACES + corpus.places, return_inverse=True)
@@ -192,10 +192,10 @@ def test_expected_shares_are_those_of_scikit_learn_without_the_type(corpus: Corp
     kind, place = np.divmod(keys, NUM_PLACES)
     position, length = bins_of_places()
     x = np.stack([np.log2(corpus.n[kind]), position[place], length[place]], axis=1)
-    splines = preprocessing.SplineTransformer(n_knots=SEGMENTS + 1, degree=3, knots="uniform")
+    splines = SplineTransformer(n_knots=SEGMENTS + 1, degree=3, knots="uniform")
     design = splines.fit_transform(x)
     weight = np.minimum(1, MOST_TOKENS / corpus.n[kind])
-    model = linear_model.LogisticRegression(C=1 / RIDGE, max_iter=5000, tol=1e-9)
+    model = LogisticRegression(C=1 / RIDGE, max_iter=5000, tol=1e-9)
     types = np.flatnonzero(corpus.n)
     by_frequency = np.argsort(-corpus.n[types])
     judged = [*range(3), *range(3, len(types), len(types) // 5)]
@@ -212,14 +212,12 @@ def test_expected_shares_are_those_of_scikit_learn_without_the_type(corpus: Corp
 
 
 def test_a_fit_of_the_same_cells_is_that_of_scikit_learn() -> None:
-    linear_model = pytest.importorskip("sklearn.linear_model")
-    preprocessing = pytest.importorskip("sklearn.preprocessing")
     rng = np.random.default_rng(3)
     x = np.stack([rng.uniform(0, 9, 300), rng.integers(0, 5, 300), np.full(300, 2.0)], axis=1)
     n = rng.integers(1, 50, 300).astype(float)
     n_high = rng.binomial(n.astype(int), sigmoid(np.sin(x[:, 0]) - x[:, 1] / 3)).astype(float)
-    design = preprocessing.SplineTransformer(n_knots=SEGMENTS + 1).fit_transform(x[:, :2])
-    model = linear_model.LogisticRegression(C=1 / RIDGE, max_iter=5000, tol=1e-10)
+    design = SplineTransformer(n_knots=SEGMENTS + 1).fit_transform(x[:, :2])
+    model = LogisticRegression(C=1 / RIDGE, max_iter=5000, tol=1e-10)
     weights = np.concatenate([n_high, n - n_high])
     model.fit(np.concatenate([design, design]), np.repeat([1, 0], 300), sample_weight=weights)
     found = fit(x, n, n_high).log_odds(x)
