@@ -419,6 +419,39 @@ VOCABULARY_SCHEMA = _schema(
 ADDED = {"vocabulary": ("class_confidence", "is_ambiguous")}
 """Columns that tables of older runs lack; they read as null."""
 
+WORD_VOCABULARY_SCHEMA = _schema(
+    "layer: int16",
+    "word: string or null",  # lower case, NFC, cut to 200 characters; null: folded words
+    "text: string",  # as written most often; of folded words, the text of their first piece
+    "token_id: int32",  # the first piece
+    "class: string",
+    "language: string or null",  # that gives the class
+    "n: int64",  # occurrences
+    "n_docs: int64 or null",  # null: folded words
+    "n_tokens: int64",  # pieces of all occurrences
+    "pieces: float64",  # n_tokens / n
+    *_DISTRIBUTION,  # of the strength of each occurrence's strongest piece
+    # mean over the occurrences: of the mean of the pieces, of the first piece, of the last piece
+    "mean_strength, first_strength, last_strength: float64",
+    "n_high: int64",  # the strongest piece is HIGH
+    "share_high: float64",
+    "share_high_low, share_high_high: float64",  # Wilson interval, 95 %
+    # the mean of the pieces is at or above Q3; the first piece is HIGH; the last piece is HIGH
+    "n_high_mean, n_high_first, n_high_last: int64",
+    "idf: float64 or null",  # null: folded words
+    "class_confidence: float32 or null",  # as in ``VOCABULARY_SCHEMA``; null: folded words
+    "is_ambiguous: bool or null",
+    "n_folded: int64",  # rare words in the row; 0: the row is one word
+    "least_n: int64 or null",  # the words of the row occur fewer times; null: the row is one word
+).append(
+    # up to three ways in which the word is written, the most frequent first
+    pa.field("forms", _list_of("string"), nullable=False)
+)
+"""Every word that occurs often enough, at each layer; ``reduce.word_sums`` says what a word is.
+
+Rarer words have a row together with those of the same first piece and class.
+"""
+
 SIGNAL_VOCABULARY_SCHEMA = _schema(
     "signal: string", "layer: int16", *_TYPE_IN_CORPUS, "idf: float64"
 )

@@ -59,6 +59,43 @@ def vocabulary_sql(layer: int) -> str:
     """  # noqa: S608
 
 
+CHECKED_WORDS = 1 << 21
+"""Number of words, about, that ``word_vocabulary_sql`` counts one by one."""
+
+
+def word_vocabulary_sql(layer: int) -> str:
+    """SQL of a layer's words whose counts or extremes differ between ``word_vocabulary`` and rows.
+
+    It counts the words of ASCII characters, whose lower case is the same by any rules; of a large
+    run a part of them, by their hash. In a row without ``word`` are the sums over all words.
+    """
+    ways = {"": "max", "_mean": "mean", "_first": "first", "_last": "last"}
+    high = ", ".join(
+        f"count(*) FILTER ({is_high(f'{way}_strength_{layer}', 'q3')}) AS n_high{name}"
+        for name, way in ways.items()
+    )
+    counts = f"sum(n_tokens)::BIGINT AS n_tokens, {high}"
+    extremes = f"min(max_strength_{layer}) AS min, max(max_strength_{layer}) AS max"
+    stored = ["n_tokens", *(f"n_high{name}" for name in ways)]
+    sums = ", ".join(f"sum({name})::BIGINT" for name in stored)
+    is_checked = f"""regexp_full_match(word, '[ -~]+')
+                AND hash(word) % (SELECT sum(n)::BIGINT // {CHECKED_WORDS} + 1 FROM stored) = 0"""  # noqa: S608
+    return f"""
+        WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
+        stored AS (FROM word_vocabulary WHERE layer = {layer}),
+        here AS (SELECT * REPLACE (nfc_normalize(lower(left(trim(text, ' '), 200))) AS word) FROM words),
+        counted AS (
+            SELECT word, count(*) AS n, count(DISTINCT doc) AS n_docs, {counts}, {extremes} FROM here, q
+            WHERE {is_checked} GROUP BY word HAVING n >= (SELECT coalesce(max(least_n), 1) FROM stored)
+            UNION ALL SELECT NULL, count(*), NULL, {counts}, {extremes} FROM here, q
+        ), listed AS (
+            SELECT word, n, n_docs, {", ".join(stored)}, min, max FROM stored WHERE {is_checked}
+            UNION ALL SELECT NULL, sum(n)::BIGINT, NULL, {sums}, min(min), max(max) FROM stored
+        )
+        (FROM counted EXCEPT ALL FROM listed) UNION ALL (FROM listed EXCEPT ALL FROM counted) ORDER BY ALL
+    """  # noqa: S608
+
+
 def neurons_sql(layer: int, high_only: bool) -> str:
     """SQL of a layer's neurons whose counts or extremes differ between ``neurons`` and the rows.
 

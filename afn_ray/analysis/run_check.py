@@ -22,7 +22,7 @@ from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
 from afn_ray.measure import Measure
 from afn_ray.query import database
-from afn_ray.reduce import duplicates, kept_columns, losses, near_duplicates, screen, tree
+from afn_ray.reduce import duplicates, kept_columns, lexicon, losses, near_duplicates, screen, tree
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts, shards_table
 from afn_ray.schema import ADDED
@@ -351,10 +351,15 @@ class RunCheck:
             tables["near_duplicates"] = found
         if worst := self._config.get("screen"):
             by_group = self._config.get("thresholds_by") == "group"
-            asked = screen.Asked(worst, self._config.get("group_by"), by_group)
+            language = self._config["language"]
+            by = self._config.get("group_by")
+            asked = screen.Asked(worst, by, by_group, language, measure.tagged)
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
-            for name in {"strange", "copied", "salience"} - self.folder.info["tables"].keys():
+            newer = {"strange", "copied", "salience", "word_vocabulary"}
+            for name in newer - self.folder.info["tables"].keys():
                 del tables[name]  # the run is older
+            if not measure.tagged and self.folder.info.get("function_words") != lexicon.SOURCE:
+                tables.pop("word_vocabulary", None)  # other classes, which make other rows
         return tables
 
     def _ask_duckdb(self, measure: Measure, memory_limit: str, n_tokens: int) -> None:
@@ -388,12 +393,15 @@ class RunCheck:
         lacks = "salience" not in self.folder.info["tables"]
         if not lacks and (differs := salience_check.wrong_type(run, layer)):
             self._find("tables", self._table_uri("salience"), f"layer {layer}: {differs}")
+        if "word_vocabulary" in self.folder.info["tables"]:
+            wrong = run.sql(recount.word_vocabulary_sql(layer))
+            self._find_wrong_rows("word_vocabulary", "word", layer, wrong.fetchall())
 
     def _find_wrong_rows(
         self, table: str, key: str, layer: int, wrong: Sequence[Sequence[object]]
     ) -> None:
         if wrong:
-            counted = {"vocabulary": "tokens", "neurons": "neurons"}[table]
+            counted = {"vocabulary": "tokens", "neurons": "neurons"}.get(table, "words")
             message = (
                 f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the {counted}, "
                 f"not in both; the first is of {key} {wrong[0][0]}"

@@ -49,6 +49,7 @@ from afn_ray.schema import (
     STRANGE_SCHEMA,
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
+    WORD_VOCABULARY_SCHEMA,
     Series,
 )
 from afn_ray.store import checksums, label_thresholds, manifest, uris
@@ -143,6 +144,7 @@ def _small_tables(
         tables["group_class_drift"] = found.groups.classes
         tables["group_movers"] = found.groups.movers
     tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
+    tables["internal.no_words"] = WORD_VOCABULARY_SCHEMA.empty_table()
     return tables
 
 
@@ -193,9 +195,9 @@ def _statements(
     own = None
     if labels_by_group(folder):
         own = own_q3(folder, rows_of(paths["documents"]), layers)
-    copies, near_copies = (
+    copies, near_copies, word_table = (
         paths[table][0].path if table in paths else None
-        for table in ("duplicates", "near_duplicates")
+        for table in ("duplicates", "near_duplicates", "word_vocabulary")
     )
     has_offsets, is_tagged = "start" in columns, "tag" in columns
     recorded = RecordedColumns(
@@ -208,6 +210,7 @@ def _statements(
         own_q3=own,
         copies=copies,
         near_copies=near_copies,
+        word_table=word_table,
     )
     neurons = None
     if "neurons" in paths:
@@ -287,7 +290,7 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
     found = {name: of_table for name, of_table in files.items() if of_table}
     if files["neurons"]:
         found["neuron_types"] = [_run_file(folder, "neuron_types")]
-    for table in ("duplicates", "near_duplicates"):
+    for table in ("duplicates", "near_duplicates", "word_vocabulary"):
         if table in folder.info["tables"]:
             found[table] = [_run_file(folder, table)]
     return found

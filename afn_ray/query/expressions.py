@@ -42,6 +42,8 @@ class RecordedColumns:
     """SQL of the path of the run's table ``duplicates``; None if it has none."""
     near_copies: str | None = None
     """SQL of the path of the run's table ``near_duplicates``; None if it has none."""
+    word_table: str | None = None
+    """SQL of the path of the run's table ``word_vocabulary``; None if it has none."""
 
     @property
     def and_counts(self) -> str:

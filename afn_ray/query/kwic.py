@@ -107,7 +107,8 @@ def _value_names(recorded: RecordedColumns) -> list[str]:
     if recorded.offsets:
         names += ["start", '"end"']
     for k in recorded.layers:
-        names += [f"max_strength_{k}", f"mean_strength_{k}", f"first_strength_{k}", f"high_{k}"]
+        names += [f"{which}_strength_{k}" for which in ("max", "mean", "first", "last")]
+        names.append(f"high_{k}")
     return names
 
 
@@ -122,6 +123,7 @@ def _word_values(recorded: RecordedColumns) -> str:
             f"max(strength_{k}) AS max_strength_{k}",
             f"avg(strength_{k}) AS mean_strength_{k}",
             f"arg_min(strength_{k}, position) AS first_strength_{k}",
+            f"arg_max(strength_{k}, position) AS last_strength_{k}",
             f"{condition} AS high_{k}",
         ]
     return "".join(f", {value}" for value in values)

@@ -23,6 +23,8 @@ VIEWS = {
     "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is "
     "labelled",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
+    "word_vocabulary": "statistics of every word that occurs often enough, in lower case, per layer; "
+    "rarer ones by their first piece and class; empty where the run was not screened",
     "thresholds": "quartiles of the run per layer, with and without sinks",
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
     "signals": "how each signal but strength is distributed, per layer; empty where none was "
@@ -65,7 +67,8 @@ VIEWS = {
     "run": "the run itself: one row",
 }
 """Descriptions of the views, by name."""
-DERIVED = ("tokens", "documents", "words", "classes", "salience", "token_neurons", "neuron_types")
+DERIVED = ("tokens", "documents", "words", "word_vocabulary", "classes", "salience", "token_neurons",
+           "neuron_types")  # fmt: skip
 """Views that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: "
@@ -108,6 +111,7 @@ def statements(
         f"CREATE VIEW tokens AS {tokens_view(rows_of(tokens), recorded)}",
         f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
         f"CREATE VIEW words AS {words_view(tokens, recorded)}",
+        f"CREATE VIEW word_vocabulary AS FROM {_table_of(recorded.word_table, 'no_words')}",
         f"CREATE VIEW classes AS {classes_view(recorded)}",
         f"CREATE VIEW salience AS {SALIENCE_VIEW}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, recorded)}",
@@ -201,11 +205,16 @@ def token_neurons_view(neurons: NeuronFiles | None, recorded: RecordedColumns) -
 
 def neuron_types_view(neurons: NeuronFiles | None) -> str:
     """SQL of the ``neuron_types`` view."""
-    source = "internal.no_neuron_types" if neurons is None else f"read_parquet({neurons.types})"
+    source = _table_of(None if neurons is None else neurons.types, "no_neuron_types")
     return (
         "SELECT layer, neuron, token_id, text, n, share, mean, largest, lift "  # noqa: S608
         f"FROM {source} LEFT JOIN internal.types USING (token_id)"
     )
+
+
+def _table_of(path: str | None, empty: str) -> str:
+    """SQL of the rows of the run's table at ``path``; None: those of ``internal.<empty>``."""
+    return f"internal.{empty}" if path is None else f"read_parquet({path})"
 
 
 # --- classes ---

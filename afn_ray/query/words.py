@@ -156,6 +156,7 @@ def _short_columns(recorded: RecordedColumns) -> list[str]:
             f"{_largest(strengths)} AS max_strength_{k}",
             f"({_sum(strengths)}) / pieces AS mean_strength_{k}",
             f"strength_{k} AS first_strength_{k}",
+            f"{_last(strengths)} AS last_strength_{k}",
             _high_column(recorded, k),
         ]
     return columns
@@ -180,6 +181,7 @@ def _long_columns(recorded: RecordedColumns) -> list[str]:
             f"max(strength_{k}) AS max_strength_{k}",
             f"avg(strength_{k}) AS mean_strength_{k}",
             f"arg_min(strength_{k}, place) AS first_strength_{k}",
+            f"arg_max(strength_{k}, place) AS last_strength_{k}",
             _high_column(recorded, k),
         ]
     return columns
@@ -199,6 +201,11 @@ def _by_length(of: Callable[[int], str]) -> str:
 def _largest(values: Sequence[str]) -> str:
     """SQL of the largest of the ``values`` of a word's tokens."""
     return _by_length(lambda length: f"greatest({', '.join(values[:length])})")
+
+
+def _last(values: Sequence[str]) -> str:
+    """SQL of the last of the ``values`` of a word's tokens."""
+    return _by_length(lambda length: values[length - 1])
 
 
 def _sum(values: Sequence[str]) -> str:

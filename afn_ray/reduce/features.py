@@ -27,6 +27,7 @@ from afn_ray.reduce.histogram import (
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Float64s, Int32s, Ints, is_high
+from afn_ray.reduce.word_sums import WordCounter, WordRules, WordTokens
 from afn_ray.schema import (
     FEATURES,
     SPECIAL,
@@ -65,15 +66,33 @@ class FeatureLimits(NamedTuple):
     controls: Controls
 
 
-class TokenCounters(NamedTuple):
-    """TokenCounters of normal tokens that a scan fills."""
-
-    of_types: TypeCounter | None  # by group; None: the run has no groups
-    of_controls: ControlCounter
-
-
 def read_columns(file: CommittedFile, columns: Sequence[str]) -> pa.Table:
     return parquet.read(file.read(), columns, use_threads=False).combine_chunks()
+
+
+class AlsoCounted(NamedTuple):
+    """What a scan counts beside features and sources."""
+
+    num_parts: int  # parts of the text hashes
+    words: WordRules
+    grouping: Grouping | None = None
+
+
+class TokenCounters(NamedTuple):
+    """Counters that the tokens of several shards go through."""
+
+    words: WordCounter
+    types: TypeCounter | None  # by group; None: the run has no groups
+    controls: ControlCounter
+
+    def add(self, cells: Cells, lengths: Ints, tokens: NormalTokens) -> None:
+        """Count ``tokens`` of a shard whose documents have ``cells`` and ``lengths`` in tokens."""
+        _, docs, positions, types, flags, by_layer, surface, tag = tokens
+        assert surface is not None, "asked for with the tokens"
+        self.words.add(WordTokens(docs, types, flags, by_layer, surface, tag))
+        if self.types is not None:
+            self.types.add(cells.group[docs], types, by_layer)
+        self.controls.add(docs, types, places_of(positions, lengths[docs]), by_layer)
 
 
 def scan(
@@ -81,19 +100,20 @@ def scan(
     sources: Sources,
     layers: Sequence[int],
     limits: FeatureLimits,
-    num_parts: int,
-    grouping: Grouping | None = None,
+    counted: AlsoCounted,
 ) -> list[Any]:
-    """Sums by source, features of the documents, ``COPIED_SCHEMA``, control sums, and text hashes.
+    """Sums by source, features of the documents, ``COPIED_SCHEMA``, control sums, hashes and words.
 
-    The control sums are a flat ``ControlSums``. The hashes are in ``num_parts`` parts.
+    The control sums are a flat ``ControlSums``. The hashes of texts and then the ``WordSums`` are in
+    parts.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin. With ``grouping`` follow strengths of each layer,
     documents and documents with tokens by group, and a ``TypeCounter``'s sums.
     """
+    num_parts, words, grouping = counted
     of_types = None if grouping is None else TypeCounter(grouping, grouping.q3)
-    counters = TokenCounters(of_types, ControlCounter(limits.controls))
+    counters = TokenCounters(WordCounter(words), of_types, ControlCounter(limits.controls))
     scanned = [_scan_shard(place, sources, layers, limits, grouping, counters) for place in places]
     of_shards, tables, copied = zip(*scanned, strict=True)
     (sums,) = add(*of_shards)
@@ -103,8 +123,8 @@ def scan(
     hashes = table["hash"].to_numpy()
     part_of = hashes % num_parts
     parts = [(Histogram.of(hashes[part_of == part]),) for part in range(num_parts)]
-    controlled = counters.of_controls.sums().flat()
-    return [sums, table, *add_copies(*copied), controlled, *parts]
+    controlled = counters.controls.sums().flat()
+    return [sums, table, *add_copies(*copied), controlled, *parts, *counters.words.sums()]
 
 
 def _scan_shard(
@@ -173,7 +193,8 @@ def _scan_tokens(
     present, ranks = np.unique(cells.cell, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
     lengths = documents["n_tokens"].to_numpy().astype(np.int64)
-    for tokens in normal_tokens(place, documents, layers):
+    tagged = counters.words.tagged
+    for tokens in normal_tokens(place, documents, layers, with_words=True, tagged=tagged):
         n[tokens.whole], found = _features(tokens, limits)
         for feature, values in zip(features, found, strict=True):
             feature[tokens.whole] = values
@@ -182,10 +203,7 @@ def _scan_tokens(
         if num_held > MOST_HELD:
             sums.append(_by_cell(keys, held))
             held, num_held = [], 0
-        if counters.of_types is not None:
-            counters.of_types.add(cells.group[tokens.docs], tokens.types, tokens.by_layer)
-        places = places_of(tokens.positions, lengths[tokens.docs])
-        counters.of_controls.add(tokens.docs, tokens.types, places, tokens.by_layer)
+        counters.add(cells, lengths, tokens)
         if _num_keys(sums[1:]) > COMPACT_KEYS:
             sums = add(*sums)
     if held:
@@ -213,15 +231,23 @@ class NormalTokens(NamedTuple):
     types: Int32s
     flags: npt.NDArray[np.uint8]
     by_layer: list[Float32s]  # strengths at each layer
+    surface: pa.DictionaryArray | None  # None: not asked for, as the next
+    tag: pa.DictionaryArray | None
 
 
 def normal_tokens(
-    place: ShardTables, documents: pa.Table, layers: Sequence[int]
+    place: ShardTables,
+    documents: pa.Table,
+    layers: Sequence[int],
+    *,
+    with_words: bool = False,
+    tagged: bool = False,
 ) -> Iterator[NormalTokens]:
     """The tokens of the shard with ``documents`` that are not special and count, in order."""
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
-    columns = ["token_id", "flags", *map(strength_column, layers)]
+    texts = [*(["surface"] if with_words else []), *(["tag"] if tagged else [])]
+    columns = ["token_id", "flags", *map(strength_column, layers), *texts]
     begins = ends - documents["n_tokens"].to_numpy()
     for first, tokens in records.whole_documents(file, ends, columns):
         docs, flags, types = (tokens[name].to_numpy() for name in ("doc", "flags", "token_id"))
@@ -231,8 +257,20 @@ def normal_tokens(
         by_layer = [tokens[strength_column(k)].to_numpy()[is_normal] for k in layers]
         positions = (first + np.arange(len(docs)) - begins[docs])[is_normal]
         whole = slice(int(docs[0]), int(docs[-1]) + 1)
-        docs, types, flags = docs[is_normal], types[is_normal], flags[is_normal]
-        yield NormalTokens(whole, docs, positions, types, flags, by_layer)
+        written: dict[str, pa.DictionaryArray] = {}
+        for name in texts:
+            column = tokens[name].filter(pa.array(is_normal)).unify_dictionaries()
+            written[name] = column.combine_chunks()
+        yield NormalTokens(
+            whole,
+            docs[is_normal],
+            positions,
+            types[is_normal],
+            flags[is_normal],
+            by_layer,
+            written.get("surface"),
+            written.get("tag"),
+        )
 
 
 def _num_keys(sums: Sequence[Histograms]) -> int:
@@ -244,7 +282,7 @@ def _features(tokens: NormalTokens, limits: FeatureLimits) -> tuple[Ints, list[F
 
     Both are 0 for a document without tokens. The strengths are those of the last layer.
     """
-    _, docs, _, types, flags, (*_, strengths) = tokens
+    _, docs, _, types, flags, (*_, strengths), *_ = tokens
     num_docs, docs = tokens.whole.stop - tokens.whole.start, docs - tokens.whole.start
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)

@@ -33,8 +33,8 @@ share_distinct   log(distinct types) / log(n): Herdan's C          p (1 - p) / n
                                                                    p = n^(m - 1)
 ===============  ================================================  ==============================
 
-The same scan counts the tokens of each group of documents, if the run has groups (``reduce.groups``),
-and what the salience of types needs (``reduce.controls``).
+The same scan counts words (``reduce.word_sums``), what the salience of types needs
+(``reduce.controls``) and, if the run has groups, the tokens of each (``reduce.groups``).
 
 A text that several documents share is strange too. log2(copies) log2(n) / 2 counts as a z, because
 the chance that independent texts agree falls with their length.
@@ -50,9 +50,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.kept import KINDS, Kept, beside
+from afn_ray.reduce import word_tables
 from afn_ray.reduce.controls import Controls, frequency_bins
 from afn_ray.reduce.copied import add_copies
-from afn_ray.reduce.features import FeatureLimits, ShardTables, add, read_columns, scan
+from afn_ray.reduce.features import AlsoCounted, FeatureLimits, ShardTables, add, read_columns, scan
 from afn_ray.reduce.group_labels import count_own
 from afn_ray.reduce.group_tables import group_tables
 from afn_ray.reduce.groups import Grouping, find_groups
@@ -62,6 +63,7 @@ from afn_ray.reduce.shards import NOTHING, CommittedShards, LeftOut
 from afn_ray.reduce.sources import Sources, sums_by_source
 from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
+from afn_ray.reduce.word_sums import WordRules
 from afn_ray.schema import SCREENED_SCHEMA, SPECIAL, WORD_START
 from afn_ray.store import parquet, records
 
@@ -81,6 +83,8 @@ class Asked(NamedTuple):
     worst: int  # number of strangest documents to list
     group_by: str | None = None  # how documents are grouped; None: they are not
     by_group: bool = False  # whether a group's own Q3 labels its tokens too
+    language: str = "en"  # of the closed-class words
+    tagged: bool = False  # tokens have tags, which are the classes of words
 
 
 def scan_run(
@@ -91,12 +95,13 @@ def scan_run(
     asked: Asked,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
-    """The run's ``sources``, ``screened``, ``strange`` and ``salience`` tables, by ``tasks`` or here.
+    """The tables ``sources``, ``screened``, ``strange``, ``salience`` and ``word_vocabulary`` of a run.
 
-    With groups, their tables too. ``reduced`` are the run's other tables by name; its ``files``
-    define the sources. ``readable`` has the tokenizer's texts by token id. ``screened`` has at most
-    ``asked.worst`` documents. Of documents with the same text it has the strangest, or the first of
-    several equally strange ones. Raises ``StoreError`` for a file that differs from its commit.
+    ``tasks`` make them, or this process does. With groups, their tables too. ``reduced`` are the
+    run's other tables by name; its ``files`` define the sources. ``readable`` has the tokenizer's
+    texts by token id. ``screened`` has at most ``asked.worst`` documents. Of documents with the same
+    text it has the strangest, or the first of several equally strange ones. Raises ``StoreError``
+    for a file that differs from its commit.
     """
     tasks = tasks or Inline()
     labels = reduced["frozen" if "frozen" in reduced else "thresholds"]
@@ -104,17 +109,23 @@ def scan_run(
     sources = Sources.of(files["source"].to_pylist())
     layer = layers[-1]
     limits = _limits(layers, labels, reduced["vocabulary"], shards.n_docs)
-    num_parts = 1 + shards.n_docs // PART_DOCS
+    of_rows = _described(shards, layers, labels, readable, asked)
+    words = WordRules(readable, of_rows.q3, asked.tagged, word_tables.num_parts(shards.n_tokens))
+    counted = AlsoCounted(1 + shards.n_docs // PART_DOCS, words)
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     if grouping is not None:
         grouping = grouping._replace(num_types=len(limits.rare))
+        counted = counted._replace(grouping=grouping)
     places = list(_places(shards))
     scanned = []
     read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
     for some in read_at_once:
-        args = (some, sources, layers, limits, num_parts, grouping)
-        scanned.append(tasks.submit(scan, *args, num_results=4 + num_parts))
-    of_sums, tables, copied, controlled, *of_parts = map(list, zip(*scanned, strict=True))
+        args = (some, sources, layers, limits, counted)
+        num_results = 4 + counted.num_parts + words.num_parts
+        scanned.append(tasks.submit(scan, *args, num_results=num_results))
+    of_words = [handles[-words.num_parts :] for handles in scanned]
+    others = (handles[: -words.num_parts] for handles in scanned)
+    of_sums, tables, copied, controlled, *of_parts = map(list, zip(*others, strict=True))
     sums = merged(tasks, add, of_sums)
     (salience,) = tasks.submit(
         _salience,
@@ -152,8 +163,24 @@ def scan_run(
         "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
         "strange": strange_table(sources.names, groups, strange),
         "salience": tasks.result(salience),
+        "word_vocabulary": word_tables.word_vocabulary(of_words, of_rows, tasks),
         **further,
     }
+
+
+def _described(
+    shards: CommittedShards,
+    layers: Sequence[int],
+    labels: pa.Table,
+    readable: Sequence[str],
+    asked: Asked,
+) -> word_tables.Described:
+    """What the rows of words say beside their sums."""
+    q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
+    q3_by_layer = [q3[layer] for layer in layers]
+    return word_tables.Described(
+        layers, q3_by_layer, shards.n_docs, asked.language, asked.tagged, readable
+    )
 
 
 def _grouping(

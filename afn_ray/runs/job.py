@@ -283,7 +283,11 @@ def _reduce(
         if config.screen:
             on_event(events.Screening())
             asked_scan = screen.Asked(
-                config.screen, config.group_by, config.thresholds_by == "group"
+                config.screen,
+                config.group_by,
+                config.thresholds_by == "group",
+                config.language,
+                measure.tagged,
             )
             tables |= screen.scan_run(
                 shards, measure.layers, tables, texts.readable, asked_scan, tasks

@@ -200,7 +200,7 @@ def test_a_store_that_is_whole_is_said_to_be(store: Copy) -> None:
     counts = run.info["counts"]
     assert (v.num_shards, v.num_rows, v.num_runs) == (counts["shards"], counts["tokens"], 1)
     assert counts["shards"] > 3 and counts["empty"] == 2 and counts["quarantined"] == 1
-    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 11
+    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 12
     sizes = {f.uri: f.size for f in storage.list_below(store.uri) if not f.uri.endswith(".json")}
     assert v.num_bytes == sum(sizes.values())
     one = verify_store(run.uri)
@@ -537,6 +537,13 @@ RUN_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
         lambda t: put(t, "share_high_low", 9, 0.123),
         "row 9: share_high_low",
     ),
+    "n of words": ("word_vocabulary", lambda t: put(t, "n", 9, 7777), "count of the words"),
+    "HIGH first pieces": (
+        "word_vocabulary",
+        lambda t: put(t, "n_high_first", 9, 7777),
+        "of the words",
+    ),
+    "mean of words": ("word_vocabulary", lambda t: put(t, "mean", 9, 1.0), "row 9: mean is 1.0"),
     "histogram": ("histogram", lambda t: put(t, "n", 9, 7777), "row 9: n is 7777"),
     "offsets of shards": ("shards", lambda t: put(t, "doc_offset", 1, 0), "row 1: doc_offset is 0"),
     "loss of shards": ("shards", lambda t: put(t, "lost_bytes", 0, 9), "row 0: lost_bytes is 9"),

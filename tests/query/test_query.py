@@ -341,6 +341,7 @@ def test_words_are_a_first_token_and_what_follows_it(run: Run) -> None:
                 f"max_strength_{k}": max(values),
                 f"mean_strength_{k}": pytest.approx(np.mean(values)),
                 f"first_strength_{k}": values[0],
+                f"last_strength_{k}": values[-1],
                 f"high_{k}": max(values) >= limits[k]["q3"],
             }
         expected.append(row)

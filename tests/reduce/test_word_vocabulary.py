@@ -1,0 +1,301 @@
+"""The table of words against pandas over the view ``words``, for any order, cut and tokenizer."""
+
+from __future__ import annotations
+
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+import afn_ray
+from afn_ray.reduce import lexicon, word_sums, word_tables
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.tasks import Inline
+from afn_ray.schema import WORD_START, WORD_VOCABULARY_SCHEMA
+from conftest import config_of, write_jsonl
+
+LAYERS = (1, 2)
+ODD = [
+    "\u0130stanbul \u0130STANBUL",
+    "na\u00efve nai\u0308ve NA\u00cfVE",
+    "x" * 450,
+    "\U0001f600\U0001f600 ok",
+]
+"""Texts whose words are hard to compare: case, accents, a long word, characters that no type has."""
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt"])
+def run(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_bert: Path,
+    tiny_gpt: Path,
+    verses: list[str],
+) -> Iterator[afn_ray.Run]:
+    """A run over a few verses, some in capitals, with copies that it leaves out."""
+    folder = tmp_path_factory.mktemp("words")
+    texts = [*verses[:90], *(v.upper() for v in verses[:20]), *ODD, *verses[:15], ""]
+    corpus = write_jsonl(folder / "c.jsonl", [{"text": text} for text in texts])
+    model = {"bert": tiny_bert, "gpt": tiny_gpt}[request.param]
+    config = config_of(
+        model, corpus, folder / "store", layers="1,2", shard_bytes=4000, duplicates="once"
+    )
+    with afn_ray.run(config) as made:
+        yield made
+
+
+def occurrences(run: afn_ray.Run) -> pd.DataFrame:
+    """Every word of the run, with ``word``, its spelling as the table compares it."""
+    found: pd.DataFrame = run.sql("FROM words").df()
+    forms = [text.strip(" ")[:200] for text in found["text"]]
+    lower = [form.lower().replace("i\u0307", "i") for form in forms]
+    return found.assign(form=forms, word=[unicodedata.normalize("NFC", word) for word in lower])
+
+
+def quartile(values: pd.Series[float], at: int) -> float:
+    return float(np.quantile(values, at / 4, method="inverted_cdf"))
+
+
+def reference(words: pd.DataFrame, layer: int, q3: float, n_docs: int) -> dict[str, Any]:
+    """One row of the table, of occurrences ``words``, by pandas."""
+    strongest, mean = words[f"max_strength_{layer}"], words[f"mean_strength_{layer}"]
+    first, last = words[f"first_strength_{layer}"], words[f"last_strength_{layer}"]
+    return {
+        "n": len(words),
+        "n_docs": words["doc"].nunique(),
+        "n_tokens": words["n_tokens"].sum(),
+        "pieces": words["n_tokens"].mean(),
+        "mean": strongest.astype(float).mean(),
+        "sd": strongest.astype(float).std(ddof=0),
+        "min": strongest.min(),
+        "q1": quartile(strongest, 1),
+        "q2": quartile(strongest, 2),
+        "q3": quartile(strongest, 3),
+        "max": strongest.max(),
+        "mean_strength": mean.mean(),
+        "first_strength": first.astype(float).mean(),
+        "last_strength": last.astype(float).mean(),
+        "n_high": (strongest >= q3).sum(),
+        "n_high_mean": (mean >= q3).sum(),
+        "n_high_first": (first >= q3).sum(),
+        "n_high_last": (last >= q3).sum(),
+        "idf": np.log(n_docs / words["doc"].nunique()),
+    }
+
+
+def test_every_word_has_the_statistics_that_pandas_gives_over_words(run: afn_ray.Run) -> None:
+    rows = occurrences(run)
+    ((n_docs,),) = run.sql("SELECT count(DISTINCT doc) FROM words").fetchall()
+    assert (rows["n_tokens"] > 1).sum() > 100 and rows["n_tokens"].max() >= 4
+    for layer in LAYERS:
+        ((q3,),) = run.sql(
+            "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
+        ).fetchall()
+        table = run.sql(
+            "FROM word_vocabulary WHERE layer = ? AND word IS NOT NULL", [layer]
+        ).to_arrow_table()
+        stored = {row["word"]: row for row in table.to_pylist()}
+        frequent = rows.groupby("word").filter(lambda of: len(of) >= word_tables.LEAST_N)
+        assert set(stored) == set(frequent["word"]) and len(stored) > 60
+        for word, of_word in frequent.groupby("word"):
+            row, expected = stored[str(word)], reference(of_word, layer, q3, n_docs)
+            counts = {k: row[k] for k in expected if isinstance(row[k], int)}
+            assert counts == {k: expected[k] for k in counts}, word
+            for name in ("min", "q1", "q2", "q3", "max", "mean", "first_strength", "last_strength"):
+                assert row[name] == expected[name], (word, name)  # sums of strengths are exact
+            for name in ("sd", "mean_strength", "pieces", "idf"):
+                assert row[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-12), word
+            forms = Counter(of_word["form"])
+            listed = sorted(forms, key=lambda form: (-forms[form], form.encode()))[:3]
+            assert (row["forms"], row["text"]) == (listed, listed[0])
+
+
+def test_rare_words_are_folded_by_their_first_piece_and_nothing_is_lost(run: afn_ray.Run) -> None:
+    rows = occurrences(run)
+    tokens = run.sql("SELECT doc, position, token_id FROM tokens").df()
+    rows = rows.merge(tokens, on=["doc", "position"])
+    rare = rows.groupby("word").filter(lambda of: len(of) < word_tables.LEAST_N)
+    by_form = rare.groupby(["word", "form"]).agg(n=("doc", "size"), piece=("token_id", "min"))
+    by_form = by_form.reset_index().sort_values(
+        ["word", "n", "form"], ascending=[True, False, True]
+    )
+    piece_of = by_form.drop_duplicates("word").set_index("word")["piece"]
+    rare = rare.assign(piece=rare["word"].map(piece_of))
+    expected = rare.groupby("piece").agg(
+        n_folded=("word", "nunique"),
+        n=("doc", "size"),
+        n_tokens=("n_tokens", "sum"),
+        n_high=("high_2", "sum"),
+        min=("max_strength_2", "min"),
+    )
+    folded = run.sql("FROM word_vocabulary WHERE layer = 2 AND word IS NULL").df()
+    sums = dict.fromkeys(expected.columns, "sum") | {"min": "min"}
+    pd.testing.assert_frame_equal(
+        folded.groupby("token_id").agg(sums), expected, check_dtype=False, check_names=False
+    )
+    assert (folded["least_n"] == word_tables.LEAST_N).all() and len(expected) > 50
+    whole = run.sql(
+        "SELECT sum(n), sum(n_tokens), sum(n_high), sum(n_folded) + count(word) FROM "
+        "word_vocabulary WHERE layer = 2"
+    ).fetchall()
+    high = rows["high_2"].sum()
+    assert whole == [(len(rows), rows["n_tokens"].sum(), high, rows["word"].nunique())]
+
+
+# --- sums of generated tokens
+
+TEXTS = ["the", "The", "sea", "##son", "will", "may", "7", ",", "##s", "\u0130", "i", "deep"]
+
+
+def corpus_of(seed: int, num_docs: int) -> list[word_sums.WordTokens]:
+    """Documents of random tokens, some with surfaces and tags."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(num_docs):
+        n = int(rng.integers(1, 40))
+        types = rng.integers(0, len(TEXTS), n).astype(np.int32)
+        starts = np.array([not TEXTS[i].startswith("##") for i in types])
+        surface = [
+            rng.choice(["Ahab", "ahab", "\u00e9t\u00e9"])
+            if is_start and rng.random() < 0.2
+            else None
+            for is_start in starts
+        ]
+        tags = [str(rng.choice(["NOUN", "VERB"])) if rng.random() < 0.9 else None for _ in types]
+        strengths = [
+            round_strengths(np.exp(rng.normal(scale, 2, n)).astype(np.float32)) for scale in (0, 3)
+        ]
+        made.append(
+            word_sums.WordTokens(
+                np.zeros(n, np.int32),
+                types,
+                np.where(starts, WORD_START, 0).astype(np.uint8),
+                strengths,
+                pa.array(surface, pa.string()).dictionary_encode(),
+                pa.array(tags, pa.string()).dictionary_encode(),
+            )
+        )
+    return made
+
+
+def joined(documents: list[word_sums.WordTokens]) -> word_sums.WordTokens:
+    """``documents`` as one chunk."""
+    docs = [np.full(len(d.docs), at, np.int32) for at, d in enumerate(documents)]
+    layers = zip(*(d.by_layer for d in documents), strict=True)
+    written = [
+        pa.concat_arrays([getattr(d, name).cast(pa.string()) for d in documents])
+        for name in ("surface", "tag")
+    ]
+    surface, tag = (column.dictionary_encode() for column in written)
+    return word_sums.WordTokens(
+        np.concatenate(docs),
+        np.concatenate([d.types for d in documents]),
+        np.concatenate([d.flags for d in documents]),
+        [np.concatenate(of_layer) for of_layer in layers],
+        surface,
+        tag,
+    )
+
+
+def table_of(shards: list[list[word_sums.WordTokens]], num_parts: int, tagged: bool) -> pa.Table:
+    """The table of the words of ``shards``, each a list of chunks."""
+    readable = [text.removeprefix("##") for text in TEXTS]
+    rules = word_sums.WordRules(readable, (1.5, 30.0), tagged, num_parts)
+    leaves = []
+    for chunks in shards:
+        counter = word_sums.WordCounter(rules)
+        for chunk in chunks:
+            counter.add(chunk)
+        leaves.append(counter.sums())
+    described = word_tables.Described(LAYERS, rules.q3, 300, "en", tagged, readable)
+    return word_tables.word_vocabulary(leaves, described, Inline())
+
+
+@pytest.mark.parametrize("tagged", [False, True])
+def test_rows_are_the_same_for_any_cut_order_and_number_of_parts(
+    tagged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(word_sums, "COMPACT_KEYS", 100)
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 3)
+    documents = corpus_of(1, 300)
+    expected = table_of([[joined(documents)]], 1, tagged)
+    assert set(expected["word"].to_pylist()) >= {
+        "the",
+        "season",
+        "ahab",
+        "i",
+        "\u00e9t\u00e9",
+        None,
+    }
+    for seed, num_parts, size in ((2, 1, 7), (3, 5, 40), (4, 3, 100)):
+        shuffled = random.Random(seed).sample(documents, len(documents))
+        chunks = [joined(shuffled[at : at + size]) for at in range(0, len(shuffled), size)]
+        shards = [chunks[at : at + 2] for at in range(0, len(chunks), 2)]
+        found = table_of(shards, num_parts, tagged)
+        assert found.equals(expected)  # to the last bit
+
+
+def test_classes_are_those_of_the_word_or_of_its_tags() -> None:
+    documents = [joined(corpus_of(5, 200))]
+    plain = {row["word"]: row for row in table_of([documents], 2, False).to_pylist() if row["word"]}
+    found = {word: plain[word]["class"] for word in ("the", "season", "sea", "7", ",", "ahab")}
+    assert found == {
+        "the": "function", "season": "content", "sea": "content", "7": "number", ",": "punctuation",
+        "ahab": "content",
+    }  # fmt: skip
+    the = lexicon.find("en").guess("the")  # type: ignore[union-attr]
+    assert plain["the"]["class_confidence"] == pytest.approx(the.confidence, abs=0.02)
+    assert plain["will"]["is_ambiguous"] and not plain["sea"]["is_ambiguous"]
+    assert {row["language"] for row in plain.values()} == {"en"}
+    tokens = documents[0]
+    assert tokens.tag is not None
+    tags: Counter[str] = Counter()
+    for at in np.flatnonzero(tokens.types == TEXTS.index("sea")).tolist():
+        same_doc = tokens.docs[at + 1 : at + 2] == tokens.docs[at]
+        goes_on = same_doc.any() and (tokens.flags[at + 1 : at + 2] == 0).all()
+        if not goes_on and tokens.surface[at].as_py() is None and tokens.tag[at].is_valid:
+            tags[tokens.tag[at].as_py()] += 1
+    tagged = {row["word"]: row for row in table_of([documents], 2, True).to_pylist() if row["word"]}
+    best = max(tags, key=lambda tag: tags[tag])
+    assert tagged["sea"]["class"] == best
+    assert tagged["sea"]["class_confidence"] == pytest.approx(tags[best] / sum(tags.values()))
+
+
+def test_more_words_than_rows_raise_the_number_of_occurrences_that_a_row_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    documents = corpus_of(6, 300)
+    every = table_of([[joined(documents)]], 2, False)
+    sizes = sorted({row["n"] for row in every.to_pylist() if row["word"]})
+    monkeypatch.setattr(word_tables, "MOST_ROWS", 2 * 4)  # four words at each of two layers
+    some = table_of([[joined(documents)]], 2, False)
+    named = [row for row in some.to_pylist() if row["word"] is not None]
+    assert len(named) in range(2, 9, 2)
+    (least,) = {row["least_n"] for row in some.to_pylist() if row["word"] is None}
+    assert all(row["n"] >= least for row in named)
+    ranked = sorted(row["n"] for row in every.to_pylist() if row["word"] and row["layer"] == 1)
+    assert sum(n >= least - 1 for n in ranked) > 4 and least - 1 in sizes
+    for name in ("n", "n_tokens", "n_high"):
+        assert sum(some[name].to_pylist()) == sum(every[name].to_pylist())
+
+
+def test_words_of_the_same_tokens_are_one_sequence_and_long_ones_end_at_the_limit() -> None:
+    types = np.array([0, 1, 2, 0, 1, 2, 0, 1, 0] + [1] * 500 + [0] + [1] * 600, np.int32)
+    heads = np.array([0, 3, 6, 8, 509])
+    sizes = np.diff(heads, append=len(types))
+    which, examples, used = word_sums.sequences(types, heads, sizes, np.array([1, 1, 1]))
+    assert which.tolist() == [which[0], which[0], which[2], which[3], which[3]]
+    assert len(set(which.tolist())) == 3 == len(examples)
+    assert used[which].tolist() == [3, 3, 2, word_sums.WORD_CHARS, word_sums.WORD_CHARS]
+
+
+def test_the_schema_is_that_of_an_empty_table() -> None:
+    nothing = table_of([[], []], 2, False)
+    assert nothing.schema == WORD_VOCABULARY_SCHEMA and not len(nothing)
