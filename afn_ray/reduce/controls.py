@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from afn_ray.reduce.histogram import COMPACT_KEYS, Histogram, starts
+from afn_ray.reduce.histogram import Histogram, KeyCounter, starts
 from afn_ray.reduce.stats import Int32s, Ints, is_high
 
 LONGEST = 512
@@ -34,8 +34,6 @@ _LIMITS = np.unique([round(2 ** (step / STEPS)) for step in range(OCTAVES * STEP
 """Smallest frequency of each bin; whole numbers, so that the bins are the same on any machine."""
 _BIN_OF = np.array([min(n, LONGEST).bit_length() - 1 for n in range(1, LONGEST + 1)])
 """Bin of each position from 0 to ``LONGEST`` - 1, and of each length less 1."""
-DENSE_COUNTS = 1 << 24
-"""Number of counters up to which keys are counted in an array, 128 MB."""
 KEY_BITS = 62
 """Bits of a key that sorts tokens by document and type and says where each is HIGH."""
 
@@ -63,30 +61,6 @@ def places_of(positions: Ints, lengths: Ints) -> Ints:
     length = _BIN_OF[np.minimum(lengths, LONGEST) - 1]
     position = _BIN_OF[np.minimum(positions, LONGEST - 1)]
     return np.asarray(length * (length + 1) // 2 + position)
-
-
-class _Counts:
-    """Counts of keys below ``size``: one array, or histograms where it would be too large."""
-
-    def __init__(self, size: int) -> None:
-        self._sums = [Histogram.empty()]
-        self._counts = np.zeros(size, np.int64) if size <= DENSE_COUNTS else None
-
-    def add(self, keys: Ints, counts: Ints | int = 1) -> None:
-        """Count ``keys`` [n], each so many times."""
-        if self._counts is not None:
-            np.add.at(self._counts, keys, counts)
-            return
-        self._sums.append(Histogram.of(keys, np.broadcast_to(np.int64(counts), len(keys))))
-        if sum(len(part.keys) for part in self._sums[1:]) > COMPACT_KEYS:
-            self._sums = [Histogram.merge(self._sums)]
-
-    def sum(self) -> Histogram:
-        """The counts of keys that occur."""
-        if self._counts is None:
-            return Histogram.merge(self._sums)
-        there = np.flatnonzero(self._counts)
-        return Histogram(there, self._counts[there])
 
 
 class ControlSums(NamedTuple):
@@ -121,11 +95,11 @@ class ControlCounter:
         num_types, layers = len(controls.bins), range(len(controls.q3))
         self._controls, self._num_types = controls, num_types
         num_bins = int(controls.bins.max(initial=0)) + 1
-        self._tokens = _Counts(num_types * NUM_PLACES)
-        self._pairs = _Counts(num_types)
-        self._high = [_Counts(num_bins * NUM_PLACES) for _ in layers]
-        self._mixed_pairs = [_Counts(num_types) for _ in layers]
-        self._high_pairs = [_Counts(num_types) for _ in layers]
+        self._tokens = KeyCounter(num_types * NUM_PLACES)
+        self._pairs = KeyCounter(num_types)
+        self._high = [KeyCounter(num_bins * NUM_PLACES) for _ in layers]
+        self._mixed_pairs = [KeyCounter(num_types) for _ in layers]
+        self._high_pairs = [KeyCounter(num_types) for _ in layers]
 
     def add(
         self,
@@ -177,9 +151,9 @@ class ControlCounter:
     def sums(self) -> ControlSums:
         """The counts so far."""
         return ControlSums(
-            self._tokens.sum(),
-            self._pairs.sum(),
-            tuple(counts.sum() for counts in self._high),
-            tuple(counts.sum() for counts in self._mixed_pairs),
-            tuple(counts.sum() for counts in self._high_pairs),
+            self._tokens.sums(),
+            self._pairs.sums(),
+            tuple(counts.sums() for counts in self._high),
+            tuple(counts.sums() for counts in self._mixed_pairs),
+            tuple(counts.sums() for counts in self._high_pairs),
         )

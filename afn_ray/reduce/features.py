@@ -13,12 +13,11 @@ import pyarrow.compute as pc
 
 from afn_ray.reduce.controls import ControlCounter, Controls, places_of
 from afn_ray.reduce.copied import add_copies, count_copies
-from afn_ray.reduce.groups import Cells, Grouping, TypeCounter
+from afn_ray.reduce.groups import Cells, Grouping, StrengthCounter, TypeCounter
 from afn_ray.reduce.histogram import (
     BIN_BITS,
     COMPACT_KEYS,
     Histogram,
-    of_cells,
     round_strengths,
     starts,
     to_bins,
@@ -66,6 +65,25 @@ class FeatureLimits(NamedTuple):
     controls: Controls
 
 
+class GroupCounters(NamedTuple):
+    """Counters of the groups over some shards."""
+
+    grouping: Grouping
+    strengths: StrengthCounter
+    types: TypeCounter
+    documents: list[Histogram]  # by group, of each shard
+    with_tokens: list[Histogram]  # as ``documents``, without those that have no token
+
+    @classmethod
+    def of(cls, grouping: Grouping) -> GroupCounters:
+        return cls(grouping, StrengthCounter(grouping), TypeCounter(grouping, grouping.q3), [], [])
+
+    def sums(self) -> Histograms:
+        """Strengths of each layer, documents, those with tokens, and types, all by group."""
+        documents = (Histogram.merge(parts) for parts in (self.documents, self.with_tokens))
+        return (*self.strengths.sums(), *documents, *self.types.sums())
+
+
 def read_columns(file: CommittedFile, columns: Sequence[str]) -> pa.Table:
     return parquet.read(file.read(), columns, use_threads=False).combine_chunks()
 
@@ -82,16 +100,17 @@ class TokenCounters(NamedTuple):
     """Counters that the tokens of several shards go through."""
 
     words: WordCounter
-    types: TypeCounter | None  # by group; None: the run has no groups
+    of_groups: GroupCounters | None  # None: the run has no groups
     controls: ControlCounter
 
-    def add(self, cells: Cells, lengths: Ints, tokens: NormalTokens) -> None:
-        """Count ``tokens`` of a shard whose documents have ``cells`` and ``lengths`` in tokens."""
+    def add(self, groups: Ints, lengths: Ints, tokens: NormalTokens) -> None:
+        """Count ``tokens`` of a shard, whose documents have ``groups`` and ``lengths`` in tokens."""
         _, docs, positions, types, flags, by_layer, surface, tag = tokens
         assert surface is not None, "asked for with the tokens"
         self.words.add(WordTokens(docs, types, flags, by_layer, surface, tag))
-        if self.types is not None:
-            self.types.add(cells.group[docs], types, by_layer)
+        if self.of_groups is not None:
+            self.of_groups.strengths.add(groups[docs], by_layer)
+            self.of_groups.types.add(groups[docs], types, by_layer)
         self.controls.add(docs, types, places_of(positions, lengths[docs]), by_layer)
 
 
@@ -108,17 +127,16 @@ def scan(
     parts.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
-    the index of the source above the bin. With ``grouping`` follow strengths of each layer,
-    documents and documents with tokens by group, and a ``TypeCounter``'s sums.
+    the index of the source above the bin. With ``grouping`` follow the sums of ``GroupCounters``.
     """
     num_parts, words, grouping = counted
-    of_types = None if grouping is None else TypeCounter(grouping, grouping.q3)
-    counters = TokenCounters(WordCounter(words), of_types, ControlCounter(limits.controls))
-    scanned = [_scan_shard(place, sources, layers, limits, grouping, counters) for place in places]
+    of_groups = None if grouping is None else GroupCounters.of(grouping)
+    counters = TokenCounters(WordCounter(words), of_groups, ControlCounter(limits.controls))
+    scanned = [_scan_shard(place, sources, layers, limits, counters) for place in places]
     of_shards, tables, copied = zip(*scanned, strict=True)
     (sums,) = add(*of_shards)
-    if of_types is not None:
-        sums = (*sums, *of_types.sums())
+    if of_groups is not None:
+        sums = (*sums, *of_groups.sums())
     table = pa.concat_tables(tables).unify_dictionaries()
     hashes = table["hash"].to_numpy()
     part_of = hashes % num_parts
@@ -132,17 +150,23 @@ def _scan_shard(
     sources: Sources,
     layers: Sequence[int],
     limits: FeatureLimits,
-    grouping: Grouping | None,
     counters: TokenCounters,
 ) -> tuple[Histograms, pa.Table, pa.Table]:
-    """Sums of ``scan`` but for types, features of the documents with tokens, and their copies."""
-    of_groups = [] if grouping is None else grouping.columns
-    columns_read = list(dict.fromkeys(["source", "n_tokens", "text_sha256", *of_groups]))
+    """Sums of ``scan`` by source, features of the documents with tokens, and their copies.
+
+    ``counters`` count the shard too.
+    """
+    of_groups = counters.of_groups
+    grouping = None if of_groups is None else of_groups.grouping
+    for_groups = [] if grouping is None else grouping.columns
+    columns_read = list(dict.fromkeys(["source", "n_tokens", "text_sha256", *for_groups]))
     documents = read_columns(place.documents, columns_read)
     uris = documents["source"].combine_chunks()
     source = sources.index_of(uris)
     cells = Cells.of(source, documents, grouping)
-    n, features, strengths = _scan_tokens(place, documents, cells, layers, limits, counters)
+    n, features, strengths = _scan_tokens(
+        place, documents, source, cells.group, layers, limits, counters
+    )
     has_tokens = np.flatnonzero(n)
     hashes = _hashes(documents["text_sha256"])
     counts = np.ones(len(documents), bool)
@@ -164,33 +188,30 @@ def _scan_shard(
         of_features.append(Histogram.of(prefix + to_bins(values[has_tokens])))
     of_sources = (*of_features, Histogram.of(source[counts]))
     copied = count_copies(documents, place.copies, sources, grouping)
-    if grouping is None:
-        return (*strengths, *of_sources), pa.table(columns), copied
-    # Cells are as many as sources times groups, so no sum over shards has them.
-    num = len(grouping.names)
-    by_source = (of_cells(histogram, lambda cells: cells // num) for histogram in strengths)
-    by_group = (of_cells(histogram, lambda cells: cells % num) for histogram in strengths)
-    of_documents = (Histogram.of(cells.group[some]) for some in (counts, has_tokens))
-    return (*by_source, *of_sources, *by_group, *of_documents), pa.table(columns), copied
+    if of_groups is not None:
+        of_groups.documents.append(Histogram.of(cells.group[counts]))
+        of_groups.with_tokens.append(Histogram.of(cells.group[has_tokens]))
+    return (*strengths, *of_sources), pa.table(columns), copied
 
 
 def _scan_tokens(
     place: ShardTables,
     documents: pa.Table,
-    cells: Cells,
+    source: Ints,
+    group: Ints,
     layers: Sequence[int],
     limits: FeatureLimits,
     counters: TokenCounters,
 ) -> tuple[Ints, list[Float32s], Histograms]:
     """One pass over the shard's normal tokens, which ``counters`` count too.
 
-    Returns the number of tokens of each document, its ``FEATURES``, and the strengths of each layer
-    by cell.
+    ``source`` and ``group`` are the indices of those of each document. Returns the number of tokens
+    of each document, its ``FEATURES``, and the strengths of each layer by source.
     """
     n = np.zeros(len(documents), np.int64)
     features = [np.zeros(len(documents), np.float32) for _ in FEATURES]
     sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
-    present, ranks = np.unique(cells.cell, return_inverse=True)
+    present, ranks = np.unique(source, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
     lengths = documents["n_tokens"].to_numpy().astype(np.int64)
     tagged = counters.words.tagged
@@ -201,23 +222,23 @@ def _scan_tokens(
         held.append((ranks[tokens.docs], *tokens.by_layer))
         num_held += len(tokens.docs) * len(layers)
         if num_held > MOST_HELD:
-            sums.append(_by_cell(keys, held))
+            sums.append(_by_source(keys, held))
             held, num_held = [], 0
-        counters.add(cells, lengths, tokens)
+        counters.add(group, lengths, tokens)
         if _num_keys(sums[1:]) > COMPACT_KEYS:
             sums = add(*sums)
     if held:
-        sums.append(_by_cell(keys, held))
+        sums.append(_by_source(keys, held))
     (total,) = add(*sums)
     return n, features, total
 
 
 _Held = tuple[npt.NDArray[Any], ...]
-"""Tokens that are not counted yet: the index of each one's cell, then its strength at each layer."""
+"""Tokens that are not counted yet: the index of each one's source, then its strength at each layer."""
 
 
-def _by_cell(keys: Ints, held: Sequence[_Held]) -> Histograms:
-    """The strengths of each layer by cell; ``keys`` are those of the cells with bin 0."""
+def _by_source(keys: Ints, held: Sequence[_Held]) -> Histograms:
+    """The strengths of each layer by source; ``keys`` are those of the sources with bin 0."""
     ranks, *by_layer = (np.concatenate(columns) for columns in zip(*held, strict=True))
     return tuple(values_by_type(keys, ranks, values) for values in by_layer)
 

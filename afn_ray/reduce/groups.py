@@ -1,7 +1,7 @@
 """Groups of a run's documents: by a kept column, by source, or by a partition key of the path.
 
-The scan of ``reduce.screen`` counts cells, the documents of one source and one group. Sums of cells
-give both the sources and the groups, so groups cost no sort of the tokens.
+The scan of ``reduce.screen`` counts the strengths and the types of each group in arrays, so groups
+cost no sort of the tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -19,7 +20,7 @@ import pyarrow.compute as pc
 
 from afn_ray.errors import ConfigError
 from afn_ray.kept import Kept
-from afn_ray.reduce.histogram import COMPACT_KEYS, Histogram
+from afn_ray.reduce.histogram import BIN_BITS, Histogram, KeyCounter, to_bins
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Int32s, Ints, is_high
@@ -181,24 +182,19 @@ class Cells(NamedTuple):
         return cls(source * len(grouping.names) + group, group)
 
 
-DENSE_COUNTS = 1 << 24
-"""Number of counters up to which types are counted in one array, 128 MB."""
+WINDOW = 3 << 15
+"""Number of bins that are counted in an array for each group: three octaves of strength."""
 
 
 class TypeCounter:
-    """Counts of each type in each group: of all its tokens, and of the HIGH ones at each layer.
-
-    The counters are one array. Where that would be too large, histograms are added instead.
-    """
+    """Counts of each type in each group: of all its tokens, and of the HIGH ones at each layer."""
 
     def __init__(self, grouping: Grouping, q3: Sequence[float | Q3s]) -> None:
         """Begin with nothing; ``q3`` are those of each layer, of the run or of each group."""
         self._q3, self._num_types = q3, grouping.num_types
-        self._sums = [[Histogram.empty()] for _ in range(1 + len(q3))]
         size = len(grouping.names) * grouping.num_types
-        self._counts: Ints | None = None
-        if len(self._sums) * size <= DENSE_COUNTS:
-            self._counts = np.zeros((len(self._sums), size), np.int64)
+        num = 1 + len(q3)
+        self._counters = [KeyCounter(size, num) for _ in range(num)]
 
     def add(
         self, groups: Ints, types: Int32s, strengths: Sequence[npt.NDArray[np.float32]]
@@ -207,22 +203,54 @@ class TypeCounter:
         keys = groups * self._num_types + types
         limits = (q3 if isinstance(q3, float) else q3[groups] for q3 in self._q3)
         high = (keys[is_high(s, limit)] for s, limit in zip(strengths, limits, strict=True))
-        for at, some in enumerate((keys, *high)):
-            if self._counts is not None:
-                np.add.at(self._counts[at], some, 1)
-                continue
-            self._sums[at].append(Histogram.of(some))
-            if sum(len(part.keys) for part in self._sums[at][1:]) > COMPACT_KEYS:
-                self._sums[at] = [Histogram.merge(self._sums[at])]
+        for counter, some in zip(self._counters, (keys, *high), strict=True):
+            counter.add(some)
 
     def sums(self) -> tuple[Histogram, ...]:
         """Counts of all tokens, then of the HIGH ones at each layer.
 
         A key is the index of the group times the number of types, plus the type.
         """
-        if self._counts is None:
-            return tuple(Histogram.merge(parts) for parts in self._sums)
-        there = [np.flatnonzero(counts) for counts in self._counts]
+        return tuple(counter.sums() for counter in self._counters)
+
+
+class StrengthCounter:
+    """Counts of each strength in each group, at each layer.
+
+    Nearly all strengths lie within two octaves below Q3 and one above it. Those are counted in an
+    array, which costs less than to sort them; others are sorted.
+    """
+
+    def __init__(self, grouping: Grouping) -> None:
+        size = len(grouping.names) * WINDOW
+        self._lows = [_low(q3) for q3 in grouping.q3]
+        self._counters = [KeyCounter(size, len(self._lows)) for _ in self._lows]
+
+    def add(self, groups: Ints, strengths: Sequence[npt.NDArray[np.float32]]) -> None:
+        """Count normal tokens: their groups, and their strengths at each layer, all [n]."""
+        for counter, low, values in zip(self._counters, self._lows, strengths, strict=True):
+            of_tokens, at = groups, to_bins(values) - low
+            window = WINDOW if counter.is_dense else 0
+            is_far = at.view(np.uint64) >= window  # below the window it wraps to a large one
+            if is_far.any():
+                counter.add_others((groups[is_far] << BIN_BITS) + low + at[is_far])
+                of_tokens, at = groups[~is_far], at[~is_far]
+            counter.add(of_tokens * WINDOW + at)
+
+    def sums(self) -> tuple[Histogram, ...]:
+        """Counts at each layer; a key holds the index of the group above the bin."""
         return tuple(
-            Histogram(keys, counts[keys]) for keys, counts in zip(there, self._counts, strict=True)
+            counter.sums(partial(_with_bins, low))
+            for counter, low in zip(self._counters, self._lows, strict=True)
         )
+
+
+def _low(q3: float) -> int:
+    """The lowest bin of the window around ``q3``, which is infinite if there are no tokens."""
+    return int(to_bins(np.array([q3 / 4], np.float32))[0])
+
+
+def _with_bins(low: int, at: Ints) -> Ints:
+    """Keys with the group above the bin, of the indices ``at`` of counters from the bin ``low``."""
+    group, offset = np.divmod(at, WINDOW)
+    return (group << BIN_BITS) + low + offset

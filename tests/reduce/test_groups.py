@@ -23,7 +23,7 @@ from afn_ray.errors import ConfigError
 from afn_ray.query import own_labels
 from afn_ray.reduce import compare, groups, screen
 from afn_ray.reduce.groups import OTHERS, partition_of
-from afn_ray.reduce.histogram import Histogram
+from afn_ray.reduce.histogram import BIN_BITS, Histogram, round_strengths, to_bins
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.store import manifest
@@ -413,7 +413,7 @@ def test_verify_proves_labels_by_group_however_the_scan_is_cut(
 ) -> None:
     monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     monkeypatch.setattr(screen, "READ_BYTES", 1)
-    monkeypatch.setattr(groups, "DENSE_COUNTS", 1)
+    monkeypatch.setattr("afn_ray.reduce.histogram.DENSE_COUNTS", 1)
     found = verify.verify_store(by_own)
     assert not found.findings and not found.unproved and found.num_runs == 1
 
@@ -512,3 +512,23 @@ def test_sums_of_histograms_are_those_of_a_counter_whether_their_keys_are_dense_
     found = Histogram.merge(parts)
     assert dict(zip(found.keys.tolist(), found.counts.tolist(), strict=True)) == expected
     assert (np.diff(found.keys) > 0).all()
+
+
+@pytest.mark.parametrize("dense_counts", [1, 1 << 24])
+@pytest.mark.parametrize("q3", [8.0, 1e-30, np.inf])
+def test_strengths_are_counted_by_group_near_q3_and_far_from_it(
+    q3: float, dense_counts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afn_ray.reduce.histogram.DENSE_COUNTS", dense_counts)
+    draw = np.random.default_rng(0)
+    values = round_strengths(np.exp2(draw.uniform(-6, 12, 3000)).astype(np.float32))
+    values[:3] = 0, 2, np.finfo(np.float32).max  # below, the window's lowest for 8, above
+    of_tokens = draw.integers(0, 3, len(values))
+    grouping = groups.Grouping("lang", True, Sources.of([]), ("a", "b", None), (q3,), 10)
+    counter = groups.StrengthCounter(grouping)
+    for some in np.array_split(np.arange(len(values)), 4):
+        counter.add(of_tokens[some], [values[some]])
+    (found,) = counter.sums()
+    expected = Histogram.of((of_tokens << BIN_BITS) + to_bins(values))
+    np.testing.assert_array_equal(found.keys, expected.keys)
+    np.testing.assert_array_equal(found.counts, expected.counts)

@@ -15,7 +15,6 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import SplineTransformer
 
-from afn_ray.reduce import controls
 from afn_ray.reduce.controls import (
     NUM_PLACES,
     ControlCounter,
@@ -128,12 +127,12 @@ def as_counter(histogram: Any) -> Counter[int]:
     return +Counter(dict(zip(histogram.keys.tolist(), histogram.counts.tolist(), strict=True)))
 
 
-@pytest.mark.parametrize("limits", [{}, {"DENSE_COUNTS": 0}, {"KEY_BITS": 12}])
+@pytest.mark.parametrize("limits", [{}, {"histogram.DENSE_COUNTS": 0}, {"controls.KEY_BITS": 12}])
 def test_counts_are_those_of_tokens_one_by_one_for_any_parts_of_the_corpus(
     monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
     for name, value in limits.items():
-        monkeypatch.setattr(controls, name, value)
+        monkeypatch.setattr(f"afn_ray.reduce.{name}", value)
     corpus = zipf(1, 50, 60, 30)
     rng = np.random.default_rng(1)
     high = [rng.random(len(corpus.docs)) < share for share in (0.3, 0.9, 0.5)]
