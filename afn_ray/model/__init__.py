@@ -1,24 +1,35 @@
 """The only door to transformers: find a model, load and self-check it, and read its layers."""
 
-from afn_ray.model.device import limit_memory
-from afn_ray.model.engine import Model, Pending
-from afn_ray.model.files import (
-    DEFAULT_WINDOW_TOKENS,
-    MAKERS,
-    VERSIONS,
-    ModelFiles,
-    choose_device,
-    count_devices,
-    find_model,
-    identity,
-    is_device_fault,
-    load_tokenizer,
-)
-from afn_ray.model.fused import time_norms
-from afn_ray.model.linear import has_fast_products
-from afn_ray.model.memory import free_memory, is_out_of_memory
-from afn_ray.model.prove import prepare
-from afn_ray.model.task import Decided, decide
+import gc
+
+_collects = gc.isenabled()
+gc.disable()  # of transformers' 600,000 objects none is garbage: looking at them is a fifth of the import
+try:
+    from afn_ray.model.device import limit_memory
+    from afn_ray.model.engine import Model, Pending
+    from afn_ray.model.files import (
+        DEFAULT_WINDOW_TOKENS,
+        MAKERS,
+        VERSIONS,
+        ModelFiles,
+        choose_device,
+        count_devices,
+        find_model,
+        identity,
+        is_device_fault,
+        load_tokenizer,
+    )
+    from afn_ray.model.fused import time_norms
+    from afn_ray.model.linear import has_fast_products
+    from afn_ray.model.memory import free_memory, is_out_of_memory
+    from afn_ray.model.prove import prepare
+    from afn_ray.model.task import Decided, decide
+finally:
+    if not gc.get_freeze_count():  # nobody else has frozen objects, which would thaw
+        gc.freeze()
+        gc.unfreeze()  # all are old now, as if they had been looked at
+    if _collects:
+        gc.enable()
 
 __all__ = [
     "DEFAULT_WINDOW_TOKENS",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,6 +42,7 @@ class _Worker:
     """Class of the actors: one ``Processor``, which can be polled while it works."""
 
     def __init__(self, task: Task) -> None:
+        gc.freeze()  # the process is ours, and what it has imported is never garbage
         self._error: Exception | None = None
         logs.to_stderr(task.config.log_format, run=task.run, worker=task.worker)
         try:
