@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime, tzinfo
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,7 @@ from afn_ray.runs.plan import (
     MOST_NAMES_BYTES,
     MOST_SLICES,
     RACY_NS,
+    _share,
     group_slices,
     is_trusted,
     make_plan,
@@ -135,10 +137,13 @@ def test_groups_lose_nothing_keep_order_and_stay_small(sizes: list[int], shard_b
 
 @pytest.mark.parametrize("per_shard", [3, 8, 50, 1000])
 @pytest.mark.parametrize("kind", ["goes", "comes", "grows", "shrinks", "is edited"])
-def test_a_change_reaches_no_group_far_from_it(kind: str, per_shard: int) -> None:
+def test_a_change_reaches_no_group_far_from_it(
+    kind: str, per_shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many files a shard holds: the groups made anew are few, next to each other, and hold
     the change.
     """
+    monkeypatch.setattr("afn_ray.runs.plan._share", cache(_share))  # of 8 million paths, most again
     shard_bytes, order = 1 << 20, random.Random(f"{kind} {per_shard}")
     mean = shard_bytes // per_shard
     slices = [
