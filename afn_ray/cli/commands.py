@@ -257,11 +257,12 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _print_demo(run: Run, store: str, seconds: float) -> None:
     """Print the results of the demo, and commands to try next."""
-    from afn_ray.show import overview, salient
+    from afn_ray.show import beyond, overview, salient
     from afn_ray.show.summary import summarise
     from afn_ray.store import manifest
 
-    summary = summarise(manifest.find_run(run.uri))
+    folder = manifest.find_run(run.uri)
+    summary = summarise(folder)
     layer = summary.layers[-1].layer
     out = Console(highlight=False)
     tokens = f"{summary.info['counts']['tokens']:,} tokens of the King James verses"
@@ -269,6 +270,7 @@ def _print_demo(run: Run, store: str, seconds: float) -> None:
     overview.render_thresholds(summary, out)
     overview.render_classes(summary, out)
     salient.render_salient(run, layer, out)
+    beyond.render_rankings(folder, layer, out)
     overview.render_caution(summary, out)
     query = (
         "FROM vocabulary SELECT text, n, share_high "

@@ -250,7 +250,7 @@ SAMPLE = 200
 
 
 def call_show(args: argparse.Namespace) -> None:
-    from afn_ray.show import card, card_tables, overview
+    from afn_ray.show import beyond, card, card_tables, overview
     from afn_ray.show.summary import summarise, to_json
     from afn_ray.store import manifest
 
@@ -266,7 +266,9 @@ def call_show(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(to_json(summary), indent=1))
     else:
-        overview.render(summary, Console(highlight=False))
+        console = Console(highlight=False)
+        overview.render(summary, console)
+        beyond.render_rankings(run, summary.layers[-1].layer, console)
 
 
 def call_claims(args: argparse.Namespace) -> None:

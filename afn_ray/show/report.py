@@ -22,7 +22,7 @@ from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import compare, history
 from afn_ray.schema import FEATURES, HISTORY_SCHEMA
-from afn_ray.show import charts, claim_charts, history_charts, run_facts, vocabulary_charts
+from afn_ray.show import beyond, charts, claim_charts, history_charts, run_facts, vocabulary_charts
 from afn_ray.show.figures import number
 from afn_ray.show.moved import Moved, moved_types
 from afn_ray.show.page_tables import (
@@ -157,6 +157,8 @@ def _render(
         charts=drawn,
         points=points,
         salient=salient,
+        rankings=_rankings(run, main.layer),
+        rankings_mean=beyond.MEANING,
         screened=screened,
         claims=claims_of,
         claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
@@ -329,6 +331,30 @@ def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
             ),
         )
         for name, words in zip(("Most", "Least"), found, strict=True)
+    )
+
+
+def _rankings(run: manifest.RunFolder, layer: int) -> tuple[Table, ...] | None:
+    """Words by HIGH share, and by HIGH share beyond frequency; None for a run without salience."""
+    found = beyond.rankings(run, layer)
+    if found is None:
+        return None
+    heads = ("word", "n", "HIGH (exp.)", "beyond")  # a table of more than four is stacked
+    return tuple(
+        Table(
+            caption,
+            heads,
+            tuple(
+                (
+                    w.text,
+                    f"{w.n:,}",
+                    f"{w.share_high:.0%} ({w.expected:.0%})",
+                    f"{w.low:.2f}–{w.high:.2f}",
+                )
+                for w in words
+            ),
+        )
+        for caption, words in zip(("Salient", "Salient beyond frequency"), found, strict=True)
     )
 
 

@@ -1,0 +1,127 @@
+"""Two rankings of a run's words side by side: by HIGH share, and by HIGH share beyond frequency."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.text import Text
+
+from afn_ray.schema import CLASSES, RESERVED, upos_classes
+from afn_ray.show.terminal_tables import print_whole, titled_table
+from afn_ray.store import manifest
+from afn_ray.text import printable
+
+SHOWN = 10
+"""Number of words in each ranking."""
+LEAST_N = 20
+"""Least tokens of a word in a ranking; fewer say too little."""
+MEANING = (
+    "Rare words are HIGH more often, so a ranking by HIGH share alone follows rarity. Expected (exp.) is "
+    "the HIGH share of other words as frequent, at the same positions, in documents as long; beyond is "
+    "the HIGH share less that. A word whose interval of beyond is above 0 is salient for more than "
+    f"its frequency. The words are of one token, which occurs {LEAST_N} times or more."
+)
+"""Meaning of the difference, in words for people."""
+
+
+class RankedWord(NamedTuple):
+    """A whole word that is one token, and what its controls make of its HIGH share."""
+
+    text: str
+    n: int
+    share_high: float
+    expected: float
+    beyond: float
+    low: float  # low and high: 95 % interval of ``beyond``, clustered by document
+    high: float
+
+
+class Rankings(NamedTuple):
+    """The first words by the lower ends of two intervals."""
+
+    salient: list[RankedWord]  # of the HIGH share
+    beyond: list[RankedWord]  # of the difference from what is expected
+
+
+def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
+    """The most salient open-class words of ``run`` at ``layer``; None for a run without salience.
+
+    Reads two small tables. A word is a type of two letters or more that is a whole word.
+    """
+    if "salience" not in run.info["tables"]:
+        return None
+    types, salience = (
+        table.filter(pc.equal(table["layer"], layer))
+        for table in (manifest.read_table(run, "vocabulary"), manifest.read_table(run, "salience"))
+    )
+    types = types.filter(pc.not_equal(types["class"].cast(pa.string()), "special"))
+    joined = salience.join(types, ["layer", "token_id"], join_type="inner")
+    joined = joined.filter(pc.greater_equal(joined["n"], LEAST_N))
+    kept = _open_classes(set(joined["class"].to_pylist()))
+    rows = [
+        row
+        for row in joined.to_pylist()
+        if row["class"] in kept and len(row["text"]) > 1 and row["text"].isalpha()
+    ]
+    return Rankings(_first(rows, "share_high_low"), _first(rows, "beyond_low"))
+
+
+def _open_classes(classes: Collection[str]) -> set[str]:
+    """Those of ``classes`` that words of the rankings may have.
+
+    Of tags that are not those of UPOS, nothing is known, so every one may.
+    """
+    tags = set(classes) - {*CLASSES, *RESERVED}
+    of_upos = upos_classes(tags)
+    if of_upos:
+        tags = {tag for tag, kind in of_upos.items() if kind == "content"}
+    return tags | {"content", "word"}
+
+
+def _first(rows: Sequence[dict[str, Any]], by: str) -> list[RankedWord]:
+    ordered = sorted(rows, key=lambda row: (-row[by], -row["n"], row["token_id"]))
+    return [
+        RankedWord(
+            row["text"],
+            row["n"],
+            row["share_high"],
+            row["expected"],
+            row["beyond"],
+            row["beyond_low"],
+            row["beyond_high"],
+        )
+        for row in ordered[:SHOWN]
+    ]
+
+
+def render_rankings(run: manifest.RunFolder, layer: int, console: Console) -> None:
+    """Print both rankings and what their difference means; nothing for a run without salience."""
+    found = rankings(run, layer)
+    if found is None:
+        return
+    table = titled_table(
+        f"Salient words at layer {layer}, and those salient beyond their frequency",
+        "salient",
+        "n",
+        "HIGH",
+        "exp.",
+        "beyond frequency",
+        "n",
+        "HIGH",
+        "exp.",
+        "beyond",
+    )
+    table.columns[4].justify = "left"
+    for by_share, by_difference in zip(*found, strict=True):
+        table.add_row(*_cells(by_share), *_cells(by_difference), f"{by_difference.beyond:+.0%}")
+    print_whole(table, console)
+    console.print(MEANING, markup=False, soft_wrap=True)
+
+
+def _cells(word: RankedWord) -> tuple[Text, str, str, str]:
+    text = Text(printable(word.text))
+    return text, f"{word.n:,}", f"{word.share_high:.0%}", f"{word.expected:.0%}"

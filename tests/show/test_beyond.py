@@ -1,0 +1,116 @@
+"""The two rankings of words side by side: their order, which words they have, and how they are shown."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+import afn_ray
+from afn_ray.cli import commands
+from afn_ray.config import RunConfig
+from afn_ray.schema import VOCABULARY_SCHEMA
+from afn_ray.show import beyond, report
+from afn_ray.store import manifest
+from conftest import config_of, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
+) -> manifest.RunFolder:
+    folder = tmp_path_factory.mktemp("beyond")
+    corpus = write_jsonl(folder / "c.jsonl", [{"text": text} for text in verses[:400]])
+    config: RunConfig = config_of(tiny_bert, corpus, folder / "store", layers="0,2")
+    with afn_ray.run(config) as done:
+        return manifest.find_run(done.uri)
+
+
+def by_sql(run: manifest.RunFolder, rank: str) -> list[tuple[Any, ...]]:
+    query = f"""
+        SELECT text, n, share_high, expected, beyond, beyond_low, beyond_high FROM salience
+        WHERE layer = 2 AND n >= 20 AND class = 'content' AND regexp_full_match(text, '[a-z]{{2,}}')
+        ORDER BY {rank} LIMIT 10
+    """
+    with afn_ray.open_run(run.uri) as opened:
+        found: list[tuple[Any, ...]] = opened.sql(query).fetchall()
+    return found
+
+
+def test_rankings_are_those_of_the_view(run: manifest.RunFolder) -> None:
+    found = beyond.rankings(run, 2)
+    assert found is not None
+    assert [tuple(word) for word in found.salient] == by_sql(run, "rank_high")
+    assert [tuple(word) for word in found.beyond] == by_sql(run, "rank")
+    assert len(found.beyond) == 10 and found.salient != found.beyond
+
+
+def test_a_terminal_of_80_columns_shows_both_side_by_side(
+    run: manifest.RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = beyond.rankings(run, 2)
+    assert found is not None
+    out = io.StringIO()
+    beyond.render_rankings(run, 2, Console(file=out, width=80))
+    title, *lines = out.getvalue().splitlines()
+    assert "salient beyond their frequency" in title
+    table = [line for line in lines[: lines.index(beyond.MEANING)] if line.strip()]
+    assert max(map(len, table)) <= 80 and len(table) == 12
+    first = table[2].split()
+    left, right = found.salient[0], found.beyond[0]
+    assert first[:4] == [left.text, str(left.n), f"{left.share_high:.0%}", f"{left.expected:.0%}"]
+    assert first[4] == right.text and first[-1] == f"{right.beyond:+.0%}"
+    with pytest.raises(SystemExit):
+        commands.main(["show", run.uri])
+    assert beyond.MEANING in capsys.readouterr().out
+
+
+def test_the_page_shows_both_and_says_what_the_difference_means(run: manifest.RunFolder) -> None:
+    page = report.render(run, with_claims=False)
+    assert beyond.MEANING in page
+    assert page.index("Salient beyond frequency") > page.index("Salient, and salient beyond")
+    found = beyond.rankings(run, 2)
+    assert found is not None
+    for word in (*found.salient, *found.beyond):
+        assert f"{word.low:.2f}–{word.high:.2f}" in page
+        assert f"{word.share_high:.0%} ({word.expected:.0%})" in page
+
+
+def test_a_run_without_screening_shows_nothing(
+    run: manifest.RunFolder, tmp_path: Path, tiny_bert: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "in the beginning"}])
+    with afn_ray.run(config_of(tiny_bert, corpus, tmp_path / "store", screen=0)) as done:
+        folder = manifest.find_run(done.uri)
+    out = io.StringIO()
+    beyond.render_rankings(folder, folder.info["layers"][-1], Console(file=out))
+    assert out.getvalue() == ""
+    assert "Salient beyond frequency" not in report.render(folder, with_claims=False)
+
+
+@pytest.mark.parametrize(
+    ("classes", "kept"),
+    [
+        (["content", "function", "piece", "fragment", "number", "punctuation"], {"content"}),
+        (["word", "punctuation"], {"word"}),
+        (["NOUN", "DET", "PUNCT", "X", "untagged"], {"NOUN"}),
+        (["B-PER", "O"], {"B-PER", "O"}),
+    ],
+)
+def test_only_open_classes_are_ranked(classes: list[str], kept: set[str]) -> None:
+    assert beyond._open_classes(classes) & set(classes) == kept
+
+
+def test_control_characters_of_a_word_do_not_reach_a_terminal(
+    run: manifest.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = beyond.RankedWord("a\x1b[31m\u202eb", 20, 0.5, 0.25, 0.25, 0.1, 0.4)
+    monkeypatch.setattr(beyond, "rankings", lambda *_: beyond.Rankings([word], [word]))
+    out = io.StringIO()
+    beyond.render_rankings(run, 2, Console(file=out))
+    assert "\x1b" not in out.getvalue() and "\u202e" not in out.getvalue()
+    assert pa.types.is_string(VOCABULARY_SCHEMA.field("text").type)
