@@ -22,7 +22,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from afn_ray.analysis.bootstrap import Drawn, Figure, Quantity, Sample, combined, fixed
-from afn_ray.analysis.token_pass import KINDS, SumsByName, TagCounts, Variable, read_sums
+from afn_ray.analysis.explained import MODELS, deviance_by_rank, explained
+from afn_ray.analysis.token_pass import (
+    KINDS,
+    RIVALS,
+    SumsByName,
+    TagCounts,
+    Variable,
+    read_sums,
+)
 from afn_ray.query.database import Run
 from afn_ray.reduce.stats import Float64s, auc
 from afn_ray.text import count
@@ -47,6 +55,7 @@ CLAIMS = {
     "layers": "Does one layer separate best, and is HIGH stable around it?",
     "types": "Does the word alone decide its strength?",
     "frequency": "Is HIGH more than rarity, position and length?",
+    "attention": "Is strength the attention that a token receives?",
     "dimensions": "Do a few dimensions make the strength?",
     "sinks": "Do a few tokens make the figures?",
     "masking": "Does the model's output rest on HIGH tokens?",
@@ -61,6 +70,12 @@ DEFINITIONS = (
     "ranks, so log frequency and frequency give the same. A control is a figure that the others "
     "are compared with. Attention is a mean over the tokens of a window, so it is less in longer "
     "texts.",
+)
+
+EXPLAINED = "share of the deviance of HIGH that a smooth model explains"
+NO_ATTENTION = (
+    "Strength is not compared with attention, which the run did not record: 'afn run' with --signals "
+    "attention records what each token receives, norm-weighted too."
 )
 
 
@@ -83,10 +98,16 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
         figures += _of_layer(_Layer(sample, k, sums[k]), before, num_types)
         if tags is not None:
             figures += tags.figures(sample, k)
+        for v in variables:
+            if v.layer == k and v.name in RIVALS.values():
+                figures += _agreement(_Layer(sample, k, sums[k]), v)
     figures += _separation(sample, variables)
     order = list(CLAIMS)
     figures.sort(key=lambda figure: order.index(figure.claim))
-    return Claims(run.uri, (*sample.notes, *DEFINITIONS), tuple(figures))
+    notes = [*sample.notes, *DEFINITIONS]
+    if not any(figure.claim == "attention" for figure in figures):
+        notes.append(NO_ATTENTION)
+    return Claims(run.uri, tuple(notes), tuple(figures))
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +154,7 @@ def _of_layer(here: _Layer, before: int | None, num_types: int) -> Iterator[Figu
         yield from _overlap(here, before)
     yield from _variance_between_types(here, num_types)
     yield from _rank_correlations(here)
+    yield from _explained_by_controls(here)
     if here.has("cut"):
         yield from _dimensions(here)
     yield from _sinks(here)
@@ -196,6 +218,35 @@ def _rank_correlations(here: _Layer) -> Iterator[Figure]:
     at_one = combined(_partial, of_content, of_frequency, of_both)
     of = "at one frequency (partial)"
     yield here.figure("frequency", what, of, at_one, n, is_control=True)
+
+
+def _explained_by_controls(here: _Layer) -> Iterator[Figure]:
+    """How much of HIGH its controls explain; nothing where no token is HIGH, or every one is."""
+    if not 0 < here.total("high") < here.total("n"):
+        return
+    for name in MODELS:
+        share = here.draw(explained, "n", "high", f"deviance by {name}")
+        yield here.figure("frequency", EXPLAINED, name, share)
+
+
+def _agreement(here: _Layer, rival: Variable) -> Iterator[Figure]:
+    """How far strength and a rival agree at one layer."""
+    name = rival.name
+    of_rival = (f"{name} {sum_}" for sum_ in ("y", "yy", "xy"))
+    y, yy, xy = of_rival
+    what = "rank correlation with strength (Spearman)"
+    yield here.figure("attention", what, name, here.draw(_correlation, "n", "x", y, "xx", yy, xy))
+    what = "HIGH tokens in common with strength (Jaccard)"
+    yield here.figure("attention", what, name, here.share(f"{name} both", f"{name} any"))
+    n = here.total("n")
+    share, of_strength = here.total(f"{name} high") / n, here.total("high") / n
+    in_both = share * of_strength
+    chance = fixed(in_both / (share + of_strength - in_both))
+    yield here.figure("attention", what, f"{name}, by chance", chance, is_control=True)
+    if 0 < here.total("high") < n:
+        by_rank = deviance_by_rank(rival.by_bin.sum(axis=1), rival.strong_by_bin)
+        drawn = here.sample.draw(explained, here.sums["n"], here.sums["high"], by_rank)
+        yield here.figure("attention", EXPLAINED, name, drawn)
 
 
 def _correlation(

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis.bootstrap import Figure, Quantity, Sample, by_number, ranks
+from afn_ray.analysis.explained import ControlModels
 from afn_ray.query.database import Run
 from afn_ray.reduce.stats import Float64s, Ints, is_high, quantile_index
 from afn_ray.schema import UNTAGGED, in_order, upos_classes
@@ -23,6 +24,8 @@ MOST_TAGS = 24
 """Number of tags with figures of their own; the rarer ones share one figure."""
 KINDS = ("content", "function", "punctuation")
 """Word classes that the claims compare."""
+RIVALS = {"attention": "attention received", "attention_norm": "norm-weighted attention"}
+"""Signals of a layer that strength is compared with, and their names in figures."""
 SumsByName = dict[str, Float64s]
 """Sums over the tokens by group: [num_groups]."""
 
@@ -50,6 +53,8 @@ class Variable:
         self.by_value = np.zeros((num_kinds, len(values)))
         self.by_bin = np.zeros((groups, num_kinds, BINS))
         self.high = np.zeros((groups, num_kinds))
+        # Of tokens that are HIGH by strength at the same layer; filled for rivals only.
+        self.strong_by_bin = np.zeros((groups, BINS))
         self.separates = len(values) > 1  # False: all values are equal and separate nothing
 
     def add(self, values: npt.NDArray[Any], g: Ints, kind: Ints) -> Float64s:
@@ -64,6 +69,25 @@ class Variable:
         high = np.bincount(row, values >= self.q3, self.high.size)
         self.high += high.reshape(self.high.shape)
         return self._ranks[at]
+
+    def terms_with_strength(
+        self,
+        token_ranks: Mapping[str, Float64s],
+        columns: Mapping[str, npt.NDArray[Any]],
+        g: Ints,
+    ) -> dict[str, npt.NDArray[Any]]:
+        """Values to sum, [n_tokens], on how far this variable agrees with strength at its layer.
+
+        Also counts tokens that are HIGH by strength by their bin; ``g`` are their groups.
+        """
+        strong = columns[f"high_{self.layer}"]
+        x, y = token_ranks[f"strength_{self.layer}"], token_ranks[self.column]
+        high = columns[self.column] >= self.q3
+        bins = self._bins[np.searchsorted(self._values, columns[self.column][strong])]
+        np.add.at(self.strong_by_bin, (g[strong], bins), 1.0)
+        values = {"y": y, "yy": y * y, "xy": x * y, "high": high}
+        values |= {"both": high & strong, "any": high | strong}
+        return {f"{self.name} {name}": value for name, value in values.items()}
 
 
 class TagCounts:
@@ -117,6 +141,7 @@ class _Types:
 
     ids: Ints  # of the types in the sample
     n_of: Ints  # tokens in the sample, in the order of ``ids``
+    n_in_run: Ints  # tokens of each type in the run, by id
     kind: Ints  # index in ``KINDS``, or their number for other types
     idf: Float64s
     frequency: Float64s  # rank of the type's frequency in the run
@@ -147,6 +172,7 @@ def read_sums(
     types = _read_types(sample, layers)
     variables = _read_variables(sample, layers, recorded, types)
     limits = _high_limits(run)
+    models = ControlModels(sample, types.n_in_run, {k: limits[f"{k}"] for k in layers})
     names = _columns(layers, recorded, variables)
     selected = ", ".join(names if tags is None else [*names, "tag"])
     sums: dict[int, SumsByName] = {k: {} for k in layers}
@@ -169,6 +195,10 @@ def read_sums(
             terms |= _rank_terms(batch, k, types, sample.length_of)
             terms |= _high_terms(batch, k, before)
             terms |= _signal_terms(batch, k)
+            terms |= models.terms(k, columns, columns[f"high_{k}"])
+            for v in variables:
+                if v.layer == k and v.name in RIVALS.values():
+                    terms |= v.terms_with_strength(batch.ranks, columns, group)
             for name, values in terms.items():
                 total = sums[k].setdefault(name, np.zeros(sample.num_groups))
                 total += np.bincount(group, values, sample.num_groups)
@@ -201,6 +231,7 @@ def _read_types(sample: Sample, layers: Sequence[int]) -> _Types:
     return _Types(
         ids=ids,
         n_of=n_of,
+        n_in_run=n_in_run,
         kind=kind,
         idf=idf,
         frequency=by_number(ids, ranks(n_in_run[ids], n_of)),
@@ -227,8 +258,7 @@ def _read_variables(
     rarity = Variable("rarity (idf)", None, "idf", values, counts, sample.num_groups)
     if rarity.separates:
         variables.append(rarity)
-    rivals = {"attention": "attention received", "attention_norm": "norm-weighted attention"}
-    for signal, name in rivals.items():
+    for signal, name in RIVALS.items():
         for k in layers:
             column = f"{signal}_{k}"
             if column in recorded:

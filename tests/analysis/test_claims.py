@@ -16,12 +16,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 from scipy import stats
+from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import SplineTransformer
 
 import afn_ray
-from afn_ray.analysis import bootstrap, claims, claims_text, masking, token_pass
+from afn_ray.analysis import bootstrap, claims, claims_text, explained, masking, token_pass
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
+from afn_ray.reduce.smooth import RIDGE, SEGMENTS
 from afn_ray.show import claim_charts
 from conftest import config_of, write_jsonl
 
@@ -72,6 +76,7 @@ def found(store: str) -> claims.Claims:
 
 @pytest.fixture(scope="module")
 def figures(found: claims.Claims) -> By:
+    assert claims.NO_ATTENTION not in found.notes
     assert {f.claim for f in found.figures} == claims.CLAIMS.keys() - {"masking", "tags"}
     return by_name(found.figures)
 
@@ -219,6 +224,64 @@ def test_types_ranks_dimensions_and_sinks(figures: By, rows: dict[str, Any]) -> 
         over = figures["strength with sinks over strength without", "median, of the whole run", k]
         assert over.value == pytest.approx(medians[0] / medians[1])
     assert max(figures["share of the tokens", "sinks", k].value for k in (0, 1, 3)) > 0
+
+
+def deviance_explained(x: Any, high: Any) -> float:
+    """McFadden's share for scikit-learn's splines and optimiser, over single tokens."""
+    design = SplineTransformer(n_knots=SEGMENTS + 1).fit_transform(x)
+    model = LogisticRegression(C=1 / RIDGE, max_iter=5000, tol=1e-8).fit(design, high)
+    of_model = metrics.log_loss(high, model.predict_proba(design)[:, 1])
+    return float(1 - of_model / metrics.log_loss(high, np.full(len(high), high.mean())))
+
+
+def test_what_the_controls_explain_is_what_scikit_learn_says(
+    figures: By, rows: dict[str, Any]
+) -> None:
+    place = np.minimum(9, np.log2(rows["position"] + 1).astype(int))
+    length = np.minimum(9, np.log2(rows["length"]).astype(int))
+    x = np.stack([np.log2(rows["n_type"]), place, length], axis=1).astype(np.float64)
+    for name, which in explained.MODELS.items():
+        for k in (0, 3):
+            high = rows[f"high_{k}"].astype(bool)
+            got = figures[claims.EXPLAINED, name, k]
+            assert got.value == pytest.approx(deviance_explained(x[:, which], high), abs=0.003)
+            assert got.low < got.value < got.high and got.n == len(high)
+
+
+@pytest.mark.parametrize("name", ["attention received", "norm-weighted attention"])
+def test_agreement_with_attention_at_every_layer(
+    name: str, figures: By, rows: dict[str, Any]
+) -> None:
+    signal = VARIABLES[name].removesuffix("_3")
+    for k in (0, 1, 3):
+        if (rival := rows.get(f"{signal}_{k}")) is None:
+            assert k == 0  # the embeddings have no attention
+            continue
+        strength, high = rows[f"strength_{k}"], rows[f"high_{k}"].astype(bool)
+        rho = figures["rank correlation with strength (Spearman)", name, k]
+        assert rho.value == pytest.approx(stats.spearmanr(strength, rival).statistic, abs=1e-9)
+        of_rival = rival >= np.quantile(rival, 0.75, method="inverted_cdf")
+        what = "HIGH tokens in common with strength (Jaccard)"
+        common = figures[what, name, k]
+        assert common.value == pytest.approx((of_rival & high).sum() / (of_rival | high).sum())
+        assert common.low < common.value < common.high and not common.is_control
+        a, b = of_rival.mean(), high.mean()
+        chance = figures[what, f"{name}, by chance", k]
+        assert chance.is_control and chance.value == pytest.approx(a * b / (a + b - a * b))
+        ranks = (stats.rankdata(rival) - 0.5) / len(rival)
+        bins = np.minimum(token_pass.BINS - 1, (ranks * token_pass.BINS).astype(int))
+        share = figures[claims.EXPLAINED, name, k]
+        assert share.value == pytest.approx(
+            deviance_explained(bins[:, None].astype(float), high), abs=0.003
+        )
+
+
+def test_without_attention_the_flag_is_named(tmp_path: Path, tiny_bert: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "in the beginning was the word"}] * 3)
+    with afn_ray.run(config_of(tiny_bert, corpus, tmp_path / "store", screen=0)) as run:
+        found = claims.claims(run)
+    assert claims.NO_ATTENTION in found.notes and "--signals attention" in claims.NO_ATTENTION
+    assert not [f for f in found.figures if f.claim == "attention"]
 
 
 def test_intervals_are_those_of_drawing_documents(figures: By, rows: dict[str, Any]) -> None:
