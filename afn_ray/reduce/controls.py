@@ -88,6 +88,38 @@ class ControlSums(NamedTuple):
         return cls(tokens, pairs, *by_kind)
 
 
+class Repeated(NamedTuple):
+    """Units that occur twice or more in a document, a row for each document, [n_rows]."""
+
+    units: Ints
+    n: Ints  # occurrences in the document
+    high: list[Ints]  # HIGH ones of these, by layer
+
+
+def repeated(docs: Int32s, units: Ints | Int32s, high: Sequence[npt.NDArray[np.bool_]]) -> Repeated:
+    """Units that occur again, in whole documents; ``high`` says by layer which are HIGH, all [n].
+
+    There must be one. A sort does for several layers, since a key ends in their bits.
+    """
+    num_units = int(units.max()) + 1
+    pairs = (docs - int(docs[0])).astype(np.int64) * num_units + units
+    num_bits = max(1, KEY_BITS - int(pairs.max()).bit_length())
+    found: list[Ints] = []
+    for begin in range(0, len(high), num_bits):
+        some = high[begin : begin + num_bits]
+        keys = pairs
+        for which in some:
+            keys = keys << 1 | which
+        keys = np.sort(keys, kind="stable")  # nearly in order already
+        groups = keys >> len(some)
+        first = starts(groups)
+        n = np.diff(first, append=len(keys))
+        again = np.flatnonzero(n > 1)
+        for at in reversed(range(len(some))):
+            found.append(np.add.reduceat(keys >> at & 1, first)[again])
+    return Repeated(groups[first[again]] % num_units, n[again], found)
+
+
 class ControlCounter:
     """Counts of ``ControlSums``, added batch by batch."""
 
@@ -116,37 +148,11 @@ class ControlCounter:
         cells = self._controls.bins[types] * NUM_PLACES + places
         for counts, which in zip(self._high, high, strict=True):
             counts.add(cells[which])
-        pairs = (docs - int(docs[0])).astype(np.int64) * self._num_types + types
-        num_layers = max(1, KEY_BITS - int(pairs.max()).bit_length())
-        for begin in range(0, len(high), num_layers):
-            self._add_pairs(pairs, high[begin : begin + num_layers], begin)
-
-    def _add_pairs(
-        self, pairs: Ints, high: Sequence[npt.NDArray[np.bool_]], first_layer: int
-    ) -> None:
-        """Count how often types occur again in a document.
-
-        ``pairs`` [n] are numbers of a document and a type; ``high`` are of the layers that follow
-        ``first_layer``. One sort does for all of them, since a key ends in their bits.
-        """
-        keys = pairs
-        for which in high:
-            keys = keys << 1 | which
-        keys = np.sort(keys, kind="stable")  # nearly in order already
-        groups = keys >> len(high)
-        first = starts(groups)
-        n = np.diff(first, append=len(keys))
-        again = np.flatnonzero(n > 1)
-        types, n = groups[first[again]] % self._num_types, n[again]
-        if not len(types):
-            return
-        if first_layer == 0:
-            self._pairs.add(types, n * (n - 1))
-        for at in range(len(high)):
-            bits = keys >> (len(high) - 1 - at) & 1
-            h = np.add.reduceat(bits, first)[again]
-            self._mixed_pairs[first_layer + at].add(types, h * (n - 1))
-            self._high_pairs[first_layer + at].add(types, h * (h - 1))
+        again = repeated(docs, types, high)
+        self._pairs.add(again.units, again.n * (again.n - 1))
+        for at, h in enumerate(again.high):
+            self._mixed_pairs[at].add(again.units, h * (again.n - 1))
+            self._high_pairs[at].add(again.units, h * (h - 1))
 
     def sums(self) -> ControlSums:
         """The counts so far."""

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.reduce.controls import NUM_PLACES, ControlSums, bins_of_places
+from afn_ray.reduce.controls import NUM_PLACES, ControlSums, bins_of_places, frequency_bins
 from afn_ray.reduce.histogram import Histogram, starts
 from afn_ray.reduce.smooth import Fit, fit, sigmoid
 from afn_ray.reduce.stats import Z_95, Float64s, Ints, wilson
@@ -36,6 +36,14 @@ SLICE_KEYS = 1 << 18
 """Number of pairs of a type and a place that are computed at a time."""
 
 
+class Cells(NamedTuple):
+    """Counts that a model is fitted to; they add up over units."""
+
+    sizes: Histogram  # units by their number of tokens
+    tokens: Histogram  # keys: bin of the frequency * NUM_PLACES + place
+    high: tuple[Histogram, ...]  # of HIGH tokens, by layer
+
+
 def salience_table(
     layers: Sequence[int], vocabulary: pa.Table, bins: Ints, sums: Sequence[Histogram]
 ) -> pa.Table:
@@ -47,23 +55,40 @@ def salience_table(
     tables = [SALIENCE_SCHEMA.empty_table()]
     if not len(counted.tokens.keys):
         return tables[0]
+    types, places = np.divmod(counted.tokens.keys, NUM_PLACES)
+    tokens = Histogram.of(bins[types] * NUM_PLACES + places, counted.tokens.counts)
     for at, layer in enumerate(layers):
         is_normal = (pc.field("layer") == layer) & (pc.field("class") != "special")
         here = vocabulary.filter(is_normal).sort_by("token_id")
-        types = {name: here[name].to_numpy() for name in ("token_id", "n", "n_docs", "n_high")}
-        model = fit_types(types["n"], bins[types["token_id"]], counted, at)
-        n_effective = effective_tokens(types, counted, at)
-        expected = expected_shares(model, types, n_effective, counted.tokens)
+        units = {name: here[name].to_numpy() for name in ("n", "n_docs", "n_high")}
+        units["number"] = here["token_id"].to_numpy()
+        cells = Cells(Histogram.of(units["n"].astype(np.int64)), tokens, counted.high)
         columns = {
             "layer": np.full(len(here), layer),
-            "token_id": types["token_id"],
-            "n_effective": n_effective,
-            "expected": expected.share,
-            **beyond(types["n_high"] / types["n"], n_effective, expected),
+            "token_id": units["number"],
+            **salience_columns(units, cells, counted, at),
         }
         arrays = [pa.array(columns[field.name], field.type) for field in SALIENCE_SCHEMA]
         tables.append(pa.Table.from_arrays(arrays, schema=SALIENCE_SCHEMA))
     return pa.concat_tables(tables).combine_chunks()
+
+
+def salience_columns(
+    units: Mapping[str, Ints], cells: Cells, counted: ControlSums, at: int
+) -> dict[str, Float64s]:
+    """Columns of ``SALIENCE_SCHEMA`` on each of ``units``, types or words, at layer number ``at``.
+
+    ``units`` has their ``number`` in the keys of ``counted``, ascending, ``n``, ``n_docs`` and
+    ``n_high``, all [n_units]. ``cells`` may count more units.
+    """
+    n_effective = effective_tokens(units, counted, at)
+    expected = expected_shares(fit_cells(cells, at), units, n_effective, counted.tokens)
+    share = units["n_high"] / units["n"]
+    return {
+        "n_effective": n_effective,
+        "expected": expected.share,
+        **beyond(share, n_effective, expected),
+    }
 
 
 def beyond(share: Float64s, n_effective: Float64s, expected: Expected) -> dict[str, Float64s]:
@@ -81,24 +106,19 @@ def beyond(share: Float64s, n_effective: Float64s, expected: Expected) -> dict[s
     }
 
 
-def fit_types(n: Ints, bins: Ints, counted: ControlSums, at: int) -> Fit:
-    """The model of layer number ``at`` of ``counted``.
-
-    ``n`` and ``bins`` are the tokens and the bin of the frequency of each type, by ascending id.
-    """
-    capped = np.minimum(n, MOST_TOKENS)
+def fit_cells(cells: Cells, at: int) -> Fit:
+    """The model of layer number ``at`` of ``cells``, in which each unit has ``MOST_TOKENS`` at most."""
+    n, num_units = cells.sizes.keys, cells.sizes.counts
+    bins, capped = frequency_bins(n), np.minimum(n, MOST_TOKENS) * num_units
     of_bins = np.bincount(bins, capped)
-    with np.errstate(invalid="ignore"):  # of bins without a type
+    with np.errstate(invalid="ignore"):  # of bins without a unit
         frequency = np.bincount(bins, capped * np.log2(n)) / of_bins
-        weight = of_bins / np.bincount(bins, n)
-    types, places = np.divmod(counted.tokens.keys, NUM_PLACES)
-    size = np.diff(starts(types), append=len(types))
-    cells = Histogram.of(np.repeat(bins, size) * NUM_PLACES + places, counted.tokens.counts)
-    bin_of, place = np.divmod(cells.keys, NUM_PLACES)
+        weight = of_bins / np.bincount(bins, n * num_units)
+    bin_of, place = np.divmod(cells.tokens.keys, NUM_PLACES)
     position, length = bins_of_places()
     controls = np.stack([frequency[bin_of], position[place], length[place]], axis=1)
-    n_high = counted.high[at].counts_of(cells.keys)
-    return fit(controls, cells.counts * weight[bin_of], n_high * weight[bin_of])
+    n_high = cells.high[at].counts_of(cells.tokens.keys)
+    return fit(controls, cells.tokens.counts * weight[bin_of], n_high * weight[bin_of])
 
 
 class Expected(NamedTuple):
@@ -179,9 +199,9 @@ def _slices(tokens: Histogram) -> Iterator[tuple[slice, Histogram, Ints]]:
 def effective_tokens(types: Mapping[str, Ints], counted: ControlSums, at: int) -> Float64s:
     """Number of independent tokens that say as much of each type's HIGH share as its tokens do.
 
-    ``types`` has ``token_id``, ``n``, ``n_docs`` and ``n_high``, all [n_types].
+    ``types`` are as ``units`` in ``salience_columns``.
     """
-    ids, n, n_docs = types["token_id"].astype(np.int64), types["n"], types["n_docs"]
+    ids, n, n_docs = types["number"].astype(np.int64), types["n"], types["n_docs"]
     pairs = counted.pairs.counts_of(ids)
     mixed = counted.mixed_pairs[at].counts_of(ids)
     high = counted.high_pairs[at].counts_of(ids)

@@ -240,10 +240,11 @@ def test_an_interval_is_that_of_sums_by_document(corpus: Corpus) -> None:
     rng = np.random.default_rng(5)
     high = planted(corpus, 5, rng.normal(-1, 1, len(corpus.n)), 1.0)
     table = corpus.vocabulary([high])
-    types = {name: table[name].to_numpy() for name in ("token_id", "n", "n_docs", "n_high")}
+    types = {name: table[name].to_numpy() for name in ("n", "n_docs", "n_high")}
+    types["number"] = table["token_id"].to_numpy()
     found = effective_tokens(types, corpus.count([high]), 0)
     rows, pq_pairs, excess = [], 0.0, 0.0
-    for kind in types["token_id"].tolist():
+    for kind in types["number"].tolist():
         of_type = corpus.types == kind
         docs, label = corpus.docs[of_type], high[of_type]
         sizes = np.bincount(docs)
