@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_type_hints
 from afn_ray import kept
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
+from afn_ray.schema import LANGUAGE as LANGUAGE_COLUMN
 from afn_ray.schema import STRENGTH
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -35,7 +36,9 @@ SIGNAL = re.compile(r"[a-z][a-z_]*")
 """Form of a signal's name."""
 SERIES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Form of the name of a series."""
-LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8}){0,3}")
+AUTO_LANGUAGE = "auto"
+"""Value of ``language`` that detects the language of each document."""
+LANGUAGE = re.compile(rf"{AUTO_LANGUAGE}|[A-Za-z]{{2,3}}([-_][A-Za-z0-9]{{2,8}}){{0,3}}")
 """Form of a language: a code of ISO 639, which a script or a region may follow."""
 LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 """Form of one entry of ``layers``: a block number, or a share of the depth."""
@@ -94,9 +97,10 @@ FORMS = {
     ),
     "group_by": Form(
         kept.NAME,
-        "source, one of keep_columns, or a key of the path: letters, digits, _ and -, at most 63",
+        f"source, {LANGUAGE_COLUMN}, one of keep_columns, or a key of the path: letters, digits, _ and "
+        "-, at most 63",
     ),
-    "language": Form(LANGUAGE, "a code of ISO 639, such as en, pt-BR or yue"),
+    "language": Form(LANGUAGE, "auto, or a code of ISO 639, such as en, pt-BR or yue"),
 }
 """Forms of texts, by key."""
 LEAST = {
@@ -212,8 +216,9 @@ class RunConfig:
     )
     offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
     language: str = _option(
-        "en",
-        "language of the corpus (ISO 639-1, such as en), whose closed-class words are function words",
+        AUTO_LANGUAGE,
+        "language whose closed-class words are function words (ISO 639-1, such as en); auto: that "
+        "of each document, detected",
     )
     sink_factor: float = _option(
         10.0, "a token is a sink if its strength is over this many medians"
@@ -230,7 +235,7 @@ class RunConfig:
     group_by: str | None = _option(
         None,
         "how documents are grouped, for thresholds, classes and drift by group: a kept column, "
-        "source, or a key of the path as in /lang=de/",
+        f"source, {LANGUAGE_COLUMN}, or a key of the path as in /lang=de/",
     )
     thresholds_by: str = _option(
         "run",

@@ -40,7 +40,7 @@ SHOWN_CHARS = 40
 NAME = re.compile(r"[^\W\d][\w-]{0,62}")
 """Form of a name: letters of any alphabet, digits, ``_`` and ``-``; no digit first."""
 RESERVED = frozenset({
-    *documents_schema(()).names, NOT_KEPT, "duplicate_of", "near_duplicate_of",
+    *documents_schema((), detected=True).names, NOT_KEPT, "duplicate_of", "near_duplicate_of",
     "file", "row", "filename", "file_index", "file_row_number",
 })  # fmt: skip
 """Names in a documents file and its view, in lower case: SQL does not tell the case."""

@@ -34,6 +34,8 @@ class Measure:
     """Recorded neurons of a token at each of ``neuron_layers``; 0 if there are no such layers."""
     labels: str | None = None
     """Source of the documents' tags; None if they have none."""
+    languages: str | None = None
+    """Detector of the documents' languages, with its versions; None: they are not detected."""
     outliers: tuple[tuple[int, ...], ...] = ()
     """Per layer, the dimensions that a signal leaves out; empty if no signal does."""
     neurons_above: tuple[float, ...] = ()
@@ -61,6 +63,7 @@ class Measure:
             neuron_layers=tuple(stored.get("neuron_layers", ())),
             top_neurons=stored.get("top_neurons", 0),
             labels=stored.get("labels"),
+            languages=stored.get("languages"),
             outliers=tuple(tuple(dims) for dims in stored.get("outliers", ())),
             neurons_above=tuple(stored.get("neurons_above", ())),
             schema_version=stored["schema_version"],
@@ -75,6 +78,11 @@ class Measure:
     def tagged(self) -> bool:
         """Whether the corpus is labelled."""
         return self.labels is not None
+
+    @property
+    def detected(self) -> bool:
+        """Whether the languages of documents are detected."""
+        return self.languages is not None
 
     def as_dict(self) -> dict[str, Any]:
         """The measure as plans and run.json store it; what is not recorded has no key."""
@@ -95,6 +103,8 @@ class Measure:
         value["dtype"] = self.dtype
         if self.labels is not None:
             value["labels"] = self.labels
+        if self.languages is not None:
+            value["languages"] = self.languages
         if self.outliers:
             value["outliers"] = [list(dims) for dims in self.outliers]
         if self.neurons_above:

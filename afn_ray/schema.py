@@ -73,6 +73,8 @@ CLASSES = ("content", "function", "word", "piece", "fragment", "number", "punctu
 
 A type is a ``word`` where the language has no list of closed-class words.
 """
+WORD_CLASSES = ("content", "function", "word")
+"""Classes of types that are mostly whole words."""
 PARTS_OF_WORDS = ("piece", "fragment")
 """Classes of types that mostly begin or continue a word of several tokens.
 
@@ -192,16 +194,26 @@ def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False)
     return pa.schema(columns + values)
 
 
+LANGUAGE = "detected_language"
+"""Column of ``documents`` with their languages, and the way to group by them.
+
+null: a document without text.
+"""
+UNKNOWN_LANGUAGE = "unknown"
+"""Language of a document whose text does not show it."""
 NOT_KEPT = "not_kept"
 """Column of ``documents`` with the values that a run with kept columns left out."""
 REFUSED = _list_of(pa.struct(_columns("name, reason: string")))
 """Arrow type of ``NOT_KEPT``: the kept column, and why its value is left out."""
 
 
-def documents_schema(series: Sequence[Series], kept: Sequence[pa.Field] = ()) -> pa.Schema:
+def documents_schema(
+    series: Sequence[Series], kept: Sequence[pa.Field] = (), detected: bool = False
+) -> pa.Schema:
     """Schema of a shard's ``documents`` table: one row per document read, in order.
 
     ``kept`` are the fields of the kept columns; with any, ``NOT_KEPT`` is a column too.
+    ``detected``: languages are detected, so the table has ``LANGUAGE``.
     """
     columns = _columns(
         "doc: int32",
@@ -215,6 +227,7 @@ def documents_schema(series: Sequence[Series], kept: Sequence[pa.Field] = ()) ->
         "lost_documents: int64 or null",  # 0: nothing is lost; null: the number is unknown
         "text_sha256: 32 bytes or null",
         "status: repeated string",
+        *([f"{LANGUAGE}: repeated string or null"] if detected else []),
     )
     means = [pa.field(f"mean_{s.name}", pa.float32()) for s in series]
     refused = [pa.field(NOT_KEPT, REFUSED)] if kept else []
@@ -263,10 +276,17 @@ integers merge by addition in any order. The Parquet file has one row group per 
 """
 
 TAGGED_SUMMARY_SCHEMA = SUMMARY_SCHEMA.append(pa.field("tag", pa.string()))
-"""``SUMMARY_SCHEMA`` of a labelled corpus, with one more row group.
+"""``SUMMARY_SCHEMA`` of a corpus with tags or with detected languages, with one more row group.
 
-In that row group ``counts`` holds how often a type has ``tag``.
+In that row group ``counts`` holds how often a type has ``tag``. Without tags, ``tag`` is the
+language of the document, and only tokens that are a whole word count.
 """
+
+
+def summary_schema(*, tagged: bool, detected: bool) -> pa.Schema:
+    """Schema of a shard's summary; ``detected``: the languages of documents are."""
+    return TAGGED_SUMMARY_SCHEMA if tagged or detected else SUMMARY_SCHEMA
+
 
 # --- tables of a run
 
@@ -319,6 +339,14 @@ KEPT_SCHEMA = _schema(
     "example: string or null",  # why its value is left out
 )
 """A run's kept columns; n, n_lacking and n_refused add up to all documents."""
+
+LANGUAGES_SCHEMA = _schema(
+    "language: string",  # as in ``LANGUAGE`` of ``documents``
+    "n_words: int64",  # tokens that are a whole word, in documents that count
+    "n_types: int64",  # types of these
+    "has_list: bool",  # there are closed-class words of the language
+)
+"""A run's whole words by the detected language of their document."""
 
 DUPLICATES_SCHEMA = _schema(
     "doc: int64",  # run-wide
@@ -379,7 +407,10 @@ GROUP_CLASSES_SCHEMA = _schema(
     "n_high: int64",
     "share_high, share_high_low, share_high_high: float64",  # Wilson interval, 95 %
 )
-"""The classes of each group, by the classes of the run's types."""
+"""The classes of each group, by the classes of the run's types.
+
+Where the groups are languages, a word has the class that the group's language gives it.
+"""
 
 OWN_LABELS = {
     "groups": _schema("n_high_own: int64"),
@@ -425,7 +456,9 @@ WORD_VOCABULARY_SCHEMA = _schema(
     "text: string",  # as written most often; of folded words, the text of their first piece
     "token_id: int32",  # the first piece
     "class: string",
-    "language: string or null",  # that gives the class
+    # the one of --language, or of most occurrences in documents of known language; null: there are
+    # none, folded words of several languages, or tags
+    "language: string or null",
     "n: int64",  # occurrences
     "n_docs: int64 or null",  # null: folded words
     "n_tokens: int64",  # pieces of all occurrences

@@ -195,10 +195,10 @@ def test_nothing_that_is_needed_may_be_empty(name: str) -> None:
 )
 def test_a_language_is_a_code(language: str) -> None:
     with pytest.raises(
-        ConfigError, match=r"language is .*; expected a code of ISO 639, such as en"
+        ConfigError, match=r"language is .*; expected auto, or a code of ISO 639, such as en"
     ):
         RunConfig(**NEEDED | {"language": language})
-    for valid in ("en", "pt-BR", "zh_Hans_CN", "yue"):
+    for valid in ("auto", "en", "pt-BR", "zh_Hans_CN", "yue"):
         assert RunConfig(**NEEDED | {"language": valid}).language == valid
 
 

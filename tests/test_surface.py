@@ -59,6 +59,7 @@ def test_arrow_schemas() -> None:
     found["tokens_tagged"] = columns(schema.tokens_schema([], offsets=True, tagged=True))
     found["token_neurons"] = columns(schema.token_neurons_schema([4, 8]))
     found["documents"] = columns(schema.documents_schema(schema.strengths([4, 8])))
+    found["documents_detected"] = columns(schema.documents_schema([], detected=True))
     check("schemas", {"version": schema.SCHEMA_VERSION, **found})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from afn_ray.query.expressions import is_high
+from afn_ray.schema import LANGUAGE
 
 
 def thresholds_sql(layer: int) -> str:
@@ -94,6 +95,20 @@ def word_vocabulary_sql(layer: int) -> str:
         )
         (FROM counted EXCEPT ALL FROM listed) UNION ALL (FROM listed EXCEPT ALL FROM counted) ORDER BY ALL
     """  # noqa: S608
+
+
+LANGUAGES_SQL = f"""
+    WITH placed AS (
+        SELECT doc, token_id, is_word_start,
+            lead(is_word_start OR is_special) OVER (PARTITION BY doc ORDER BY position) AS ends FROM tokens
+    ), counted AS (
+        SELECT {LANGUAGE} AS language, count(*) AS n_words, count(DISTINCT token_id) AS n_types
+        FROM placed JOIN documents USING (doc)
+        WHERE is_word_start AND coalesce(ends, true) AND {LANGUAGE} IS NOT NULL GROUP BY ALL
+    ), stored AS (SELECT language, n_words, n_types FROM languages)
+    (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
+"""  # noqa: S608
+"""SQL of the languages whose whole words differ between ``languages`` and the rows."""
 
 
 def neurons_sql(layer: int, high_only: bool) -> str:

@@ -75,10 +75,12 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
         labels=recorded.get("labels"),
         outliers=tuple(tuple(dims) for dims in recorded.get("outliers", ())),
         neurons_above=tuple(recorded.get("neurons_above", ())),
+        languages=recorded.get("languages"),
     )
     if measure.id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure.as_dict()))
-    return replace(task, measure=measure)
+    # A text that is asked about needs no language, and the run's detector may be missing here.
+    return replace(task, measure=replace(measure, languages=None))
 
 
 def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:

@@ -15,17 +15,17 @@ from afn_ray import kept
 from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
-from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.histogram import Summary, languages_of_words, round_strengths
 from afn_ray.reduce.stats import is_high
 from afn_ray.schema import (
+    LANGUAGE,
     MOST_NEURONS,
     PAIRS_SCHEMA,
     SPECIAL,
-    SUMMARY_SCHEMA,
-    TAGGED_SUMMARY_SCHEMA,
     Series,
     documents_schema,
     neurons_column,
+    summary_schema,
     token_neurons_schema,
     tokens_schema,
 )
@@ -49,7 +49,7 @@ def check_rows(
 
     ``measure`` is None where no run has it.
     """
-    series, tagged = _check_schemas(tables, commit, measure, read.options)
+    series, tagged, detected = _check_schemas(tables, commit, measure, read.options)
     columns = [
         "doc",
         "n_tokens",
@@ -59,6 +59,7 @@ def check_rows(
         "lost_bytes",
         "lost_documents",
         "status",
+        *([LANGUAGE] if detected else []),
     ]
     documents = tables["documents"].read([*columns, *(f"mean_{s.name}" for s in series)])
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
@@ -101,24 +102,26 @@ def _check_schemas(
     commit: Commit,
     measure: Measure | None,
     options: ReadOptions,
-) -> tuple[tuple[Series, ...], bool]:
-    """Check the schemas; return the recorded series, and whether there are tags.
+) -> tuple[tuple[Series, ...], bool, bool]:
+    """Check the schemas; return the recorded series, and whether there are tags and languages.
 
     The expected schema is that of ``measure``, with the columns that ``options`` keep. Without a
-    measure, because no run has it, the columns of the tokens decide.
+    measure, because no run has it, the columns of the tokens and documents decide.
     """
     names = tables["tokens"].schema_arrow.names
     if measure is not None:
         series, tagged, offsets = measure.series, measure.tagged, measure.offsets
+        detected = measure.detected
         layers = list(measure.neuron_layers)
     else:
         series = tuple(Series(signal, layer) for signal, layer in _by_layer(names))
         tagged, offsets = "tag" in names, "start" in names
+        detected = LANGUAGE in tables["documents"].schema_arrow.names
         layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     schemas = {
         "tokens": tokens_schema(series, offsets, tagged),
-        "documents": documents_schema(series, kept.fields_of(options.keep)),
-        "summary": TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA,
+        "documents": documents_schema(series, kept.fields_of(options.keep), detected),
+        "summary": summary_schema(tagged=tagged, detected=detected),
     }
     if layers:
         schemas |= {"neurons": token_neurons_schema(layers), "pairs": PAIRS_SCHEMA}
@@ -130,7 +133,7 @@ def _check_schemas(
         if file.metadata.num_rows != num_rows:
             message = f"it has {file.metadata.num_rows} rows, but its commit says {num_rows}"
             raise Wrong(table, message)
-    return series, tagged
+    return series, tagged, detected
 
 
 def _check_schema(table: str, file: pq.ParquetFile, expected: pa.Schema) -> None:
@@ -214,7 +217,8 @@ def _check_tokens(
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     ends = np.cumsum(n_tokens)
     begins = ends - n_tokens
-    num_special, summary = 0, Summary(series, tagged)
+    detected = not tagged and LANGUAGE in documents.column_names
+    num_special, summary = 0, Summary(series, tagged or detected)
     columns = ["position", "token_id", "flags", *(s.name for s in series)]
     if tagged:
         columns.append("tag")
@@ -231,6 +235,9 @@ def _check_tokens(
             _check_means(one, values[~is_special], docs, ~is_special, documents)
         token_ids = part["token_id"].to_numpy()
         tags = part["tag"].cast(pa.string()) if tagged else None
+        if detected:
+            languages = documents[LANGUAGE].cast(pa.string()).combine_chunks()
+            tags = languages_of_words(docs.astype(np.int32), flags, languages)
         summary.add(docs.astype(np.int32), token_ids, flags, by_series, tags)
     return num_special, summary
 

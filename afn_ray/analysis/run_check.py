@@ -334,9 +334,7 @@ class RunCheck:
         recomputed. The list of files left out of the corpus comes from the stored ``files``.
         """
         texts = _texts_of(vocabulary)
-        recorded = tree.RecordedSeries(
-            measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
-        )
+        recorded = tree.RecordedSeries.of(measure)
         rules = tree.LabelRules(self._config["language"], self._config["sink_factor"], self._frozen)
         tables = tree.reduce_run(shards, recorded, texts, rules)
         tables["vocabulary"] = _without_added(tables["vocabulary"], vocabulary)
@@ -372,6 +370,9 @@ class RunCheck:
                 message = f"DuckDB reads {got} tokens of {n_tokens}"
                 self._find("tables", self._table_uri("shards"), message)
                 return
+            if "languages" in self.folder.info["tables"]:
+                wrong = run.sql(recount.LANGUAGES_SQL).fetchall()
+                self._find_wrong_rows("languages", "language", None, wrong)
             for layer in measure.layers:
                 self._recount_layer(run, layer)
             for layer in measure.neuron_layers:
@@ -398,12 +399,13 @@ class RunCheck:
             self._find_wrong_rows("word_vocabulary", "word", layer, wrong.fetchall())
 
     def _find_wrong_rows(
-        self, table: str, key: str, layer: int, wrong: Sequence[Sequence[object]]
+        self, table: str, key: str, layer: int | None, wrong: Sequence[Sequence[object]]
     ) -> None:
         if wrong:
-            counted = {"vocabulary": "tokens", "neurons": "neurons"}.get(table, "words")
+            counted = {"neurons": "neurons", "word_vocabulary": "words"}.get(table, "tokens")
+            where = "" if layer is None else f"layer {layer}: "
             message = (
-                f"layer {layer}: {len(wrong)} rows are here or in DuckDB's count of the {counted}, "
+                f"{where}{len(wrong)} rows are here or in DuckDB's count of the {counted}, "
                 f"not in both; the first is of {key} {wrong[0][0]}"
             )
             self._find("tables", self._table_uri(table), message)

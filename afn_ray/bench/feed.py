@@ -212,7 +212,9 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
     options = processor.task.config.read_options
     with clock("read"):
         documents = [d for piece in shard.slices for d in reading.read(piece, options)]
-    of_corpus = records.CorpusColumns(measure.tagged, kept.fields_of(options.keep))
+    of_corpus = records.CorpusColumns(
+        measure.tagged, kept.fields_of(options.keep), measure.detected
+    )
     with tempfile.TemporaryDirectory(prefix="afn-bench-") as folder:
         with records.ShardFiles(
             Path(folder), measure.series, measure.neuron_layers, measure.offsets, {}, of_corpus

@@ -36,6 +36,8 @@ from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     HISTORY_SCHEMA,
     KEPT_SCHEMA,
+    LANGUAGE,
+    LANGUAGES_SCHEMA,
     MOVERS_SCHEMA,
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
@@ -60,13 +62,13 @@ RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
 SMALL = {
     "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
-    "strange": STRANGE_SCHEMA, "copied": COPIED_SCHEMA,
+    "strange": STRANGE_SCHEMA, "copied": COPIED_SCHEMA, "languages": LANGUAGES_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
     "salience": SALIENCE_SCHEMA, "kept": KEPT_SCHEMA, "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
 }  # fmt: skip
 """Schemas of a run's small tables, by the names of their views."""
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept",
-            "groups", "group_classes", "strange", "copied", "salience")  # fmt: skip
+            "groups", "group_classes", "strange", "copied", "salience", "languages")  # fmt: skip
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
@@ -211,6 +213,7 @@ def _statements(
         copies=copies,
         near_copies=near_copies,
         word_table=word_table,
+        detected=LANGUAGE in _columns(read, files["documents"][0].name),
     )
     neurons = None
     if "neurons" in paths:

@@ -45,6 +45,9 @@ class RecordedColumns:
     word_table: str | None = None
     """SQL of the path of the run's table ``word_vocabulary``; None if it has none."""
 
+    detected: bool = False
+    """Whether documents have a detected language."""
+
     @property
     def and_counts(self) -> str:
         """SQL, after a condition, of whether the document ``doc`` is counted: it is no copy."""

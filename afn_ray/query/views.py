@@ -12,7 +12,16 @@ from afn_ray.query.expressions import RecordedColumns, ShardFile, exact, is_high
 from afn_ray.query.kwic import document_text_macro, kwic_macro
 from afn_ray.query.words import words_view
 from afn_ray.reduce.stats import Z_95
-from afn_ray.schema import NOT_KEPT, REPLACED, SPECIAL, STRENGTH, UNTAGGED, WORD_START, Series
+from afn_ray.schema import (
+    LANGUAGE,
+    NOT_KEPT,
+    REPLACED,
+    SPECIAL,
+    STRENGTH,
+    UNTAGGED,
+    WORD_START,
+    Series,
+)
 
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
@@ -40,6 +49,7 @@ VIEWS = {
     "their ending as well",
     "kept": "columns of the corpus that documents carries, with how many documents have a value; "
     "empty where none were kept",
+    "languages": "whole words in documents of each detected language; empty where --language named one",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run "
     "has none",
     "groups": "tokens and thresholds of each group of documents, per layer; empty where the run is "
@@ -181,16 +191,16 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     if recorded.kept:
         kept += f", {NOT_KEPT}"
     files = {"duplicate_of": recorded.copies, "near_duplicate_of": recorded.near_copies}
-    columns, joined = [], ""
+    columns, joined = [LANGUAGE if recorded.detected else f"NULL::VARCHAR AS {LANGUAGE}"], ""
     for name, path in files.items():
         columns.append(f"NULL::BIGINT AS {name}" if path is None else name)
         if path is not None:
             joined += f" LEFT JOIN (SELECT doc, {name} FROM read_parquet({path})) USING (doc)"  # noqa: S608
-    copies = ", ".join(columns)
+    others = ", ".join(columns)
     return f"""
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
-            lower(hex(text_sha256)) AS text_sha256, status, {copies}{means}{kept}
+            lower(hex(text_sha256)) AS text_sha256, status, {others}{means}{kept}
         FROM {source}{joined}"""  # noqa: S608
 
 

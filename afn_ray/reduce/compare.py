@@ -281,6 +281,12 @@ def notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
             f"Function words are those of {language_a!r} in A and of {language_b!r} in B, so "
             "classes differ by that too."
         )
+    detector_a, detector_b = (run.info["measure"].get("languages") for run in (a, b))
+    if detector_a and detector_b and detector_a != detector_b:
+        yield (
+            f"Languages were detected by {detector_a} in A and by {detector_b} in B, so documents of "
+            "the same text may have another language, and words another class."
+        )
     tags_a, tags_b = (run.info["measure"].get("labels") for run in (a, b))
     if tags_a != tags_b:
         of_a, of_b = _origin_of_classes(tags_a), _origin_of_classes(tags_b)

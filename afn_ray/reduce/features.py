@@ -29,6 +29,7 @@ from afn_ray.reduce.stats import Float64s, Int32s, Ints, is_high
 from afn_ray.reduce.word_sums import WordCounter, WordRules, WordTokens
 from afn_ray.schema import (
     FEATURES,
+    LANGUAGE,
     SPECIAL,
     WORD_START,
     strength_column,
@@ -159,7 +160,9 @@ def _scan_shard(
     of_groups = counters.of_groups
     grouping = None if of_groups is None else of_groups.grouping
     for_groups = [] if grouping is None else grouping.columns
-    columns_read = list(dict.fromkeys(["source", "n_tokens", "text_sha256", *for_groups]))
+    for_words = [LANGUAGE] if counters.words.by_language else []
+    names = ["source", "n_tokens", "text_sha256", *for_groups, *for_words]
+    columns_read = list(dict.fromkeys(names))
     documents = read_columns(place.documents, columns_read)
     uris = documents["source"].combine_chunks()
     source = sources.index_of(uris)
@@ -264,7 +267,10 @@ def normal_tokens(
     with_words: bool = False,
     tagged: bool = False,
 ) -> Iterator[NormalTokens]:
-    """The tokens of the shard with ``documents`` that are not special and count, in order."""
+    """The tokens of the shard with ``documents`` that are not special and count, in order.
+
+    Without tags of the corpus, the languages of ``documents`` stand for them, if they have any.
+    """
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     texts = [*(["surface"] if with_words else []), *(["tag"] if tagged else [])]
@@ -279,6 +285,9 @@ def normal_tokens(
         positions = (first + np.arange(len(docs)) - begins[docs])[is_normal]
         whole = slice(int(docs[0]), int(docs[-1]) + 1)
         written: dict[str, pa.DictionaryArray] = {}
+        if with_words and not tagged and LANGUAGE in documents.column_names:
+            spoken = documents[LANGUAGE].combine_chunks()
+            written["tag"] = spoken.take(pa.array(docs[is_normal]))
         for name in texts:
             column = tokens[name].filter(pa.array(is_normal)).unify_dictionaries()
             written[name] = column.combine_chunks()

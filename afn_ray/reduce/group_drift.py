@@ -24,6 +24,7 @@ from afn_ray.schema import (
     GROUP_CLASS_DRIFT_SCHEMA,
     GROUP_DRIFT_SCHEMA,
     GROUP_MOVERS_SCHEMA,
+    LANGUAGE,
 )
 from afn_ray.store.manifest import RunFolder
 
@@ -55,6 +56,7 @@ class _Side(NamedTuple):
     groups: dict[int, pa.Table]
     group_types: dict[int, pa.Table]
     vocabulary: dict[int, pa.Table]
+    by_language: bool
 
     @classmethod
     def of(cls, run: RunFolder, labels: str) -> _Side:
@@ -66,14 +68,16 @@ class _Side(NamedTuple):
             }
             for name in ("groups", "group_types")
         )
-        return cls(groups, types, table_by_layer(run, "vocabulary"))
+        by_language = grouped_by(run) == LANGUAGE and run.info["measure"].get("labels") is None
+        return cls(groups, types, table_by_layer(run, "vocabulary"), by_language)
 
     def types(self, layer: int, group: str | None) -> pa.Table:
         """The types of ``group`` as ``movers_table`` takes them; their medians are not known."""
         table = self.group_types[layer]
         names = table["group"].cast(pa.string())
         is_here = pc.is_null(names) if group is None else pc.equal(names, group)
-        types = classes_of(table.filter(is_here), self.vocabulary[layer])
+        here = table.filter(is_here)
+        types = classes_of(here, self.vocabulary[layer], by_language=self.by_language)
         return types.append_column("q2", pa.array(np.zeros(len(types), np.float32)))
 
 

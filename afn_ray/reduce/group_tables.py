@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.reduce.groups import Grouping
+from afn_ray.reduce import lexicon
+from afn_ray.reduce.groups import OTHERS, Grouping
 from afn_ray.reduce.histogram import BIN_BITS, Histogram, by_index, to_values
 from afn_ray.reduce.stats import is_high, wilson
 from afn_ray.schema import (
@@ -18,6 +19,7 @@ from afn_ray.schema import (
     GROUP_TYPES_SCHEMA,
     GROUPS_SCHEMA,
     OWN_LABELS,
+    WORD_CLASSES,
     in_order,
 )
 
@@ -53,7 +55,7 @@ def group_tables(
         of_types.append(_types_table(grouping, layer, types, high_here))
     empty = _with_own(GROUP_TYPES_SCHEMA, "group_types", own).empty_table()
     table = pa.concat_tables([empty, *of_types]).unify_dictionaries().combine_chunks()
-    classes = _classes_rows(table, vocabulary)
+    classes = _classes_rows(table, vocabulary, by_language=grouping.by_language)
     return [
         {
             "groups": pa.Table.from_pylist(rows, _with_own(GROUPS_SCHEMA, "groups", own)),
@@ -104,16 +106,37 @@ def _types_table(
     return pa.Table.from_arrays(columns, schema=schema)
 
 
-def classes_of(types: pa.Table, vocabulary: pa.Table) -> pa.Table:
-    """``types`` of one layer with ``token``, ``text`` and ``class`` of the layer's ``vocabulary``."""
+def classes_of(types: pa.Table, vocabulary: pa.Table, *, by_language: bool) -> pa.Table:
+    """``types`` of one layer with ``token``, ``text`` and ``class`` of the layer's ``vocabulary``.
+
+    ``by_language``: the groups are languages, so words have the classes that the group's gives them.
+    """
     normal = vocabulary.filter(pc.not_equal(vocabulary["class"], "special"))
     rows = pc.index_in(types["token_id"], value_set=normal["token_id"].combine_chunks())
     for name in ("token", "text", "class"):
         types = types.append_column(name, normal[name].take(rows))
-    return types.combine_chunks()
+    return _in_languages(types.combine_chunks()) if by_language else types.combine_chunks()
 
 
-def _classes_rows(types: pa.Table, vocabulary: pa.Table) -> list[dict[str, Any]]:
+def _in_languages(types: pa.Table) -> pa.Table:
+    """``types`` whose words have the classes that the language of their group gives them.
+
+    Words of ``OTHERS`` keep the class that they have.
+    """
+    columns = (types[name].to_pylist() for name in ("group", "text", "class"))
+    classes = []
+    for group, text, name in zip(*columns, strict=True):
+        if name in WORD_CLASSES and group != OTHERS:
+            words = None if group is None else lexicon.find(group)
+            name = "word" if words is None else words.guess(text).name
+        classes.append(name)
+    at = types.column_names.index("class")
+    return types.set_column(at, "class", pa.array(classes, pa.string()))
+
+
+def _classes_rows(
+    types: pa.Table, vocabulary: pa.Table, *, by_language: bool
+) -> list[dict[str, Any]]:
     """Rows of ``GROUP_CLASSES_SCHEMA``: the classes of each group, in the order of the tables."""
     counted = [name for name in types.column_names if name.startswith("n")]
     rows: list[dict[str, Any]] = []
@@ -121,6 +144,7 @@ def _classes_rows(types: pa.Table, vocabulary: pa.Table) -> list[dict[str, Any]]
         here = classes_of(
             types.filter(pc.equal(types["layer"], layer)),
             vocabulary.filter(pc.equal(vocabulary["layer"], layer)),
+            by_language=by_language,
         )
         sums = here.group_by(["group", "class"]).aggregate([(name, "sum") for name in counted])
         found: dict[str | None, dict[str, dict[str, int]]] = {}

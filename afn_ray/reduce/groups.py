@@ -1,4 +1,4 @@
-"""Groups of a run's documents: by a kept column, by source, or by a partition key of the path.
+"""Groups of a run's documents: by a kept column, language, source, or partition key of the path.
 
 The scan of ``reduce.screen`` counts the strengths and the types of each group in arrays, so groups
 cost no sort of the tokens.
@@ -18,6 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.errors import ConfigError
 from afn_ray.kept import Kept
 from afn_ray.reduce.histogram import BIN_BITS, Histogram, KeyCounter, to_bins
@@ -25,6 +26,7 @@ from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Int32s, Ints, is_high
 from afn_ray.reduce.tasks import Tasks, batches, merged
+from afn_ray.schema import LANGUAGE
 from afn_ray.store import parquet
 
 Q3s = npt.NDArray[np.float32]
@@ -45,11 +47,12 @@ class Grouping(NamedTuple):
     """Rule that groups the documents of a run."""
 
     by: str  # ``BY_SOURCE``, a kept column or a partition key
-    is_column: bool  # ``by`` is a kept column
+    is_column: bool  # ``by`` is a kept column, or ``LANGUAGE``
     sources: Sources
     names: tuple[str | None, ...] = ()  # by index; None: documents without a value
     q3: tuple[float, ...] = ()  # of the thresholds that label, by layer
     num_types: int = 0  # token ids are below it
+    by_language: bool = False  # words have the classes that the language of the group gives them
 
     def index_of(self, documents: pa.Table) -> Ints:
         """Index of the group of each of ``documents``, with ``source`` and the kept column."""
@@ -95,13 +98,25 @@ def partition_of(uri: str, key: str) -> str | None:
     return None if not found or found[-1] == HIVE_NULL else unquote(found[-1])
 
 
-def check_group_by(group_by: str | None, kept: Kept, uris: Sequence[str]) -> None:
-    """Raise ``ConfigError`` if ``group_by`` is no way to group documents of the files ``uris``."""
+def check_group_by(
+    group_by: str | None, kept: Kept, uris: Sequence[str], language: str = AUTO_LANGUAGE
+) -> None:
+    """Raise ``ConfigError`` if ``group_by`` is no way to group documents of the files ``uris``.
+
+    ``language`` is the config's.
+    """
     if group_by is None or group_by in (BY_SOURCE, *(column.name for column in kept)):
         return
+    if group_by == LANGUAGE:
+        if language == AUTO_LANGUAGE:
+            return
+        raise ConfigError(
+            f"group_by is {LANGUAGE}, but language is {language!r}, so none is detected; leave "
+            "--language out, or group by another key"
+        )
     if not any(partition_of(uri, group_by) is not None for uri in uris):
         raise ConfigError(
-            f"group_by is {group_by!r}; expected source, one of keep_columns "
+            f"group_by is {group_by!r}; expected source, {LANGUAGE}, one of keep_columns "
             f"({', '.join(column.name for column in kept) or 'none'}), or a key of the path as in "
             f"/{group_by}=VALUE/, which no file of the corpus has"
         )

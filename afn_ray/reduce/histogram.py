@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from afn_ray.reduce.stats import quantile_index
 from afn_ray.reduce.type_tags import TypeTags
@@ -295,7 +296,8 @@ class Summary:
     """Statistics of one shard, collected chunk by chunk.
 
     Memory is bounded by the number of types times occupied bins. With ``tagged``, tokens have tags,
-    and the summary also counts how often each type has each tag. Several threads may add chunks.
+    and the summary also counts how often each type has each tag. Without tags of the corpus, the
+    languages of words may be counted in their place. Several threads may add chunks.
     """
 
     def __init__(self, series: Sequence[Series], tagged: bool = False) -> None:
@@ -372,6 +374,20 @@ def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> np
     goes_on[:-1] = continues_word[1:] & same_doc
     starts_word: npt.NDArray[np.bool_] = (flags & WORD_START) != 0
     return starts_word & ~goes_on
+
+
+def languages_of_words(
+    docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], languages: pa.Array
+) -> pa.DictionaryArray:
+    """Language of the document of each token that is a whole word; null for other tokens.
+
+    ``docs`` and ``flags`` are as in ``whole_words``; ``docs`` index ``languages``, which are strings
+    with nulls.
+    """
+    coded = languages.dictionary_encode()
+    unspoken = pa.array(~whole_words(docs, flags))
+    at = pc.if_else(unspoken, None, coded.indices.take(pa.array(docs)))
+    return pa.DictionaryArray.from_arrays(at, coded.dictionary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from afn_ray.reduce.encoded import encoded_parts
 from afn_ray.reduce.features import read_columns
-from afn_ray.reduce.histogram import SeriesSummary, Summary
+from afn_ray.reduce.histogram import SeriesSummary, Summary, languages_of_words
 from afn_ray.reduce.neurons import PairSummary
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Tasks, in_groups
 from afn_ray.reduce.type_tags import TypeTags
-from afn_ray.schema import Series
+from afn_ray.schema import LANGUAGE, Series
 from afn_ray.store import parquet, records
 
 READ_BYTES = 64 << 20
@@ -39,13 +39,17 @@ class _Place(NamedTuple):
 
 
 def submit_negative(
-    tasks: Tasks, shards: CommittedShards, series: Sequence[Series], tagged: bool, num_parts: int
+    tasks: Tasks, shards: CommittedShards, series: Sequence[Series], counted: str, num_parts: int
 ) -> list[list[list[Any]]]:
-    """Leaves that take documents out of sums: for each series handles of its parts, last the tags'."""
+    """Leaves that take documents out of sums: for each series handles of its parts, last the tags'.
+
+    ``counted`` is the column whose values the summaries count by type: "tag", ``LANGUAGE``, or ""
+    for none.
+    """
     leaves = []
     for some in _groups(shards):
         num_results = len(series) * num_parts + 1
-        args = (_negative, some, series, tagged, num_parts)
+        args = (_negative, some, series, counted, num_parts)
         leaves.append(_split(tasks.submit(*args, num_results=num_results), num_parts))
     return leaves
 
@@ -86,28 +90,35 @@ def _split(handles: Sequence[Any], num_parts: int) -> list[list[Any]]:
 
 
 def _negative(
-    some: Sequence[_Place], series: Sequence[Series], tagged: bool, num_parts: int
+    some: Sequence[_Place], series: Sequence[Series], counted: str, num_parts: int
 ) -> list[Any]:
     """Encoded parts of the negative sum of each series over documents left out, and of their tags."""
-    summary = Summary(series, tagged)
-    columns = ["token_id", "flags", *(one.name for one in series), *(["tag"] if tagged else [])]
+    summary = Summary(series, bool(counted))
+    columns = ["token_id", "flags", *(one.name for one in series)]
+    columns += ["tag"] if counted == "tag" else []
     for place in some:
+        languages = _languages(place) if counted == LANGUAGE else None
         file = parquet.open_file(place.tokens.read())
         for rows in records.some_documents(file, place.docs, columns):
-            summary.add(
-                rows["doc"].to_numpy(),
-                rows["token_id"].to_numpy(),
-                rows["flags"].to_numpy(),
-                {one: rows[one.name].to_numpy() for one in series},
-                rows["tag"].cast(pa.string()) if tagged else None,
-            )
+            docs, flags = rows["doc"].to_numpy(), rows["flags"].to_numpy()
+            tags = rows["tag"].cast(pa.string()) if counted == "tag" else None
+            if languages is not None:
+                tags = languages_of_words(docs, flags, languages)
+            of_series = {one: rows[one.name].to_numpy() for one in series}
+            summary.add(docs, rows["token_id"].to_numpy(), flags, of_series, tags)
     tables = list(summary.tables())
-    tags = TypeTags.from_table(tables.pop()) if tagged else TypeTags.empty()
+    tags = TypeTags.from_table(tables.pop()) if counted else TypeTags.empty()
     encoded: list[Any] = []
     for one, table in zip(series, tables, strict=True):
         negative = SeriesSummary.from_table(table).negative().to_table(one)
         encoded += encoded_parts(negative, "token_id", num_parts)
     return [*encoded, tags.negative()]
+
+
+def _languages(place: _Place) -> pa.Array:
+    """Language of each document of the shard, strings with nulls."""
+    documents = read_columns(place.documents, [LANGUAGE])
+    return documents[LANGUAGE].cast(pa.string()).combine_chunks()
 
 
 def _pairs(some: Sequence[_Place], layers: Sequence[int], num_parts: int) -> list[bytes]:

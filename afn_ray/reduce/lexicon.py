@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from afn_ray.schema import CLASSES_VERSION
 
@@ -60,6 +60,13 @@ class Entry(NamedTuple):
         return (right * self.uses + 1) / (self.uses + 2) if self.uses else right
 
 
+class Words(Protocol):
+    """Words with classes: those of one language, or of several together."""
+
+    def guess(self, word: str) -> Guess:
+        """The class of a whole word."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lexicon:
     """The closed-class words of a language."""
@@ -79,6 +86,11 @@ class Lexicon:
             return Guess("content", self.unlisted)
         name = "function" if entry.is_closed else "content"
         return Guess(name, entry.confidence, entry.is_ambiguous)
+
+    def closed_share(self, word: str) -> float:
+        """Share of the uses of a whole word that is closed."""
+        entry = self.entry(word)
+        return 1 - self.unlisted if entry is None else entry.share
 
     def entry(self, word: str) -> Entry | None:
         """The entry of ``word`` as it is written, else of its lower case."""
@@ -155,9 +167,9 @@ def why_none(language: str) -> str:
 
 
 def classify(
-    text: str, *, special: bool, starts: float, whole: float, words: Lexicon | None
+    text: str, *, special: bool, starts: float, whole: float, words: Words | None
 ) -> Guess:
-    """Class of the type whose readable text is ``text``, in the language of ``words``.
+    """Class of the type whose readable text is ``text``, by the classes of ``words``.
 
     ``starts`` is the share of its tokens that start a word, and ``whole`` the share of these that
     are a whole word. The first matching rule decides:

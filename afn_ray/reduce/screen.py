@@ -64,7 +64,7 @@ from afn_ray.reduce.sources import Sources, sums_by_source
 from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
 from afn_ray.reduce.word_sums import WordRules
-from afn_ray.schema import SCREENED_SCHEMA, SPECIAL, WORD_START
+from afn_ray.schema import LANGUAGE, SCREENED_SCHEMA, SPECIAL, WORD_START
 from afn_ray.store import parquet, records
 
 RARE = 0.01
@@ -110,7 +110,13 @@ def scan_run(
     layer = layers[-1]
     limits = _limits(layers, labels, reduced["vocabulary"], shards.n_docs)
     of_rows = _described(shards, layers, labels, readable, asked)
-    words = WordRules(readable, of_rows.q3, asked.tagged, word_tables.num_parts(shards.n_tokens))
+    words = WordRules(
+        readable,
+        of_rows.q3,
+        asked.tagged,
+        word_tables.num_parts(shards.n_tokens),
+        of_rows.by_language,
+    )
     counted = AlsoCounted(1 + shards.n_docs // PART_DOCS, words)
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     if grouping is not None:
@@ -196,8 +202,11 @@ def _grouping(
         return None
     q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
     limits = [np.inf if q3[layer] is None else q3[layer] for layer in layers]
-    is_column = asked.group_by in [column.name for column in shards.kept]
-    return find_groups(shards, Grouping(asked.group_by, is_column, sources), limits, tasks)
+    is_language = asked.group_by == LANGUAGE
+    is_column = is_language or asked.group_by in [column.name for column in shards.kept]
+    by_language = is_language and not asked.tagged
+    grouping = Grouping(asked.group_by, is_column, sources, by_language=by_language)
+    return find_groups(shards, grouping, limits, tasks)
 
 
 def _places(shards: CommittedShards) -> Iterator[ShardTables]:

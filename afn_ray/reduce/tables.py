@@ -21,6 +21,7 @@ from afn_ray.reduce.histogram import (
     starts,
     to_values,
 )
+from afn_ray.reduce.language_uses import WordsOf
 from afn_ray.reduce.stats import is_high, mean_and_variance, quantile_rank, wilson
 from afn_ray.reduce.type_tags import TagShare
 from afn_ray.schema import (
@@ -240,13 +241,13 @@ def vocabulary_table(
     statistics: pa.Table,
     n_docs: int,
     texts: TokenTexts,
-    language: str,
+    words_of: WordsOf,
     tags: Mapping[int, TagShare] | None = None,
 ) -> pa.Table:
     """The vocabulary of one layer: ``statistics`` with texts, classes and shares, ordered by id.
 
     ``statistics`` holds all types in any order. ``tags`` gives the most frequent tag of each type
-    if the corpus is labelled; without it, classes are guessed by the words of ``language``.
+    if the corpus is labelled; without it, classes are guessed by the words of each type.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
     columns: dict[str, Any] = {
@@ -255,8 +256,7 @@ def vocabulary_table(
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
     readable = [texts.readable[i] for i in ids]
     low, upper = wilson(n_high, n)
-    words = lexicon.find(language)
-    guesses = _by_tag(columns, tags) if tags is not None else _guesses(columns, readable, words)
+    guesses = _by_tag(columns, tags) if tags is not None else _guesses(columns, readable, words_of)
     columns |= {
         "layer": np.full(len(ids), layer),
         "token": [texts.pieces[i] for i in ids],
@@ -285,16 +285,16 @@ def _by_tag(
 
 
 def _guesses(
-    columns: Mapping[str, npt.NDArray[Any]], readable: Sequence[str], words: lexicon.Lexicon | None
+    columns: Mapping[str, npt.NDArray[Any]], readable: Sequence[str], words_of: WordsOf
 ) -> list[lexicon.Guess]:
     """The class of each type, guessed from its text and from how often it is a word."""
-    n_starts = columns["n_word_start"]
+    ids, n_starts = columns["token_id"].tolist(), columns["n_word_start"]
     starts = n_starts / columns["n"]
-    whole = columns["n_whole"] / np.maximum(1, n_starts)
-    shares = zip(columns["special"].tolist(), starts.tolist(), whole.tolist(), strict=True)
+    wholes = columns["n_whole"] / np.maximum(1, n_starts)
+    shares = zip(columns["special"].tolist(), starts.tolist(), wholes.tolist(), strict=True)
     return [
-        lexicon.classify(text, special=special, starts=start, whole=is_word, words=words)
-        for text, (special, start, is_word) in zip(readable, shares, strict=True)
+        lexicon.classify(text, special=special, starts=start, whole=whole, words=words_of(token_id))
+        for token_id, text, (special, start, whole) in zip(ids, readable, shares, strict=True)
     ]
 
 

@@ -10,10 +10,8 @@ process or in others (``Tasks``)::
     types   a part and the thresholds that label      -> statistics of each type
 
 Pairs of neurons and types are merged in the same way, cut by neuron. Their last step makes the rows
-of both neuron tables. The tags of a labelled corpus are counted for each type::
-
-    tags    summaries of some shards                  -> their sum
-    add     up to FAN_IN sums                         -> their sum, until one is left
+of both neuron tables. The tags of a labelled corpus, or else the languages of words, are counted for
+each type, and read and merged with the first series.
 
 Documents that the run leaves out are taken out of the sums by leaves with negative counts
 (``left_out``).
@@ -34,8 +32,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from afn_ray.errors import StoreError
+from afn_ray.measure import Measure
 from afn_ray.reduce import left_out, neurons
 from afn_ray.reduce.encoded import decode, encode, encoded_parts
 from afn_ray.reduce.histogram import (
@@ -44,6 +44,7 @@ from afn_ray.reduce.histogram import (
     Histogram,
     SeriesSummary,
 )
+from afn_ray.reduce.language_uses import LanguageUses, words_of
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tables import (
@@ -59,6 +60,7 @@ from afn_ray.reduce.tables import (
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
 from afn_ray.reduce.type_tags import TagShare, TypeTags
 from afn_ray.schema import (
+    LANGUAGE,
     SIGNAL_VOCABULARY_SCHEMA,
     SIGNALS_SCHEMA,
     STRENGTH,
@@ -97,6 +99,20 @@ class RecordedSeries:
     neuron_layers: Sequence[int] = ()  # layers with recorded neurons
     high_neurons: bool = False  # only HIGH tokens have recorded neurons
     tagged: bool = False  # the summaries count tags, which are the classes of types
+    detected: bool = (
+        False  # documents have languages; without tags, the summaries count words by them
+    )
+
+    @classmethod
+    def of(cls, measure: Measure) -> RecordedSeries:
+        """What shards of ``measure`` recorded."""
+        high_neurons, tagged = bool(measure.neurons_above), measure.tagged
+        return cls(measure.series, measure.neuron_layers, high_neurons, tagged, measure.detected)
+
+    @property
+    def counted(self) -> str:
+        """Column whose values the summaries count by type: tags or languages; "" for none."""
+        return "tag" if self.tagged else LANGUAGE if self.detected else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,28 +141,29 @@ def reduce_run(
     tasks = tasks or Inline()
     series = recorded.series
     num_parts = _num_parts(shards.files("summary"), len(series))
-    negative = left_out.submit_negative(tasks, shards, series, recorded.tagged, num_parts)
-    submitted = [
-        _submit_series(tasks, shards, at, series, rules, [leaf[at] for leaf in negative])
-        for at in range(len(series))
-    ]
-    tags = None
-    if recorded.tagged:
-        counts = _submit_tags(tasks, shards, len(series), [leaf[-1] for leaf in negative])
-        tags = tasks.result(counts)
+    negative = left_out.submit_negative(tasks, shards, series, recorded.counted, num_parts)
+    submitted, labels = [], None
+    for at in range(len(series)):
+        is_first = at == 0 and recorded.counted != ""
+        leaves = [[*leaf[at], *(leaf[-1] if is_first else [])] for leaf in negative]
+        total, types, counts = _submit_series(tasks, shards, at, recorded, rules, leaves)
+        submitted.append((total, types))
+        labels = labels or counts
+    tags, uses = _tags_and_uses(tasks, recorded, labels)
+    words = words_of(rules.language, uses)
     of_strength: list[_Reduced] = []
     of_signals: list[_Reduced] = []
     for one, (total, types) in zip(series, submitted, strict=True):
         own, labels, histogram = map(tasks.result, total)
         _check_total(shards, one, own[0]["n"] + own[0]["n_special"])
         statistics = pa.concat_tables([tasks.result(part) for part in types])
-        vocabulary = vocabulary_table(
-            one.layer, statistics, shards.n_docs, texts, rules.language, tags
-        )
+        vocabulary = vocabulary_table(one.layer, statistics, shards.n_docs, texts, words, tags)
         of_kind = of_strength if one.signal == STRENGTH else of_signals
         of_kind.append(_Reduced(one, own, labels, histogram, vocabulary))
     tables = {"shards": shards_table(shards.measure_id, shards.commits, shards.num_bytes)}
     tables |= _strength_tables(of_strength, is_frozen=bool(rules.frozen))
+    if uses is not None:
+        tables["languages"] = uses.table()
     if of_signals:
         tables |= _signal_tables(of_signals)
     if recorded.neuron_layers:
@@ -254,24 +271,28 @@ def _submit_series(
     tasks: Tasks,
     shards: CommittedShards,
     at: int,
-    series: Sequence[Series],
+    recorded: RecordedSeries,
     rules: LabelRules,
     negative: Sequence[list[Any]] = (),
-) -> tuple[list[Any], list[Any]]:
-    """Handles of the results of ``_total`` for one series, and of ``_types`` for each part.
+) -> tuple[list[Any], list[Any], Any]:
+    """Handles of the results of ``_total`` for one series, of ``_types`` for each part, and of tags.
 
-    ``negative`` are leaves of the series that take documents out.
+    Tags, or languages, are read with the first series, so that a summary is read once for both.
+    ``negative`` are leaves that take documents out.
     """
-    one = series[at]
+    series = recorded.series
+    one, tags_at = series[at], len(series) if at == 0 and recorded.counted else None
     frozen: list[dict[str, Any]] = []
     if one.signal == STRENGTH:
         frozen = [row for row in rules.frozen if row["layer"] == one.layer]
     num_parts = _num_parts(shards.files("summary"), len(series))
+    num_results = num_parts + (tags_at is not None)
     leaves = (
-        tasks.submit(_read, group, at, one, num_parts, num_results=num_parts)
+        tasks.submit(_read, group, at, one, num_parts, tags_at, num_results=num_results)
         for group in _groups(shards.files("summary"), len(series))
     )
     parts = merge_parts(tasks, itertools.chain(leaves, negative), _merge, one)
+    tags = None if tags_at is None else parts.pop()
     counts: list[Any] = []
     for part in parts:
         counts += tasks.submit(_count, part)
@@ -280,18 +301,22 @@ def _submit_series(
     types: list[Any] = []
     for part in parts:
         types += tasks.submit(_types, part, labels)
-    return total, types
+    return total, types, tags
 
 
-def _submit_tags(
-    tasks: Tasks, shards: CommittedShards, num_series: int, negative: Sequence[list[Any]]
-) -> Any:
-    """Handle of the most frequent tag of each type."""
-    groups = _groups(shards.files("summary"), num_series)
-    leaves = (tasks.submit(_tags, group, num_series) for group in groups)
-    (total,) = merge_parts(tasks, itertools.chain(leaves, negative), _add_tags, None)
-    (most_frequent,) = tasks.submit(_most_frequent, total)
-    return most_frequent
+def _tags_and_uses(
+    tasks: Tasks, recorded: RecordedSeries, counts: Any
+) -> tuple[dict[int, TagShare] | None, LanguageUses | None]:
+    """The most frequent tag of each type, and its uses by language; None for what is not counted.
+
+    ``counts`` is the handle of the sum of tags or languages.
+    """
+    if not recorded.counted:
+        return None, None
+    if not recorded.tagged:
+        return None, LanguageUses(tasks.result(counts))
+    (most_frequent,) = tasks.submit(_most_frequent, counts)
+    return tasks.result(most_frequent), None
 
 
 def _num_parts(files: Iterable[CommittedFile], num_series: int) -> int:
@@ -305,18 +330,29 @@ def _groups(files: Iterable[CommittedFile], num_series: int) -> Iterator[tuple[C
     return in_groups(files, lambda file: file.num_bytes, num_series * READ_BYTES)
 
 
-def _read(files: Sequence[CommittedFile], at: int, series: Series, num_parts: int) -> list[bytes]:
+def _read(
+    files: Sequence[CommittedFile],
+    at: int,
+    series: Series,
+    num_parts: int,
+    tags_at: int | None = None,
+) -> list[Any]:
     """The sum of ``series`` (row group ``at``) over ``files``, as ``num_parts`` encoded parts.
 
     Part p has the types whose id modulo ``num_parts`` is p. Most vocabularies order ids by
-    frequency, so the parts have about equal sizes.
+    frequency, so the parts have about equal sizes. Last comes the sum of the tags in row group
+    ``tags_at``, if it is given.
     """
-    total = SeriesSummary.merge(_read_series(files, at, series))
-    return encoded_parts(total.to_table(series), "token_id", num_parts)
+    tags = [TypeTags.empty()]
+    total = SeriesSummary.merge(_read_series(files, at, series, tags_at, tags))
+    parts = encoded_parts(total.to_table(series), "token_id", num_parts)
+    return parts if tags_at is None else [*parts, TypeTags.merge(tags)]
 
 
-def _merge(series: Series, *parts: bytes) -> list[bytes]:
-    """The sum of ``parts``."""
+def _merge(series: Series, *parts: Any) -> list[Any]:
+    """The sum of ``parts``, which are parts of ``series`` or tags."""
+    if isinstance(parts[0], TypeTags):
+        return [TypeTags.merge(parts)]
     summaries = (SeriesSummary.from_table(decode(part)) for part in parts)
     total = SeriesSummary.merge(summaries)
     return [encode(total.to_table(series))]
@@ -388,20 +424,6 @@ def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.T
     return list(neurons.neuron_tables(pairs, layer, types))
 
 
-def _tags(files: Sequence[CommittedFile], num_series: int) -> list[TypeTags]:
-    """The sum of the tag counts in ``files``; their row group follows those of the series."""
-    counts = [TypeTags.empty()]
-    for file in files:
-        table = _read_group(file, num_series)
-        if table is not None:
-            counts.append(TypeTags.from_table(table))
-    return [TypeTags.merge(counts)]
-
-
-def _add_tags(_: None, *parts: TypeTags) -> list[TypeTags]:
-    return [TypeTags.merge(parts)]
-
-
 def _most_frequent(tags: TypeTags) -> list[dict[int, TagShare]]:
     return [tags.most_frequent()]
 
@@ -420,15 +442,24 @@ def _slices(part: bytes) -> Iterator[SeriesSummary]:
 
 
 def _read_series(
-    files: Sequence[CommittedFile], at: int, series: Series
+    files: Sequence[CommittedFile],
+    at: int,
+    series: Series,
+    tags_at: int | None,
+    tags: list[TypeTags],
 ) -> Iterator[SeriesSummary]:
     """``series`` (row group ``at``) of every summary that has it, reading several files at a time.
 
-    Raises ``StoreError`` if a row group holds another series.
+    The tags of each summary (row group ``tags_at``) are appended to ``tags``. Raises ``StoreError``
+    if a row group holds another series.
     """
 
     def read(file: CommittedFile) -> SeriesSummary | None:
-        table = _read_group(file, at)
+        summary = parquet.open_file(file.read())
+        of_tags = None if tags_at is None else _read_group(summary, tags_at)
+        if of_tags is not None:
+            tags.append(TypeTags.from_table(of_tags))
+        table = _read_group(summary, at)
         if table is None:
             return None
         found = Series(table["signal"][0].as_py(), table["layer"][0].as_py())
@@ -446,9 +477,8 @@ def _read_series(
                     yield part
 
 
-def _read_group(file: CommittedFile, at: int) -> pa.Table | None:
+def _read_group(summary: pq.ParquetFile, at: int) -> pa.Table | None:
     """Row group ``at`` of a summary; None if the shard has no tokens or no tags for it."""
-    summary = parquet.open_file(file.read())
     if at >= summary.num_row_groups:
         return None
     return summary.read_row_group(at, use_threads=False)

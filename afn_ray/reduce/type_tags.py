@@ -35,9 +35,28 @@ class TypeTags:
 
     @classmethod
     def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
-        """Counts of tokens; tokens whose tag is null are left out."""
+        """Counts of tokens; tokens whose tag is null are left out.
+
+        Few distinct ``tags`` count fastest as a dictionary.
+        """
+        if isinstance(tags, pa.DictionaryArray):
+            return cls._of_coded(token_ids, tags)
         once = np.ones(len(token_ids), np.int64)
         return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": once}))
+
+    @classmethod
+    def _of_coded(cls, token_ids: npt.NDArray[np.int32], tags: pa.DictionaryArray) -> TypeTags:
+        """Counts of tokens whose ``tags`` are a dictionary, by one sort of integers."""
+        there = tags.indices.is_valid().to_numpy(zero_copy_only=False)
+        names = tags.dictionary.cast(pa.string())
+        rank = pc.rank(names).to_numpy().astype(np.int64) - 1  # order of the names
+        codes = rank[tags.indices.filter(pa.array(there)).to_numpy()]
+        keys = token_ids[there].astype(np.int64) * max(1, len(names)) + codes
+        distinct, n = np.unique(keys, return_counts=True)
+        ids, codes = np.divmod(distinct, max(1, len(names)))
+        in_order = names.take(pc.sort_indices(names))
+        tag = in_order.take(pa.array(codes))
+        return cls(pa.table({"token_id": ids.astype(np.int32), "tag": tag, "n": n}))
 
     @classmethod
     def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:

@@ -43,12 +43,12 @@ FORMS = pa.schema(
     [
         pa.field("word", pa.int64()),  # index of the word
         pa.field("form", pa.string()),  # the word as written
-        pa.field("tag", pa.string()),  # null: without a tag
+        pa.field("tag", pa.string()),  # or the language of the document; null: without
         pa.field("token_id", pa.int32()),  # its first token; the lowest, should it have several
         pa.field("n", pa.int64()),
     ]
 )
-"""Schema of how often each word is written in which way, and tagged."""
+"""Schema of how often each word is written in which way, and tagged or in which language."""
 
 
 def normalised(form: str) -> str:
@@ -179,6 +179,7 @@ class WordRules(NamedTuple):
     q3: Sequence[float | None]  # of the thresholds that label, by layer
     tagged: bool  # tokens have tags
     num_parts: int  # parts into which the sums are cut, by a hash of the word
+    by_language: bool = False  # without tags, words are counted by the language of their document
 
 
 class WordTokens(NamedTuple):
@@ -189,7 +190,7 @@ class WordTokens(NamedTuple):
     flags: npt.NDArray[np.uint8]
     by_layer: Sequence[npt.NDArray[np.float32]]  # strengths
     surface: pa.DictionaryArray  # of words that their tokens do not spell, where they begin
-    tag: pa.DictionaryArray | None  # None: the corpus has no tags
+    tag: pa.DictionaryArray | None  # or language; None: the corpus has neither
 
 
 class WordCounter:
@@ -211,6 +212,11 @@ class WordCounter:
     def tagged(self) -> bool:
         """Whether tokens need their tags."""
         return self._rules.tagged
+
+    @property
+    def by_language(self) -> bool:
+        """Whether languages of documents stand for tags."""
+        return self._rules.by_language
 
     def add(self, tokens: WordTokens) -> None:
         """Count the words of ``tokens``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.histogram import (
     BIN_BITS,
@@ -21,6 +22,7 @@ from afn_ray.reduce.histogram import (
     starts,
     to_values,
 )
+from afn_ray.reduce.language_uses import Uses
 from afn_ray.reduce.stats import Float64s, Ints, is_high, wilson
 from afn_ray.reduce.tables import type_statistics
 from afn_ray.reduce.tasks import Tasks, merge_parts, merged
@@ -37,7 +39,7 @@ from afn_ray.reduce.word_sums import (
     merge,
     total_of,
 )
-from afn_ray.schema import CLASSES, UNTAGGED, WORD_VOCABULARY_SCHEMA
+from afn_ray.schema import CLASSES, UNKNOWN_LANGUAGE, UNTAGGED, WORD_VOCABULARY_SCHEMA
 
 LEAST_N = 5
 """Smallest number of occurrences of a word that has a row of its own; rarer words are folded."""
@@ -62,9 +64,19 @@ class Described(NamedTuple):
     layers: Sequence[int]
     q3: Sequence[float | None]  # of the thresholds that label, by layer
     n_docs: int  # documents of the run
-    language: str
+    language: str  # of the closed-class words; ``AUTO_LANGUAGE``: those of the documents
     tagged: bool  # classes are tags
     readable: Sequence[str]  # texts of the tokenizer's types
+
+    @property
+    def by_language(self) -> bool:
+        """Whether forms are counted by the languages of documents, which give the classes."""
+        return self.language == AUTO_LANGUAGE and not self.tagged
+
+    @property
+    def one_language(self) -> str | None:
+        """The language of all words; None: they have several."""
+        return None if self.language == AUTO_LANGUAGE else self.language
 
 
 def word_vocabulary(
@@ -108,6 +120,7 @@ def _rows(sums: WordSums, least: int, described: Described) -> list[Any]:
         "text": pc.list_element(of_named.forms, 0) if len(of_named.forms) else [],
         "token_id": of_named.token_ids,
         "class": of_named.classes,
+        "language": of_named.languages,
         "n_docs": named.num_docs,
         "idf": np.log(described.n_docs / named.num_docs),
         "class_confidence": of_named.confidence.astype(np.float32),
@@ -132,6 +145,7 @@ def _folded_rows(sums: WordSums, least: int, described: Described) -> list[pa.Ta
         "text": [described.readable[i] for i in token_ids],
         "token_id": token_ids,
         "class": [name for _, name in names],
+        "language": pa.array([described.one_language] * num_rows, pa.string()),
         "n_docs": pa.nulls(num_rows, pa.int64()),
         "idf": pa.nulls(num_rows, pa.float64()),
         "class_confidence": pa.nulls(num_rows, pa.float32()),
@@ -154,7 +168,6 @@ def _table(sums: WordSums, columns: Mapping[str, Any], described: Described) -> 
             **columns,
             **found,
             "layer": np.full(len(n), layer),
-            "language": pa.array([described.language] * len(n), pa.string()),
             "n": n,
             "n_tokens": n_tokens,
             "pieces": n_tokens / n,
@@ -209,6 +222,7 @@ class _Kinds(NamedTuple):
     """What each word is, and how it is written; all [n_words]."""
 
     classes: pa.StringArray
+    languages: pa.StringArray
     confidence: Float64s
     is_ambiguous: npt.NDArray[np.bool_]
     token_ids: Ints  # first token of the most frequent form
@@ -218,6 +232,7 @@ class _Kinds(NamedTuple):
         mask = pa.array(which)
         return _Kinds(
             self.classes.filter(mask),
+            self.languages.filter(mask),
             self.confidence[which],
             self.is_ambiguous[which],
             self.token_ids[which],
@@ -229,13 +244,14 @@ class _Kinds(NamedTuple):
         """From the forms of each word, and its tags if classes are tags."""
         forms = _by_frequency(sums.forms, "form")
         begins = starts(forms["word"].to_numpy())
-        guesses = _by_tag(sums) if described.tagged else _guessed(forms, described.language)
+        guesses = _by_tag(sums) if described.tagged else _guessed(forms, _words_of(sums, described))
         nth = np.arange(len(forms)) - np.repeat(begins, np.diff(begins, append=len(forms)))
         listed = forms.filter(pa.array(nth < MOST_FORMS))
         ends = np.searchsorted(listed["word"].to_numpy(), np.arange(len(sums.words) + 1))
         kind = WORD_VOCABULARY_SCHEMA.field("forms").type
         return cls(
             pa.array([guess.name for guess in guesses], pa.string()),
+            _languages(sums, described),
             np.array([guess.confidence for guess in guesses], np.float64),
             np.array([guess.is_ambiguous for guess in guesses], np.bool_),
             forms["token_id"].to_numpy()[begins].astype(np.int64),
@@ -271,15 +287,42 @@ def _by_tag(sums: WordSums) -> list[lexicon.Guess]:
     return guesses
 
 
-def _guessed(forms: pa.Table, language: str) -> list[lexicon.Guess]:
+def _languages(sums: WordSums, described: Described) -> pa.StringArray:
+    """The language of most occurrences of each word; null: unknown, or words have tags."""
+    if not described.by_language:
+        return pa.array([described.one_language] * len(sums.words), pa.string())
+    is_known = pc.not_equal(sums.forms["tag"], UNKNOWN_LANGUAGE)
+    spoken = _by_frequency(sums.forms.filter(is_known), "tag")
+    words = spoken["word"].to_numpy()
+    begins = starts(words)
+    rows = pc.index_in(pa.array(np.arange(len(sums.words))), pa.array(words[begins]))
+    return spoken["tag"].take(pa.array(begins)).take(rows).combine_chunks()
+
+
+def _words_of(sums: WordSums, described: Described) -> Callable[[int, str], lexicon.Words | None]:
+    """Words by which a form of a word is classified."""
+    if not described.by_language:
+        words = lexicon.find(described.language)
+        return lambda word, form: words
+    counts: dict[tuple[int, str], dict[str, int]] = {}
+    columns = (sums.forms[name].to_pylist() for name in ("word", "form", "tag", "n"))
+    for word, form, spoken, n in zip(*columns, strict=True):
+        if spoken is not None:
+            counts.setdefault((word, form), {})[spoken] = n
+    return lambda word, form: Uses(counts.get((word, form), {}))
+
+
+def _guessed(
+    forms: pa.Table, words_of: Callable[[int, str], lexicon.Words | None]
+) -> list[lexicon.Guess]:
     """The class of each word, from how it is written."""
-    closed = lexicon.find(language)
     columns = (forms[name].to_pylist() for name in ("word", "form", "n"))
     guesses: list[lexicon.Guess] = []
     for _, rows in itertools.groupby(zip(*columns, strict=True), key=lambda row: row[0]):
         found = []
-        for _, form, n in rows:
-            guess = lexicon.classify(form, special=False, starts=1.0, whole=1.0, words=closed)
+        for word, form, n in rows:
+            words = words_of(word, form)
+            guess = lexicon.classify(form, special=False, starts=1.0, whole=1.0, words=words)
             found.append((guess, n))
         guesses.append(_most_of(found))
     return guesses

@@ -12,11 +12,19 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray import kept
-from afn_ray.config import RunConfig
+from afn_ray.config import AUTO_LANGUAGE, RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
 from afn_ray.query.database import Run, open_run
-from afn_ray.reduce import duplicates, kept_columns, lexicon, losses, near_duplicates, screen
+from afn_ray.reduce import (
+    duplicates,
+    kept_columns,
+    language_uses,
+    lexicon,
+    losses,
+    near_duplicates,
+    screen,
+)
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
@@ -39,6 +47,7 @@ from afn_ray.store import (
 )
 from afn_ray.store.commits import Commit, Commits, describe_makers, total_counts
 from afn_ray.text import count
+from afn_ray.tokens import languages
 
 LACKING = "not in the store when the run was reduced alone"
 """Reason of a missing shard in a run that was only reduced."""
@@ -60,6 +69,7 @@ def prepare(
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = measurer.find_model(config)
+    detector = languages.identity() if config.language == AUTO_LANGUAGE else None
     task = worker.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
@@ -68,12 +78,12 @@ def prepare(
     decided = calibrator.decide_precision(replace(task, measure=measure))
     measure = replace(measure, dtype=decided.dtype)
     outliers = calibrator.find_outliers(replace(task, measure=measure))
-    measure = replace(measure, outliers=outliers)
+    measure = replace(measure, outliers=outliers, languages=detector)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
         measure = replace(measure, neurons_above=_high_from(frozen, measure.neuron_layers))
     task = replace(task, measure=measure)
-    if not measure.tagged and lexicon.find(config.language) is None:
+    if not measure.tagged and detector is None and lexicon.find(config.language) is None:
         on_event(events.Warned(lexicon.why_none(config.language)))
     return Preparation(config, device, files, plan, begun_ns, decided, task, frozen)
 
@@ -228,6 +238,8 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         )
     _report_complete(folder, results, on_event)
     _report_losses(folder, on_event)
+    if "languages" in tables and (lacking := language_uses.without_list(tables["languages"])):
+        on_event(events.Warned(lacking))
     return _opened(claim)
 
 
@@ -264,9 +276,7 @@ def _reduce(
     sizes = [shard.num_bytes for shard in results.done]
     columns = kept.parse(config.keep_columns or "")
     shards = CommittedShards(config.store, measure.id, results.commits, sizes, columns)
-    recorded = RecordedSeries(
-        measure.series, measure.neuron_layers, bool(measure.neurons_above), measure.tagged
-    )
+    recorded = RecordedSeries.of(measure)
     rules = LabelRules(config.language, config.sink_factor, asked.frozen)
     with cluster.tasks(config, results.done, on_warning(on_event)) as tasks:
         found = duplicates.find(shards, config.duplicates, tasks)

@@ -128,6 +128,7 @@ class Measurer:
             self.model.causal,
             self.model.packed,
             self.model.num_embeddings,
+            measure.detected,
         )
         self.preparer = Preparer(recipe, encoder)
         self._stopped = threading.Event()

@@ -42,7 +42,8 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     options = config.read_options
     files, skipped = listing.list_files(config.corpus, options, config.store)
     listing.check_columns(files, options)
-    check_group_by(config.group_by, kept.parse(options.keep), [file.uri for file in files])
+    uris = [file.uri for file in files]
+    check_group_by(config.group_by, kept.parse(options.keep), uris, config.language)
     shard_bytes = config.shard_bytes or listing.choose_shard_bytes(files)
     known = _remembered(config, shard_bytes)
     missing = [file for file in files if file not in known]

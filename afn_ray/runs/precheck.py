@@ -9,13 +9,21 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from afn_ray.config import BUILT_IN_SIGNALS, SIGNAL_GROUP, RunConfig, resolve_layers, signal_names
+from afn_ray.config import (
+    AUTO_LANGUAGE,
+    BUILT_IN_SIGNALS,
+    SIGNAL_GROUP,
+    RunConfig,
+    resolve_layers,
+    signal_names,
+)
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.reduce import near_duplicates
 from afn_ray.runs import address
 from afn_ray.store import manifest, probes, uris
 from afn_ray.text import nearest
+from afn_ray.tokens import languages
 
 MOST_CONFIG_BYTES = 16 << 20
 """Largest config.json that is read here, in bytes."""
@@ -36,6 +44,8 @@ def check_run(config: RunConfig, *, reduce_only: bool = False) -> None:
     """
     if config.near_duplicates is not None:
         near_duplicates.check_package()
+    if config.language == AUTO_LANGUAGE:
+        languages.identity()
     is_here = config.executor == "inline"
     if not is_here and (where := address.of_cluster(config.address)) is not None:
         address.check(where)

@@ -14,10 +14,17 @@ from afn_ray import kept
 from afn_ray.corpus_values import Document
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
-from afn_ray.reduce.histogram import Summary
+from afn_ray.reduce.histogram import Summary, languages_of_words
 from afn_ray.reduce.stats import is_high
 from afn_ray.runs.values import Float32s, Numbers, Values
-from afn_ray.schema import SPECIAL, STRENGTH, Series, neurons_column, token_neurons_schema
+from afn_ray.schema import (
+    LANGUAGE,
+    SPECIAL,
+    STRENGTH,
+    Series,
+    neurons_column,
+    token_neurons_schema,
+)
 from afn_ray.store import records
 from afn_ray.store.commits import COUNTS
 from afn_ray.tokens import encode
@@ -67,7 +74,7 @@ class Recorder:
 
     def __init__(self, measure: Measure, files: records.ShardFiles) -> None:
         self._measure, self._files = measure, files
-        self._summary = Summary(measure.series, measure.tagged)
+        self._summary = Summary(measure.series, measure.tagged or measure.detected)
         self._pairs = neurons.PairSummary(measure.neuron_layers)
         self.counts = dict.fromkeys(COUNTS, 0)
         self.num_refused = 0  # documents that were read and could not be measured
@@ -144,6 +151,9 @@ class Recorder:
         }
         table = records.make_table(columns, self._files.tokens.schema)
         tags = tokens.tags
+        if self._measure.detected and not self._measure.tagged:
+            spoken = pa.array(chunk.prepared.languages, pa.string())
+            tags = languages_of_words(encoded.docs, encoded.flags, spoken)
         which: slice | npt.NDArray[np.bool_] = slice(None)  # without a copy, as nearly always
         if not keep.all():
             table, tags = table.filter(pa.array(keep)), tags.filter(pa.array(keep))
@@ -209,6 +219,7 @@ class Recorder:
             "lost_documents": [num_documents for _, num_documents in outcomes.losses],
             "text_sha256": [_digest(d) for d in documents],
             "status": outcomes.status,
+            LANGUAGE: chunk.prepared.languages or [None] * len(documents),
             **means,
             **kept.columns_of(documents, self._files.kept_names),
         }

@@ -45,7 +45,7 @@ from afn_ray.runs.values import Values
 from afn_ray.schema import STRENGTH
 from afn_ray.store import records, shard_files
 from afn_ray.store.commits import Commit
-from afn_ray.tokens import encode, windows
+from afn_ray.tokens import encode, languages, windows
 from afn_ray.tokens.feed import Chunk, Feed
 
 MOST_NUMBERS = 640
@@ -82,7 +82,7 @@ _log = logging.getLogger(__name__)
 
 
 def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str) -> Task:
-    """Return the task of ``config``, for a corpus without labels.
+    """Return the task of ``config``, for a corpus without labels and detected languages.
 
     ``device`` is "cpu" or "cuda", the workers' device. ``dtype`` is the dtype of the matrix
     products, already decided. Raises ``ModelError`` or ``ConfigError``.
@@ -158,6 +158,7 @@ class Processor:
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        languages.check(task.measure.languages)
         scratch.sweep(task.config)
         self.measurer = Measurer(task)
         self.counters = self.measurer.counters
@@ -244,7 +245,9 @@ class Processor:
             return commit  # by another run, or by an attempt whose answer was lost
         options = config.read_options
         documents = (d for piece in shard.slices for d in reading.read(piece, options))
-        of_corpus = records.CorpusColumns(measure.tagged, kept.fields_of(options.keep))
+        of_corpus = records.CorpusColumns(
+            measure.tagged, kept.fields_of(options.keep), measure.detected
+        )
         origin = {"measure": measure.id, "shard": shard.id, "attempt": attempt}
         with scratch.attempt_folder(config) as folder:
             with records.ShardFiles(

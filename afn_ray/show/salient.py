@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.console import Console
 from rich.text import Text
 
+from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.query.database import Run
 from afn_ray.query.expressions import is_high
 from afn_ray.reduce import lexicon
+from afn_ray.reduce.language_uses import Uses
 from afn_ray.reduce.stats import wilson
+from afn_ray.schema import LANGUAGE
 from afn_ray.show.figures import figure
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.text import printable
@@ -36,7 +40,8 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     """Content words that are most surely and least surely HIGH.
 
     Words are ranked by the end of the interval nearer to the middle. A content word has two letters
-    or more and is no closed-class word of the run's language. Reads the run's tokens once.
+    or more and is no closed-class word, by the languages of the documents that it occurs in or by
+    the one that the run names. Reads the run's tokens once, or twice to count these.
     """
     ((q3,),) = run.sql(
         "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
@@ -48,15 +53,34 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
         FROM words WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') GROUP BY lower(text) HAVING n >= $least
     """  # noqa: S608 - the layer is a number
     rows = run.sql(query, {"q3": q3, "least": SALIENT_MIN_N}).fetchall()
-    words = lexicon.find(run.info["config"]["language"])
+    words_of = _words_of(run)
     found = []
     for word, n, n_high, median in rows:
+        words = words_of(word)
         if words is None or words.guess(word).name != "function":
             low, high = wilson(n_high, n)
             found.append(SalientWord(word, n, n_high, median, float(low), float(high)))
     most = sorted(found, key=lambda w: (-w.low, -w.n, w.text))[:SALIENT_WORDS]
     least = sorted(found, key=lambda w: (w.high, -w.n, w.text))[:SALIENT_WORDS]
     return most, least
+
+
+def _words_of(run: Run) -> Callable[[str], lexicon.Words | None]:
+    """Words by which a word of the run, in lower case, is classified."""
+    language = run.info["config"]["language"]
+    if language != AUTO_LANGUAGE:
+        words = lexicon.find(language)
+        return lambda word: words
+    query = f"""
+        SELECT lower(text) AS word, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
+        WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') AND {LANGUAGE} IS NOT NULL
+        GROUP BY lower(text), {LANGUAGE}
+        QUALIFY sum(count(*)) OVER (PARTITION BY lower(text)) >= $least
+    """  # noqa: S608 - a name of ours
+    counts: dict[str, dict[str, int]] = {}
+    for word, spoken, n in run.sql(query, {"least": SALIENT_MIN_N}).fetchall():
+        counts.setdefault(word, {})[spoken] = n
+    return lambda word: Uses(counts.get(word, {}))
 
 
 def render_salient(run: Run, layer: int, console: Console) -> None:

@@ -82,7 +82,8 @@ NEURON_TABLES = ("neurons", "pairs")
 """Further tables of a shard whose neurons are recorded."""
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "kept", "sources",
               "screened", "strange", "signals", "signal_vocabulary", "neurons", "neuron_types", "groups", "group_types",
-              "group_classes", "duplicates", "near_duplicates", "copied", "salience", "word_vocabulary")  # fmt: skip
+              "group_classes", "duplicates", "near_duplicates", "copied", "salience", "word_vocabulary",
+              "languages")  # fmt: skip
 PROBE = re.compile("probe-[0-9a-f]{32}")
 COMMIT = re.compile(r"commit(?:-([1-9][0-9]{0,8}))?\.json")
 LEASE = re.compile(r"lease-[0-9a-f]{32}\.json")

@@ -17,10 +17,9 @@ import pyarrow.parquet as pq
 from afn_ray.errors import Interrupted
 from afn_ray.schema import (
     PAIRS_SCHEMA,
-    SUMMARY_SCHEMA,
-    TAGGED_SUMMARY_SCHEMA,
     Series,
     documents_schema,
+    summary_schema,
     token_neurons_schema,
     tokens_schema,
 )
@@ -117,6 +116,7 @@ class CorpusColumns(NamedTuple):
 
     tagged: bool = False  # the corpus is labelled, so tokens have tags
     kept: Sequence[pa.Field] = ()  # kept columns of the documents
+    detected: bool = False  # the languages of documents are detected
 
 
 NO_COLUMNS = CorpusColumns()
@@ -144,10 +144,10 @@ class ShardFiles:
             return TableFile(folder / f"{name}.parquet", schema.with_metadata({"afn": label}))
 
         self.kept_names = [field.name for field in of_corpus.kept]
-        tagged = of_corpus.tagged
+        tagged, detected = of_corpus.tagged, of_corpus.detected
         self.tokens = table("tokens", tokens_schema(series, offsets, tagged))
-        self.documents = table("documents", documents_schema(series, of_corpus.kept))
-        self.summary = table("summary", TAGGED_SUMMARY_SCHEMA if tagged else SUMMARY_SCHEMA)
+        self.documents = table("documents", documents_schema(series, of_corpus.kept, detected))
+        self.summary = table("summary", summary_schema(tagged=tagged, detected=detected))
         self._files = [self.tokens, self.documents, self.summary]
         self.neurons: TableFile | None = None
         self.pairs: TableFile | None = None

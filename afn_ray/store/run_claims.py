@@ -162,5 +162,8 @@ def _other_measure(store: str, runs: Sequence[str], measure: Measure) -> str:
         if plan is not None:
             theirs = plan[1].get("measure", {})
             message += measure_differences(theirs, measure.as_dict()) + ". "
+            if measure.detected and theirs.get("languages") is None:
+                language = plan[1].get("config", {}).get("language", "en")
+                message += f"--language {language} goes on with that measure. "
             break
     return message + "Use another --store, or --allow-another-measure to keep both in this one"

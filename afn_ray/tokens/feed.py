@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 
 from afn_ray.corpus_values import Document
 from afn_ray.errors import HelperDied
-from afn_ray.tokens import encode
+from afn_ray.tokens import encode, languages
 from afn_ray.tokens import windows as tokens
 from afn_ray.tokens.surfaces import Speller
 
@@ -71,6 +71,7 @@ class Recipe:
     causal: bool
     packed: bool
     num_embeddings: int | None = None  # token ids that the model has a vector for; None: unknown
+    detects: bool = False  # the language of each text is detected
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Prepared:
     n_windows: npt.NDArray[np.int64]  # [n_texts]
     batches: list[tokens.TokenBatch]
     seconds: float  # duration of the preparation
+    languages: Sequence[str | None]  # [n_texts], from ``languages.detect``; empty: not detected
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,8 @@ class Preparer:
         n_windows = np.bincount(text_of, minlength=len(texts))
         surfaces = self._speller.surfaces(encoded, texts)
         encoded = replace(encoded, same=None)  # need not travel
-        return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began)
+        detected = [languages.detect(text) for text in texts] if recipe.detects else []
+        return Prepared(encoded, surfaces, n_windows, batches, time.monotonic() - began, detected)
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,10 +133,17 @@ def swap(store: Copy, table: str, data: bytes, **changes: Any) -> None:
 
 def edit_rows(store: Copy, table: str, edit: Callable[[pa.Table], pa.Table]) -> None:
     """Edit a shard's table; its commit and footer say that this is right."""
-    before = pq.read_table(io.BytesIO(storage.read_bytes(store.file(table))))
+    file = pq.ParquetFile(io.BytesIO(storage.read_bytes(store.file(table))))
+    before = file.read()
     after = edit(before).cast(before.schema).replace_schema_metadata(before.schema.metadata)
-    sink = io.BytesIO()
-    pq.write_table(after, sink, row_group_size=len(after) // 2 if table == "summary" else None)
+    sink, at = io.BytesIO(), 0
+    with pq.ParquetWriter(sink, after.schema) as writer:
+        for group in range(file.num_row_groups):
+            size = file.metadata.row_group(group).num_rows
+            writer.write_table(after.slice(at, size))
+            at += size
+        if at < len(after):
+            writer.write_table(after.slice(at))
     swap(store, table, sink.getvalue(), rows=len(after))
 
 
@@ -162,7 +169,7 @@ def forge_plan(store: Copy, edit: Callable[[list[dict[str, Any]]], list[dict[str
     ask = {
         "measure": fingerprint(header["measure"]),
         "shards": ids,
-        "language": "en",
+        "language": "auto",
         "sink_factor": 10.0,
         "screen": 1000,
         "frozen": [],
@@ -200,7 +207,7 @@ def test_a_store_that_is_whole_is_said_to_be(store: Copy) -> None:
     counts = run.info["counts"]
     assert (v.num_shards, v.num_rows, v.num_runs) == (counts["shards"], counts["tokens"], 1)
     assert counts["shards"] > 3 and counts["empty"] == 2 and counts["quarantined"] == 1
-    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 12
+    assert v.num_files == 3 * v.num_shards + len(run.info["tables"]) == 3 * v.num_shards + 13
     sizes = {f.uri: f.size for f in storage.list_below(store.uri) if not f.uri.endswith(".json")}
     assert v.num_bytes == sum(sizes.values())
     one = verify_store(run.uri)
@@ -229,7 +236,7 @@ def test_an_unfinished_run_is_no_damage(
     assert not v.findings and v.num_shards == 2 and v.num_runs == 0
     assert verify_store(run).num_shards == 2
     plan = pq.read_table(f"{run}/plan.parquet")
-    header = plan.schema.metadata[b"afn"].replace(b'"language": "en"', b'"language": "de"')
+    header = plan.schema.metadata[b"afn"].replace(b'"language": "auto"', b'"language": "de"')
     pq.write_table(plan.replace_schema_metadata({"afn": header}), f"{run}/plan.parquet")
     assert kinds(verify_store(config.store)) == [("damaged", f"{run}/plan.parquet")]
 

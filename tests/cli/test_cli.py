@@ -262,7 +262,7 @@ WRONG = [
     ("run c.jsonl --model {model} --store s --id-column nr", "no column 'nr' in"),
     (
         "run c.jsonl --model {model} --store s --language english",
-        "language is 'english'; expected a code of ISO 639, such as en, pt-BR or yue",
+        "language is 'english'; expected auto, or a code of ISO 639, such as en, pt-BR or yue",
     ),
     (
         "run c.jsonl --model {model} --store s --device cuda",

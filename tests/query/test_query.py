@@ -308,7 +308,8 @@ def test_documents_are_run_wide_and_always_have_an_id(run: Run) -> None:
             digest = r["text_sha256"].hex()
             doc_id = digest[:16] if r["doc_id"] is None else r["doc_id"]
             shown = {"doc": r["doc"] + offset, "doc_id": doc_id, "text_sha256": digest}
-            expected.append(r | shown | {"duplicate_of": None, "near_duplicate_of": None})
+            beside = ("detected_language", "duplicate_of", "near_duplicate_of")
+            expected.append(r | shown | dict.fromkeys(beside))
         offset += len(documents)
     assert run.sql("FROM documents ORDER BY doc").to_dicts() == expected
 
@@ -387,8 +388,8 @@ def test_tables_lists_every_view_with_its_columns(run: Run) -> None:
     assert tables["movers"] == MOVERS_SCHEMA.names and tables["screened"] == SCREENED_SCHEMA.names
     assert tables["vocabulary"] == VOCABULARY_SCHEMA.names
     *recorded, last_mean, mean = documents_schema(strengths(LAYERS)).names
-    copies = ["duplicate_of", "near_duplicate_of"]
-    assert tables["documents"] == [*recorded, *copies, last_mean, mean]
+    beside = ["detected_language", "duplicate_of", "near_duplicate_of"]
+    assert tables["documents"] == [*recorded, *beside, last_mean, mean]
     assert tables["shards"] == SHARDS_SCHEMA.names
     comments = dict(
         run.sql("SELECT view_name, comment FROM duckdb_views() WHERE NOT internal").fetchall()

@@ -531,7 +531,8 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
     files = {"summary": {"name": "", "bytes": 1, "sha256": ""}}
     commits = [Commit(str(i), "", files, {}, 0.0, {}) for i in range(4**6)]
     shards = CommittedShards("/store", MEASURE_ID, commits, [1] * len(commits))
-    total, types = tree._submit_series(Counting(), shards, 0, SERIES[1:], LabelRules("en", 10.0))
+    recorded = RecordedSeries(SERIES[1:])
+    total, types, _ = tree._submit_series(Counting(), shards, 0, recorded, LabelRules("en", 10.0))
     assert (
         made == 4**5 + (4**5 - 1) // 3 + 5
     )  # groups, merges, then the ends: count, total's three, types

@@ -227,7 +227,7 @@ def test_tables_have_the_promised_schemas_with_and_without_offsets(
         with afn_ray.run(config) as run:
             for table, schema in (
                 ("tokens", tokens_schema(strengths([2]), offsets)),
-                ("documents", documents_schema(strengths([2]))),
+                ("documents", documents_schema(strengths([2]), detected=True)),
             ):
                 assert all(t.schema.equals(schema) for t in shard_tables(run, table))
             assert ("start" in run.tables()["tokens"]) is offsets

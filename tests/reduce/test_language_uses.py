@@ -1,0 +1,133 @@
+"""Classes of words by the languages of the documents that they occur in."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from afn_ray.reduce import lexicon
+from afn_ray.reduce.histogram import languages_of_words, whole_words
+from afn_ray.reduce.language_uses import LanguageUses, Uses, without_list, words_of
+from afn_ray.reduce.lexicon import Guess
+from afn_ray.reduce.type_tags import TypeTags
+from afn_ray.schema import SPECIAL, WORD_START
+
+
+@pytest.mark.parametrize(
+    ("word", "counts", "name"),
+    [
+        ("die", {"en": 9}, "content"),
+        ("die", {"de": 9}, "function"),
+        ("die", {"de": 9, "en": 5}, "function"),
+        ("die", {"de": 5, "en": 9}, "content"),
+        (
+            "die",
+            {"de": 5, "en": 5},
+            "function",
+        ),  # at least half: a word without entry may be closed
+        ("die", {"de": 5, "unknown": 900}, "function"),  # unknown counts for nothing
+        ("die", {"de": 5, "sw": 5}, "function"),
+        ("die", {"de": 5, "sw": 6}, "word"),  # there is no list of Swahili
+        ("die", {"sw": 6}, "word"),
+        ("die", {"unknown": 6}, "word"),
+        ("die", {}, "word"),
+        ("house", {"en": 5, "de": 5}, "content"),
+    ],
+)
+def test_a_word_has_the_class_of_most_of_its_uses(
+    word: str, counts: dict[str, int], name: str
+) -> None:
+    guess = Uses(counts).guess(word)
+    assert guess.name == name and 0 < guess.confidence <= 1
+    assert Uses(dict(reversed(counts.items()))).guess(word) == guess
+
+
+@pytest.mark.parametrize("language", ["en", "de", "zh"])
+def test_uses_in_one_language_give_what_the_language_gives(language: str) -> None:
+    words = lexicon.find(language)
+    assert words is not None
+    for word in ("die", "will", "house", "的"):
+        assert Uses({language: 7, "unknown": 3}).guess(word) == words.guess(word)
+
+
+def test_the_confidence_of_several_languages_is_that_of_their_uses() -> None:
+    german, english = (lexicon.find(language) for language in ("de", "en"))
+    assert german is not None and english is not None
+    closed, open_ = german.guess("die"), english.guess("die")
+    assert (closed.name, open_.name) == ("function", "content")
+    found = Uses({"de": 60, "en": 30, "sw": 10}).guess("die")
+    assert found.name == "function" and found.is_ambiguous
+    assert found.confidence == pytest.approx(
+        (60 * closed.confidence + 30 * (1 - open_.confidence)) / 100
+    )
+    assert Uses({"sw": 3, "en": 1}).guess("die") == Guess("word", 0.75)
+
+
+def tokens(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents, types and flags of 400 random tokens."""
+    rng = np.random.default_rng(seed)
+    docs = np.sort(rng.integers(0, 12, 400)).astype(np.int32)
+    flags = rng.choice([0, WORD_START, WORD_START, SPECIAL], 400).astype(np.uint8)
+    return docs, rng.integers(0, 30, 400).astype(np.int32), flags
+
+
+SPOKEN = pa.array(["sv", "en", None, "unknown", "en", "de", "zh", "de", None, "en", "ar", "sv"])
+
+
+def test_words_are_counted_by_the_language_of_their_document() -> None:
+    docs, types, flags = tokens(1)
+    expected: Counter[tuple[int, str]] = Counter()
+    for row in np.flatnonzero(whole_words(docs, flags)).tolist():
+        spoken = SPOKEN[int(docs[row])].as_py()
+        if spoken is not None:
+            expected[int(types[row]), spoken] += 1
+    of_words = languages_of_words(docs, flags, SPOKEN)
+    fast, slow = TypeTags.of(types, of_words), TypeTags.of(types, of_words.cast(pa.string()))
+    assert fast.table.equals(slow.table) and fast.table.schema == slow.table.schema
+    rows = fast.table.to_pylist()
+    assert [((r["token_id"], r["tag"]), r["n"]) for r in rows] == sorted(expected.items())
+
+
+def test_no_words_have_no_counts() -> None:
+    docs, types, flags = tokens(1)
+    for spoken in (SPOKEN, pa.nulls(12, pa.string())):
+        nothing = languages_of_words(docs, np.full_like(flags, SPECIAL), spoken)
+        assert len(TypeTags.of(types, nothing).table) == 0
+    assert LanguageUses(TypeTags.empty()).of(3) == Uses({})
+    assert len(LanguageUses(TypeTags.empty()).table()) == 0
+
+
+def test_counts_add_up_in_any_order_and_can_be_taken_out() -> None:
+    parts = []
+    for seed in range(5):
+        docs, types, flags = tokens(seed)
+        parts.append(TypeTags.of(types, languages_of_words(docs, flags, SPOKEN)))
+    whole = LanguageUses(TypeTags.merge(parts))
+    turned = TypeTags.merge([TypeTags.merge(parts[3:]), *parts[2::-1]])
+    assert turned.table.equals(TypeTags.merge(parts).table)
+    without = TypeTags.merge([*parts, parts[0].negative(), parts[1].negative()])
+    rest = LanguageUses(TypeTags.merge(parts[2:]))
+    assert LanguageUses(without).table().equals(rest.table())
+    for token_id in range(31):
+        assert LanguageUses(without).of(token_id) == rest.of(token_id)
+    total = sum(n for i in range(31) for n in whole.of(i).counts.values())
+    assert total == sum(whole.table()["n_words"].to_pylist()) > 0
+
+
+def test_languages_without_a_list_are_named_with_their_share() -> None:
+    types = np.arange(8, dtype=np.int32)
+    spoken = pa.array(["en", "en", "sw", "unknown", "sw", "en", "ht", "en"])
+    table = LanguageUses(TypeTags.of(types, spoken)).table()
+    assert [(r["language"], r["n_words"], r["has_list"]) for r in table.to_pylist()] == [
+        ("en", 4, True), ("sw", 2, False), ("ht", 1, False), ("unknown", 1, False),
+    ]  # fmt: skip
+    said = without_list(table)
+    assert "closed-class words of sw (25.0% of whole words), ht (12.5%" in said
+    assert "unknown" not in said and without_list(table.slice(0, 1)) == ""
+
+
+def test_a_language_that_is_named_gives_every_type_its_words() -> None:
+    assert words_of("de", None)(5) is lexicon.find("de") and words_of("xx", None)(5) is None
