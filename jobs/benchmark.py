@@ -10,6 +10,7 @@ is ``afn bench``. A checkout has more, which live in tests/bench and are not shi
     python jobs/benchmark.py audit                       how often each kind of limit wakes somebody
     python jobs/benchmark.py demo                        time, memory and bytes of 'afn demo'
     python jobs/benchmark.py groups --tokens 100000000   what groups add to a reduce
+    python jobs/benchmark.py languages TAGGED            how often a short text's language is detected
     python jobs/benchmark.py lexicons TAGGED             how well closed-class words are told from others
     python jobs/benchmark.py reduce --shards 10000       the reduce of many shards
     python jobs/benchmark.py safety --store s3://b/p     what a shard costs beside its tokens
@@ -32,6 +33,7 @@ OF_A_CHECKOUT = (
     "audit",
     "demo",
     "groups",
+    "languages",
     "lexicons",
     "reduce",
     "safety",

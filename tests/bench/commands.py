@@ -84,6 +84,21 @@ def parser() -> argparse.ArgumentParser:
     groups.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="reduces of each kind (default: 3)"
     )
+    languages = commands.add_parser(
+        "languages",
+        allow_abbrev=False,
+        help="how often the language of a short text is detected right, and what it costs",
+        description="Texts of several lengths are cut from tagged words, as lexicons takes them. Detectors of other "
+        "packages are measured too, if they are installed.",
+    )
+    languages.add_argument("tagged", type=Path, metavar="TAGGED", help="folder of tagged words")
+    languages.add_argument(
+        "--repeat",
+        type=int,
+        default=150,
+        metavar="N",
+        help="texts of each language and length (default: 150)",
+    )
     lexicons = commands.add_parser(
         "lexicons",
         allow_abbrev=False,
@@ -234,6 +249,11 @@ def call(args: argparse.Namespace) -> None:
 
         result = groups.measure(args.tokens, args.groups, args.repeat, on_note)
         groups.render(result, console)
+    elif args.what == "languages":
+        from bench import detectors
+
+        result = detectors.measure(args.tagged, args.repeat, on_note)
+        detectors.render(result, console)
     elif args.what == "lexicons":
         from bench import lexicons
 
