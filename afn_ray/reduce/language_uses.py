@@ -121,13 +121,30 @@ def words_of(language: str, uses: LanguageUses | None) -> WordsOf:
     return lambda token_id: words
 
 
+def describe(languages: pa.Table) -> str:
+    """The most frequent of a run's detected ``languages`` with their shares of whole words."""
+    total = pc.sum(languages["n_words"]).as_py() or 1
+    named = [
+        f"{row['language']} {row['n_words'] / total:.1%}"
+        for row in languages.slice(0, MOST_NAMED).to_pylist()
+        if row["n_words"] >= LEAST_SHARE * total
+    ]
+    more = f" and {len(languages) - len(named)} more" if len(languages) > len(named) else ""
+    return f"{', '.join(named)}{more} (detected, of whole words)" if named else ""
+
+
 def without_list(languages: pa.Table) -> str:
-    """Says which of a run's ``languages`` have no closed-class words; empty if all have."""
+    """Says which of a run's ``languages`` have no closed-class words; empty if all have.
+
+    Rarer ones than ``LEAST_SHARE`` are left out, as most are errors of the detector.
+    """
     total = pc.sum(languages["n_words"]).as_py() or 1
     lacking = [
         f"{row['language']} ({row['n_words'] / total:.1%} of whole words)"
         for row in languages.to_pylist()
-        if not row["has_list"] and row["language"] != UNKNOWN_LANGUAGE
+        if not row["has_list"]
+        and row["language"] != UNKNOWN_LANGUAGE
+        and row["n_words"] >= LEAST_SHARE * total
     ]
     if not lacking:
         return ""
@@ -138,5 +155,7 @@ def without_list(languages: pa.Table) -> str:
     )
 
 
+LEAST_SHARE = 0.001
+"""Smallest share of whole words of a language that a notice names."""
 MOST_NAMED = 5
-"""Largest number of languages without a list that a notice names."""
+"""Largest number of languages that a sentence names."""

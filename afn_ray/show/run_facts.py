@@ -81,6 +81,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
             if "labels" in info["measure"]
             else []
         ),
+        *([("languages", summary.languages)] if summary.languages else []),
         (
             "size",
             f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 
-from afn_ray.reduce import losses
+from afn_ray.reduce import language_uses, losses
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
 from afn_ray.schema import in_order
@@ -60,6 +60,7 @@ class RunSummary:
     losses: Losses
     skipped: str  # files left out of the corpus, in words
     layers: tuple[LayerFacts, ...]
+    languages: str  # detected ones and their shares, in words; empty: they were not detected
 
 
 def summarise(run: manifest.RunFolder) -> RunSummary:
@@ -109,6 +110,9 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
                 classes=_class_shares(layer, words),
             )
         )
+    languages = ""
+    if "languages" in run.info["tables"]:
+        languages = language_uses.describe(manifest.read_table(run, "languages"))
     padding = 1 - n / max(1, counts["forward_tokens"])
     return RunSummary(
         run.uri,
@@ -118,6 +122,7 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
         losses.total(files),
         losses.describe_skipped(losses.skipped_files(files)),
         tuple(layers),
+        languages,
     )
 
 

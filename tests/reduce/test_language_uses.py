@@ -10,7 +10,7 @@ import pytest
 
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.histogram import languages_of_words, whole_words
-from afn_ray.reduce.language_uses import LanguageUses, Uses, without_list, words_of
+from afn_ray.reduce.language_uses import LanguageUses, Uses, describe, without_list, words_of
 from afn_ray.reduce.lexicon import Guess
 from afn_ray.reduce.type_tags import TypeTags
 from afn_ray.schema import SPECIAL, WORD_START
@@ -126,7 +126,21 @@ def test_languages_without_a_list_are_named_with_their_share() -> None:
     ]  # fmt: skip
     said = without_list(table)
     assert "closed-class words of sw (25.0% of whole words), ht (12.5%" in said
+    assert describe(table) == (
+        "en 50.0%, sw 25.0%, ht 12.5%, unknown 12.5% (detected, of whole words)"
+    )
+    assert describe(table.slice(0, 0)) == ""
     assert "unknown" not in said and without_list(table.slice(0, 1)) == ""
+
+
+def test_a_language_of_a_stray_document_is_no_notice() -> None:
+    for n, is_said in ((998, True), (1000, False)):
+        types = np.arange(n + 1, dtype=np.int32)
+        spoken = pa.array(["en"] * n + ["sw"])
+        table = LanguageUses(TypeTags.of(types, spoken)).table()
+        assert ("sw (0.1%" in without_list(table)) is is_said
+        assert ("sw 0.1%" in describe(table)) is is_said
+        assert ("en 99.9% and 1 more" in describe(table)) is not is_said
 
 
 def test_a_language_that_is_named_gives_every_type_its_words() -> None:
