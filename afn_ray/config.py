@@ -46,6 +46,8 @@ LAYER = re.compile(r"-?[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?")
 
 TOP_NEURONS, MOST_TOP_NEURONS = 8, 256
 """Default and largest number of neurons to record for each token and layer."""
+MOST_MEAN_VECTORS = 4096
+"""Largest number of types whose mean state is recorded; the measure lists them all."""
 MOST_CORPUS_BYTES = 8 << 20
 """Largest ``corpus`` as JSON, in bytes; every plan.parquet and run.json stores it."""
 MOST_WORKERS_PER_GPU = 48
@@ -106,12 +108,12 @@ FORMS = {
 LEAST = {
     "window_tokens": 8, "overlap_tokens": 0, "workers": 1, "workers_per_gpu": 1, "batch_tokens": 16,
     "tokenizer_workers": 0, "allow_quarantined": 0, "screen": 0, "top_neurons": 1, "shard_bytes": 1024,
-    "max_document_bytes": 1, "near_duplicates": 0.5,
+    "max_document_bytes": 1, "near_duplicates": 0.5, "mean_vectors": 0,
 }  # fmt: skip
 """Smallest values of numbers, by key."""
 MOST = {
     "top_neurons": MOST_TOP_NEURONS, "workers_per_gpu": MOST_WORKERS_PER_GPU,
-    "allow_quarantined": MOST_QUARANTINED, "near_duplicates": 1,
+    "allow_quarantined": MOST_QUARANTINED, "near_duplicates": 1, "mean_vectors": MOST_MEAN_VECTORS,
 }  # fmt: skip
 """Largest values of numbers, by key."""
 ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
@@ -130,6 +132,10 @@ NEEDS = (
         "neurons_of", "thresholds", {},
         "what is HIGH is known before the corpus is measured only by thresholds: name the run whose "
         "thresholds say it",
+    ),
+    Need(
+        "mean_vectors", "duplicates", {"pattern": "^keep$"},
+        "the states of a copy cannot be taken out of a mean again: leave duplicates out",
     ),
     Need(
         "thresholds_by", "group_by", {}, "group_by is not given: name what makes the groups",
@@ -178,6 +184,11 @@ class RunConfig:
         "all",
         "tokens whose neurons are recorded: all, or high (those HIGH by --thresholds, which must "
         "be given)",
+    )
+    mean_vectors: int = _option(
+        0,
+        "most frequent types whose mean state is recorded at every layer, which splits their second "
+        "moment into mean and variance; 0: none",
     )
     revision: str | None = _option(
         None, "revision of a hub model; name one for nightly runs, so that the model stays the same"

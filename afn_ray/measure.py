@@ -40,6 +40,8 @@ class Measure:
     """Per layer, the dimensions that a signal leaves out; empty if no signal does."""
     neurons_above: tuple[float, ...] = ()
     """Per neuron layer, the least strength of tokens with recorded neurons; empty: all tokens."""
+    mean_types: tuple[int, ...] = ()
+    """Types, ascending, whose hidden states are added up at every layer."""
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -66,6 +68,7 @@ class Measure:
             languages=stored.get("languages"),
             outliers=tuple(tuple(dims) for dims in stored.get("outliers", ())),
             neurons_above=tuple(stored.get("neurons_above", ())),
+            mean_types=tuple(stored.get("mean_types", ())),
             schema_version=stored["schema_version"],
         )
 
@@ -109,4 +112,6 @@ class Measure:
             value["outliers"] = [list(dims) for dims in self.outliers]
         if self.neurons_above:
             value["neurons_above"] = list(self.neurons_above)
+        if self.mean_types:
+            value["mean_types"] = list(self.mean_types)
         return value

@@ -132,6 +132,7 @@ _ARROW_TYPES = {
     "32 bytes": pa.binary(32),
     "list of int32": _list_of("int32"),
     "list of int64": _list_of("int64"),
+    "list of float32": _list_of("float32"),
 }
 """Types that have a name in ``_columns`` but none in Arrow."""
 
@@ -260,6 +261,21 @@ PAIRS_SCHEMA = _schema(
 Each row counts the normal tokens of the type that have the neuron in their list.
 """
 
+STATE_UNITS = 1 << 20
+"""Units per 1.0 in which hidden states are added."""
+STATE_LIMIT = float(1 << 24)
+"""Strength from which on a document is refused where states are added, so that sums fit."""
+VECTORS_SCHEMA = _schema(
+    "layer: int16",
+    "token_id: int32",
+    "n: int64",
+    "totals: list of int64",  # sum of the states, in units of 1 / ``STATE_UNITS``
+)
+"""A shard's mergeable sums of the hidden states of some types, special tokens apart.
+
+The Parquet file has one row group per layer.
+"""
+
 SUMMARY_SCHEMA = _schema(
     "signal: string",
     "layer: int16",
@@ -312,6 +328,7 @@ SHARDS_SCHEMA = _schema(
     "token_bytes, document_bytes, summary_bytes: int64",
     "neurons_bytes: int64",  # 0: no neurons are recorded
     "pairs_bytes: int64",  # pairs of neurons and types
+    "vectors_bytes: int64 or null",  # sums of hidden states; null: the run is older
     "seconds: float64",
     "tokens_file, documents_file, summary_file: string",  # relative to the store
     "neurons_file: string or null",
@@ -447,7 +464,7 @@ VOCABULARY_SCHEMA = _schema(
     "is_ambiguous: bool or null",  # a word that is used as open and as closed, or has two tags
 )
 """Every token type at each layer: its strengths, and how often it is HIGH."""
-ADDED = {"vocabulary": ("class_confidence", "is_ambiguous")}
+ADDED = {"vocabulary": ("class_confidence", "is_ambiguous"), "shards": ("vectors_bytes",)}
 """Columns that tables of older runs lack; they read as null."""
 
 WORD_VOCABULARY_SCHEMA = _schema(
@@ -489,6 +506,25 @@ SIGNAL_VOCABULARY_SCHEMA = _schema(
     "signal: string", "layer: int16", *_TYPE_IN_CORPUS, "idf: float64"
 )
 """Every type under each signal except strength, as in ``VOCABULARY_SCHEMA``."""
+
+MOMENTS_SCHEMA = _schema(
+    "layer: int16",
+    *_TOKEN_TYPE,
+    "n: int64",
+    "second_moment: float64",  # Q, mean square of the strengths
+    "squared_mean: float64",  # M, squared norm of the mean state
+    "variance: float64",  # V = Q - M, mean squared distance from the mean state
+    "share_mean: float64 or null",  # M / Q; null where Q is 0
+)
+"""How the second moment of a frequent type's states splits (Yamagiwa and Shimodaira 2025)."""
+
+MEAN_VECTORS_SCHEMA = _schema(
+    "layer: int16",
+    "token_id: int32",
+    "n: int64",
+    "mean: list of float32",  # [hidden_size]
+)
+"""The mean hidden state of each type in ``MOMENTS_SCHEMA``, in the same order."""
 
 SIGNALS_SCHEMA = _schema(
     "signal: string", "layer: int16", "n: int64", *_DISTRIBUTION_OR_NULL, "n_special: int64"

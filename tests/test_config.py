@@ -20,6 +20,7 @@ from afn_ray.config import (
     CHOICES,
     HINTS,
     LANGUAGE,
+    MOST_MEAN_VECTORS,
     MOST_QUARANTINED,
     MOST_WORKERS_PER_GPU,
     SERIES,
@@ -62,6 +63,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.integers(1, MOST_WORKERS_PER_GPU)
     if name == "top_neurons":
         return st.just(8)  # others want the signal
+    if name == "mean_vectors":
+        return st.integers(0, MOST_MEAN_VECTORS)
     if name == "allow_quarantined":
         return st.integers(0, MOST_QUARANTINED)
     if HINTS[name] in (float, float | None):
@@ -69,10 +72,17 @@ def _values(name: str) -> st.SearchStrategy[Any]:
     return {bool: st.booleans(), int: COUNTS, int | None: COUNTS}.get(HINTS[name], NAMES)
 
 
+def _has_what_it_needs(request: dict[str, Any]) -> bool:
+    """Whether no value asks for others beside it."""
+    if request.get("mean_vectors") and request.get("duplicates", "keep") != "keep":
+        return False
+    return request.get("neurons_of") != "high"
+
+
 REQUESTS = st.fixed_dictionaries(
     {name: _values(name) for name in NEEDED},
     optional={name: _values(name) for name in KEYS if name not in NEEDED},
-).filter(lambda r: r.get("neurons_of") != "high")  # which asks for others beside it
+).filter(lambda r: _has_what_it_needs(r))
 
 
 def _toml(values: dict[str, Any]) -> str:

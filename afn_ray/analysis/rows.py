@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afn_ray import kept
+from afn_ray.analysis import vector_check
 from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
@@ -22,6 +23,7 @@ from afn_ray.schema import (
     MOST_NEURONS,
     PAIRS_SCHEMA,
     SPECIAL,
+    VECTORS_SCHEMA,
     Series,
     documents_schema,
     neurons_column,
@@ -29,7 +31,7 @@ from afn_ray.schema import (
     token_neurons_schema,
     tokens_schema,
 )
-from afn_ray.store import records
+from afn_ray.store import layout, records
 from afn_ray.store.commits import Commit
 
 Ints = npt.NDArray[np.int64]
@@ -71,6 +73,8 @@ def check_rows(
         expected = pa.concat_tables([PAIRS_SCHEMA.empty_table(), *pairs.tables()])
         if not tables["pairs"].read().equals(expected):
             raise Wrong("pairs", "it is not the sum of the neurons beside it")
+    if layout.VECTORS in tables and (message := vector_check.wrong_sums(tables, measure)):
+        raise Wrong(layout.VECTORS, message)
 
 
 def _check_counts(counts: Mapping[str, int], commit: Commit, read: Shard) -> None:
@@ -125,6 +129,9 @@ def _check_schemas(
     }
     if layers:
         schemas |= {"neurons": token_neurons_schema(layers), "pairs": PAIRS_SCHEMA}
+    has_vectors = layout.VECTORS in tables if measure is None else bool(measure.mean_types)
+    if has_vectors:
+        schemas[layout.VECTORS] = VECTORS_SCHEMA
     if wrong := sorted(schemas.keys() ^ tables.keys()):
         raise Wrong("", f"its tables are not its measure's: {', '.join(wrong)}")
     for table, file in tables.items():

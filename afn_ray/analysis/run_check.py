@@ -9,14 +9,14 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import kept
-from afn_ray.analysis import recount, rows, salience_check
+from afn_ray.analysis import recount, rows, salience_check, vector_check
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
+from afn_ray.analysis.table_difference import difference
 from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
@@ -41,12 +41,6 @@ from afn_ray.store.commits import Commit, describe_makers
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.orphans import Age, Orphan
 from afn_ray.store.plans import read_shards
-
-RELATIVE = 1e-9
-"""Relative tolerance between two computations of a mean, as the order of a sum may differ.
-
-Everything else must be equal.
-"""
 
 
 class RunCheck:
@@ -255,9 +249,9 @@ class RunCheck:
         names = self.folder.info["tables"]
         stored = {name: manifest.read_table(self.folder, name) for name in names}
         shards = shards_table(self.measure_id, found.commits, found.num_bytes)
-        self._compare({"shards": shards}, stored)
+        self._compare({"shards": _without_added("shards", shards, stored["shards"])}, stored)
         if not self.findings:
-            self._ask_duckdb(measure, memory_limit, found.n_tokens)
+            self._ask_duckdb(measure, memory_limit, found, stored)
         if not self.findings:
             vocabulary, files = stored["vocabulary"], stored["files"]
             reduced = self._reduced(measure, found, vocabulary, files)
@@ -316,7 +310,7 @@ class RunCheck:
         for name, table in expected.items():
             if name not in stored:
                 self._find("missing", self._run_json, f"it lists no table {name}")
-            elif differs := _difference(stored[name], table):
+            elif differs := difference(stored[name], table):
                 self._find("tables", self._table_uri(name), differs)
 
     def _reduced(
@@ -337,7 +331,7 @@ class RunCheck:
         recorded = tree.RecordedSeries.of(measure)
         rules = tree.LabelRules(self._config["language"], self._config["sink_factor"], self._frozen)
         tables = tree.reduce_run(shards, recorded, texts, rules)
-        tables["vocabulary"] = _without_added(tables["vocabulary"], vocabulary)
+        tables["vocabulary"] = _without_added("vocabulary", tables["vocabulary"], vocabulary)
         if not measure.tagged:
             tables |= _with_classes(tables, vocabulary)
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
@@ -360,14 +354,20 @@ class RunCheck:
                 tables.pop("word_vocabulary", None)  # other classes, which make other rows
         return tables
 
-    def _ask_duckdb(self, measure: Measure, memory_limit: str, n_tokens: int) -> None:
+    def _ask_duckdb(
+        self,
+        measure: Measure,
+        memory_limit: str,
+        shards: CommittedShards,
+        stored: Mapping[str, pa.Table],
+    ) -> None:
         """Recompute thresholds and counts from the rows, in SQL independent of ``reduce``."""
         with database.open_run(
             self.folder.uri, memory_limit=memory_limit, timeout_s=database.MAX_TIMEOUT_S
         ) as run:
             ((got,),) = run.sql("SELECT count(*) FROM tokens").fetchall()
-            if got != n_tokens:
-                message = f"DuckDB reads {got} tokens of {n_tokens}"
+            if got != shards.n_tokens:
+                message = f"DuckDB reads {got} tokens of {shards.n_tokens}"
                 self._find("tables", self._table_uri("shards"), message)
                 return
             if "languages" in self.folder.info["tables"]:
@@ -378,6 +378,9 @@ class RunCheck:
             for layer in measure.neuron_layers:
                 wrong = run.sql(recount.neurons_sql(layer, bool(measure.neurons_above)))
                 self._find_wrong_rows("neurons", "neuron", layer, wrong.fetchall())
+            if measure.mean_types:
+                for table, message in vector_check.wrong_means(run, shards, measure, stored):
+                    self._find("tables", self._table_uri(table), message)
 
     def _recount_layer(self, run: database.Run, layer: int) -> None:
         sink_factor = float(self._config["sink_factor"])
@@ -386,7 +389,7 @@ class RunCheck:
         stored = run.sql(
             f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population"  # noqa: S608
         )
-        if differs := _difference(stored.to_arrow_table(), recomputed):
+        if differs := difference(stored.to_arrow_table(), recomputed):
             self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")
             return
         wrong = run.sql(recount.vocabulary_sql(layer))
@@ -439,9 +442,9 @@ def _texts_of(vocabulary: pa.Table) -> TokenTexts:
     return TokenTexts(pieces, readable)
 
 
-def _without_added(computed: pa.Table, stored: pa.Table) -> pa.Table:
-    """The ``computed`` vocabulary, without columns that the ``stored`` one of an older run lacks."""
-    lacking = [name for name in ADDED["vocabulary"] if name not in stored.column_names]
+def _without_added(name: str, computed: pa.Table, stored: pa.Table) -> pa.Table:
+    """The ``computed`` table, without columns that the ``stored`` one of an older run lacks."""
+    lacking = [column for column in ADDED[name] if column not in stored.column_names]
     return computed.drop_columns(lacking) if lacking else computed
 
 
@@ -469,30 +472,3 @@ def _types_of(vocabulary: pa.Table) -> Iterator[tuple[int, bool]]:
 
 def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
     return table.set_column(table.column_names.index(name), name, column)
-
-
-def _difference(stored: pa.Table, expected: pa.Table) -> str:
-    """The first difference between two tables, beyond rounding of floats; empty without one."""
-    if stored.column_names != expected.column_names:
-        return f"its columns are {stored.column_names}, expected {expected.column_names}"
-    if len(stored) != len(expected):
-        return f"it has {len(stored)} rows, expected {len(expected)}"
-    for name in expected.column_names:
-        ours, theirs = expected[name], stored[name]
-        row = _first_difference(theirs, ours)
-        if row is not None:
-            return f"row {row}: {name} is {theirs[row]}, but its shards give {ours[row]}"
-    return ""
-
-
-def _first_difference(stored: pa.ChunkedArray, expected: pa.ChunkedArray) -> int | None:
-    """The first row in which two columns differ, beyond rounding of floats; None without one."""
-    if pa.types.is_floating(expected.type) and expected.null_count == stored.null_count:
-        is_equal = np.isclose(
-            stored.to_numpy(), expected.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True
-        )
-        return None if is_equal.all() else int(np.argmin(is_equal))
-    if stored.equals(expected):
-        return None
-    pairs = zip(stored.to_pylist(), expected.to_pylist(), strict=True)
-    return next((row for row, (a, b) in enumerate(pairs) if a != b), None)

@@ -34,6 +34,7 @@ from afn_ray.corpus import reading
 from afn_ray.corpus_values import Shard
 from afn_ray.model.engine import STRENGTH
 from afn_ray.model.signals import Signal, measured
+from afn_ray.model.type_sums import Chosen
 from afn_ray.runs import measurer, plan, worker
 from afn_ray.runs.recorder import Recorder
 from afn_ray.store import plans, records
@@ -75,8 +76,13 @@ class InstantModel(model.Model):
         lengths: Sequence[int],
         signals: Sequence[Signal] = (STRENGTH,),
         layers: Sequence[int] | None = None,
+        chosen: Chosen | None = None,
     ) -> model.Pending:
-        """Random positive values of the right shape; the same for all batches of one size."""
+        """Random positive values of the right shape; the same for all batches of one size.
+
+        There are no states to add, so a config without ``mean_vectors`` is expected.
+        """
+        assert chosen is None
         answer = self._answers.get(len(ids))
         if answer is None:
             num_rows = len(measured(self.layers if layers is None else layers, signals))

@@ -108,9 +108,9 @@ def add_sql(commands: Commands) -> None:
         help="query a run with SQL",
         epilog=EPILOG,
         description="Views: tokens, documents, vocabulary, words, classes, thresholds, labels, "
-        "histogram, signals, signal_vocabulary, token_neurons, neurons, neuron_types, files, "
-        "sources, screened, strange, shards, run, history, and with --baseline movers, drift, "
-        "class_drift. Macros: "
+        "histogram, signals, signal_vocabulary, token_neurons, neurons, neuron_types, "
+        "moments, mean_vectors, files, sources, screened, strange, shards, run, history, and with "
+        "--baseline movers, drift, class_drift. Macros: "
         "kwic(word, n := 5, most := NULL), document_text(document). Without a QUERY it opens an "
         "interactive shell.",
     )

@@ -6,7 +6,7 @@ _collects = gc.isenabled()
 gc.disable()  # of transformers' 600,000 objects none is garbage: looking at them is a fifth of the import
 try:
     from afn_ray.model.device import limit_memory
-    from afn_ray.model.engine import Model, Pending
+    from afn_ray.model.engine import Model
     from afn_ray.model.files import (
         DEFAULT_WINDOW_TOKENS,
         MAKERS,
@@ -22,6 +22,7 @@ try:
     from afn_ray.model.fused import time_norms
     from afn_ray.model.linear import has_fast_products
     from afn_ray.model.memory import free_memory, is_out_of_memory
+    from afn_ray.model.pending import Pending
     from afn_ray.model.prove import prepare
     from afn_ray.model.task import Decided, decide
 finally:

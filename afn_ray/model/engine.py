@@ -19,16 +19,10 @@ from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles
 from afn_ray.model.lend import Lender, copy_out, move_rest, move_weights
 from afn_ray.model.linear import Cast, Product, count_weights, experts_in, make_fast
 from afn_ray.model.load import list_of, load_blocks, quiet
+from afn_ray.model.pending import Norms, Pending, ToTokens
 from afn_ray.model.signals import Attention, Signal, Site, Strength, measured, numbered
+from afn_ray.model.type_sums import Chosen, DeviceRows
 from afn_ray.schema import Series
-
-Norms = npt.NDArray[np.float32]
-"""Norms of tokens, float32."""
-
-Numbers = npt.NDArray[np.int32]
-"""Numbers of neurons, int32."""
-ToTokens = Callable[[npt.NDArray[Any]], npt.NDArray[Any]]
-"""Function from an array of a batch's form, [n, rows of the batch ...], to [n, n_tokens]."""
 
 STRENGTH = Strength()
 
@@ -63,57 +57,18 @@ class Pass:
     neurons: torch.Tensor | None = None
     unscaled: torch.Tensor | None = None
     read: dict[Series, torch.Tensor] = field(default_factory=dict)
+    chosen: DeviceRows | None = None  # tokens whose states are added; None: no states are
+    totals: list[torch.Tensor] = field(default_factory=list)  # of each layer so far
 
     def forget(self) -> None:
         """Drop all tensors: a traceback may hold this pass while its batch is tried again."""
         self.read.clear()
-        self.before = self.neurons = self.unscaled = self.layout = None
+        self.totals.clear()
+        self.before = self.neurons = self.unscaled = self.layout = self.chosen = None
 
 
 class _Enough(Exception):
     """Raised in a hook after the last requested layer, so that later blocks do not run."""
-
-
-class Read(NamedTuple):
-    """Values that a model read from the tokens of one batch."""
-
-    values: Norms  # float32 [n_measured, n_tokens], in the order of ``signals.measured``
-    numbers: Numbers  # int32 [n_numbered, n_tokens], in the order of ``signals.numbered``
-
-
-class Pending:
-    """The values of one batch, perhaps still in transfer from the device.
-
-    ``values`` is float32 [n_measured, ...] and ``numbers`` int32 [n_numbered, ...], None for none.
-    """
-
-    def __init__(
-        self, values: torch.Tensor, numbers: torch.Tensor | None, layout: ToTokens
-    ) -> None:
-        self._layout = layout
-        self._event: torch.cuda.Event | None = None
-        self._values = _begin_copy(values)
-        self._numbers = None if numbers is None else _begin_copy(numbers)
-        if values.device.type == "cuda":
-            self._event = torch.cuda.Event(blocking=True)  # waiting takes no core
-            self._event.record()
-
-    def result(self) -> Read:
-        """Wait for the device; return what it read."""
-        if self._event is not None:
-            self._event.synchronize()
-        values = self._layout(self._values.numpy())
-        if self._numbers is None:
-            return Read(values, np.empty((0, values.shape[1]), np.int32))
-        return Read(values, self._layout(self._numbers.numpy()))
-
-
-def _begin_copy(values: torch.Tensor) -> torch.Tensor:
-    """``values`` in memory of the host. From a GPU, they arrive there after its computation."""
-    if values.device.type != "cuda":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
 
 
 class Model:
@@ -327,12 +282,14 @@ class Model:
         lengths: Sequence[int],
         signals: Sequence[Signal] = (STRENGTH,),
         layers: Sequence[int] | None = None,
+        chosen: Chosen | None = None,
     ) -> Pending:
         """Measure ``signals`` at ``layers`` (the chosen ones by default) for sequences in ``ids``.
 
         ``ids`` is int64 [n_tokens]: sequences of the given ``lengths`` one after another, then
-        filler. ``layers`` end at the last chosen one. The values at filler have no meaning. On a
-        GPU this method returns before the device is done.
+        filler. ``layers`` end at the last chosen one. The values at filler have no meaning. The
+        states of ``chosen`` tokens are added up at each layer. On a GPU this method returns before
+        the device is done.
         """
         layers = self.layers if layers is None else layers
         needs = frozenset(need for signal in signals for need in signal.needs)
@@ -340,15 +297,27 @@ class Model:
         run = self._run_packed if self.packed else self._run_padded
         try:
             with torch.inference_mode(), one_thread(self.device):
+                if chosen is not None:
+                    this.chosen = self._on_device(chosen, ids, lengths)
                 layout = run(ids, lengths)
                 values = torch.stack([this.read[s] for s in measured(layers, signals)])
                 found = [this.read[s] for s in numbered(layers, signals)]
                 numbers = torch.stack(found) if found else None
+                sums = None if chosen is None else (chosen, torch.stack(this.totals))
         finally:
             this.forget()
             if self.cast is not None:
                 self.cast.clear()
-        return Pending(values, numbers, layout)
+        return Pending(values, numbers, layout, sums)
+
+    def _on_device(
+        self, chosen: Chosen, ids: npt.NDArray[np.int64], lengths: Sequence[int]
+    ) -> DeviceRows:
+        """``chosen`` tokens of ``ids``, with their rows in the batch as the blocks see it."""
+        rows = chosen.rows
+        if not self.packed:
+            rows = np.flatnonzero(_mask(lengths))[rows]
+        return DeviceRows(self._to_device(rows), self._to_device(chosen.slot_of), len(chosen.slots))
 
     def _run_packed(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> ToTokens:
         this = self._pass
@@ -376,7 +345,7 @@ class Model:
     def _run_padded(self, ids: npt.NDArray[np.int64], lengths: Sequence[int]) -> ToTokens:
         longest, n = max(lengths), len(lengths)
         self._pass.length = longest
-        mask = np.arange(longest) < np.asarray(lengths)[:, None]
+        mask = _mask(lengths)
         matrix = np.full((n, longest), ids[0], np.int64)  # pad with any id: the mask excludes it
         matrix[mask] = ids[: sum(lengths)]
         inputs = {"input_ids": self._to_device(matrix)}
@@ -478,8 +447,16 @@ class Model:
                 columns = (*signal.columns, *signal.number_columns)
                 for column, values in zip(columns, signal.measure(site), strict=True):
                     this.read[Series(column, site.layer)] = values
+        if this.chosen is not None:
+            this.totals.append(this.chosen.add(site.hidden))
         if not this.to_end and site.layer == this.layers[-1]:
             raise _Enough
+
+
+def _mask(lengths: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """Whether each place of a padded batch has a token, [n_sequences, longest]."""
+    mask: npt.NDArray[np.bool_] = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
+    return mask
 
 
 @contextmanager

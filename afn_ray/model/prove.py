@@ -15,8 +15,9 @@ import torch
 from afn_ray import logs
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, fused, memory
-from afn_ray.model.engine import Model, Norms, name_of
+from afn_ray.model.engine import Model, name_of
 from afn_ray.model.files import is_device_fault
+from afn_ray.model.pending import Norms
 from afn_ray.model.places import find_places
 from afn_ray.model.signals import Centred, States, norm
 from afn_ray.schema import Series

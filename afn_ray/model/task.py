@@ -11,9 +11,9 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from afn_ray.errors import ModelError
-from afn_ray.model.engine import Norms
 from afn_ray.model.files import ModelFiles
 from afn_ray.model.load import find_blocks, load_weights
+from afn_ray.model.pending import Norms
 from afn_ray.model.places import num_experts
 from afn_ray.model.prove import compare_norms
 from afn_ray.model.signals import norm

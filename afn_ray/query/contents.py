@@ -38,6 +38,8 @@ from afn_ray.schema import (
     KEPT_SCHEMA,
     LANGUAGE,
     LANGUAGES_SCHEMA,
+    MEAN_VECTORS_SCHEMA,
+    MOMENTS_SCHEMA,
     MOVERS_SCHEMA,
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
@@ -64,11 +66,12 @@ SMALL = {
     "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
     "strange": STRANGE_SCHEMA, "copied": COPIED_SCHEMA, "languages": LANGUAGES_SCHEMA,
     "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
-    "salience": SALIENCE_SCHEMA, "kept": KEPT_SCHEMA, "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
+    "moments": MOMENTS_SCHEMA, "salience": SALIENCE_SCHEMA, "kept": KEPT_SCHEMA,
+    "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
 }  # fmt: skip
 """Schemas of a run's small tables, by the names of their views."""
 MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept",
-            "groups", "group_classes", "strange", "copied", "salience", "languages")  # fmt: skip
+            "groups", "group_classes", "strange", "copied", "salience", "languages", "moments")  # fmt: skip
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 
@@ -147,6 +150,7 @@ def _small_tables(
         tables["group_movers"] = found.groups.movers
     tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
     tables["internal.no_words"] = WORD_VOCABULARY_SCHEMA.empty_table()
+    tables["internal.no_mean_vectors"] = MEAN_VECTORS_SCHEMA.empty_table()
     return tables
 
 
@@ -197,9 +201,8 @@ def _statements(
     own = None
     if labels_by_group(folder):
         own = own_q3(folder, rows_of(paths["documents"]), layers)
-    copies, near_copies, word_table = (
-        paths[table][0].path if table in paths else None
-        for table in ("duplicates", "near_duplicates", "word_vocabulary")
+    copies, near_copies, word_table, mean_vectors = (
+        paths[table][0].path if table in paths else None for table in WHOLE_RUN_FILES
     )
     has_offsets, is_tagged = "start" in columns, "tag" in columns
     recorded = RecordedColumns(
@@ -214,6 +217,7 @@ def _statements(
         near_copies=near_copies,
         word_table=word_table,
         detected=LANGUAGE in _columns(read, files["documents"][0].name),
+        mean_vectors=mean_vectors,
     )
     neurons = None
     if "neurons" in paths:
@@ -293,7 +297,7 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
     found = {name: of_table for name, of_table in files.items() if of_table}
     if files["neurons"]:
         found["neuron_types"] = [_run_file(folder, "neuron_types")]
-    for table in ("duplicates", "near_duplicates", "word_vocabulary"):
+    for table in WHOLE_RUN_FILES:
         if table in folder.info["tables"]:
             found[table] = [_run_file(folder, table)]
     return found
@@ -310,6 +314,8 @@ def _run_file(folder: manifest.RunFolder, table: str) -> _TableFile:
     return _TableFile(path, uris.join(folder.store, path), entry["bytes"], NO_SHARD)
 
 
+WHOLE_RUN_FILES = ("duplicates", "near_duplicates", "word_vocabulary", "mean_vectors")
+"""Tables of a run, beside its small ones, that a run may have."""
 SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}
 """Column of ``shards`` with the size of each table's file, in bytes."""
 NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}

@@ -44,6 +44,8 @@ class RecordedColumns:
     """SQL of the path of the run's table ``near_duplicates``; None if it has none."""
     word_table: str | None = None
     """SQL of the path of the run's table ``word_vocabulary``; None if it has none."""
+    mean_vectors: str | None = None
+    """SQL of the path of the run's table ``mean_vectors``; None if it has none."""
 
     detected: bool = False
     """Whether documents have a detected language."""

@@ -44,6 +44,9 @@ VIEWS = {
     "neurons": "what each of these neurons answers to, per layer; empty where none were recorded",
     "neuron_types": "each neuron with each type that it meets at least five times; empty where "
     "none were recorded",
+    "moments": "how the second moment of the states of a frequent type splits into mean and "
+    "variance, per layer; empty without mean_vectors",
+    "mean_vectors": "the mean state of each of these types, per layer; empty without mean_vectors",
     "histogram": "how often each distinct strength occurs, per layer; special tokens apart",
     "files": "what was read of each file of the corpus, and what was lost; files left out for "
     "their ending as well",
@@ -78,7 +81,7 @@ VIEWS = {
 }
 """Descriptions of the views, by name."""
 DERIVED = ("tokens", "documents", "words", "word_vocabulary", "classes", "salience", "token_neurons",
-           "neuron_types")  # fmt: skip
+           "neuron_types", "mean_vectors")  # fmt: skip
 """Views that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: "
@@ -129,6 +132,7 @@ def statements(
         f"({document_text_macro(rows_of(tokens), recorded.offsets)})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons, recorded)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
+        f"CREATE VIEW mean_vectors AS {mean_vectors_view(recorded.mean_vectors)}",
     ]
     made += [
         f"COMMENT ON {'VIEW' if n in DERIVED else 'TABLE'} {n} IS '{text}'"
@@ -225,6 +229,14 @@ def neuron_types_view(neurons: NeuronFiles | None) -> str:
 def _table_of(path: str | None, empty: str) -> str:
     """SQL of the rows of the run's table at ``path``; None: those of ``internal.<empty>``."""
     return f"internal.{empty}" if path is None else f"read_parquet({path})"
+
+
+def mean_vectors_view(path: str | None) -> str:
+    """SQL of the ``mean_vectors`` view; ``path`` is the SQL of the table's path, None for none."""
+    return (
+        f"SELECT layer, token_id, text, n, mean FROM {_table_of(path, 'no_mean_vectors')} "  # noqa: S608
+        "LEFT JOIN internal.types USING (token_id)"
+    )
 
 
 # --- classes ---

@@ -96,6 +96,7 @@ def _shard_files(commit: Commit, measure_id: str) -> dict[str, Any]:
     }
     for table in layout.NEURON_TABLES:
         columns[f"{table}_bytes"] = files[table]["bytes"] if table in files else 0
+    columns["vectors_bytes"] = files[layout.VECTORS]["bytes"] if layout.VECTORS in files else 0
     for table in (*layout.TABLES, "neurons"):
         if table in files:
             name = files[table]["name"]

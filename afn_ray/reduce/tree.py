@@ -36,7 +36,7 @@ import pyarrow.parquet as pq
 
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
-from afn_ray.reduce import left_out, neurons
+from afn_ray.reduce import left_out, mean_vectors, neurons
 from afn_ray.reduce.encoded import decode, encode, encoded_parts
 from afn_ray.reduce.histogram import (
     BIN_MASK,
@@ -102,12 +102,20 @@ class RecordedSeries:
     detected: bool = (
         False  # documents have languages; without tags, the summaries count words by them
     )
+    mean_types: Sequence[int] = ()  # types whose hidden states are added up, ascending
 
     @classmethod
     def of(cls, measure: Measure) -> RecordedSeries:
         """What shards of ``measure`` recorded."""
         high_neurons, tagged = bool(measure.neurons_above), measure.tagged
-        return cls(measure.series, measure.neuron_layers, high_neurons, tagged, measure.detected)
+        return cls(
+            measure.series,
+            measure.neuron_layers,
+            high_neurons,
+            tagged,
+            measure.detected,
+            measure.mean_types,
+        )
 
     @property
     def counted(self) -> str:
@@ -168,6 +176,11 @@ def reduce_run(
         tables |= _signal_tables(of_signals)
     if recorded.neuron_layers:
         tables |= _neurons(tasks, shards, recorded, tables["vocabulary"], texts.readable)
+    if recorded.mean_types:
+        layers = [one.series.layer for one in of_strength]
+        tables |= mean_vectors.vector_tables(
+            tasks, shards, layers, recorded.mean_types, tables["vocabulary"]
+        )
     return tables
 
 

@@ -11,7 +11,7 @@ from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.runs import cluster, events, outliers, precision, worker
+from afn_ray.runs import cluster, events, frequent, outliers, precision, worker
 from afn_ray.runs.events import OnEvent, on_warning
 from afn_ray.runs.task import Task
 from afn_ray.store import calibrations, plans
@@ -70,23 +70,43 @@ class Calibrator:
         """Outlier dimensions of each layer; empty if no signal leaves them out."""
         if not worker.wants_outliers(task):
             return ()
-        store = task.config.store
-        key = fingerprint([task.measure.as_dict(), "outliers"])
-        stored = self._read(task, key)
+        what = "a calibration looks for outlier dimensions"
+        found = self._find(task, "outliers", what, outliers.find_dimensions)
+        return tuple(tuple(dims) for dims in found)
+
+    def find_mean_types(self, task: Task) -> tuple[int, ...]:
+        """The most frequent types, whose mean states the config asks for; empty if it does not."""
+        num = task.config.mean_vectors
+        if not num:
+            return ()
+        what = "a calibration looks for the most frequent types"
+        return tuple(self._find(task, f"mean_types {num}", what, frequent.find_types))
+
+    def _find(
+        self, task: Task, name: str, what: str, calibration: Callable[[Task, Sequence[str]], T]
+    ) -> T:
+        """The result ``name`` of ``calibration``, which the store's first run measures.
+
+        ``what`` says what is measured.
+        """
+        store, (key, *_) = task.config.store, name.split()
+        of = fingerprint([task.measure.as_dict(), name])
+        stored = self._read(task, of)
         if stored is None:
-            self.on_event(events.Calibrating("a calibration looks for outlier dimensions"))
-            stored = {"outliers": self._measure(task, outliers.find_dimensions)}
+            self.on_event(events.Calibrating(what))
+            stored = {key: self._measure(task, calibration)}
             if self.keep:
-                stored = calibrations.write_calibration(store, key, stored)
-        return tuple(tuple(dims) for dims in stored["outliers"])
+                stored = calibrations.write_calibration(store, of, stored)
+        found: T = stored[key]
+        return found
 
     def _read(self, task: Task, key: str) -> dict[str, Any] | None:
         """The stored result of the calibration ``key``; None: it has to be measured."""
         stored = calibrations.read_calibration(task.config.store, key)
         if stored is None and self.reduce_only:
             raise StoreError(
-                f"no run in {task.config.store} has decided the precision or the outlier "
-                "dimensions of what this config asks for, and --reduce-only decides nothing: give "
+                f"no run in {task.config.store} has decided the precision, the outlier dimensions "
+                "or the types of what this config asks for, and --reduce-only decides nothing: give "
                 "the config that measured, or leave --reduce-only out"
             )
         return stored

@@ -18,10 +18,12 @@ import numpy as np
 
 from afn_ray import model
 from afn_ray.errors import OutOfMemory
-from afn_ray.model.engine import Read
+from afn_ray.model.pending import Read
 from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.mean_vectors import StateSums
 from afn_ray.runs.progress import Counters
-from afn_ray.runs.values import Values
+from afn_ray.runs.values import Float32s, Values
+from afn_ray.schema import STATE_LIMIT
 from afn_ray.tokens.feed import Chunk, Chunks
 from afn_ray.tokens.windows import TokenBatch
 
@@ -57,9 +59,17 @@ class PendingChunk:
         self._num_series = num_series
         self._values = np.full((num_series + num_neurons, self.num_tokens), np.nan, np.float32)
         self._numbers = np.zeros((num_neurons, self.num_tokens), np.int32)
+        self._sums = StateSums()
 
     def add(self, batch: TokenBatch, read: Read) -> None:
-        """Round the values of ``batch`` and put them at their tokens."""
+        """Round the values of ``batch`` and put them at their tokens.
+
+        Raises ``ValueError`` for values that no run records, if states are added up: the document
+        cannot be taken out of a sum later, so it is found and measured without.
+        """
+        if read.sums is not None:
+            _check_recordable(read.values[:, batch.kept], self._num_series)
+            self._sums.add(*read.sums)
         # One row at a time: rounding needs several times a row's memory.
         for row, values in zip(self._values, read.values, strict=True):
             row[batch.rows] = round_strengths(values[batch.kept])
@@ -70,13 +80,25 @@ class PendingChunk:
         """The values of all tokens, once no batch is left."""
         assert not self.num_left, "every batch is collected"
         series, neurons = np.split(self._values, [self._num_series])
-        return Values(series, self._numbers, neurons)
+        return Values(series, self._numbers, neurons, self._sums)
 
     def result(self) -> tuple[Chunk, Values]:
         """The chunk and its values, once no batch is left; the values are not kept here."""
         values = self.values()
-        del self._values, self._numbers
+        del self._values, self._numbers, self._sums
         return self.chunk, values
+
+
+def _check_recordable(values: Float32s, num_series: int) -> None:
+    """Raise ``ValueError`` for ``values`` [n_values, n_tokens] that a record would refuse.
+
+    The first ``num_series`` rows are series, the others neurons.
+    """
+    series, neurons = values[:num_series], values[num_series:]
+    if not (series >= 0).all() or not (series < STATE_LIMIT).all():
+        raise ValueError(f"a value is not from 0 to {STATE_LIMIT:,.0f}, or not finite")
+    if not (np.abs(neurons) < STATE_LIMIT).all():
+        raise ValueError(f"a neuron is {STATE_LIMIT:,.0f} or more, or not finite")
 
 
 class Turns:

@@ -78,7 +78,9 @@ def prepare(
     decided = calibrator.decide_precision(replace(task, measure=measure))
     measure = replace(measure, dtype=decided.dtype)
     outliers = calibrator.find_outliers(replace(task, measure=measure))
-    measure = replace(measure, outliers=outliers, languages=detector)
+    measure = replace(measure, outliers=outliers)
+    mean_types = calibrator.find_mean_types(replace(task, measure=measure))
+    measure = replace(measure, mean_types=mean_types, languages=detector)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
         measure = replace(measure, neurons_above=_high_from(frozen, measure.neuron_layers))

@@ -16,6 +16,7 @@ from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, ModelError
 from afn_ray.model.signals import Signal, States, find_signals
+from afn_ray.model.type_sums import Chooser
 from afn_ray.runs.flow import Flow, Turns
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
@@ -23,6 +24,7 @@ from afn_ray.runs.values import Float32s, Values
 from afn_ray.schema import SPECIAL
 from afn_ray.tokens import culprits, encode
 from afn_ray.tokens.feed import Chunk, Chunks, Prepared, Preparer, Recipe
+from afn_ray.tokens.windows import TokenBatch
 
 Result = TypeVar("Result")
 
@@ -117,6 +119,9 @@ class Measurer:
         needs = frozenset(need for signal in self.signals for need in signal.needs)
         probes = _probes(encoder, window)
         self._probe = min(probes, key=len)
+        self._chooser: Chooser | None = None
+        if measure.mean_types:
+            self._chooser = Chooser(measure.mean_types, self.model.num_embeddings)
         model.prepare(self.model, probes, needs)
         self.counters.why_padded = self.model.why_padded or ""
         self.counters.why_slow = self.model.why_slow
@@ -133,12 +138,19 @@ class Measurer:
         self.preparer = Preparer(recipe, encoder)
         self._stopped = threading.Event()
         self.turns = Turns(
-            lambda batch: self.model.submit(batch.ids, batch.lengths, self.signals),
+            self._submit,
             (len(measure.series), measure.top_neurons * len(measure.neuron_layers)),
             task.device,
             self.counters,
             self.check_stopped,
         )
+
+    def _submit(self, batch: TokenBatch) -> model.Pending:
+        """Start the forward pass of ``batch``."""
+        if self._chooser is None:
+            return self.model.submit(batch.ids, batch.lengths, self.signals)
+        chosen = self._chooser.choose(batch.ids, batch.kept)
+        return self.model.submit(batch.ids, batch.lengths, self.signals, chosen=chosen)
 
     def stop(self) -> None:
         """End the measurement in process soon, with ``Interrupted``."""

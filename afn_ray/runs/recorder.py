@@ -15,6 +15,7 @@ from afn_ray.corpus_values import Document
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
 from afn_ray.reduce.histogram import Summary, languages_of_words
+from afn_ray.reduce.mean_vectors import StateSums
 from afn_ray.reduce.stats import is_high
 from afn_ray.runs.values import Float32s, Numbers, Values
 from afn_ray.schema import (
@@ -76,6 +77,7 @@ class Recorder:
         self._measure, self._files = measure, files
         self._summary = Summary(measure.series, measure.tagged or measure.detected)
         self._pairs = neurons.PairSummary(measure.neuron_layers)
+        self._sums = StateSums()
         self.counts = dict.fromkeys(COUNTS, 0)
         self.num_refused = 0  # documents that were read and could not be measured
         self.first_refusal = ""  # reason of the first of them
@@ -88,6 +90,7 @@ class Recorder:
         encoded = chunk.prepared.encoded
         docs = encoded.docs
         bad = _bad_documents(docs, values, len(chunk.documents))
+        self._sums.add_all(values.sums)
         problems = dict(encoded.problems)
         for i in np.flatnonzero(bad).tolist():
             problems[i] = self._why_bad(values.series[:, docs == i])
@@ -126,6 +129,10 @@ class Recorder:
         self._files.summary.write_each(self._summary.tables())
         if self._files.pairs is not None:
             self._files.pairs.write_each(self._pairs.tables())
+        if self._files.vectors is not None:
+            measure = self._measure
+            tables = self._sums.tables(measure.layers, measure.mean_types)
+            self._files.vectors.write_each(tables)
 
     def _tags(self, chunk: Chunk) -> pa.Array:
         """Tags of the tokens; nulls for a corpus without tags."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from afn_ray.reduce.mean_vectors import StateSums
+
 Float32s = npt.NDArray[np.float32]
 """Values of tokens, float32."""
 Numbers = npt.NDArray[np.int32]
@@ -23,3 +25,4 @@ class Values:
     series: Float32s  # [n_series, n_tokens]
     neurons: Numbers  # [n_neuron_layers * top_neurons, n_tokens]
     neuron_values: Float32s  # same shape
+    sums: StateSums  # of hidden states by type; empty: none are recorded

@@ -53,6 +53,11 @@ MOST_NUMBERS = 640
 
 A chunk of a quarter of a million tokens then takes 0.6 GB, and a few chunks are in flight.
 """
+MOST_SUMMED = 1 << 24
+"""Largest number of sums of hidden states: layers by types by dimensions, 8 bytes each.
+
+A shard in process has them several times.
+"""
 RECORDERS = 3
 """Number of threads that make rows and summaries, for all shards of a worker.
 
@@ -110,6 +115,13 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
             f"signals and layers ask for {num_rows} numbers of each token, expected at most "
             f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)"
         )
+    num_summed = len(layers) * config.mean_vectors * files.hidden_size
+    if num_summed > MOST_SUMMED:
+        most = MOST_SUMMED // (len(layers) * files.hidden_size)
+        raise ConfigError(
+            f"mean_vectors is {config.mean_vectors}, but {len(layers)} layers of "
+            f"{files.hidden_size:,} dimensions allow at most {most}: name fewer types or layers"
+        )
     measure = Measure(
         model=tuple(identity.items()),
         model_type=files.model_type,
@@ -141,8 +153,11 @@ def with_signals(task: Task, signals: str = STRENGTH) -> Task:
         neuron_layers=(),
         top_neurons=0,
         neurons_above=(),
+        mean_types=(),
     )
-    config = replace(task.config, signals=signals, neurons_of="all", top_neurons=TOP_NEURONS)
+    config = replace(
+        task.config, signals=signals, neurons_of="all", top_neurons=TOP_NEURONS, mean_vectors=0
+    )
     return replace(task, config=config, measure=measure)
 
 
@@ -258,6 +273,8 @@ class Processor:
                 origin,
                 of_corpus,
             ) as files:
+                if measure.mean_types:
+                    files.record_vectors()
                 recorder = Recorder(measure, files)
                 seconds = self._measure_and_record(documents, oom_retries, recorder)
                 recorder.finish()
@@ -328,7 +345,7 @@ class Processor:
 def _num_bytes(chunk: Chunk, values: Values) -> int:
     """Memory of ``chunk`` and its ``values``, in bytes."""
     num_tokens = len(chunk.prepared.encoded.token_ids)
-    arrays = (values.series, values.neurons, values.neuron_values)
+    arrays = (values.series, values.neurons, values.neuron_values, values.sums)
     return TOKEN_BYTES * num_tokens + sum(array.nbytes for array in arrays)
 
 

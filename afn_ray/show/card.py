@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, summarise
@@ -25,6 +25,7 @@ class LayerCard:
     n_sinks: int
     outlier_dimensions: tuple[int, ...]  # the largest first; empty: not recorded
     outlier_share: float | None  # their share of the squared norms; None: not recorded
+    share_mean: float | None  # M / Q over the tokens of frequent types; None: not recorded
     classes: tuple[ClassShare, ...]
 
 
@@ -65,9 +66,15 @@ def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
     if "signals" in info["tables"]:
         rows = manifest.read_table(run, "signals").to_pylist()
         trimmed = {row["layer"]: row for row in rows if row["signal"] == TRIMMED}
+    moments: list[dict[str, Any]] = []
+    if "moments" in info["tables"]:
+        moments = manifest.read_table(run, "moments").to_pylist()
     dimensions = dict(zip(measure["layers"], measure.get("outliers", ()), strict=False))
     layers = tuple(
-        _layer(facts, trimmed.get(facts.layer), dimensions.get(facts.layer, ()))
+        replace(
+            _layer(facts, trimmed.get(facts.layer), dimensions.get(facts.layer, ())),
+            share_mean=_share_mean([row for row in moments if row["layer"] == facts.layer]),
+        )
         for facts in summary.layers
     )
     return Card(
@@ -100,6 +107,7 @@ def _layer(facts: LayerFacts, trimmed: dict[str, Any] | None, dimensions: Any) -
         n_sinks=main["n_sinks"],
         outlier_dimensions=tuple(dimensions),
         outlier_share=None if trimmed is None else _share_left_out(main, trimmed),
+        share_mean=None,
         classes=facts.classes,
     )
 
@@ -108,6 +116,12 @@ def _share_left_out(strength: dict[str, Any], trimmed: dict[str, Any]) -> float 
     """Share of the sum of squared norms that the trimmed norms lack; None without tokens."""
     whole, rest = _mean_square(strength), _mean_square(trimmed)
     return max(0.0, 1 - rest / whole) if whole else None
+
+
+def _share_mean(rows: list[dict[str, Any]]) -> float | None:
+    """M / Q over the tokens of the types in ``rows``, of ``MOMENTS_SCHEMA``; None without any."""
+    whole = sum(row["n"] * row["second_moment"] for row in rows)
+    return sum(row["n"] * row["squared_mean"] for row in rows) / whole if whole else None
 
 
 def _mean_square(row: dict[str, Any]) -> float:

@@ -48,7 +48,7 @@ def _facts(card: Card) -> Table:
 
 
 def _strengths(card: Card) -> Table:
-    columns = ("median", "CV", "max", "special", "sinks", "outliers")
+    columns = ("median", "CV", "max", "special", "sinks", "outliers", "M/Q")
     table = titled_table("Strength by layer", "layer", *columns, left=0)
     for layer in card.layers:
         table.add_row(
@@ -59,6 +59,7 @@ def _strengths(card: Card) -> Table:
             number(layer.special_max),
             f"{layer.n_sinks:,}",
             percent(layer.outlier_share),
+            percent(layer.share_mean),
         )
     return table
 
@@ -107,6 +108,13 @@ def _notes(card: Card) -> list[str]:
         )
     else:
         lines.append("'outliers' needs a run with --signals trimmed.")
+    if any(layer.share_mean is not None for layer in card.layers):
+        lines.append(
+            "'M/Q' is the share of the second moment of frequent types that is the squared norm of "
+            "their mean state; the rest is variance within the type."
+        )
+    else:
+        lines.append("'M/Q' needs a run with --mean-vectors.")
     if card.thresholds is not None:
         lines.append(f"HIGH is decided by the frozen thresholds, of {card.thresholds}.")
     lines.append(

@@ -55,7 +55,9 @@ class RunSummary:
 
     uri: str
     info: dict[str, Any]
-    bytes_per_token: dict[str, float]  # keys: tokens, documents, summary, neurons, pairs, all
+    bytes_per_token: dict[
+        str, float
+    ]  # keys: tokens, documents, summary, neurons, pairs, vectors, all
     padding_share: float
     losses: Losses
     skipped: str  # files left out of the corpus, in words
@@ -89,6 +91,8 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
             ("pairs", "pairs"),
         )
     }
+    if "vectors_bytes" in shards.column_names:
+        size["vectors"] = (pc.sum(shards["vectors_bytes"]).as_py() or 0) / n
     counts = run.info["counts"]
     layers = []
     for layer in run.info["layers"]:

@@ -80,15 +80,17 @@ def is_store_file(uri: str) -> bool:
 TABLES = ("tokens", "documents", "summary")
 NEURON_TABLES = ("neurons", "pairs")
 """Further tables of a shard whose neurons are recorded."""
+VECTORS = "vectors"
+"""Further table of a shard whose hidden states are added up by type."""
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "kept", "sources",
               "screened", "strange", "signals", "signal_vocabulary", "neurons", "neuron_types", "groups", "group_types",
               "group_classes", "duplicates", "near_duplicates", "copied", "salience", "word_vocabulary",
-              "languages")  # fmt: skip
+              "languages", "moments", "mean_vectors")  # fmt: skip
 PROBE = re.compile("probe-[0-9a-f]{32}")
 COMMIT = re.compile(r"commit(?:-([1-9][0-9]{0,8}))?\.json")
 LEASE = re.compile(r"lease-[0-9a-f]{32}\.json")
 SHARD_FILE = re.compile(
-    rf"{COMMIT.pattern}|[0-9a-f]{{16}}-({'|'.join(TABLES + NEURON_TABLES)})\.parquet"
+    rf"{COMMIT.pattern}|[0-9a-f]{{16}}-({'|'.join((*TABLES, *NEURON_TABLES, VECTORS))})\.parquet"
 )
 STATUS = "status.json"
 RUN_FILE = re.compile(

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from afn_ray.errors import Interrupted
 from afn_ray.schema import (
     PAIRS_SCHEMA,
+    VECTORS_SCHEMA,
     Series,
     documents_schema,
     summary_schema,
@@ -24,6 +25,7 @@ from afn_ray.schema import (
     tokens_schema,
 )
 from afn_ray.store import disk, parquet
+from afn_ray.store.layout import VECTORS
 
 ROW_GROUP_ROWS = 1 << 19
 """Rows after which a row group ends: 0.5 M scan fastest, and a document is found in about 3 ms."""
@@ -32,7 +34,7 @@ BATCH_ROWS = 1 << 18
 """Rows read at a time."""
 
 _DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins",
-          "total")  # fmt: skip
+          "total", "totals")  # fmt: skip
 """Integer columns that are delta-encoded."""
 
 
@@ -149,12 +151,19 @@ class ShardFiles:
         self.documents = table("documents", documents_schema(series, of_corpus.kept, detected))
         self.summary = table("summary", summary_schema(tagged=tagged, detected=detected))
         self._files = [self.tokens, self.documents, self.summary]
+        self._table = table
+        self.vectors: TableFile | None = None
         self.neurons: TableFile | None = None
         self.pairs: TableFile | None = None
         if neuron_layers:
             self.neurons = table("neurons", token_neurons_schema(neuron_layers))
             self.pairs = table("pairs", PAIRS_SCHEMA)
             self._files += [self.neurons, self.pairs]
+
+    def record_vectors(self) -> None:
+        """Make the file of sums of hidden states too."""
+        self.vectors = self._table(VECTORS, VECTORS_SCHEMA)
+        self._files.append(self.vectors)
 
     def __enter__(self) -> ShardFiles:
         return self

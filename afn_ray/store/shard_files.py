@@ -27,7 +27,7 @@ from afn_ray.store.checksums import (
     short,
 )
 from afn_ray.store.commits import Commit, Commits
-from afn_ray.store.layout import NEURON_TABLES, TABLES, commit_name, generation_of
+from afn_ray.store.layout import NEURON_TABLES, TABLES, VECTORS, commit_name, generation_of
 
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
@@ -95,7 +95,7 @@ def _check_commit(commit: Commit, uri: str) -> None:
     """Raise ``StoreError`` if the ``commit`` in ``uri`` has values that no run writes."""
     files = commit.files if isinstance(commit.files, dict) else {}
     names = [_file_name(entry) for entry in files.values()]
-    are_known = set(files) in (set(TABLES), set(TABLES + NEURON_TABLES))
+    are_known = set(files) - {VECTORS} in (set(TABLES), set(TABLES + NEURON_TABLES))
     if not are_known or not all(_stays_in_folder(name) for name in names):
         raise StoreError(f"{uri} is damaged: it names the files {names}")
     for what, is_valid in _IS.items():

@@ -64,7 +64,7 @@ def test_neurons_are_those_of_the_plain_model(name: str, family: Any) -> None:  
     loaded = load(folder, frozenset({"neurons"}), [1, 3])
     texts = documents(5, [9, 30, 1])
     ids, lengths = np.concatenate([np.array(t) for t in texts]), [len(t) for t in texts]
-    values, numbers = loaded.submit(ids, lengths, (Strength(), Neurons(TOP))).result()
+    values, numbers, _ = loaded.submit(ids, lengths, (Strength(), Neurons(TOP))).result()
     assert len(values) == 2 + 2 * TOP and numbers.dtype == np.int32
     of_neurons = values[2:].reshape(2, TOP, -1), numbers.reshape(2, TOP, -1)
     bounds = np.cumsum(lengths)[:-1]
@@ -84,7 +84,7 @@ def test_neurons_are_those_of_the_plain_model(name: str, family: Any) -> None:  
 def test_half_precision_neurons_stay_near(name: str, family: Any) -> None:  # noqa: F811
     ids = np.array(documents(5, [30])[0])
     loaded = load(family(name)[0], frozenset({"neurons"}), [3], "bfloat16")
-    values, which = loaded.submit(ids, [30], (Strength(), Neurons(TOP))).result()
+    values, which, _ = loaded.submit(ids, [30], (Strength(), Neurons(TOP))).result()
     got = values[1:]
     there = np.take_along_axis(plain_neurons(family(name)[0], ids.tolist())[2], which.T, axis=1)
     assert np.quantile(np.abs(got.T - there) / np.abs(there), 0.9) < 0.05
@@ -107,7 +107,7 @@ def test_experts_are_refused(family: Any) -> None:  # noqa: F811
 def test_an_mlp_with_fewer_neurons_gives_all_it_has(family: Any) -> None:  # noqa: F811
     loaded = load(family("bert")[0], frozenset({"neurons"}), [2])
     ids = np.array([7, 8, 9])
-    found, which = loaded.submit(ids, [3], (Strength(), Neurons(60))).result()
+    found, which, _ = loaded.submit(ids, [3], (Strength(), Neurons(60))).result()
     values = found[1:]
     assert (
         sorted(which[:48, 0]) == list(range(48)) and not values[48:].any() and not which[48:].any()

@@ -21,7 +21,7 @@ import simulated
 from afn_ray import model
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, DeviceFault, Interrupted, OutOfMemory
-from afn_ray.model.engine import Read
+from afn_ray.model.pending import Read
 from afn_ray.runs import flow, measurer, worker
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.flow import SUBMITTED

@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
         folder / "store",
         layers="all",
         signals="trimmed",
+        mean_vectors=20,
         sink_factor=1.05,
         shard_bytes=2048,
     )
@@ -71,6 +72,10 @@ def test_figures_of_each_layer_are_those_of_the_rows(made: RunConfig, card: Card
             share = 1 - (t**2).sum() / (s**2).sum()
             assert layer.outlier_share == pytest.approx(share, rel=1e-6) and share > 3 / 32
             assert list(layer.outlier_dimensions) == run.info["measure"]["outliers"][k]
+            moments = run.sql(
+                f"SELECT sum(n * squared_mean) / sum(n * second_moment) FROM moments WHERE layer = {k}"
+            ).fetchall()
+            assert layer.share_mean == pytest.approx(moments[0][0], rel=1e-12)
             high = run.sql(
                 f"SELECT class, n_high / n FROM classes WHERE layer = {k} AND class <> 'special'"
             ).fetchall()
@@ -87,8 +92,9 @@ def test_the_card_fits_into_80_columns_with_a_row_for_each_layer(card: Card) -> 
         rows = shown.partition(table)[2]
         assert all(re.search(rf"^ *{layer} +[0-9–]", rows, re.M) for layer in LAYERS), table
     assert "the 3 largest dimensions" in shown and "over 1.05 medians" in " ".join(shown.split())
-    without = replace(card, layers=tuple(replace(x, outlier_share=None) for x in card.layers))
-    assert "--signals trimmed" in _shown(without)
+    layers = [replace(x, outlier_share=None, share_mean=None) for x in card.layers]
+    without = _shown(replace(card, layers=tuple(layers)))
+    assert "--signals trimmed" in without and "--mean-vectors" in without
 
 
 def test_a_card_of_many_hostile_tags_shows_the_frequent_ones_and_no_control_character(

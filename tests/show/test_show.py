@@ -146,6 +146,7 @@ def _run(
             "summary_bytes": 100,
             "neurons_bytes": 0,
             "pairs_bytes": 0,
+            "vectors_bytes": 0,
         }
         for n in (600_000, 400_000)
     ]
@@ -227,6 +228,7 @@ def test_shares_and_spreads_are_those_of_the_tables(tmp_path: Path) -> None:
         "summary": 0.0002,
         "neurons": 0,
         "pairs": 0,
+        "vectors": 0,
         "all": 7.0002,
     }
     assert summary.padding_share == pytest.approx(0.2)

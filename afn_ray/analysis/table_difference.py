@@ -1,0 +1,39 @@
+"""The first difference between a stored table and the same table computed anew."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+RELATIVE = 1e-9
+"""Relative tolerance between two computations of a mean, as the order of a sum may differ.
+
+Everything else must be equal.
+"""
+
+
+def difference(stored: pa.Table, expected: pa.Table) -> str:
+    """The first difference between two tables, beyond rounding of floats; empty without one."""
+    if stored.column_names != expected.column_names:
+        return f"its columns are {stored.column_names}, expected {expected.column_names}"
+    if len(stored) != len(expected):
+        return f"it has {len(stored)} rows, expected {len(expected)}"
+    for name in expected.column_names:
+        ours, theirs = expected[name], stored[name]
+        row = _first_difference(theirs, ours)
+        if row is not None:
+            return f"row {row}: {name} is {theirs[row]}, but its shards give {ours[row]}"
+    return ""
+
+
+def _first_difference(stored: pa.ChunkedArray, expected: pa.ChunkedArray) -> int | None:
+    """The first row in which two columns differ, beyond rounding of floats; None without one."""
+    if pa.types.is_floating(expected.type) and expected.null_count == stored.null_count:
+        is_equal = np.isclose(
+            stored.to_numpy(), expected.to_numpy(), rtol=RELATIVE, atol=1e-12, equal_nan=True
+        )
+        return None if is_equal.all() else int(np.argmin(is_equal))
+    if stored.equals(expected):
+        return None
+    pairs = zip(stored.to_pylist(), expected.to_pylist(), strict=True)
+    return next((row for row, (a, b) in enumerate(pairs) if a != b), None)

@@ -1,0 +1,250 @@
+"""Mean hidden states of frequent types, and how the second moment of a type's states splits.
+
+For the states x of one type at one layer, Q = mean |x|^2 is the sum of M = |mean x|^2 and V = mean
+|x - mean x|^2 (Yamagiwa and Shimodaira 2025). Q comes from the recorded strengths, M from sums of
+states in whole units, and V is their difference. Strengths are rounded by at most 2^-16, so V is
+exact to 2^-15 of Q; where the difference is negative, V is 0.
+
+Sums are integers, so shards add up to the same in any order. One layer of them is in memory at a
+time: 16 bytes for each type and dimension, whatever the corpus.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from afn_ray.errors import ShardError
+from afn_ray.reduce.encoded import decode, encode
+from afn_ray.reduce.shards import CommittedFile, CommittedShards
+from afn_ray.reduce.stats import Float64s, Ints
+from afn_ray.reduce.tasks import Tasks, in_groups, merge_parts
+from afn_ray.schema import (
+    MEAN_VECTORS_SCHEMA,
+    MOMENTS_SCHEMA,
+    STATE_UNITS,
+    VECTORS_SCHEMA,
+)
+from afn_ray.store import parquet
+from afn_ray.store.layout import VECTORS
+
+READ_BYTES = 64 << 20
+"""Bytes of sums that one call reads, all layers together, as stored."""
+MOST_TOTAL = 1 << 62
+"""Largest magnitude of a shard's total before another chunk is added.
+
+A chunk has about 2^18 tokens with states under ``STATE_LIMIT``, so its total fits beside it.
+"""
+LOW_BITS = 32
+"""Bits of a total that the sum of shards adds apart from the others, so that nothing overflows."""
+LOW_MASK = (1 << LOW_BITS) - 1
+
+
+class StateSums:
+    """Sums of hidden states by type and layer, of a chunk or a shard.
+
+    Several threads may add. Memory is 8 bytes for each layer, type and dimension.
+    """
+
+    def __init__(self) -> None:
+        self._adding = threading.Lock()
+        self._n: Ints = np.empty(0, np.int64)
+        self._totals: Ints = np.empty((0, 0, 0), np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the sums, in bytes."""
+        return self._totals.nbytes
+
+    def add(self, num_types: int, slots: Ints, n: Ints, totals: Ints) -> None:
+        """Add the tokens of the types ``slots``, of ``num_types`` recorded ones.
+
+        ``n`` [n_slots] counts them, and ``totals`` [n_layers, n_slots, hidden_size] has their sums.
+        Raises ``ShardError`` where a total does not fit.
+        """
+        with self._adding:
+            if not len(self._n):
+                self._n = np.zeros(num_types, np.int64)
+                self._totals = np.zeros((len(totals), num_types, totals.shape[2]), np.int64)
+            if np.abs(self._totals).max(initial=0) > MOST_TOTAL:
+                raise ShardError(
+                    f"the hidden states of a type add up to more than {MOST_TOTAL // STATE_UNITS:,} "
+                    "in one shard; give a smaller --shard-bytes, or leave --mean-vectors out"
+                )
+            self._n[slots] += n
+            self._totals[:, slots] += totals
+
+    def add_all(self, other: StateSums) -> None:
+        """Add the sums of ``other``."""
+        if len(other._n):
+            slots = np.flatnonzero(other._n)
+            self.add(len(other._n), slots, other._n[slots], other._totals[:, slots])
+
+    def tables(self, layers: Sequence[int], types: Sequence[int]) -> Iterator[pa.Table]:
+        """One table per layer, as in ``VECTORS_SCHEMA``, of the ``types`` that occur."""
+        slots = np.flatnonzero(self._n)
+        ids = np.array(types, np.int32)[slots]
+        for layer, totals in zip(layers, self._totals, strict=False):
+            columns = {
+                "layer": pa.array(np.full(len(slots), layer, np.int16)),
+                "token_id": pa.array(ids),
+                "n": pa.array(self._n[slots]),
+                "totals": _lists(totals[slots], VECTORS_SCHEMA.field("totals").type),
+            }
+            yield pa.table(columns, schema=VECTORS_SCHEMA)
+
+
+def _lists(rows: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
+    """The ``rows`` [n, length] as lists."""
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    values = pa.array(np.ascontiguousarray(rows).ravel())
+    return pa.ListArray.from_arrays(pa.array(offsets), values, type=kind)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSums:
+    """Sums of the hidden states of each recorded type at one layer, over shards.
+
+    A total is ``high`` times 2^32 plus ``low``, in units of 1 / ``STATE_UNITS``.
+    """
+
+    n: Ints  # [n_types]
+    high: Ints  # [n_types, hidden_size]
+    low: Ints  # same shape, not negative
+
+    @classmethod
+    def of_table(cls, table: pa.Table, types: Sequence[int], hidden_size: int) -> LayerSums:
+        """From rows of ``VECTORS_SCHEMA`` of one layer and one shard."""
+        n = np.zeros(len(types), np.int64)
+        totals = np.zeros((len(types), hidden_size), np.int64)
+        slots = np.searchsorted(types, table["token_id"].to_numpy())
+        n[slots] = table["n"].to_numpy()
+        totals[slots] = flat(table["totals"]).reshape(-1, hidden_size)
+        return cls(n, totals >> LOW_BITS, totals & LOW_MASK)
+
+    def plus(self, other: LayerSums) -> LayerSums:
+        """The sum of both."""
+        return LayerSums(self.n + other.n, self.high + other.high, self.low + other.low)
+
+    def means(self) -> Float64s:
+        """The mean state of each type that occurs, [n_found, hidden_size]."""
+        found = self.n > 0
+        high, low = self.high[found] + (self.low[found] >> LOW_BITS), self.low[found] & LOW_MASK
+        totals = high.astype(np.float64) * (1 << LOW_BITS) + low
+        return np.asarray(totals / STATE_UNITS / self.n[found][:, None])
+
+    def encoded(self) -> bytes:
+        """For transfer between processes."""
+        return encode(pa.table({"n": self.n, "high": _cells(self.high), "low": _cells(self.low)}))
+
+    @classmethod
+    def decoded(cls, data: bytes) -> LayerSums:
+        """The inverse of ``encoded``."""
+        table = decode(data)
+        n = table["n"].to_numpy()
+        high, low = (flat(table[name]).reshape(len(n), -1) for name in ("high", "low"))
+        return cls(n, high, low)
+
+
+def _cells(rows: Ints) -> pa.Array:
+    return _lists(rows, pa.list_(pa.int64()))
+
+
+def flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """The values of all lists of a column without nulls, one after the other."""
+    values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy()
+    return values
+
+
+def vector_tables(
+    tasks: Tasks,
+    shards: CommittedShards,
+    layers: Sequence[int],
+    types: Sequence[int],
+    vocabulary: pa.Table,
+) -> dict[str, pa.Table]:
+    """The tables ``moments`` and ``mean_vectors`` of the recorded ``types``, ascending."""
+    moments, vectors = [MOMENTS_SCHEMA.empty_table()], [MEAN_VECTORS_SCHEMA.empty_table()]
+    for layer in layers:
+        groups = in_groups(shards.files(VECTORS), lambda f: f.num_bytes, READ_BYTES)
+        leaves = (tasks.submit(_read, some, layer, types) for some in groups if some)
+        (total,) = merge_parts(tasks, leaves, _merge, None)
+        here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
+        of_moments, of_vectors = _of_layer(
+            LayerSums.decoded(tasks.result(total)), layer, np.array(types), here
+        )
+        moments.append(of_moments)
+        vectors.append(of_vectors)
+    return {"moments": pa.concat_tables(moments), "mean_vectors": pa.concat_tables(vectors)}
+
+
+def _read(files: Sequence[CommittedFile], layer: int, types: Sequence[int]) -> list[bytes]:
+    """The encoded sum of ``files`` at ``layer``, one file in memory at a time."""
+    total: LayerSums | None = None
+    for file in files:
+        table = parquet.read(file.read(), filters=[("layer", "=", layer)], use_threads=False)
+        if len(table):
+            hidden_size = len(table["totals"][0])
+            sums = LayerSums.of_table(table, types, hidden_size)
+            total = sums if total is None else total.plus(sums)
+    if total is None:
+        none = np.empty((len(types), 0), np.int64)
+        total = LayerSums(np.zeros(len(types), np.int64), none, none)
+    return [total.encoded()]
+
+
+def _merge(_: None, *parts: bytes) -> list[bytes]:
+    """The sum of ``parts``; one without a token has no dimensions."""
+    total: LayerSums | None = None
+    for part in parts:
+        sums = LayerSums.decoded(part)
+        if total is None or not total.high.size:
+            total = sums
+        elif sums.high.size:
+            total = total.plus(sums)
+    assert total is not None
+    return [total.encoded()]
+
+
+def _of_layer(
+    sums: LayerSums, layer: int, types: Ints, vocabulary: pa.Table
+) -> tuple[pa.Table, pa.Table]:
+    """Rows of both tables at ``layer``, of the ``types`` that occur."""
+    found = np.flatnonzero(sums.n)
+    means, ids = sums.means(), types[found]
+    is_normal = pc.not_equal(vocabulary["class"], "special")
+    normal = vocabulary.filter(is_normal)
+    rows = normal.take(np.searchsorted(normal["token_id"].to_numpy(), ids))
+    mean, sd = rows["mean"].to_numpy(), rows["sd"].to_numpy()
+    n = pa.array(sums.n[found])
+    columns: dict[str, Any] = {
+        "layer": pa.array(np.full(len(ids), layer, np.int16)),
+        **{name: rows[name] for name in ("token_id", "token", "text", "class")},
+        "n": n,
+        **split(mean**2 + sd**2, (means**2).sum(axis=1)),
+    }
+    moments = pa.table({name: columns[name] for name in MOMENTS_SCHEMA.names}, MOMENTS_SCHEMA)
+    kind = MEAN_VECTORS_SCHEMA.field("mean").type
+    lists = _lists(means.astype(np.float32), kind)
+    arrays = {"layer": columns["layer"], "token_id": rows["token_id"], "n": n, "mean": lists}
+    return moments, pa.table(arrays, MEAN_VECTORS_SCHEMA)
+
+
+def split(second_moment: Float64s, squared_mean: Float64s) -> Mapping[str, pa.Array]:
+    """The columns of ``MOMENTS_SCHEMA`` that split ``second_moment``, both [n_types]."""
+    variance = np.maximum(second_moment - squared_mean, 0)
+    has_length = second_moment > 0
+    share = np.divide(squared_mean, second_moment, where=has_length, out=np.zeros(len(has_length)))
+    return {
+        "second_moment": pa.array(second_moment),
+        "squared_mean": pa.array(squared_mean),
+        "variance": pa.array(variance),
+        "share_mean": pa.array(np.minimum(share, 1), mask=~has_length),
+    }
