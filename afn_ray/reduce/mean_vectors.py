@@ -109,7 +109,7 @@ def _lists(rows: npt.NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSums:
+class StateTotals:
     """Sums of the hidden states of each recorded type at one layer, over shards.
 
     A total is ``high`` times 2^32 plus ``low``, in units of 1 / ``STATE_UNITS``.
@@ -120,7 +120,7 @@ class LayerSums:
     low: Ints  # same shape, not negative
 
     @classmethod
-    def of_table(cls, table: pa.Table, types: Sequence[int], hidden_size: int) -> LayerSums:
+    def of_table(cls, table: pa.Table, types: Sequence[int], hidden_size: int) -> StateTotals:
         """From rows of ``VECTORS_SCHEMA`` of one layer and one shard."""
         n = np.zeros(len(types), np.int64)
         totals = np.zeros((len(types), hidden_size), np.int64)
@@ -129,9 +129,9 @@ class LayerSums:
         totals[slots] = flat(table["totals"]).reshape(-1, hidden_size)
         return cls(n, totals >> LOW_BITS, totals & LOW_MASK)
 
-    def plus(self, other: LayerSums) -> LayerSums:
+    def plus(self, other: StateTotals) -> StateTotals:
         """The sum of both."""
-        return LayerSums(self.n + other.n, self.high + other.high, self.low + other.low)
+        return StateTotals(self.n + other.n, self.high + other.high, self.low + other.low)
 
     def means(self) -> Float64s:
         """The mean state of each type that occurs, [n_found, hidden_size]."""
@@ -145,7 +145,7 @@ class LayerSums:
         return encode(pa.table({"n": self.n, "high": _cells(self.high), "low": _cells(self.low)}))
 
     @classmethod
-    def decoded(cls, data: bytes) -> LayerSums:
+    def decoded(cls, data: bytes) -> StateTotals:
         """The inverse of ``encoded``."""
         table = decode(data)
         n = table["n"].to_numpy()
@@ -178,7 +178,7 @@ def vector_tables(
         (total,) = merge_parts(tasks, leaves, _merge, None)
         here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
         of_moments, of_vectors = _of_layer(
-            LayerSums.decoded(tasks.result(total)), layer, np.array(types), here
+            StateTotals.decoded(tasks.result(total)), layer, np.array(types), here
         )
         moments.append(of_moments)
         vectors.append(of_vectors)
@@ -187,24 +187,24 @@ def vector_tables(
 
 def _read(files: Sequence[CommittedFile], layer: int, types: Sequence[int]) -> list[bytes]:
     """The encoded sum of ``files`` at ``layer``, one file in memory at a time."""
-    total: LayerSums | None = None
+    total: StateTotals | None = None
     for file in files:
         table = parquet.read(file.read(), filters=[("layer", "=", layer)], use_threads=False)
         if len(table):
             hidden_size = len(table["totals"][0])
-            sums = LayerSums.of_table(table, types, hidden_size)
+            sums = StateTotals.of_table(table, types, hidden_size)
             total = sums if total is None else total.plus(sums)
     if total is None:
         none = np.empty((len(types), 0), np.int64)
-        total = LayerSums(np.zeros(len(types), np.int64), none, none)
+        total = StateTotals(np.zeros(len(types), np.int64), none, none)
     return [total.encoded()]
 
 
 def _merge(_: None, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``; one without a token has no dimensions."""
-    total: LayerSums | None = None
+    total: StateTotals | None = None
     for part in parts:
-        sums = LayerSums.decoded(part)
+        sums = StateTotals.decoded(part)
         if total is None or not total.high.size:
             total = sums
         elif sums.high.size:
@@ -214,7 +214,7 @@ def _merge(_: None, *parts: bytes) -> list[bytes]:
 
 
 def _of_layer(
-    sums: LayerSums, layer: int, types: Ints, vocabulary: pa.Table
+    sums: StateTotals, layer: int, types: Ints, vocabulary: pa.Table
 ) -> tuple[pa.Table, pa.Table]:
     """Rows of both tables at ``layer``, of the ``types`` that occur."""
     found = np.flatnonzero(sums.n)

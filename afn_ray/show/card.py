@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow.compute as pc
+
+from afn_ray.reduce.mean_vectors import flat
 from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, summarise
 from afn_ray.store import checksums, manifest
 
 TRIMMED = "strength_trimmed"
 """Column of ``signals`` with the strength without the layer's outlier dimensions."""
+
+
+class MomentShares(NamedTuple):
+    """Shares of the second moment Q of the tokens of frequent types, which add up to 1.
+
+    As in Yamagiwa and Shimodaira 2025: Q is the squared norm of the mean of all these tokens, plus
+    the variance of the types' means, weighted by their tokens, plus the mean variance within types.
+    """
+
+    mean: float
+    between: float
+    within: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +41,7 @@ class LayerCard:
     n_sinks: int
     outlier_dimensions: tuple[int, ...]  # the largest first; empty: not recorded
     outlier_share: float | None  # their share of the squared norms; None: not recorded
-    share_mean: float | None  # M / Q over the tokens of frequent types; None: not recorded
+    moment_shares: MomentShares | None  # None: not recorded
     classes: tuple[ClassShare, ...]
 
 
@@ -66,14 +82,14 @@ def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
     if "signals" in info["tables"]:
         rows = manifest.read_table(run, "signals").to_pylist()
         trimmed = {row["layer"]: row for row in rows if row["signal"] == TRIMMED}
-    moments: list[dict[str, Any]] = []
+    moments: dict[int, MomentShares] = {}
     if "moments" in info["tables"]:
-        moments = manifest.read_table(run, "moments").to_pylist()
+        moments = _moment_shares(run)
     dimensions = dict(zip(measure["layers"], measure.get("outliers", ()), strict=False))
     layers = tuple(
         replace(
             _layer(facts, trimmed.get(facts.layer), dimensions.get(facts.layer, ())),
-            share_mean=_share_mean([row for row in moments if row["layer"] == facts.layer]),
+            moment_shares=moments.get(facts.layer),
         )
         for facts in summary.layers
     )
@@ -107,7 +123,7 @@ def _layer(facts: LayerFacts, trimmed: dict[str, Any] | None, dimensions: Any) -
         n_sinks=main["n_sinks"],
         outlier_dimensions=tuple(dimensions),
         outlier_share=None if trimmed is None else _share_left_out(main, trimmed),
-        share_mean=None,
+        moment_shares=None,
         classes=facts.classes,
     )
 
@@ -118,10 +134,26 @@ def _share_left_out(strength: dict[str, Any], trimmed: dict[str, Any]) -> float 
     return max(0.0, 1 - rest / whole) if whole else None
 
 
-def _share_mean(rows: list[dict[str, Any]]) -> float | None:
-    """M / Q over the tokens of the types in ``rows``, of ``MOMENTS_SCHEMA``; None without any."""
-    whole = sum(row["n"] * row["second_moment"] for row in rows)
-    return sum(row["n"] * row["squared_mean"] for row in rows) / whole if whole else None
+def _moment_shares(run: manifest.RunFolder) -> dict[int, MomentShares]:
+    """The shares at each layer with tokens of frequent types, from the run's mean vectors."""
+    moments, vectors = (manifest.read_table(run, name) for name in ("moments", "mean_vectors"))
+    shares = {}
+    for layer in run.info["layers"]:
+        here, means = (t.filter(pc.equal(t["layer"], layer)) for t in (moments, vectors))
+        if not len(here):
+            continue
+        n, q, m, v = (
+            here[name].to_numpy().astype(np.float64)
+            for name in ("n", "second_moment", "squared_mean", "variance")
+        )
+        of_types = flat(means["mean"]).reshape(len(n), -1).astype(np.float64)
+        mean = n @ of_types / n.sum()
+        common, whole = float(mean @ mean), float(n @ q / n.sum())
+        if whole:
+            between = max(0.0, float(n @ m / n.sum()) - common)
+            within = float(n @ v / n.sum())
+            shares[layer] = MomentShares(common / whole, between / whole, within / whole)
+    return shares
 
 
 def _mean_square(row: dict[str, Any]) -> float:
@@ -131,4 +163,8 @@ def _mean_square(row: dict[str, Any]) -> float:
 
 def to_json(card: Card) -> dict[str, Any]:
     """The card as plain values; class shares include their interval."""
-    return asdict(card)
+    value = asdict(card)
+    for layer in value["layers"]:
+        if (shares := layer["moment_shares"]) is not None:
+            layer["moment_shares"] = shares._asdict()
+    return value

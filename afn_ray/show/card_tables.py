@@ -25,6 +25,8 @@ def render(card: Card, console: Console) -> None:
     """Print the sample, the figures of every layer, the HIGH share of every class, and notes."""
     console.print(_facts(card))
     print_whole(_strengths(card), console)
+    if any(layer.moment_shares is not None for layer in card.layers):
+        print_whole(_moments(card), console)
     print_whole(_classes(card, max(WIDTH, console.width)), console)
     for note in _notes(card):
         console.print(printable(note), markup=False)
@@ -48,7 +50,7 @@ def _facts(card: Card) -> Table:
 
 
 def _strengths(card: Card) -> Table:
-    columns = ("median", "CV", "max", "special", "sinks", "outliers", "M/Q")
+    columns = ("median", "CV", "max", "special", "sinks", "outliers")
     table = titled_table("Strength by layer", "layer", *columns, left=0)
     for layer in card.layers:
         table.add_row(
@@ -59,8 +61,16 @@ def _strengths(card: Card) -> Table:
             number(layer.special_max),
             f"{layer.n_sinks:,}",
             percent(layer.outlier_share),
-            percent(layer.share_mean),
         )
+    return table
+
+
+def _moments(card: Card) -> Table:
+    title = "Second moment of frequent types by layer: shares of its parts"
+    table = titled_table(title, "layer", "mean of all", "between types", "within types", left=0)
+    for layer in card.layers:
+        shares = layer.moment_shares or (None, None, None)
+        table.add_row(str(layer.layer), *map(percent, shares))
     return table
 
 
@@ -108,13 +118,13 @@ def _notes(card: Card) -> list[str]:
         )
     else:
         lines.append("'outliers' needs a run with --signals trimmed.")
-    if any(layer.share_mean is not None for layer in card.layers):
+    if any(layer.moment_shares is not None for layer in card.layers):
         lines.append(
-            "'M/Q' is the share of the second moment of frequent types that is the squared norm of "
-            "their mean state; the rest is variance within the type."
+            "The second moment of the frequent types' states is the squared norm of their mean, plus "
+            "the variance between the means of types, plus that within types."
         )
     else:
-        lines.append("'M/Q' needs a run with --mean-vectors.")
+        lines.append("A run with --mean-vectors has the split of the second moment too.")
     if card.thresholds is not None:
         lines.append(f"HIGH is decided by the frozen thresholds, of {card.thresholds}.")
     lines.append(

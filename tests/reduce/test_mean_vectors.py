@@ -26,7 +26,7 @@ from afn_ray.measure import Measure
 from afn_ray.model.signals import States
 from afn_ray.model.type_sums import Chooser
 from afn_ray.reduce import mean_vectors
-from afn_ray.reduce.mean_vectors import LayerSums, StateSums, flat
+from afn_ray.reduce.mean_vectors import StateSums, StateTotals, flat
 from afn_ray.runs import worker
 from afn_ray.runs.measurer import Measurer, find_model
 from afn_ray.runs.task import Task
@@ -128,7 +128,7 @@ def test_the_sum_of_shards_is_exact_in_any_order_and_grouping(shard_tables: list
         totals = totals + np.sign(totals) * (1 << 61)
         lists = mean_vectors._lists(totals, rows.schema.field("totals").type)
         rows = rows.set_column(3, rows.schema.field("totals"), lists)
-        parts.append(LayerSums.of_table(rows, types, totals.shape[1]).encoded())
+        parts.append(StateTotals.of_table(rows, types, totals.shape[1]).encoded())
         for i, total in zip(rows["token_id"].to_pylist(), totals.tolist(), strict=True):
             before = exact.get(i, [0] * len(total))
             exact[i] = [a + b for a, b in zip(before, total, strict=True)]
@@ -143,7 +143,7 @@ def test_the_sum_of_shards_is_exact_in_any_order_and_grouping(shard_tables: list
         cut = int(random.integers(1, len(parts)))
         halves = ([parts[i] for i in some] for some in (order[:cut], order[cut:]))
         sums = [mean_vectors._merge(None, *half)[0] for half in halves]
-        means = LayerSums.decoded(mean_vectors._merge(None, *sums)[0]).means()
+        means = StateTotals.decoded(mean_vectors._merge(None, *sums)[0]).means()
         np.testing.assert_allclose(means, wanted, rtol=1e-15)
         found.add(means.tobytes())
     assert len(found) == 1

@@ -72,10 +72,18 @@ def test_figures_of_each_layer_are_those_of_the_rows(made: RunConfig, card: Card
             share = 1 - (t**2).sum() / (s**2).sum()
             assert layer.outlier_share == pytest.approx(share, rel=1e-6) and share > 3 / 32
             assert list(layer.outlier_dimensions) == run.info["measure"]["outliers"][k]
-            moments = run.sql(
-                f"SELECT sum(n * squared_mean) / sum(n * second_moment) FROM moments WHERE layer = {k}"
+            (row,) = run.sql(
+                "SELECT sum(n * squared_mean) / sum(n * second_moment), "
+                "sum(n * variance) / sum(n * second_moment), sum(n * second_moment) "
+                f"FROM moments WHERE layer = {k}"
             ).fetchall()
-            assert layer.share_mean == pytest.approx(moments[0][0], rel=1e-12)
+            vectors = run.sql(f"SELECT n, mean FROM mean_vectors WHERE layer = {k}").fetchall()
+            total = sum(n * np.array(mean) for n, mean in vectors)
+            common = total @ total / sum(n for n, _ in vectors) / row[2]
+            assert layer.moment_shares is not None
+            wanted = (common, row[0] - common, row[1])
+            assert layer.moment_shares == pytest.approx(wanted, rel=1e-6, abs=1e-6)
+            assert sum(layer.moment_shares) == pytest.approx(1, abs=1e-4)
             high = run.sql(
                 f"SELECT class, n_high / n FROM classes WHERE layer = {k} AND class <> 'special'"
             ).fetchall()
@@ -88,11 +96,11 @@ def test_the_card_fits_into_80_columns_with_a_row_for_each_layer(card: Card) -> 
     shown = _shown(card)
     shown_run = replace(card, run="s3://bucket/run", corpus=("s3://bucket/texts",))
     assert max(map(len, _shown(shown_run).splitlines())) <= 80
-    for table in ("Strength by layer", "Share that is HIGH, by class"):
+    for table in ("Strength by layer", "Second moment of", "Share that is HIGH, by class"):
         rows = shown.partition(table)[2]
         assert all(re.search(rf"^ *{layer} +[0-9–]", rows, re.M) for layer in LAYERS), table
     assert "the 3 largest dimensions" in shown and "over 1.05 medians" in " ".join(shown.split())
-    layers = [replace(x, outlier_share=None, share_mean=None) for x in card.layers]
+    layers = [replace(x, outlier_share=None, moment_shares=None) for x in card.layers]
     without = _shown(replace(card, layers=tuple(layers)))
     assert "--signals trimmed" in without and "--mean-vectors" in without
 
