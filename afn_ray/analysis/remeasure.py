@@ -80,8 +80,9 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
     )
     if measure.id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure.as_dict()))
-    # A text that is asked about needs no language, and the run's detector may be missing here.
-    return replace(task, measure=replace(measure, languages=None))
+    # A text that is asked about needs no language, and the run's detector may be missing here. Its
+    # states are not added up either.
+    return replace(task, measure=replace(measure, languages=None, mean_types=()))
 
 
 def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:

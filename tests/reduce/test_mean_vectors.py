@@ -29,7 +29,6 @@ from afn_ray.reduce import mean_vectors
 from afn_ray.reduce.mean_vectors import StateSums, StateTotals, flat
 from afn_ray.runs import worker
 from afn_ray.runs.measurer import Measurer, find_model
-from afn_ray.runs.task import Task
 from afn_ray.schema import STATE_UNITS
 from afn_ray.store import manifest, storage
 from conftest import config_of, edit_table, recommit, write_jsonl
@@ -324,8 +323,9 @@ def test_verify_finds_sums_that_its_tokens_cannot_have(made: RunConfig, tmp_path
 def test_a_text_is_measured_as_such_a_run_measured_its_corpus(made: RunConfig) -> None:
     run = manifest.find_run(made.store)
     task = remeasure.recorded_task(run, remeasure.LocalModel())
-    assert task.measure == Measure.of_dict(run.info["measure"])
-    alone: Task = worker.with_signals(task)
+    recorded = Measure.of_dict(run.info["measure"])
+    assert recorded.mean_types and task.measure == replace(recorded, mean_types=(), languages=None)
+    alone = worker.with_signals(replace(task, measure=recorded))
     assert alone.measure.mean_types == () and not alone.config.mean_vectors
 
 
