@@ -493,6 +493,8 @@ WORD_VOCABULARY_SCHEMA = _schema(
     "is_ambiguous: bool or null",
     "n_folded: int64",  # rare words in the row; 0: the row is one word
     "least_n: int64 or null",  # the words of the row occur fewer times; null: the row is one word
+    # as in ``SALIENCE_SCHEMA``; null: folded words
+    "expected, beyond, beyond_low, beyond_high, n_effective: float64 or null",
 ).append(
     # up to three ways in which the word is written, the most frequent first
     pa.field("forms", _list_of("string"), nullable=False)

@@ -400,6 +400,10 @@ class RunCheck:
         if "word_vocabulary" in self.folder.info["tables"]:
             wrong = run.sql(recount.word_vocabulary_sql(layer))
             self._find_wrong_rows("word_vocabulary", "word", layer, wrong.fetchall())
+            if not self.findings and (differs := salience_check.wrong_word(run, layer)):
+                self._find(
+                    "tables", self._table_uri("word_vocabulary"), f"layer {layer}: {differs}"
+                )
 
     def _find_wrong_rows(
         self, table: str, key: str, layer: int | None, wrong: Sequence[Sequence[object]]

@@ -1,24 +1,33 @@
-"""Recount of the ``salience`` table from the rows; shares no code with the reduce step."""
+"""Recount of the salience of types and words from the rows.
+
+It shares no code with the reduce step but the spelling of a word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from afn_ray.query.database import Run
 from afn_ray.query.expressions import is_high
+from afn_ray.reduce.word_sums import WORD_CHARS, normalised
 
 TOKENS_AT_ONCE = 1 << 20
 """Number of tokens whose pairs of a document and a type a query counts."""
 RELATIVE = 1e-6
 """Relative tolerance: here sums of squares are subtracted that the reduce never forms."""
 Sums = npt.NDArray[np.float64]
-"""By token id: documents, then sums over them of n, h, n n, n h and h h, [6, n_ids].
+"""By type or word: documents, then sums over them of n, h, n n, n h and h h, [6, n].
 
-In a document, n tokens are of the type and h of them are HIGH.
+In a document, n tokens are of the type or word, and h of them are HIGH.
 """
+
+
+COLUMNS = "n_effective, expected, beyond, beyond_low, beyond_high"
 
 
 def wrong_type(run: Run, layer: int) -> str:
@@ -26,30 +35,75 @@ def wrong_type(run: Run, layer: int) -> str:
 
     Empty where there is none. What is expected of a type comes from the table.
     """
-    stored = run.sql(
-        "SELECT token_id, n_effective, expected, beyond, beyond_low, beyond_high FROM salience "
-        "WHERE layer = ? ORDER BY token_id",
-        [layer],
-    ).to_arrow_table()
-    ids, n_effective, expected, beyond, low, high = (c.to_numpy() for c in stored.columns)
+    ids, *stored = (
+        run.sql(
+            f"SELECT token_id, {COLUMNS} FROM salience WHERE layer = ? ORDER BY token_id",  # noqa: S608
+            [layer],
+        )
+        .to_arrow_table()
+        .columns
+    )
     sums = _sums(run, layer)
     found = np.flatnonzero(sums[0])
-    if not np.array_equal(found, ids):
+    if not np.array_equal(found, ids.to_numpy()):
         return f"it has {len(ids)} types, DuckDB counts {len(found)} in the tokens"
-    if not len(ids):
+    return _wrong_row(_Rows("token_id", ids.to_pylist(), *_arrays(stored)), sums[:, found])
+
+
+def wrong_word(run: Run, layer: int) -> str:
+    """As ``wrong_type``, of the words of ``word_vocabulary``."""
+    words, *stored = (
+        run.sql(
+            f"SELECT word, {COLUMNS} FROM word_vocabulary "  # noqa: S608
+            "WHERE layer = ? AND word IS NOT NULL ORDER BY word",
+            [layer],
+        )
+        .to_arrow_table()
+        .columns
+    )
+    names = words.to_pylist()
+    sums = _sums_of_words(run, layer, {name: at for at, name in enumerate(names)})
+    return _wrong_row(_Rows("word", names, *_arrays(stored)), sums)
+
+
+class _Rows(NamedTuple):
+    """Rows of a table of salience at one layer, [n_rows]."""
+
+    key: str
+    names: list[Any]
+    n_effective: Sums
+    expected: Sums
+    beyond: Sums
+    low: Sums
+    high: Sums
+
+
+def _arrays(columns: Sequence[pa.ChunkedArray]) -> Iterator[Sums]:
+    return (column.to_numpy() for column in columns)
+
+
+def _wrong_row(stored: _Rows, sums: Sums) -> str:
+    """A sentence on the first row that differs from ``sums``, [6, n_rows]; empty without one."""
+    if not len(stored.names):
         return ""
-    share = sums[2, ids] / sums[1, ids]
-    recounted = {"n_effective": _n_effective(sums[:, ids]), "beyond": share - expected}
-    for name, got in (("n_effective", n_effective), ("beyond", beyond)):
-        is_close = np.isclose(got, recounted[name], rtol=RELATIVE, atol=1e-12)
+    if not sums[0].all():
+        missing = stored.names[int(np.argmin(sums[0]))]
+        return f"{stored.key} {missing} is in no row of the tokens"
+    share = sums[2] / sums[1]
+    recounted = {"n_effective": _n_effective(sums), "beyond": share - stored.expected}
+    for name, expected in recounted.items():
+        got = getattr(stored, name)
+        is_close = np.isclose(got, expected, rtol=RELATIVE, atol=1e-12)
         if not is_close.all():
             at = int(np.argmin(is_close))
             return (
-                f"{name} of token_id {ids[at]} is {got[at]}, its tokens give {recounted[name][at]}"
+                f"{name} of {stored.key} {stored.names[at]} is {got[at]}, its tokens give "
+                f"{expected[at]}"
             )
-    is_inside = (low <= beyond) & (beyond <= high) & (expected > 0) & (expected < 1)
+    is_inside = (stored.low <= stored.beyond) & (stored.beyond <= stored.high)
+    is_inside &= (stored.expected > 0) & (stored.expected < 1)
     if not is_inside.all():
-        return f"the interval of token_id {ids[int(np.argmin(is_inside))]} is none"
+        return f"the interval of {stored.key} {stored.names[int(np.argmin(is_inside))]} is none"
     return ""
 
 
@@ -89,6 +143,34 @@ def _sums(run: Run, layer: int) -> Sums:
         ids, *columns = (column.to_numpy().astype(np.int64) for column in rows.columns)
         for total, column in zip(found, columns, strict=True):
             total[ids] += column
+    return found
+
+
+def _sums_of_words(run: Run, layer: int, index: Mapping[str, int]) -> Sums:
+    """``Sums`` of the words in ``index`` at ``layer``, [6, n_words], some documents at a time."""
+    ((q3,),) = run.sql(
+        "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
+    ).fetchall()
+    high = is_high(f"max_strength_{int(layer)}", "$q3")
+    query = f"""
+        SELECT doc, left(trim(text, ' '), {WORD_CHARS}) AS form, count(*) AS n,
+            count(*) FILTER ({high}) AS h
+        FROM words WHERE doc >= $first AND doc < $last GROUP BY ALL
+    """  # noqa: S608 - numbers of this package
+    found = np.zeros((6, len(index)))
+    for first, last in _ranges(run):
+        rows = run.sql(query, {"q3": q3, "first": first, "last": last}).to_arrow_table()
+        forms = rows["form"].combine_chunks().dictionary_encode()
+        number_of = [index.get(normalised(form), -1) for form in forms.dictionary.to_pylist()]
+        words = np.array(number_of, np.int64)[forms.indices.to_numpy()]
+        pairs = rows["doc"].to_numpy() * len(index) + words  # forms of a word in a document
+        pairs, at = np.unique(pairs[words >= 0], return_inverse=True)
+        n, h = (
+            np.bincount(at, rows[name].to_numpy()[words >= 0], len(pairs)) for name in ("n", "h")
+        )
+        terms = (np.ones(len(pairs)), n, h, n * n, n * h, h * h)
+        for total, term in zip(found, terms, strict=True):
+            total += np.bincount(pairs % len(index), term, len(index))
     return found
 
 

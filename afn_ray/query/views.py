@@ -27,6 +27,7 @@ VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
+    "word_salience": "the same as salience, of the words of word_vocabulary that have a row",
     "salience": "how often every type is HIGH, and how often its frequency, positions and documents "
     "alone would make it so, per layer; empty where the run was not screened",
     "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is "
@@ -80,7 +81,7 @@ VIEWS = {
     "run": "the run itself: one row",
 }
 """Descriptions of the views, by name."""
-DERIVED = ("tokens", "documents", "words", "word_vocabulary", "classes", "salience", "token_neurons",
+DERIVED = ("tokens", "documents", "words", "word_vocabulary", "classes", "salience", "word_salience", "token_neurons",
            "neuron_types", "mean_vectors")  # fmt: skip
 """Views that are read from files; the others are small tables."""
 MACROS = {
@@ -127,6 +128,7 @@ def statements(
         f"CREATE VIEW word_vocabulary AS FROM {_table_of(recorded.word_table, 'no_words')}",
         f"CREATE VIEW classes AS {classes_view(recorded)}",
         f"CREATE VIEW salience AS {SALIENCE_VIEW}",
+        f"CREATE VIEW word_salience AS {WORD_SALIENCE_VIEW}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, recorded)}",
         "CREATE MACRO document_text(document) AS "
         f"({document_text_macro(rows_of(tokens), recorded.offsets)})",
@@ -278,15 +280,31 @@ def classes_view(recorded: RecordedColumns) -> str:
 
 # --- salience ---
 
-SALIENCE_VIEW = """
-    SELECT layer, row_number() OVER (PARTITION BY layer ORDER BY beyond_low DESC, n DESC, token_id) AS rank,
-        row_number() OVER (PARTITION BY layer ORDER BY share_high_low DESC, n DESC, token_id) AS rank_high,
-        token_id, token, text, class, n, n_docs, share_high, share_high_low, share_high_high,
-        expected, beyond, beyond_low, beyond_high, n_effective
-    FROM internal.salience JOIN vocabulary USING (layer, token_id) WHERE class <> 'special'"""
-"""SQL of the ``salience`` view.
 
-``rank`` orders types by how far they are HIGH beyond their frequency, ``rank_high`` by how often they
+def _salience_view(key: str, columns: str, source: str) -> str:
+    """SQL of a view of salience; ``key`` names a row of ``source`` at a layer."""
+    ranks = ", ".join(
+        f"row_number() OVER (PARTITION BY layer ORDER BY {low} DESC, n DESC, {key}) AS {rank}"
+        for rank, low in (("rank", "beyond_low"), ("rank_high", "share_high_low"))
+    )
+    return (
+        f"SELECT layer, {ranks}, {columns}, class, n, n_docs, share_high, share_high_low, "  # noqa: S608
+        "share_high_high, expected, beyond, beyond_low, beyond_high, n_effective "
+        f"FROM {source}"
+    )
+
+
+SALIENCE_VIEW = _salience_view(
+    "token_id",
+    "token_id, token, text",
+    "internal.salience JOIN vocabulary USING (layer, token_id) WHERE class <> 'special'",
+)
+WORD_SALIENCE_VIEW = _salience_view(
+    "word", "word, text", "word_vocabulary WHERE word IS NOT NULL AND expected IS NOT NULL"
+)
+"""SQL of the views ``salience`` and ``word_salience``.
+
+``rank`` orders rows by how far they are HIGH beyond their frequency, ``rank_high`` by how often they
 are HIGH; each by the lower end of its interval, so that no rare type leads by chance.
 """
 

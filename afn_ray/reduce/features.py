@@ -108,11 +108,12 @@ class TokenCounters(NamedTuple):
         """Count ``tokens`` of a shard, whose documents have ``groups`` and ``lengths`` in tokens."""
         _, docs, positions, types, flags, by_layer, surface, tag = tokens
         assert surface is not None, "asked for with the tokens"
-        self.words.add(WordTokens(docs, types, flags, by_layer, surface, tag))
+        places = places_of(positions, lengths[docs])
+        self.words.add(WordTokens(docs, types, flags, by_layer, surface, tag, places))
         if self.of_groups is not None:
             self.of_groups.strengths.add(groups[docs], by_layer)
             self.of_groups.types.add(groups[docs], types, by_layer)
-        self.controls.add(docs, types, places_of(positions, lengths[docs]), by_layer)
+        self.controls.add(docs, types, places, by_layer)
 
 
 def scan(

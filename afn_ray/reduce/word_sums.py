@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce import lexicon
+from afn_ray.reduce.controls import repeated
 from afn_ray.reduce.histogram import (
     BIN_BITS,
     COMPACT_KEYS,
@@ -64,11 +65,17 @@ class LayerSums(NamedTuple):
     # for all tokens of occurrences with n of them. Then the exponent: counts are significands.
     totals: Histogram
     high: Histogram  # of several tokens and HIGH; then ``MEAN``, ``FIRST`` or ``LAST``
+    high_places: Histogram  # whose strongest token is HIGH; then the place of the first token
+    mixed_pairs: Histogram  # as in ``controls.ControlSums``, like the next
+    high_pairs: Histogram
 
 
 VALUES_BITS, TOTALS_BITS, HIGH_BITS = 1 + BIN_BITS, 24 + EXPONENT_BITS, 2
+"""Bits of a key below the index of the word, in the first members of ``LayerSums``."""
+PLACE_BITS = 6
+"""Bits of a place of ``controls`` in a key."""
+BITS = (VALUES_BITS, TOTALS_BITS, HIGH_BITS, PLACE_BITS, 0, 0)
 """Bits of a key below the index of the word, in each member of ``LayerSums``."""
-BITS = (VALUES_BITS, TOTALS_BITS, HIGH_BITS)
 PIECES_BITS = 32
 """Bits of the number of tokens in a key of ``WordSums.split``."""
 
@@ -79,6 +86,8 @@ class WordSums(NamedTuple):
     words: pa.StringArray  # distinct, ascending
     num_docs: Ints  # [n_words], documents with the word
     split: Histogram  # occurrences of several tokens; keys: word, number of tokens
+    places: Histogram  # occurrences; keys: word, place of the first token
+    pairs: Histogram  # as in ``controls.ControlSums``
     by_layer: tuple[LayerSums, ...]
     forms: pa.Table  # as ``FORMS``, ordered by word
 
@@ -109,6 +118,8 @@ class WordSums(NamedTuple):
             words,
             num_docs,
             _renumbered(self.split, index, PIECES_BITS),
+            _renumbered(self.places, index, PLACE_BITS),
+            _renumbered(self.pairs, index, 0),
             tuple(
                 LayerSums(*(_renumbered(h, index, b) for h, b in zip(layer, BITS, strict=True)))
                 for layer in self.by_layer
@@ -124,14 +135,19 @@ class WordSums(NamedTuple):
     def joined(self, names: pa.Array) -> WordSums:
         """Sums of all words with the same of ``names`` [n_words], which are the words then.
 
-        ``num_docs`` is how many words each has. There are no forms.
+        ``num_docs`` is how many words each has. There are no forms, places and pairs.
         """
         distinct = pc.unique(names)
         distinct = distinct.take(pc.sort_indices(distinct))
         index = pc.index_in(names, distinct).to_numpy().astype(np.int64)
         num_words = np.bincount(index, minlength=len(distinct)).astype(np.int64)
-        without_forms = self._replace(forms=FORMS.empty_table())
-        return without_forms.renumbered(index, distinct, num_words)
+        none = Histogram.empty()
+        by_layer = tuple(
+            layer._replace(high_places=none, mixed_pairs=none, high_pairs=none)
+            for layer in self.by_layer
+        )
+        sums = self._replace(places=none, pairs=none, by_layer=by_layer, forms=FORMS.empty_table())
+        return sums.renumbered(index, distinct, num_words)
 
 
 def _renumbered(histogram: Histogram, index: Ints, bits: int) -> Histogram:
@@ -159,9 +175,12 @@ def merge(_: None, *parts: WordSums) -> list[WordSums]:
     by_layer = []
     for layers in zip(*(part.by_layer for part in moved), strict=True):
         by_layer.append(LayerSums(*(Histogram.merge(of) for of in zip(*layers, strict=True))))
-    split = Histogram.merge(part.split for part in moved)
+    split, places, pairs = (
+        Histogram.merge(parts)
+        for parts in zip(*((part.split, part.places, part.pairs) for part in moved), strict=True)
+    )
     forms = _added_forms(pa.concat_tables([part.forms for part in moved]))
-    return [WordSums(words, num_docs, split, tuple(by_layer), forms)]
+    return [WordSums(words, num_docs, split, places, pairs, tuple(by_layer), forms)]
 
 
 def _added_forms(forms: pa.Table) -> pa.Table:
@@ -191,6 +210,7 @@ class WordTokens(NamedTuple):
     by_layer: Sequence[npt.NDArray[np.float32]]  # strengths
     surface: pa.DictionaryArray  # of words that their tokens do not spell, where they begin
     tag: pa.DictionaryArray | None  # or language; None: the corpus has neither
+    places: Ints  # of ``controls``
 
 
 class WordCounter:
@@ -205,7 +225,7 @@ class WordCounter:
         self._word_of: list[int] = []  # by form
         self._first = np.empty(0, np.int32)  # first token, by form
         self._tags: dict[str | None, int] = {None: 0}
-        self._sums: list[list[Histogram]] = []  # docs, split, then those of each layer
+        self._sums: list[list[Histogram]] = []  # as in ``_of_documents``
         self._form_counts: list[Histogram] = [Histogram.empty()]  # keys: form, tag
 
     @property
@@ -230,9 +250,7 @@ class WordCounter:
         forms = self._number_forms(tokens, heads, sizes)
         self._add_forms(tokens, heads, forms)
         words = np.array(self._word_of, np.int64)[forms]
-        found = [_in_docs(words, tokens.docs[heads]), _split(words, sizes)]
-        for strengths, q3 in zip(tokens.by_layer, self._rules.q3, strict=True):
-            found += _at_layer(words, heads, sizes, strengths, q3)
+        found = _of_documents(tokens, words, heads, sizes, self._rules.q3)
         self._sums = self._sums or [[Histogram.empty()] for _ in found]
         for parts, one in zip(self._sums, found, strict=True):
             parts.append(one)
@@ -244,15 +262,18 @@ class WordCounter:
         """The sums in parts."""
         num_parts = self._rules.num_parts
         num_layers = len(self._rules.q3)
-        sums = self._sums or [[] for _ in range(2 + len(LayerSums._fields) * num_layers)]
-        docs, split, *rest = (Histogram.merge(parts) for parts in sums)
+        num = len(LayerSums._fields)
+        sums = self._sums or [[] for _ in range(4 + num * num_layers)]
+        docs, split, places, pairs, *rest = (Histogram.merge(parts) for parts in sums)
         names = pa.array(list(self._words), pa.string())
         num_words = len(names)
-        by_layer = (rest[at : at + 3] for at in range(0, len(rest), 3))
+        by_layer = (rest[at : at + num] for at in range(0, len(rest), num))
         whole = WordSums(
             names,
             docs.counts_of(np.arange(num_words)),
             split,
+            places,
+            pairs,
             tuple(LayerSums(*of_layer) for of_layer in by_layer),
             self._forms_table(),
         )
@@ -358,6 +379,36 @@ def sequences(types: Int32s, heads: Ints, sizes: Ints, lengths: Ints) -> tuple[I
 # --- sums of some whole documents
 
 
+def _of_documents(
+    tokens: WordTokens, words: Ints, heads: Ints, sizes: Ints, q3: Sequence[float | None]
+) -> list[Histogram]:
+    """Documents of each of ``words``, what ``WordSums`` has of words alone, and sums of each layer.
+
+    The words begin at ``heads`` of ``tokens`` and have ``sizes`` tokens.
+    """
+    docs, places = tokens.docs[heads], tokens.places[heads]
+    several = np.flatnonzero(sizes > 1)
+    strongest = []
+    for strengths in tokens.by_layer:
+        of_words = strengths[heads]
+        of_words[several] = np.maximum.reduceat(strengths, heads)[several]
+        strongest.append(of_words)
+    high = [is_high(s, limit) for s, limit in zip(strongest, q3, strict=True)]
+    again = repeated(docs, words, high)
+    keys = (words << PLACE_BITS) | places
+    found = [_in_docs(words, docs), _split(words, sizes), Histogram.of(keys)]
+    found.append(Histogram.of(again.units, again.n * (again.n - 1)))
+    for at, strengths in enumerate(tokens.by_layer):
+        h = again.high[at]
+        found += [
+            *_at_layer(words, heads, sizes, (strengths, strongest[at]), q3[at]),
+            Histogram.of(keys[high[at]]),
+            Histogram.of(again.units, h * (again.n - 1)),
+            Histogram.of(again.units, h * (h - 1)),
+        ]
+    return found
+
+
 def _in_docs(words: Ints, docs: Int32s) -> Histogram:
     """Number of documents with each word."""
     pairs = np.sort((words << 32) | docs)
@@ -371,12 +422,18 @@ def _split(words: Ints, sizes: Ints) -> Histogram:
 
 
 def _at_layer(
-    words: Ints, heads: Ints, sizes: Ints, strengths: npt.NDArray[np.float32], q3: float | None
-) -> LayerSums:
-    """Sums over the words that begin at ``heads`` and have ``sizes`` tokens."""
+    words: Ints,
+    heads: Ints,
+    sizes: Ints,
+    by_token: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
+    q3: float | None,
+) -> tuple[Histogram, Histogram, Histogram]:
+    """The first sums of ``LayerSums`` over the words that begin at ``heads`` and have ``sizes`` tokens.
+
+    ``by_token`` are the strengths of all tokens, and those of the strongest token of each word.
+    """
+    strengths, strongest = by_token
     several = np.flatnonzero(sizes > 1)
-    strongest = strengths[heads]
-    strongest[several] = np.maximum.reduceat(strengths, heads)[several]
     kinds = (words << 1) | (sizes > 1)
     occurs = np.zeros(int(kinds.max()) + 1, np.bool_)
     occurs[kinds] = True
@@ -398,7 +455,7 @@ def _at_layer(
         (words[is_high(by_way, q3)] << HIGH_BITS) | way
         for way, by_way in ((MEAN, mean), (FIRST, first), (LAST, last))
     ]
-    return LayerSums(values, totals, Histogram.of(np.concatenate(high)))
+    return values, totals, Histogram.of(np.concatenate(high))
 
 
 def _totals(words: Ints, ways: Ints, strengths: npt.NDArray[np.float32]) -> Histogram:

@@ -26,6 +26,7 @@ from afn_ray.reduce.language_uses import Uses
 from afn_ray.reduce.stats import Float64s, Ints, is_high, wilson
 from afn_ray.reduce.tables import type_statistics
 from afn_ray.reduce.tasks import Tasks, merge_parts, merged
+from afn_ray.reduce.word_salience import COLUMNS, counted_words, with_salience
 from afn_ray.reduce.word_sums import (
     EXPONENT_BITS,
     FIRST,
@@ -86,12 +87,16 @@ def word_vocabulary(
     parts = merge_parts(tasks, map(list, leaves), merge, None)
     sizes = [tasks.submit(_sizes, part)[0] for part in parts]
     least = _least_n(tasks.result(merged(tasks, _add, sizes)), MOST_ROWS // len(described.layers))
-    made = [tasks.submit(_rows, part, least, described, num_results=2) for part in parts]
-    folded = merged(tasks, merge, [rest for _, rest in made], None)
+    made = [tasks.submit(_rows, part, least, described, num_results=3) for part in parts]
+    folded = merged(tasks, merge, [rest for _, rest, _ in made], None)
     (of_folded,) = tasks.submit(_folded_rows, folded, least, described)
-    tables = [tasks.result(handle) for handle in (*(rows for rows, _ in made), of_folded)]
+    tables = [tasks.result(handle) for handle in (*(rows for rows, *_ in made), of_folded)]
     order = [(name, "ascending") for name in ("layer", "word", "token_id", "class")]
-    return pa.concat_tables(tables).sort_by(order).combine_chunks()
+    rows = pa.concat_tables(tables).sort_by(order).combine_chunks()
+    counted = [handle for *_, handle in made]
+    (found,) = tasks.submit(with_salience, described.layers, rows, *counted)
+    table: pa.Table = tasks.result(found)
+    return table
 
 
 def _sizes(sums: WordSums) -> list[Histogram]:
@@ -111,7 +116,9 @@ def _least_n(sizes: Histogram, most: int) -> int:
 
 
 def _rows(sums: WordSums, least: int, described: Described) -> list[Any]:
-    """Rows of the words that occur ``least`` times, and sums of the others by piece and class."""
+    """Rows of the words that occur ``least`` times, sums of the others by piece and class, and
+    the ``CountedWords``.
+    """
     kinds = _Kinds.of(sums, described)
     is_named = sums.n >= least
     named, of_named = sums.where(is_named), kinds.where(is_named)
@@ -132,7 +139,8 @@ def _rows(sums: WordSums, least: int, described: Described) -> list[Any]:
     others = kinds.where(~is_named)
     ids = zip(others.token_ids.tolist(), others.classes.to_pylist(), strict=True)
     names = pa.array([f"{token_id} {name}" for token_id, name in ids], pa.string())
-    return [_table(named, columns, described), sums.where(~is_named).joined(names)]
+    folded = sums.where(~is_named).joined(names)
+    return [_table(named, columns, described), folded, counted_words(sums, named)]
 
 
 def _folded_rows(sums: WordSums, least: int, described: Described) -> list[pa.Table]:
@@ -174,6 +182,7 @@ def _table(sums: WordSums, columns: Mapping[str, Any], described: Described) -> 
             "share_high": found["n_high"] / n,
             "share_high_low": low,
             "share_high_high": upper,
+            **dict.fromkeys(COLUMNS, pa.nulls(len(n), pa.float64())),
         }
         arrays = [pa.array(everything[f.name], f.type) for f in WORD_VOCABULARY_SCHEMA]
         tables.append(pa.Table.from_arrays(arrays, schema=WORD_VOCABULARY_SCHEMA))

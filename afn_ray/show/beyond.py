@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.text import Text
@@ -23,13 +22,13 @@ MEANING = (
     "Rare words are HIGH more often, so a ranking by HIGH share alone follows rarity. Expected (exp.) is "
     "the HIGH share of other words as frequent, at the same positions, in documents as long; beyond is "
     "the HIGH share less that. A word whose interval of beyond is above 0 is salient for more than "
-    f"its frequency. The words are of one token, which occurs {LEAST_N} times or more."
+    f"its frequency. A word is HIGH where its strongest token is; each occurs {LEAST_N} times or more."
 )
 """Meaning of the difference, in words for people."""
 
 
 class RankedWord(NamedTuple):
-    """A whole word that is one token, and what its controls make of its HIGH share."""
+    """A word in lower case, and what its controls make of its HIGH share."""
 
     text: str
     n: int
@@ -50,22 +49,20 @@ class Rankings(NamedTuple):
 def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
     """The most salient open-class words of ``run`` at ``layer``; None for a run without salience.
 
-    Reads two small tables. A word is a type of two letters or more that is a whole word.
+    Reads one table. A word has two letters or more.
     """
-    if "salience" not in run.info["tables"]:
+    if "word_vocabulary" not in run.info["tables"]:
         return None
-    types, salience = (
-        table.filter(pc.equal(table["layer"], layer))
-        for table in (manifest.read_table(run, "vocabulary"), manifest.read_table(run, "salience"))
-    )
-    types = types.filter(pc.not_equal(types["class"].cast(pa.string()), "special"))
-    joined = salience.join(types, ["layer", "token_id"], join_type="inner")
-    joined = joined.filter(pc.greater_equal(joined["n"], LEAST_N))
-    kept = _open_classes(set(joined["class"].to_pylist()))
+    table = manifest.read_table(run, "word_vocabulary")
+    if "expected" not in table.column_names:
+        return None
+    is_shown = (pc.field("layer") == layer) & (pc.field("n") >= LEAST_N)
+    words = table.filter(is_shown & pc.field("word").is_valid())
+    kept = _open_classes(set(words["class"].to_pylist()))
     rows = [
         row
-        for row in joined.to_pylist()
-        if row["class"] in kept and len(row["text"]) > 1 and row["text"].isalpha()
+        for row in words.drop_columns(["forms"]).to_pylist()
+        if row["class"] in kept and len(row["word"]) > 1 and row["word"].isalpha()
     ]
     return Rankings(_first(rows, "share_high_low"), _first(rows, "beyond_low"))
 
@@ -83,10 +80,10 @@ def _open_classes(classes: Collection[str]) -> set[str]:
 
 
 def _first(rows: Sequence[dict[str, Any]], by: str) -> list[RankedWord]:
-    ordered = sorted(rows, key=lambda row: (-row[by], -row["n"], row["token_id"]))
+    ordered = sorted(rows, key=lambda row: (-row[by], -row["n"], row["word"]))
     return [
         RankedWord(
-            row["text"],
+            row["word"],
             row["n"],
             row["share_high"],
             row["expected"],

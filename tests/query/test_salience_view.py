@@ -60,11 +60,13 @@ def test_over_all_tokens_as_many_are_expected_as_are_high(made: RunConfig) -> No
     assert expected == pytest.approx(observed, abs=0.02)
 
 
-def test_ranks_are_orders_by_the_lower_ends(made: RunConfig) -> None:
+@pytest.mark.parametrize(("view", "key"), [("salience", "token_id"), ("word_salience", "word")])
+def test_ranks_are_orders_by_the_lower_ends(made: RunConfig, view: str, key: str) -> None:
     for layer in (1, 2):
-        here = rows(made.store, f"FROM salience WHERE layer = {layer}")
+        here = rows(made.store, f"FROM {view} WHERE layer = {layer}")
+        assert len(here) > 50
         for rank, low in (("rank", "beyond_low"), ("rank_high", "share_high_low")):
-            ordered = sorted(here, key=lambda r: (-r[low], -r["n"], r["token_id"]))
+            ordered = sorted(here, key=lambda r: (-r[low], -r["n"], r[key]))
             assert [r[rank] for r in ordered] == list(range(1, len(here) + 1))
 
 
@@ -73,10 +75,17 @@ def test_the_table_is_the_same_to_the_bit_in_any_shards(made: RunConfig, tmp_pat
     for config in (made, replace(made, store=str(tmp_path / "store"), shard_bytes=1 << 20)):
         with afn_ray.run(config) as run:
             folder = manifest.find_run(run.uri)
-            found.append((len(run.shards().fetchall()), manifest.read_table(folder, "salience")))
-    (num_shards, one), (num_others, other) = found
+            tables = [manifest.read_table(folder, name) for name in ("salience", "word_vocabulary")]
+            found.append((len(run.shards().fetchall()), tables))
+    (num_shards, ours), (num_others, theirs) = found
     assert num_shards > 3 and num_others == 1
-    assert one.equals(other)
+    assert all(one.equals(other) for one, other in zip(ours, theirs, strict=True))
+    words = ours[1]
+    assert (
+        pc.equal(pc.is_null(words["expected"]), pc.is_null(words["word"])).to_pylist().count(False)
+        == 0
+    )
+    assert 0 < words["word"].null_count < len(words)
 
 
 def test_verify_counts_the_table_again_from_the_rows(
@@ -86,6 +95,7 @@ def test_verify_counts_the_table_again_from_the_rows(
         monkeypatch.setattr(salience_check, "TOKENS_AT_ONCE", num_tokens)
         with afn_ray.open_run(made.store) as run:
             assert [salience_check.wrong_type(run, layer) for layer in (1, 2)] == ["", ""]
+            assert [salience_check.wrong_word(run, layer) for layer in (1, 2)] == ["", ""]
     assert afn_ray.verify_store(made.store).findings == ()
 
 
@@ -99,22 +109,28 @@ def _times(name: str, factor: float) -> Callable[[pa.Table], pa.Table]:
     return change
 
 
-EDITS: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
-    "an effective number": (_times("n_effective", 0.9), "n_effective of token_id"),
-    "a difference": (_times("beyond", 0.9), "beyond of token_id"),
-    "an interval": (_times("beyond_low", -9.0), "the interval of token_id"),
-    "an expected share": (_times("expected", 1.001), "beyond of token_id"),
-    "a type less": (lambda table: table.slice(1), "types, DuckDB counts"),
-}
+EDITS: list[tuple[Callable[[pa.Table], pa.Table], str]] = [
+    (_times("n_effective", 0.9), "n_effective of token_id"),
+    (_times("beyond", 0.9), "beyond of token_id"),
+    (_times("beyond_low", -9.0), "the interval of token_id"),
+    (_times("expected", 1.001), "beyond of token_id"),
+    (lambda table: table.slice(1), "types, DuckDB counts"),
+]
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_an_edited_table_is_found_by_the_rows(made: RunConfig, tmp_path: Path, edit: str) -> None:
-    change, message = EDITS[edit]
+def test_an_edited_table_is_found_by_the_rows(made: RunConfig, tmp_path: Path) -> None:
     store = copied(made, tmp_path)
-    edit_table(manifest.find_run(store).uri, "salience", change)
-    with afn_ray.open_run(store) as run:
-        assert message in salience_check.wrong_type(run, 1)
+    run = manifest.find_run(store)
+    for name, key, find in (
+        ("salience", "token_id", salience_check.wrong_type),
+        ("word_vocabulary", "word", salience_check.wrong_word),
+    ):
+        whole = manifest.read_table(run, name)
+        for change, message in EDITS[: None if key == "token_id" else -1]:
+            edited = change(whole)
+            edit_table(run.uri, name, lambda _, edited=edited: edited)  # type: ignore[misc]
+            with afn_ray.open_run(store) as opened:
+                assert message.replace("token_id", key) in find(opened, 1)
 
 
 def copied(made: RunConfig, tmp_path: Path) -> str:

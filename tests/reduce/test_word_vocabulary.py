@@ -16,6 +16,7 @@ import pytest
 
 import afn_ray
 from afn_ray.reduce import lexicon, word_sums, word_tables
+from afn_ray.reduce.controls import places_of
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.tasks import Inline
 from afn_ray.schema import WORD_START, WORD_VOCABULARY_SCHEMA
@@ -180,6 +181,7 @@ def corpus_of(seed: int, num_docs: int) -> list[word_sums.WordTokens]:
                 strengths,
                 pa.array(surface, pa.string()).dictionary_encode(),
                 pa.array(tags, pa.string()).dictionary_encode(),
+                places_of(np.arange(n), np.full(n, n)),
             )
         )
     return made
@@ -201,6 +203,7 @@ def joined(documents: list[word_sums.WordTokens]) -> word_sums.WordTokens:
         [np.concatenate(of_layer) for of_layer in layers],
         surface,
         tag,
+        np.concatenate([d.places for d in documents]),
     )
 
 

@@ -6,14 +6,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from rich.console import Console
 
 import afn_ray
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
-from afn_ray.schema import VOCABULARY_SCHEMA
 from afn_ray.show import beyond, report
 from afn_ray.store import manifest
 from conftest import config_of, write_jsonl
@@ -32,8 +30,8 @@ def run(
 
 def by_sql(run: manifest.RunFolder, rank: str) -> list[tuple[Any, ...]]:
     query = f"""
-        SELECT text, n, share_high, expected, beyond, beyond_low, beyond_high FROM salience
-        WHERE layer = 2 AND n >= 20 AND class = 'content' AND regexp_full_match(text, '[a-z]{{2,}}')
+        SELECT word, n, share_high, expected, beyond, beyond_low, beyond_high FROM word_salience
+        WHERE layer = 2 AND n >= 20 AND class = 'content' AND regexp_full_match(word, '[a-z]{{2,}}')
         ORDER BY {rank} LIMIT 10
     """
     with afn_ray.open_run(run.uri) as opened:
@@ -113,4 +111,3 @@ def test_control_characters_of_a_word_do_not_reach_a_terminal(
     out = io.StringIO()
     beyond.render_rankings(run, 2, Console(file=out))
     assert "\x1b" not in out.getvalue() and "\u202e" not in out.getvalue()
-    assert pa.types.is_string(VOCABULARY_SCHEMA.field("text").type)
