@@ -363,7 +363,11 @@ def write_json(found: Audit, folder: str) -> str:
 
 
 def lines(found: Audit) -> Iterator[str]:
-    """The verdict as lines of text: limits, notes, what was not judged and why, the answer."""
+    """The verdict as lines of text: limits, notes, what was not judged and why, the answer.
+
+    What several limits name is told with the first of them.
+    """
+    named: set[verdict.Culprit] = set()
     for rule in in_order(found.rules):
         state = {HELD: "holds", WARNED: "WARNS", BROKEN: "BROKEN"}.get(rule.state, rule.state)
         where = f" ({rule.where})" if rule.where is not None else ""
@@ -371,8 +375,12 @@ def lines(found: Audit) -> Iterator[str]:
         comma = "" if rule.usual is None else ","
         yield f"{state:<11}{rule.key:<24}{value:>12}{comma} {limit}{where}"
         for one in rule.culprits:
-            text = "" if one.text is None else f": {one.text}"
-            yield f"{'':<11}{one.kind} {one.name}: {one.reason}{text}"
+            if one not in named:
+                text = "" if one.text is None else f": {one.text}"
+                yield f"{'':<11}{one.kind} {one.name}: {one.reason}{text}"
+        if again := named.intersection(rule.culprits):
+            yield f"{'':<11}and {len(again):,} of those above"
+        named.update(rule.culprits)
     yield from found.notes
     for line in verdict.reasons(found.rules):
         yield f"not judged: {line}"

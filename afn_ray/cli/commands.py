@@ -91,6 +91,8 @@ def _parse(argv: Sequence[str] | None, parser: argparse.ArgumentParser) -> argpa
         args.query = rest.pop(0)
     if rest:
         hint = grammar.nearest_flag(args.parser, rest[0])
+        if args.command == "audit" and (key := grammar.key_of(rest[0])) is not None:
+            hint = f" ({key} is a key of RUN_TOML)"
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return args
 

@@ -95,6 +95,12 @@ def nearest_flag(command: argparse.ArgumentParser, flag: str) -> str:
     return nearest([flag.partition("=")[0]], sorted(flags))
 
 
+def key_of(flag: str) -> str | None:
+    """The config key whose flag ``afn run`` would have as ``flag``; None without one."""
+    key = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+    return key if flag.startswith("--") and key in {f.name for f in fields(RunConfig)} else None
+
+
 # --- measuring
 
 

@@ -199,6 +199,10 @@ def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_text
     assert [tuple(one.values()) for one in of_json["worst"]] == [*rule.culprits]
     said = "\n".join(audit.lines(caught.broken))
     assert f"document {documents[0].name.split()[0]} of {source.name}: {first[0]['reason']}" in said
+    named = [line for line in said.splitlines() if line.startswith(f"{'':<11}")]
+    of_rules = [one for rule in caught.broken.rules for one in rule.culprits]
+    told = [line for line in named if not line.endswith(" of those above")]
+    assert len(told) == len({*told}) == len({*of_rules}) < len(of_rules)
     on_page = verdict_facts(caught.broken).culprits
     assert on_page is not None
     names = {row[0] for row in on_page.rows if rule.key in row[-1].split(", ")}

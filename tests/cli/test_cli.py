@@ -176,6 +176,7 @@ def test_a_run_says_that_there_is_nothing_to_do(store: Path, typed: Typed) -> No
     [
         (["run"], "missing: corpus, model, store"),
         (["run", "x", "--modle", "y"], "unrecognized arguments: --modle y (did you mean --model?)"),
+        (["audit", "x", "--group-by", "y"], "--group-by y (group_by is a key of RUN_TOML)"),
         (
             ["run", "x", "--model", "y", "--store", "z", "--workers", "0"],
             "workers is 0; expected at least 1",
