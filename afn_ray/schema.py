@@ -662,8 +662,7 @@ CLASS_DRIFT_SCHEMA = _schema("layer: int16", *_CLASSES_OF_TWO)
 The interval is Wilson's, 95 %.
 """
 
-_MOVER = (
-    *_TOKEN_TYPE,
+_MOVED = (
     "status: string",  # "both", "new" (only in b) or "vanished"
     "n_a, n_b: int64",
     "share_high_a, share_high_b: float64 or null",
@@ -673,8 +672,21 @@ _MOVER = (
     # p adjusted by Benjamini and Hochberg over the layer's types that both runs have
     "q: float64 or null",
 )
+_MOVER = (*_TOKEN_TYPE, *_MOVED)
 MOVERS_SCHEMA = _schema("layer: int16", *_MOVER)
 """Every type that occurs in either of two runs, and how it moved between them."""
+
+WORD_MOVERS_SCHEMA = _schema(
+    "layer: int16",
+    "word: string",  # as in ``WORD_VOCABULARY_SCHEMA``
+    "text: string",  # as written most often
+    "class: string",
+    *_MOVED,
+)
+"""Every word that is frequent enough in either of two runs, and how it moved between them.
+
+A word that is new or vanished is rare in the other run, or not there.
+"""
 
 GROUP_DRIFT_SCHEMA = _schema("layer: int16", "group: string or null", *_STRENGTHS_OF_TWO)
 """Strength distributions of two runs per layer and group; null: documents without a value."""

@@ -90,9 +90,9 @@ def _against(rule: Rule) -> str:
 
 
 def _movers(comparison: Comparison, layer: int) -> Iterator[str]:
-    """The types that moved most at ``layer``, then the most frequent new and vanished ones."""
-    movers = comparison.movers.filter(pc.equal(comparison.movers["layer"], layer))
-    movers = compare.whole_words(movers)
+    """The words that moved most at ``layer``, then the most frequent new and vanished ones."""
+    movers = comparison.movers_to_read
+    movers = compare.whole_words(movers.filter(pc.equal(movers["layer"], layer)))
     rows = compare.moved(movers).slice(0, MOST_MOVERS).to_pylist()
     for status in ("new", "vanished"):
         some = movers.filter(pc.equal(movers["status"], status))

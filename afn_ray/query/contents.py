@@ -53,6 +53,7 @@ from afn_ray.schema import (
     STRANGE_SCHEMA,
     THRESHOLDS_SCHEMA,
     VOCABULARY_SCHEMA,
+    WORD_MOVERS_SCHEMA,
     WORD_VOCABULARY_SCHEMA,
     Series,
 )
@@ -140,6 +141,7 @@ def _small_tables(
         tables["group_drift"] = GROUP_DRIFT_SCHEMA.empty_table()
         tables["group_class_drift"] = GROUP_CLASS_DRIFT_SCHEMA.empty_table()
         tables["group_movers"] = GROUP_MOVERS_SCHEMA.empty_table()
+        tables["word_movers"] = WORD_MOVERS_SCHEMA.empty_table()
     else:
         found = compare(baseline, folder)
         tables["movers"] = found.movers
@@ -148,6 +150,7 @@ def _small_tables(
         tables["group_drift"] = found.groups.drift
         tables["group_class_drift"] = found.groups.classes
         tables["group_movers"] = found.groups.movers
+        tables["word_movers"] = found.word_movers
     tables["internal.no_neuron_types"] = NEURON_TYPES_SCHEMA.empty_table()
     tables["internal.no_words"] = WORD_VOCABULARY_SCHEMA.empty_table()
     tables["internal.no_mean_vectors"] = MEAN_VECTORS_SCHEMA.empty_table()

@@ -14,7 +14,7 @@ EMPTY_BY_DESIGN = (
     "signals", "signal_vocabulary", "token_neurons", "neurons", "neuron_types", "sources", "screened", "movers",
     "drift", "class_drift", "kept", "groups", "group_classes", "group_drift", "group_class_drift", "group_movers",
     "strange", "copied", "salience", "word_vocabulary", "languages", "moments", "mean_vectors",
-    "word_salience",
+    "word_salience", "word_movers",
 )  # fmt: skip
 """Views that may be empty; their descriptions say when."""
 

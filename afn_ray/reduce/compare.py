@@ -8,7 +8,7 @@ the same corpus. ``reduce.distances`` defines them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import pyarrow as pa
@@ -37,6 +37,8 @@ from afn_ray.reduce.group_drift import (
     labels_by_group,
 )
 from afn_ray.reduce.histogram import Histogram
+from afn_ray.reduce.word_movers import NO_WORDS, word_movers_table
+from afn_ray.reduce.word_tables import LEAST_N
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
 from afn_ray.store import checksums, label_thresholds, manifest, series
 from afn_ray.store.manifest import RunFolder
@@ -60,8 +62,9 @@ class Comparison:
     ``drift`` (``DRIFT_SCHEMA``) has, for each layer, one row for the whole run (``source`` is null)
     and one for each source of either run. ``classes`` (``CLASS_DRIFT_SCHEMA``) has one row for each
     class of either run. ``movers`` (``MOVERS_SCHEMA``) has one row for each type of either run.
-    Within a layer, movers in both runs come first, in ascending order of q. ``groups`` has the same
-    for each group.
+    ``word_movers`` (``WORD_MOVERS_SCHEMA``) has the same of words, and no rows if a run has no table
+    of them. Within a layer, movers in both runs come first, in ascending order of q. ``groups`` has
+    the same for each group.
     """
 
     a: RunFolder
@@ -71,6 +74,17 @@ class Comparison:
     movers: pa.Table
     notes: tuple[str, ...]  # sentences that a reader must know
     groups: GroupDrift = NO_GROUPS
+    word_movers: pa.Table = field(default_factory=lambda: NO_WORDS)
+
+    @property
+    def movers_to_read(self) -> pa.Table:
+        """The movers that a reader expects: words, or types where a run has no table of words."""
+        return self.word_movers if self.word_movers.num_rows else self.movers
+
+    @property
+    def kind(self) -> str:
+        """What ``movers_to_read`` are: word or type."""
+        return "word" if self.word_movers.num_rows else "type"
 
 
 def compare(
@@ -114,6 +128,7 @@ def _compared(
     drift: list[dict[str, Any]] = []
     classes: list[dict[str, Any]] = []
     movers = []
+    of_words = [NO_WORDS]
     for layer in layers:
         types_a, types_b = (without_special(of_run.vocabulary[layer]) for of_run in tables)
         whole_a = _strengths(tables[0].histogram[layer], types_a)
@@ -129,6 +144,9 @@ def _compared(
         movers.append(
             movers_table(layer, types_a, types_b, by_id=same_measure, ranks_only=ranks_only)
         )
+        words = [of_run.word_vocabulary.get(layer) for of_run in tables]
+        if words[0] is not None and words[1] is not None:
+            of_words.append(word_movers_table(layer, *words, ranks_only=ranks_only))
     return Comparison(
         a,
         b,
@@ -137,6 +155,7 @@ def _compared(
         pa.concat_tables(movers),
         tuple(_notes(a, b, layers, ranks_only)),
         group_drift(a, b, layers, by_id=same_measure, ranks_only=ranks_only),
+        pa.concat_tables(of_words).combine_chunks(),
     )
 
 
@@ -155,6 +174,7 @@ class _Tables(NamedTuple):
     histogram: dict[int, pa.Table]
     vocabulary: dict[int, pa.Table]
     sources: dict[int, pa.Table]  # empty for an older run, which has no such table
+    word_vocabulary: dict[int, pa.Table]  # likewise
 
     @classmethod
     def of(cls, run: RunFolder) -> _Tables:
@@ -232,6 +252,8 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         yield from notes_on_losses(name, run)
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
+    if all("word_vocabulary" in run.info["tables"] for run in (a, b)):
+        yield f"A new or vanished word may be in the other run, fewer than {LEAST_N} times."
     yield from notes_on_copies(a, b)
     by_a, by_b = grouped_by(a), grouped_by(b)
     if by_a != by_b:
@@ -338,11 +360,28 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "n_types": len(_at(both, deepest)),
         "n_moved": num_moved(_at(movers, deepest)),
     }
+    body |= _words_json(comparison.word_movers, deepest)
     for status in ("new", "vanished"):  # the same types in every layer
         rows = _at(_of_status(movers, status), deepest)
         listed = rows.select(["token_id", "token", "text", "class", "n_a", "n_b"])
         body[status] = listed.slice(0, JSON_ROWS).to_pylist()
         body[f"n_{status}"] = len(rows)
+    return body
+
+
+def _words_json(movers: pa.Table, deepest: int) -> dict[str, Any]:
+    """Entries on the words of ``WORD_MOVERS_SCHEMA`` rows, as ``to_json`` has them of types."""
+    both = _surest_first(_of_status(movers, "both"))
+    body: dict[str, Any] = {
+        "word_movers": both.slice(0, JSON_ROWS).to_pylist(),
+        "n_words": len(_at(both, deepest)),
+        "n_words_moved": num_moved(_at(movers, deepest)),
+    }
+    for status in ("new", "vanished"):
+        rows = _at(_of_status(movers, status), deepest)
+        listed = rows.select(["word", "text", "class", "n_a", "n_b"])
+        body[f"{status}_words"] = listed.slice(0, JSON_ROWS).to_pylist()
+        body[f"n_{status}_words"] = len(rows)
     return body
 
 

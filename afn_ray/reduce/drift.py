@@ -183,10 +183,10 @@ def movers_table(
     else:
         keys_a, keys_b = _pieces(types_a, types_b)
     keys = np.union1d(keys_a, keys_b)
-    a, b = _Side.of(types_a, keys_a, keys), _Side.of(types_b, keys_b, keys)
+    a, b = MoverSide.of(types_a, keys_a, keys), MoverSide.of(types_b, keys_b, keys)
     both = a.has_type & b.has_type
     status = np.where(both, "both", np.where(b.has_type, "new", "vanished"))
-    z, p, q = _tests_of_shares(a, b, both)
+    z, p, q = tests_of_shares(a, b, both)
     # Texts and classes are those of B, or of A for a type that only A has.
     row_of_type = np.where(b.has_type, b.row, len(types_b) + a.row)
     named = pa.concat_tables([types_b, types_a]).take(pa.array(row_of_type))
@@ -211,8 +211,8 @@ def movers_table(
     return table.take(pa.array(order))
 
 
-def _tests_of_shares(
-    a: _Side, b: _Side, both: npt.NDArray[np.bool_]
+def tests_of_shares(
+    a: MoverSide, b: MoverSide, both: npt.NDArray[np.bool_]
 ) -> tuple[Float64s, Float64s, Float64s]:
     """z, p and q of each type's HIGH share; 0, 1 and 1 for a type that is not in ``both``."""
     z, p, q = np.zeros(len(both)), np.ones(len(both)), np.ones(len(both))
@@ -222,7 +222,7 @@ def _tests_of_shares(
     return z, p, q
 
 
-class _Side(NamedTuple):
+class MoverSide(NamedTuple):
     """The types of one run, at the places of the types of both runs; all [n_types]."""
 
     row: Ints  # row in the run's table of types; -1 if the run does not have the type
@@ -232,7 +232,7 @@ class _Side(NamedTuple):
     median: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, types: pa.Table, keys: Ints, all_keys: Ints) -> _Side:
+    def of(cls, types: pa.Table, keys: Ints, all_keys: Ints) -> MoverSide:
         """``types`` with the given ``keys`` [len(types)]; ``all_keys`` [n_types] are ascending."""
         row = np.full(len(all_keys), -1)
         row[np.searchsorted(all_keys, keys)] = np.arange(len(keys))

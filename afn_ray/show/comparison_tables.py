@@ -41,7 +41,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
     )
     layer = max(found.drift["layer"].to_pylist())
     _render_class_drift(layer, found.classes, console)
-    _render_movers(layer, found.movers, console)
+    _render_movers(layer, found, console)
     at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
     if sources := found.drift.filter(at_layer).to_pylist():
         apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
@@ -122,14 +122,15 @@ def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None
     print_whole(table, console)
 
 
-def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
-    """Print the most significantly moved types, and the most frequent new and vanished ones."""
+def _render_movers(layer: int, found: compare.Comparison, console: Console) -> None:
+    """Print the words or types that moved most surely, and the most frequent new and vanished ones."""
+    movers, kind = found.movers_to_read, found.kind
     here = movers.filter(pc.equal(movers["layer"], layer))
     of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
     both, moved = of_status["both"], compare.moved(here)
     words = compare.whole_words(moved)
     title = (
-        f"Types at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < "
+        f"{kind.title()}s at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < "
         f"{compare.SIGNIFICANT})"
     )
     table = titled_table(
@@ -173,6 +174,6 @@ def _render_movers(layer: int, movers: pa.Table, console: Console) -> None:
         words = compare.whole_words(types).slice(0, MOVERS).to_pylist()
         most = ", ".join(f"{r['text']} ({r[n]:,})" for r in words)
         console.print(
-            Text(printable(f"{len(types):,} types {verb}" + (f": {most}" if most else ""))),
+            Text(printable(f"{len(types):,} {kind}s {verb}" + (f": {most}" if most else ""))),
             soft_wrap=True,
         )

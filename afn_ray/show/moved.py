@@ -1,4 +1,4 @@
-"""Types that moved between two runs, each in its context before and now, coloured by quartile."""
+"""Words or types that moved between two runs, each in its context before and now, coloured by quartile."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import database
+from afn_ray.query.word_counts import WORD
 from afn_ray.reduce import compare
 from afn_ray.reduce.compare import Comparison
 from afn_ray.show.figures import cut
 from afn_ray.show.screened import pieces_by_offset, pieces_by_word
-from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 
 MOST_OF = {"both": 4, "new": 2, "vanished": 2}
@@ -79,13 +79,14 @@ def moved_types(comparison: Comparison, layer: int, timeout_s: float) -> Moved:
     run's tokens are read twice. A run that cannot be read, or not within ``timeout_s`` seconds a
     query, leaves its examples out.
     """
-    rows = _most_moved(comparison.movers, layer)
+    rows = _most_moved(comparison.movers_to_read, layer)
+    key = "word" if comparison.kind == "word" else "token"
     examples: dict[str, Mapping[str, Sequence[Example]]] = {}
     failures = []
     for side, run in (("a", comparison.a), ("b", comparison.b)):
-        tokens = [row["token"] for row in rows if row[f"n_{side}"]]
+        names = [row[key] for row in rows if row[f"n_{side}"]]
         try:
-            examples[side] = _examples(run, tokens, layer, timeout_s) if tokens else {}
+            examples[side] = _examples(run, key, names, layer, timeout_s) if names else {}
         except (QueryError, StoreError) as error:
             examples[side] = {}
             failures.append(str(error))
@@ -94,7 +95,7 @@ def moved_types(comparison: Comparison, layer: int, timeout_s: float) -> Moved:
             cut(row["text"].strip()),
             row["status"],
             _what(row),
-            *(tuple(examples[side].get(row["token"], ())) for side in "ab"),
+            *(tuple(examples[side].get(row[key], ())) for side in "ab"),
         )
         for row in rows
     )
@@ -127,54 +128,70 @@ def _what(row: Mapping[str, Any]) -> str:
 
 
 def _examples(
-    run: RunFolder, tokens: Sequence[str], layer: int, timeout_s: float
+    run: RunFolder, key: str, names: Sequence[str], layer: int, timeout_s: float
 ) -> dict[str, list[Example]]:
-    """Examples of each of ``tokens``, pieces of the run's vocabulary, by piece."""
-    vocabulary = manifest.read_table(run, "vocabulary")
-    is_wanted = pc.and_(
-        pc.equal(vocabulary["layer"], layer),
-        pc.and_(
-            pc.not_equal(vocabulary["class"], "special"),
-            pc.is_in(vocabulary["token"], pa.array(list(tokens), pa.string())),
-        ),
-    )
-    wanted = vocabulary.filter(is_wanted).to_pylist()
-    if not wanted:
-        return {}
+    """Examples of each of ``names``: words, or pieces of the vocabulary if ``key`` is token."""
     with database.open_run(run.uri, timeout_s=timeout_s) as tables:
-        places = _places(tables, wanted, layer)
-        return _read(tables, places, layer)
+        find = _places_of_words if key == "word" else _places_of_types
+        places = find(tables, names, int(layer))
+        return _read(tables, places, layer) if places else {}
 
 
-def _places(
-    tables: database.Run, wanted: Sequence[Mapping[str, Any]], layer: int
-) -> dict[TokenPlace, str]:
-    """The pieces of the examples by place; ``wanted`` are rows of the vocabulary at ``layer``."""
-    types = ", ".join(f"({int(row['token_id'])}, {float(row['q2'])})" for row in wanted)
+def _places_of_words(
+    tables: database.Run, words: Sequence[str], layer: int
+) -> dict[TokenPlace, _Found]:
+    """The first tokens of the examples of ``words``."""
     query = f"""
-        SELECT token_id, min({{
-            'far': abs(strength_{int(layer)} - median), 'doc': doc, 'position': position
+        SELECT here.word, min({{
+            'far': abs(max_strength_{layer} - q2), 'doc': doc, 'position': position, 'size': n_tokens
         }}, {MOST_EXAMPLES})
-        FROM tokens JOIN (VALUES {types}) wanted(token_id, median) USING (token_id)
-        WHERE NOT is_special GROUP BY token_id"""  # noqa: S608 - numbers of ours
-    pieces = {row["token_id"]: row["token"] for row in wanted}
+        FROM (SELECT * REPLACE ({WORD} AS word) FROM words) here JOIN (
+            SELECT word, q2 FROM word_vocabulary WHERE layer = {layer} AND word IN (SELECT unnest($names))
+        ) USING (word) GROUP BY here.word"""  # noqa: S608
+    return _found(tables, query, words)
+
+
+def _places_of_types(
+    tables: database.Run, pieces: Sequence[str], layer: int
+) -> dict[TokenPlace, _Found]:
+    """The tokens of the examples of ``pieces``."""
+    query = f"""
+        SELECT stored.token, min({{
+            'far': abs(strength_{layer} - q2), 'doc': doc, 'position': position, 'size': 1
+        }}, {MOST_EXAMPLES})
+        FROM tokens JOIN vocabulary stored USING (token_id)
+        WHERE NOT is_special AND stored.layer = {layer} AND stored.class <> 'special'
+            AND stored.token IN (SELECT unnest($names)) GROUP BY stored.token"""  # noqa: S608
+    return _found(tables, query, pieces)
+
+
+class _Found(NamedTuple):
+    """What begins at a place."""
+
+    name: str
+    size: int  # tokens
+
+
+def _found(tables: database.Run, query: str, names: Sequence[str]) -> dict[TokenPlace, _Found]:
+    """The places that ``query`` finds for ``names``."""
     found = {}
-    for token_id, nearest in tables.sql(query).fetchall():
+    for name, nearest in tables.sql(query, {"names": list(names)}).fetchall():
         for one in nearest:
-            found[one["doc"], one["position"]] = pieces[token_id]
+            size = min(one["size"], CONTEXT_TOKENS)  # a word may be a whole document
+            found[one["doc"], one["position"]] = _Found(name, size)
     return found
 
 
 def _read(
-    tables: database.Run, places: Mapping[TokenPlace, str], layer: int
+    tables: database.Run, places: Mapping[TokenPlace, _Found], layer: int
 ) -> dict[str, list[Example]]:
-    """The examples at ``places``, by piece, with the tokens around them."""
+    """The examples at ``places``, by name, with the tokens around them."""
     has_offsets = "start" in tables.tokens().columns
     offsets = 'start, "end"' if has_offsets else "NULL, NULL"
     far = CONTEXT_TOKENS + 1  # one more, to see whether the document goes on
     near = " OR ".join(
-        f"doc = {int(doc)} AND position BETWEEN {int(at) - far} AND {int(at) + far}"
-        for doc, at in places
+        f"doc = {int(doc)} AND position BETWEEN {int(at) - far} AND {int(at) + size - 1 + far}"
+        for (doc, at), (_, size) in places.items()
     )
     docs = sorted({doc for doc, _ in places})
     query = f"""
@@ -186,19 +203,24 @@ def _read(
     query = "SELECT doc, source FROM documents WHERE doc IN (SELECT unnest($docs))"
     sources = dict(tables.sql(query, {"docs": docs}).fetchall())
     found: dict[str, list[Example]] = {}
-    for (doc, at), piece in sorted(places.items()):
+    for (doc, at), (name, size) in sorted(places.items()):
         around = [
-            (position - at, (*token, quartile + IS_IT * (position == at)))
-            for of_doc, position, *token, quartile in rows
-            if of_doc == doc and abs(position - at) <= far
+            (max(at - position, position - (at + size - 1), 0), position < at, token)
+            for of_doc, position, *token in rows
+            if of_doc == doc and at - far <= position < at + size + far
         ]
-        tokens = [token for distance, token in around if abs(distance) < far]
+        tokens = [
+            (*token[:-1], token[-1] + IS_IT * (distance == 0))
+            for distance, _, token in around
+            if distance < far
+        ]
         pieces = (pieces_by_offset if has_offsets else pieces_by_word)(tokens)
-        is_cut_before, is_cut_after = around[0][0] == -far, around[-1][0] == far
+        is_cut_before = around[0][:2] == (far, True)
+        is_cut_after = around[-1][:2] == (far, False)
         example = Example(
             sources.get(doc, ""), doc, tuple(_marked(pieces)), is_cut_before, is_cut_after
         )
-        found.setdefault(piece, []).append(example)
+        found.setdefault(name, []).append(example)
     return found
 
 

@@ -235,7 +235,7 @@ def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     rows = comparison.drift.to_pylist()
     of_layers = [row for row in rows if row["source"] is None]
     of_sources = [row for row in rows if row["source"] is not None and row["layer"] == layer]
-    table = comparison.movers
+    table, kind = comparison.movers_to_read, comparison.kind
     movers = table.filter(pc.equal(table["layer"], layer))
     of_status = {}
     for status in ("both", "new", "vanished"):
@@ -247,9 +247,10 @@ def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
         "groups": _drift_of_groups(comparison.groups, layer),
         "classes": _classes_table(comparison.classes, layer),
         "num_both": len(of_status["both"]),
+        "kind": kind,
         "num_moved": len(compare.moved(movers)),
-        "new": _types_table(of_status["new"], "n_b", "New types"),
-        "vanished": _types_table(of_status["vanished"], "n_a", "Vanished types"),
+        "new": _types_table(of_status["new"], "n_b", f"New {kind}s", kind),
+        "vanished": _types_table(of_status["vanished"], "n_a", f"Vanished {kind}s", kind),
     }
 
 
@@ -338,11 +339,12 @@ def _classes_table(classes: pa.Table, layer: int) -> Table:
     return Table(caption, heads, tuple(rows))
 
 
-def _types_table(types: pa.Table, n: str, caption: str) -> Table:
-    words = compare.whole_words(types).sort_by([(n, "descending"), ("token_id", "ascending")])
+def _types_table(types: pa.Table, n: str, caption: str, kind: str) -> Table:
+    key = "word" if kind == "word" else "token_id"
+    words = compare.whole_words(types).sort_by([(n, "descending"), (key, "ascending")])
     rows, ab = words.slice(0, MAX_ROWS).to_pylist(), n[-1]
     some = (
-        f"{caption}, the most frequent {len(rows)} words of {len(types):,} types"
+        f"{caption}, the most frequent {len(rows)} words of {len(types):,} {kind}s"
         if len(types) > len(rows)
         else caption
     )

@@ -191,7 +191,7 @@ def _charts(
     layer = summary.layers[-1].layer
     moved = None
     if comparison is not None:
-        moved = vocabulary_charts.movers_chart(comparison.movers, layer)
+        moved = vocabulary_charts.movers_chart(comparison.movers_to_read, layer)
     return {
         "histograms": _histograms(run, summary, comparison),
         "classes": [charts.classes_chart(summary, words)],

@@ -145,12 +145,12 @@ def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
 
 
 def _distinct_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Texts of the types in ``rows``, with the id where two have the same text."""
+    """Texts of the words or types in ``rows``, with a number where two have the same text."""
     texts = [cut(row["text"]) for row in rows]
     num_of = Counter(texts)
     names = []
-    for text, row in zip(texts, rows, strict=True):
-        names.append(text if num_of[text] == 1 else f"{text} ({row['token_id']})")
+    for at, (text, row) in enumerate(zip(texts, rows, strict=True)):
+        names.append(text if num_of[text] == 1 else f"{text} ({row.get('token_id', at)})")
     return names
 
 

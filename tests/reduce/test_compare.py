@@ -26,7 +26,9 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce import compare, distances, drift
 from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.distances import benjamini_hochberg, two_proportions
 from afn_ray.reduce.histogram import Histogram, to_bins
+from afn_ray.reduce.word_movers import NO_WORDS
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOURCES_SCHEMA
 from afn_ray.show import comparison_tables
 from afn_ray.store import manifest
@@ -565,6 +567,10 @@ def test_json_is_plain_versioned_and_bounded(
     assert body["n_types"] == len(both) and len(body["movers"]) == len(
         rows_of(compared.movers, status="both")
     )
+    words = rows_of(compared.word_movers, layer=2)
+    assert body["n_words"] == len([w for w in words if w["status"] == "both"])
+    assert body["n_new_words"] == len([w for w in words if w["status"] == "new"])
+    assert body["n_words_moved"] == sum(w["q"] is not None and w["q"] < 0.05 for w in words)
     assert body["n_moved"] == sum(m["q"] < 0.05 for m in both)
     unknown = [s["ks"] is None for s in body["sources"]]
     assert unknown == sorted(unknown, reverse=True) and any(
@@ -572,8 +578,9 @@ def test_json_is_plain_versioned_and_bounded(
     )  # new and vanished ones are the furthest
     monkeypatch.setattr(compare, "JSON_ROWS", 3)
     short = compare.to_json(compared)
-    for name in ("movers", "new", "vanished", "sources"):
-        assert short[name] == body[name][:3]
+    lists = ("movers", "new", "vanished", "sources", "word_movers", "new_words", "vanished_words")
+    for name in lists:
+        assert body[name] and short[name] == body[name][:3]
     assert [short[f"n_{name}"] for name in ("types", "new", "vanished", "sources")] == [
         body[f"n_{name}"] for name in ("types", "new", "vanished", "sources")
     ]
@@ -601,11 +608,43 @@ def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison
         f"{whole['n_a']:,}",
         f"{whole['q3_b'] / whole['q3_a'] - 1:+.2%}",
         "3.jsonl",
-        "types are new: ",
-        "types have vanished: ",
+        "words are new: ",
+        "words have vanished: ",
         *compared.notes,
     ):
         assert expected in text, expected
+
+
+def test_words_that_moved_are_those_of_the_tables_of_words(compared: Comparison) -> None:
+    """By word, from the tables of both runs, in plain Python."""
+    tables = [manifest.read_table(run, "word_vocabulary") for run in (compared.a, compared.b)]
+    for layer in (0, 2):
+        a, b = (
+            {row["word"]: row for row in rows_of(table, layer=layer) if row["word"] is not None}
+            for table in tables
+        )
+        rows = rows_of(compared.word_movers, layer=layer)
+        assert {row["word"] for row in rows} == {*a, *b} and len(rows) == len({*a, *b})
+        tested = [row for row in rows if row["status"] == "both"]
+        assert len(tested) == len({*a} & {*b}) > 20
+        for row in rows:
+            of_a, of_b = a.get(row["word"]), b.get(row["word"])
+            assert row["status"] == ("vanished" if not of_b else "both" if of_a else "new")
+            for side, of_run in (("a", of_a), ("b", of_b)):
+                assert row[f"n_{side}"] == (of_run["n"] if of_run else 0)
+                for name, column in (("share_high", "share_high"), ("median", "q2")):
+                    assert row[f"{name}_{side}"] == (of_run[column] if of_run else None)
+            assert (row["text"], row["class"]) == ((of_b or of_a)["text"], (of_b or of_a)["class"])  # type: ignore[index]
+            if of_a and of_b:
+                counts = (np.array([of[name]]) for of in (of_a, of_b) for name in ("n_high", "n"))
+                (z,), (p,) = two_proportions(*counts)
+                assert (row["z"], row["p"]) == (z, p)
+            else:
+                assert row["z"] is row["p"] is row["q"] is None
+        order = [(row["q"], -abs(row["z"]), -row["n_a"] - row["n_b"]) for row in tested]
+        assert order == sorted(order) and rows[: len(tested)] == tested
+        found = benjamini_hochberg(np.array([row["p"] for row in tested]))
+        assert [row["q"] for row in tested] == found.tolist()
 
 
 def test_the_terminal_lists_movers_only_where_they_moved(compared: Comparison) -> None:
@@ -620,7 +659,9 @@ def test_the_terminal_lists_movers_only_where_they_moved(compared: Comparison) -
     for name, values in (("q", q), ("class", classes)):
         at = table.schema.get_field_index(name)
         table = table.set_column(at, table.field(name), pa.array(values, table.field(name).type))
-    text = shown(replace(compared, movers=table), 200)
+    older = replace(compared, movers=table, word_movers=NO_WORDS)
+    text = shown(older, 200)
+    assert "Types at layer 2" in text and "types are new" in text
     listed = text[text.index("median A") : text.index("1 part of words")]
     assert f"3 of {len(both):,} in both moved" in text
     assert [f"{m['z']:+.1f}" in listed and m["text"] in listed for m in both[:3]] == [

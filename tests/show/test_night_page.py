@@ -175,20 +175,25 @@ def test_examples_are_the_occurrences_closest_to_the_median(
     assert found.unknown is None and {one.status for one in found.types} == {*moved.MOST_OF}
     for side, run in (("before", written.before), ("now", written.run)):
         with afn_ray.open_run(run.uri) as tables:
-            tokens = tables.sql(
-                "SELECT text, doc, position, strength_2 FROM tokens WHERE NOT is_special"
+            words = tables.sql(
+                "SELECT lower(text), doc, position, max_strength_2, n_tokens FROM words"
             ).fetchall()
-            medians = dict(tables.sql("SELECT text, q2 FROM vocabulary WHERE layer = 2").fetchall())
+            tokens = tables.sql("SELECT doc, position FROM tokens WHERE NOT is_special").fetchall()
+            medians = dict(
+                tables.sql("SELECT word, q2 FROM word_vocabulary WHERE layer = 2").fetchall()
+            )
         for one in found.types:
-            places = [token for token in tokens if token[0] == one.text]
+            is_listed = one.text.lower() in medians  # else it is too rare in this run
+            places = [word for word in words if is_listed and word[0] == one.text.lower()]
             places.sort(key=lambda at: (abs(at[3] - medians[at[0]]), *at[1:3]))
             nearest = sorted(places[: moved.MOST_EXAMPLES], key=lambda at: at[1:3])
             examples = getattr(one, side)
             assert [example.doc for example in examples] == [at[1] for at in nearest]
-            for example, (_, doc, position, _) in zip(examples, nearest, strict=True):
-                of_doc = [at[2] for at in tokens if at[1] == doc]
+            for example, (_, doc, position, _, size) in zip(examples, nearest, strict=True):
+                of_doc = [at for of, at in tokens if of == doc]
+                last = position + size - 1
                 assert example.is_cut_before == (min(of_doc) < position - moved.CONTEXT_TOKENS)
-                assert example.is_cut_after == (max(of_doc) > position + moved.CONTEXT_TOKENS)
+                assert example.is_cut_after == (max(of_doc) > last + moved.CONTEXT_TOKENS)
 
 
 def test_an_example_marks_its_word_once_and_is_bounded(found: moved.Moved) -> None:
@@ -197,8 +202,9 @@ def test_an_example_marks_its_word_once_and_is_bounded(found: moved.Moved) -> No
     for one in found.types:
         assert one.before or one.now
         for example in (*one.before, *one.now):
-            (marked,) = [piece for piece in example.pieces if piece.is_it]
-            assert marked.text.lower() == one.text and 1 <= marked.quartile <= 4
+            marked = [piece for piece in example.pieces if piece.is_it]
+            assert "".join(piece.text for piece in marked).lower() == one.text.lower()
+            assert all(1 <= piece.quartile <= 4 for piece in marked)
             assert len(example.pieces) <= 2 * (2 * moved.CONTEXT_TOKENS + 1)
             assert example.source.endswith(".jsonl")
     cut = list(moved._marked(iter([("x" * 10**6, 8 + 3)])))
@@ -273,7 +279,7 @@ def test_examples_of_before_and_now_are_text(tab: Any, found: moved.Moved) -> No
     assert len(texts) == sum(len(one.before) + len(one.now) for one in found.types)
     assert any("<img" in text or "script>" in text for text in texts)
     assert tab.eval_on_selector_all("#moved :is(script, img)", "all => all.length") == 0
-    assert tab.eval_on_selector_all("#moved mark", "all => all.length") == len(texts)
+    assert tab.eval_on_selector_all("#moved mark", "all => all.length") >= len(texts)
     assert tab.evaluate("typeof window.ran") == "undefined"
     assert "\u202e" not in tab.content()
 
