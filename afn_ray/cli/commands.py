@@ -275,7 +275,7 @@ def _print_demo(run: Run, store: str, seconds: float) -> None:
     beyond.render_rankings(folder, layer, out)
     overview.render_caution(summary, out)
     query = (
-        "FROM vocabulary SELECT text, n, share_high "
+        "FROM word_vocabulary SELECT word, n, share_high "
         f"WHERE layer = {layer} AND class = 'content' AND n > 99 ORDER BY share_high DESC LIMIT 9"
     )
     out.print(f"\nResults: {run.uri}", markup=False, soft_wrap=True)

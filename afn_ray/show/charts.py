@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from afn_ray.reduce.stats import midranks
 from afn_ray.show.figures import number, percent
 from afn_ray.show.page_tables import Table
-from afn_ray.show.summary import RunSummary, frequent_classes
+from afn_ray.show.summary import LayerFacts, RunSummary, frequent_classes
 from afn_ray.show.vega import (
     ALL_OF_IT,
     BEFORE,
@@ -167,15 +167,16 @@ def _limit_layers(limits: Sequence[float], x: VegaSpec) -> list[VegaSpec]:
 
 
 def share_by_rarity(words: pa.Table) -> Float64s:
-    """HIGH share of each type if only its rarity mattered, [types].
+    """HIGH share of each type or word if only its rarity mattered, [types].
 
-    Types are ordered by idf and cut into at most ``NUM_RARITY_BINS`` bins of about the same number
-    of tokens; types of one idf share a bin. A type gets the HIGH share of all tokens of its bin,
-    its own tokens included.
+    Rows without an idf, of folded words, are the rarest. Types are ordered by idf and cut into at
+    most ``NUM_RARITY_BINS`` bins of about the same number of tokens; types of one idf share a bin.
+    A type gets the HIGH share of all tokens of its bin, its own tokens included.
     """
     n = words["n"].to_numpy().astype(np.float64)
     n_high = words["n_high"].to_numpy().astype(np.float64)
-    middle = midranks(words["idf"].to_numpy(), n) / n.sum()
+    idf = pc.fill_null(words["idf"], np.inf).to_numpy()
+    middle = midranks(idf, n) / n.sum()
     bins = np.minimum((middle * NUM_RARITY_BINS).astype(np.int64), NUM_RARITY_BINS - 1)
     shares_of_bins = np.bincount(bins, n_high) / np.maximum(1, np.bincount(bins, n))
     shares: Float64s = shares_of_bins[bins]
@@ -185,7 +186,8 @@ def share_by_rarity(words: pa.Table) -> Float64s:
 def classes_chart(summary: RunSummary, words: pa.Table) -> Chart:
     """HIGH share of each class at the deepest layer, beside layer 0 and beside rarity alone.
 
-    ``words``: rows of the vocabulary at the deepest layer, without special tokens.
+    ``words`` are rows of ``word_vocabulary`` at the deepest layer, or of the vocabulary without
+    special tokens where the summary has no words.
     """
     main, first = summary.layers[-1], summary.layers[0]
     kinds = {f"layer {main.layer}": main}
@@ -198,10 +200,10 @@ def classes_chart(summary: RunSummary, words: pa.Table) -> Chart:
     values: list[VegaSpec] = []
     cells = []
     for at in drawn:
-        name, total = main.classes[at].name, main.classes[at].n
+        name, total = main.shown_classes[at].name, main.shown_classes[at].n
         row = [name, f"{total:,}"]
         for kind, facts in kinds.items():
-            found = facts.classes[at]
+            found = facts.shown_classes[at]
             point = {"class": name, "kind": kind, "share": found.share}
             values.append({**point, "low": found.low, "high": found.high, "n": total})
             row.append(f"{found.share:.3f} ({found.low:.3f}–{found.high:.3f})")
@@ -211,18 +213,31 @@ def classes_chart(summary: RunSummary, words: pa.Table) -> Chart:
         row.append(f"{alone:.3f}")
         cells.append(tuple(row))
     title = f"Share of each class that is HIGH at layer {main.layer}, beside its controls"
-    label = main.labels["tokens"]
-    class_names = [main.classes[at].name for at in drawn]
-    layers = _class_layers(class_names, [*kinds, "rarity alone"], label["n_high"] / label["n"])
+    class_names = [main.shown_classes[at].name for at in drawn]
+    layers = _class_layers(class_names, [*kinds, "rarity alone"], share_high(main), main.unit)
     spec = chart_spec(title, 66 * len(drawn), layers, values)
-    heads = ("class", "tokens", *(f"{kind} (95 % interval)" for kind in kinds), "rarity alone")
+    heads = (
+        "class",
+        f"{main.unit}s",
+        *(f"{kind} (95 % interval)" for kind in kinds),
+        "rarity alone",
+    )
     return Chart("classes", title, spec, Table(title, heads, tuple(cells)))
 
 
-def _class_layers(names: list[str], kinds: list[str], share_of_all: float) -> list[VegaSpec]:
-    """Layers of the chart of classes: the share of all tokens, the intervals and the dots.
+def share_high(facts: LayerFacts) -> float:
+    """Share of all that ``facts.shown_classes`` count that is HIGH."""
+    n = sum(share.n for share in facts.shown_classes)
+    return sum(share.n_high for share in facts.shown_classes) / n
 
-    ``names``: those of the classes. ``kinds``: those of the dots of each class.
+
+def _class_layers(
+    names: list[str], kinds: list[str], share_of_all: float, unit: str
+) -> list[VegaSpec]:
+    """Layers of the chart of classes: the share of all, the intervals and the dots.
+
+    ``names``: those of the classes. ``kinds``: those of the dots of each class. ``unit``: what they
+    count.
     """
     shapes = {"domain": kinds, "range": ["circle", "diamond", "cross"][-len(kinds) :]}
     place = {
@@ -230,14 +245,14 @@ def _class_layers(names: list[str], kinds: list[str], share_of_all: float) -> li
         "yOffset": category("kind", sort=kinds),
         "color": colours_of("kind", kinds, [NOW, BEFORE, FAINT][-len(kinds) :]),
     }
-    x_title = "share of the class's tokens that is HIGH"
+    x_title = f"share of the class's {unit}s that is HIGH"
     tooltip = [
         category("class", "class"),
         category("kind", "by"),
         quantity("share", "share HIGH", format=".3f"),
         quantity("low", "from", format=".3f"),
         quantity("high", "to", format=".3f"),
-        quantity("n", "tokens", format=","),
+        quantity("n", f"{unit}s", format=","),
     ]
     dots = {
         **place,
@@ -265,11 +280,11 @@ BY_LAYER = category("layer", "layer (0 = embeddings)", axis={"labelAngle": 0})
 def _classes_by_layer(summary: RunSummary) -> Chart:
     """HIGH share of each class by layer."""
     drawn = frequent_classes(summary.layers[0])
-    names = [summary.layers[0].classes[at].name for at in drawn]
+    names = [summary.layers[0].shown_classes[at].name for at in drawn]
     values: list[VegaSpec] = []
     rows = []
     for facts in summary.layers:
-        classes = [facts.classes[at] for at in drawn]
+        classes = [facts.shown_classes[at] for at in drawn]
         values += [asdict(found) | {"class": found.name} for found in classes]
         shares = [f"{found.share:.3f}" for found in classes]
         rows.append((f"{facts.layer}", *shares))

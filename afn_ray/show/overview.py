@@ -94,8 +94,12 @@ def render_classes(summary: RunSummary, console: Console) -> None:
     ordered = sorted(summary.layers, key=lambda f: (f.layer == 0, f.layer))
     shown = ordered[-max(2, (console.width - 20) // 21) :]
     heads = [f"layer {f.layer}" + (" (control)" if f.layer == 0 else "") for f in shown]
-    table = titled_table("Which classes are HIGH (share, 95 % interval)", "class", "tokens", *heads)
-    classes = ordered[0].classes
+    unit = ordered[0].unit
+    title = "Which classes are HIGH (share, 95 % interval)"
+    if unit == "word":
+        title = "Which classes of words are HIGH (strongest token; share, 95 % interval)"
+    table = titled_table(title, "class", f"{unit}s", *heads)
+    classes = ordered[0].shown_classes
     left_out = [f"{len(ordered) - len(shown)} more layers"] * (len(shown) < len(ordered))
     left_out += [count(len(classes) - MAX_CLASSES, "rarer tag")] * (len(classes) > MAX_CLASSES)
     if left_out:
@@ -107,7 +111,7 @@ def render_classes(summary: RunSummary, console: Console) -> None:
     for at in frequent_classes(ordered[0]):
         shares = [
             f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})"
-            for c in (facts.classes[at] for facts in shown)
+            for c in (facts.shown_classes[at] for facts in shown)
         ]
         table.add_row(Text(printable(classes[at].name)), f"{classes[at].n / total:.1%}", *shares)
     print_whole(table, console)

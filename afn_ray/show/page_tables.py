@@ -50,7 +50,7 @@ def glance(
     if (lost := summary.losses).any:
         against = f"{losses.rounded_up(lost.share)} of the corpus: {losses.documents_text(lost)}"
         cards.append((losses.bytes_text(lost.lost_bytes), "lost", against))
-    for share, control in list(zip(main.classes, first.classes, strict=True))[
+    for share, control in list(zip(main.shown_classes, first.shown_classes, strict=True))[
         :1
     ]:  # content, where there are content words
         against = (
@@ -61,7 +61,7 @@ def glance(
         cards.append(
             (
                 percent(share.share),
-                f"of {share.name} tokens are HIGH at layer {main.layer}",
+                f"of {share.name} {main.unit}s are HIGH at layer {main.layer}",
                 against,
             )
         )

@@ -21,6 +21,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import compare, history
+from afn_ray.reduce.drift import table_by_layer
 from afn_ray.schema import FEATURES, HISTORY_SCHEMA
 from afn_ray.show import beyond, charts, claim_charts, history_charts, run_facts, vocabulary_charts
 from afn_ray.show.figures import number
@@ -148,6 +149,7 @@ def _render(
         model=run_facts.model_title(info["model"]["name"]),
         summary=summary,
         main=main,
+        share_high=charts.share_high(main),
         verdict=verdict,
         moved=_moved(comparison, main.layer if audit is None else audit.layer),
         glance=glance(summary, comparison),
@@ -189,12 +191,13 @@ def _charts(
 ) -> dict[str, list[Chart]]:
     """Charts of the run and its drift by section; ``words`` are the vocabulary at its last layer."""
     layer = summary.layers[-1].layer
+    of_words = table_by_layer(run, "word_vocabulary")
     moved = None
     if comparison is not None:
         moved = vocabulary_charts.movers_chart(comparison.movers_to_read, layer)
     return {
         "histograms": _histograms(run, summary, comparison),
-        "classes": [charts.classes_chart(summary, words)],
+        "classes": [charts.classes_chart(summary, of_words.get(layer, words))],
         "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
         "vocabulary": [vocabulary_charts.vocabulary_chart(words)],
         "movers": [] if moved is None else [moved],

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from afn_ray.reduce import language_uses, losses
+from afn_ray.reduce.drift import table_by_layer
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
 from afn_ray.schema import in_order
@@ -21,7 +22,7 @@ MAX_CLASSES = 24
 
 @dataclass(frozen=True, slots=True)
 class ClassShare:
-    """Share of one class's tokens that is HIGH at one layer, with Wilson's 95 % interval."""
+    """Share of a class's tokens or words that is HIGH at a layer, with Wilson's 95 % interval."""
 
     layer: int
     name: str
@@ -46,7 +47,21 @@ class LayerFacts:
     special_mean: float | None  # mean strength of the special tokens
     special_max: float | None  # their largest
     idf_auc: float | None  # AUC of rarity alone for HIGH; 0.5 is chance
-    classes: tuple[ClassShare, ...]
+    classes: tuple[ClassShare, ...]  # of tokens, by their types
+    word_classes: tuple[ClassShare, ...] = ()  # of words; empty: the run has no table of words
+
+    @property
+    def shown_classes(self) -> tuple[ClassShare, ...]:
+        """The classes that people read: of words if the run has them, else of tokens.
+
+        A word is HIGH if its strongest token is.
+        """
+        return self.word_classes or self.classes
+
+    @property
+    def unit(self) -> str:
+        """What ``shown_classes`` count: word or token."""
+        return "word" if self.word_classes else "token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +92,7 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
         label_thresholds.labels(run).to_pylist(),
     )
     vocabulary = manifest.read_table(run, "vocabulary")
+    of_words = table_by_layer(run, "word_vocabulary")
     histogram = manifest.read_table(run, "histogram")
     shards = manifest.read_table(run, "shards")
     files = manifest.read_table(run, "files")
@@ -112,6 +128,7 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
                 special_max=pc.max(special["strength"]).as_py(),
                 idf_auc=_idf_auc(words),
                 classes=_class_shares(layer, words),
+                word_classes=_class_shares(layer, of_words[layer]) if of_words else (),
             )
         )
     languages = ""
@@ -160,8 +177,8 @@ def by_frequency(classes: Sequence[ClassShare]) -> list[int]:
 
 
 def frequent_classes(facts: LayerFacts) -> list[int]:
-    """Indices of the ``MAX_CLASSES`` most frequent of ``facts.classes``, ascending."""
-    return sorted(by_frequency(facts.classes)[:MAX_CLASSES])
+    """Indices of the ``MAX_CLASSES`` most frequent of ``facts.shown_classes``, ascending."""
+    return sorted(by_frequency(facts.shown_classes)[:MAX_CLASSES])
 
 
 def _idf_auc(vocabulary: Any) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import unicodedata
 from collections import Counter
@@ -13,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from rich.console import Console
 
 import afn_ray
 from afn_ray.reduce import lexicon, word_sums, word_tables
@@ -20,6 +22,9 @@ from afn_ray.reduce.controls import places_of
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.tasks import Inline
 from afn_ray.schema import WORD_START, WORD_VOCABULARY_SCHEMA
+from afn_ray.show.overview import render_classes
+from afn_ray.show.summary import summarise
+from afn_ray.store import manifest
 from conftest import config_of, write_jsonl
 
 LAYERS = (1, 2)
@@ -148,6 +153,26 @@ def test_rare_words_are_folded_by_their_first_piece_and_nothing_is_lost(run: afn
     ).fetchall()
     high = rows["high_2"].sum()
     assert whole == [(len(rows), rows["n_tokens"].sum(), high, rows["word"].nunique())]
+
+
+def test_class_tables_count_words(run: afn_ray.Run) -> None:
+    rows = occurrences(run)
+    summary = summarise(manifest.find_run(run.uri))
+    console = Console(file=io.StringIO(), width=100)
+    render_classes(summary, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "Which classes of words are HIGH" in shown and " words " in shown
+    for facts in summary.layers:
+        assert facts.unit == "word" and facts.shown_classes == facts.word_classes
+        of_class = {share.name: share for share in facts.word_classes}
+        assert sum(share.n for share in facts.word_classes) == len(rows)
+        is_plain = [not any(c.isalnum() for c in form) for form in rows["form"]]
+        plain = rows[is_plain]
+        found = of_class["punctuation"]
+        assert (found.n, found.n_high) == (len(plain), plain[f"high_{facts.layer}"].sum())
+        the = rows[rows["word"].isin(["the", "and", "of", "unto"])]
+        assert len(the) < of_class["function"].n < len(rows)
+        assert f"{found.share:.3f} ({found.low:.3f}-{found.high:.3f})" in shown
 
 
 # --- sums of generated tokens
