@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from afn_ray import model
 from afn_ray.analysis.remeasure import LocalModel, measure_text, notes_on, recorded_task
+from afn_ray.analysis.word_readings import ExplainedWord, Usual, words_of
 from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
@@ -29,15 +30,6 @@ TOP = 10
 """Number of tokens and neurons that a decision lists, and of labels that it shows."""
 
 SURROGATES = re.compile("[\ud800-\udfff]")
-
-
-@dataclass(frozen=True, slots=True)
-class Usual:
-    """Figures of a token's type at one layer, from the run."""
-
-    n: int  # occurrences
-    median: float
-    share_high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +141,7 @@ class Explanation:
     notes: tuple[str, ...]  # reasons why figures may differ from the run's in their last digits
     sweep: tuple[int, ...] = ()  # layers of the heat map, ascending
     decision: Decision | None = None
+    words: tuple[ExplainedWord, ...] = ()  # of several tokens; empty if the run counted no words
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +176,11 @@ def explain(
     encoded = measured.encoded
     by_series = dict(zip(plan.measure.series, measured.values, strict=True))
     is_special = (encoded.flags & SPECIAL) > 0
-    thresholds, readings = _compare(_tables(run), encoded.token_ids, is_special, by_series)
+    tables = _tables(run)
+    thresholds, readings = _compare(tables, encoded.token_ids, is_special, by_series)
+    strengths = {k: by_series[Series(STRENGTH, k)] for k in plan.measure.layers}
+    q3 = {limits.layer: limits.q3 for limits in thresholds}
+    words = words_of(cleaned, encoded, strengths, q3, tables.get("word_vocabulary"))
     sweep: tuple[int, ...] = ()
     if question.layers is not None:
         sweep = resolve_layers(question.layers, run.info["model"]["depth"])
@@ -210,6 +207,7 @@ def explain(
         notes=notes_on(run.info["made_by"], plan.device, plan.measure.dtype),
         sweep=sweep,
         decision=decision,
+        words=words,
     )
 
 
@@ -272,8 +270,9 @@ def _tables(run: manifest.RunFolder) -> dict[str, pa.Table]:
     """Tables of ``run`` that a text is compared with; ``labels`` are the thresholds that label."""
     tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
     tables["labels"] = label_thresholds.labels(run)
-    if "signals" in run.info["tables"]:
-        tables["signals"] = manifest.read_table(run, "signals")
+    for name in ("signals", "word_vocabulary"):
+        if name in run.info["tables"]:
+            tables[name] = manifest.read_table(run, name)
     return tables
 
 

@@ -72,6 +72,29 @@ LEGEND = (
     "in the run (median strength, share that is HIGH, occurrences). Special tokens are apart. "
     "Compare strengths within one layer of one model only."
 )
+WORD_HEADS = ("word", "tokens", "strongest", "is", "median", "HIGH", "n")
+WORDS_LEGEND = (
+    "Words of several tokens: is: HIGH if the strongest token is. median, HIGH, n: of the same word "
+    "in the run, in upper or lower case (median of the strongest tokens, share that is HIGH, "
+    "occurrences)."
+)
+
+
+def word_cells(explanation: Explanation, at: int) -> list[list[str]]:
+    """Rows of the table of words at the layer with index ``at``, as in ``WORD_HEADS``."""
+    rows = []
+    for word in explanation.words:
+        reading = word.readings[at]
+        usual = reading.usual
+        figures = ["rare", "", ""]
+        if usual is not None:
+            figures = [f"{usual.median:.4f}", f"{usual.share_high:.0%}", f"{usual.n:,}"]
+        is_high = "HIGH" if reading.high else "LOW"
+        cells = [visible(word.text), f"{word.n_tokens}", f"{reading.strength:.4f}", is_high]
+        rows.append([*cells, *figures])
+    return rows
+
+
 SIGNALS_LEGEND = (
     "In parentheses, and coloured by it: the quartile among the run's tokens, where the run "
     "recorded the signal."
@@ -192,6 +215,7 @@ def neuron_rows(explanation: Explanation, decision: Decision) -> list[tuple[str,
 def legends(explanation: Explanation, at: int) -> list[str]:
     asked = (
         (True, LEGEND),
+        (explanation.words, WORDS_LEGEND),
         (explanation.tokens[0].readings[at].signals, SIGNALS_LEGEND),
         (explanation.sweep, SWEEP_LEGEND),
         (explanation.decision, DECISION_LEGEND),

@@ -18,6 +18,7 @@ from afn_ray.show.explanation import (
     HEADS,
     NEURON_HEADS,
     TEXTS,
+    WORD_HEADS,
     answer,
     attribution_note,
     decision_rows,
@@ -30,6 +31,7 @@ from afn_ray.show.explanation import (
     running_text,
     signal_rows,
     token_name,
+    word_cells,
 )
 from afn_ray.text import visible
 
@@ -162,8 +164,17 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         f'<ul class="legend" aria-label="Quartiles of {explanation.thresholds[at].n:,} tokens">{legend}</ul>\n'
         f'<div class="table"><table>\n<caption>Tokens at layer {layer}</caption>\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n"
-        f"{_html_signals(explanation, at)}</section>"
+        f"{_html_words(explanation, at)}{_html_signals(explanation, at)}</section>"
     )
+
+
+def _html_words(explanation: Explanation, at: int) -> str:
+    rows = word_cells(explanation, at)
+    if not rows:
+        return ""
+    caption = f"Words of several tokens at layer {explanation.layers[at]}"
+    body = ([f"<bdi>{_html(word)}</bdi>", *cells] for word, *cells in rows)
+    return _html_table("", caption, WORD_HEADS, body)
 
 
 def _html_signals(explanation: Explanation, at: int) -> str:

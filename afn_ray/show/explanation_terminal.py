@@ -20,6 +20,7 @@ from afn_ray.show.explanation import (
     HEADS,
     NEURON_HEADS,
     TEXTS,
+    WORD_HEADS,
     answer,
     attribution_note,
     decision_rows,
@@ -32,6 +33,7 @@ from afn_ray.show.explanation import (
     running_text,
     signal_rows,
     token_name,
+    word_cells,
 )
 from afn_ray.text import visible
 
@@ -82,6 +84,7 @@ def render_terminal(
         )  # colours only its letters
         table.add_row(label, *reading_cells(token, reading), style="dim" if token.special else "")
     console.print(table)
+    _print_words(explanation, at, console, show_all=show_all)
     _print_signals(explanation, at, console, len(shown))
     _print_sweep(explanation, console, len(shown))
     if hidden := len(explanation.tokens) - len(shown):
@@ -90,6 +93,27 @@ def render_terminal(
         _print_decision(explanation, explanation.decision, console)
     for note in legends(explanation, at):
         console.print(Padding(Text(visible(note), "dim"), (0, 2)))
+
+
+def _print_words(explanation: Explanation, at: int, console: Console, *, show_all: bool) -> None:
+    rows = word_cells(explanation, at)
+    shown = rows if show_all else rows[:TABLE_ROWS]
+    if not shown:
+        return
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"Words of several tokens at layer {explanation.layers[at]}",
+        title_justify="left",
+        title_style="bold",
+    )
+    for i, head in enumerate(WORD_HEADS):
+        justify: JustifyMethod = "left" if head in ("word", "is") else "right"
+        table.add_column(head, justify=justify, overflow="fold", no_wrap=i > 0)
+    for cells in shown:
+        table.add_row(*map(Text, cells))
+    console.print(table)
+    if hidden := len(rows) - len(shown):
+        console.print(Text(f"  {hidden:,} more words are not listed; --all lists them"))
 
 
 def _print_signals(explanation: Explanation, at: int, console: Console, n: int) -> None:

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+import afn_ray
 from afn_ray import model
 from afn_ray.analysis import explain as module
 from afn_ray.analysis.explain import Explanation, Question, explain, to_json
@@ -154,6 +155,43 @@ def test_ranks_quartiles_and_the_usual_are_brute_force_counts(corpus: Corpus) ->
                 if not token.special:
                     assert reading.usual.share_high == np.mean(same >= q3)
     assert unknown >= 2  # the zeppelin, at both layers
+
+
+def test_words_of_several_tokens_stand_beside_the_same_words_of_the_run(corpus: Corpus) -> None:
+    doc = 250
+    text = corpus.texts[doc] + " Qwxzjk LAMECH."
+    explanation = explain(corpus.folder.uri, text)
+    with afn_ray.open_run(corpus.folder.uri) as run:
+        words = run.sql("FROM words").to_dicts()
+    written = [w for w in words if w["doc"] == doc and w["n_tokens"] > 1]
+    *found, unknown, named = explanation.words
+    assert [(w.text, w.n_tokens) for w in found] == [(w["text"], w["n_tokens"]) for w in written]
+    assert found and unknown.text == "Qwxzjk" and unknown.readings[0].usual is None
+    rare = 0
+    for word in (*found, named):
+        same = [w for w in words if w["text"].lower() == word.text.lower()]
+        pieces = explanation.tokens[word.first : word.first + word.n_tokens]
+        for at, layer in enumerate(explanation.layers):
+            reading, q3 = word.readings[at], explanation.thresholds[at].q3
+            assert reading.strength == max(piece.readings[at].strength for piece in pieces)
+            assert reading.high == (reading.strength >= q3)
+            if len(same) < 5:
+                rare += 1
+                assert reading.usual is None
+                continue
+            strongest = [w[f"max_strength_{layer}"] for w in same]
+            median = np.quantile(strongest, 0.5, method="inverted_cdf")
+            assert reading.usual is not None
+            assert (reading.usual.n, reading.usual.median) == (len(same), median)
+            assert reading.usual.share_high == np.mean([w[f"high_{layer}"] for w in same])
+    assert rare < 2 * len(explanation.words) - 2
+    assert explanation.words[-1].readings[0].usual is not None  # Lamech, in capitals
+    output = printed(explanation, show_all=True, width=80)
+    table = output.partition("Words of several tokens at layer 4")[2]
+    assert "LAMECH" in table and "rare" in table and max(map(len, table.splitlines())) <= 80
+    without = replace(explanation, words=())
+    assert "several tokens" not in printed(without) + render_html(without)
+    assert render_html(explanation).count("Words of several tokens at layer") == 2
 
 
 def test_a_strength_that_equals_a_threshold_lies_above_it(corpus: Corpus) -> None:
@@ -485,7 +523,9 @@ def test_the_page_switches_layers_and_lists_every_token(hostile: Explanation) ->
     for layer in (0, 4):
         assert f"body:has(#show-{layer}:checked) #layer-{layer} {{ display: block; }}" in page.style
         assert ("section", {"id": f"layer-{layer}"}) in page.elements
-    assert sum(tag == "tr" for tag, _ in page.elements) == 2 * (1 + len(hostile.tokens))
+    assert sum(tag == "tr" for tag, _ in page.elements) == 2 * (
+        2 + len(hostile.tokens) + len(hostile.words)
+    )
     one = replace(
         hostile,
         layers=(4,),

@@ -230,7 +230,7 @@ def test_the_figures_of_the_page_are_those_of_the_run(
     text = _Page.of(page.read_text("utf-8")).text
     summary = summarise(runs[1])
     for facts in summary.layers:
-        for share in facts.classes:
+        for share in facts.shown_classes:
             assert f"{share.share:.3f}" in text
         assert figures.figure(facts.thresholds["tokens"]["q3"]) in text
     assert f"{summary.info['counts']['tokens'] - summary.info['counts']['special']:,}" in text
