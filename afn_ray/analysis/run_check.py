@@ -394,8 +394,8 @@ class RunCheck:
             return
         wrong = run.sql(recount.vocabulary_sql(layer))
         self._find_wrong_rows("vocabulary", "token_id", layer, wrong.fetchall())
-        lacks = "salience" not in self.folder.info["tables"]
-        if not lacks and (differs := salience_check.wrong_type(run, layer)):
+        is_checked = "salience" in self.folder.info["tables"] and not self.findings
+        if is_checked and (differs := salience_check.wrong_type(run, layer)):
             self._find("tables", self._table_uri("salience"), f"layer {layer}: {differs}")
         if "word_vocabulary" in self.folder.info["tables"]:
             wrong = run.sql(recount.word_vocabulary_sql(layer))
