@@ -28,7 +28,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "log_format": ("text", "json"),
 }
 """Accepted values of each option that takes one of a fixed set."""
-BUILT_IN_SIGNALS = ("strength", "shift", "centred", "trimmed", "attention", "neurons")
+BUILT_IN_SIGNALS = (
+    "strength",
+    "shift",
+    "centred",
+    "trimmed",
+    "centred_mean",
+    "attention",
+    "neurons",
+)
 """Names of the signals that afn-ray brings."""
 SIGNAL_GROUP = "afn_ray.signals"
 """Entry-point group for signals of other packages: ``name = "package.module:Class"``."""

@@ -42,6 +42,11 @@ class Measure:
     """Per neuron layer, the least strength of tokens with recorded neurons; empty: all tokens."""
     mean_types: tuple[int, ...] = ()
     """Types, ascending, whose hidden states are added up at every layer."""
+    means: tuple[str, ...] = ()
+    """Per layer, the mean state that a signal subtracts, as ``mean_texts`` writes it.
+
+    Empty if no signal subtracts it.
+    """
     schema_version: int = SCHEMA_VERSION
 
     @classmethod
@@ -69,6 +74,7 @@ class Measure:
             outliers=tuple(tuple(dims) for dims in stored.get("outliers", ())),
             neurons_above=tuple(stored.get("neurons_above", ())),
             mean_types=tuple(stored.get("mean_types", ())),
+            means=tuple(stored.get("means", ())),
             schema_version=stored["schema_version"],
         )
 
@@ -114,4 +120,6 @@ class Measure:
             value["neurons_above"] = list(self.neurons_above)
         if self.mean_types:
             value["mean_types"] = list(self.mean_types)
+        if self.means:
+            value["means"] = list(self.means)
         return value

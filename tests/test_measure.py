@@ -19,7 +19,7 @@ from conftest import make_measure
 STORE = Path(__file__).parent / "data" / "store"
 EVERY_KEY = (
     "schema_version", "model", "model_type", "layers", "signals", "series", "window_tokens", "overlap_tokens",
-    "offsets", "neuron_layers", "top_neurons", "dtype", "labels", "outliers", "neurons_above", "mean_types",
+    "offsets", "neuron_layers", "top_neurons", "dtype", "labels", "outliers", "neurons_above", "mean_types", "means",
 )  # fmt: skip
 """Keys of a measure, in the order in which plans and run.json hold them."""
 
@@ -41,6 +41,7 @@ def full_measure() -> Measure:
         outliers=((1, 2), (3, 4)),
         neurons_above=(1.5,),
         mean_types=(7, 9),
+        means=("AACAPw==", "AAAAQA=="),
     )
 
 
@@ -62,6 +63,7 @@ def test_each_field_changes_the_id() -> None:
         replace(measure, outliers=((1,), (2,))),
         replace(measure, neurons_above=(1.5,)),
         replace(measure, mean_types=(7,)),
+        replace(measure, means=("AACAPw==", "AAAAQA==")),
         replace(measure, top_neurons=3),
         replace(measure, model=(("config.json", "abd"),)),
     ]

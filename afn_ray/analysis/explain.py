@@ -242,7 +242,7 @@ def _measure_elsewhere(
     elsewhere = tuple(k for k in layers if k not in task.measure.layers)
     if not elsewhere:
         return {}
-    measure = replace(task.measure, layers=elsewhere, outliers=())
+    measure = replace(task.measure, layers=elsewhere, outliers=(), means=())
     other = worker.with_signals(replace(task, measure=measure))
     swept, _ = measure_text(other, text, is_replaced)
     return dict(zip(other.measure.series, swept.values, strict=True))
@@ -258,9 +258,14 @@ def _with_signals(task: Task, signals: str, run_uri: str) -> Task:
             "show neurons"
         )
     task = worker.with_signals(task, signals)
-    if worker.wants_outliers(task) and not task.measure.outliers:
+    if worker.wants(task, "outliers") and not task.measure.outliers:
         raise ConfigError(
             f"signals {signals} leave out dimensions that a run finds on its corpus, and {run_uri} "
+            "looked for none; leave them out, or explain against a run that recorded them"
+        )
+    if worker.wants(task, "mean") and not task.measure.means:
+        raise ConfigError(
+            f"signals {signals} subtract a mean state that a run finds on its corpus, and {run_uri} "
             "looked for none; leave them out, or explain against a run that recorded them"
         )
     return task

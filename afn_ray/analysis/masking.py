@@ -113,7 +113,7 @@ def _at_output(task: Task, depth: int) -> Task:
     last = (depth,)
     task = worker.with_signals(task)
     measure = replace(
-        task.measure, layers=last, series=strengths(last), dtype="float32", outliers=()
+        task.measure, layers=last, series=strengths(last), dtype="float32", outliers=(), means=()
     )
     return replace(task, measure=measure)
 

@@ -77,6 +77,7 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
         neurons_above=tuple(recorded.get("neurons_above", ())),
         languages=recorded.get("languages"),
         mean_types=tuple(recorded.get("mean_types", ())),
+        means=tuple(recorded.get("means", ())),
     )
     if measure.id != recorded["id"]:
         raise ModelError(_not_the_same(config.model, run.uri, recorded, measure.as_dict()))

@@ -66,6 +66,8 @@ def check_rows(
     documents = tables["documents"].read([*columns, *(f"mean_{s.name}" for s in series)])
     counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
     counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
+    if measure is not None and (message := vector_check.impossible(tables["tokens"], measure)):
+        raise Wrong("tokens", message)
     _check_counts(counts, commit, read)
     _check_summary(tables["summary"], summary)
     if "neurons" in tables:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from afn_ray.mean_texts import from_text
 from afn_ray.measure import Measure
 from afn_ray.query.database import Run
 from afn_ray.reduce.mean_vectors import flat
@@ -26,6 +27,8 @@ from afn_ray.store.layout import VECTORS
 
 ROUNDING = 2.0**-14
 """Relative difference of a mean square of strengths, which are rounded, and one of states."""
+DISTANCE = "strength_centred_mean"
+"""Column of the signal ``centred_mean``."""
 RELATIVE = 1e-6
 """Relative difference of means in float32 and float64, against the length of the mean."""
 
@@ -98,6 +101,38 @@ def _means(table: pa.Table) -> Float64s:
     """The mean state of each row of ``table``, in the schema of a shard's sums."""
     totals: npt.NDArray[Any] = flat(table["totals"]).reshape(len(table), -1)
     return np.asarray(totals / STATE_UNITS / table["n"].to_numpy()[:, None])
+
+
+def impossible(tokens: pq.ParquetFile, measure: Measure) -> str:
+    """The first distance from a mean state that no state can have; empty if there is none.
+
+    A token's state of strength s is between abs(s - m) and s + m away from a mean of length m.
+    """
+    series = [s for s in measure.series if s.signal == DISTANCE]
+    if not series or not measure.means:
+        return ""
+    lengths = {}
+    for layer, text in zip(measure.layers, measure.means, strict=True):
+        lengths[layer] = float(np.linalg.norm(from_text(text).astype(np.float64)))
+    first = 0
+    names = [name for s in series for name in (strength_column(s.layer), s.name)]
+    for batch in tokens.iter_batches(records.BATCH_ROWS, columns=names):
+        for one in series:
+            m = lengths[one.layer]
+            strength, distance = (
+                batch[name].to_numpy().astype(np.float64)
+                for name in (strength_column(one.layer), one.name)
+            )
+            slack = ROUNDING * (strength + m)
+            is_far = (distance > strength + m + slack) | (distance < np.abs(strength - m) - slack)
+            if is_far.any():
+                row = int(np.argmax(is_far))
+                return (
+                    f"row {first + row}: {one.name} is {distance[row]:g}, which a strength of "
+                    f"{strength[row]:g} and a mean of length {m:g} exclude"
+                )
+        first += len(batch)
+    return ""
 
 
 def wrong_means(

@@ -101,6 +101,7 @@ class Model:
             k: torch.tensor(dims, device=self.device)
             for k, dims in zip(layers, outliers, strict=False)
         }
+        self._means: dict[int, torch.Tensor] = {}  # float32 [hidden_size] each
         # Set by ``prove.prepare``, as are the next ten.
         self.causal = False
         self.packed = False  # whether a batch is one packed sequence without padding
@@ -237,6 +238,16 @@ class Model:
         """Move everything but the weights of the blocks to the device."""
         if self.device.type != "cpu":
             move_rest(self.module, self.blocks, self.device)
+
+    def subtract(self, means: Sequence[Norms]) -> None:
+        """Give signals that need it the mean state of each layer, float32 [hidden_size].
+
+        Raises ``ModelError`` unless there is one for each chosen layer.
+        """
+        if len(means) != len(self.layers):
+            raise ModelError(f"{len(means)} mean states, expected one for each of {self.layers}")
+        for layer, mean in zip(self.layers, means, strict=True):
+            self._means[layer] = torch.from_numpy(mean).to(self.device)
 
     def attend_by(self, name: str) -> None:
         """Use the attention function ``name`` of transformers' registry from now on."""
@@ -442,6 +453,7 @@ class Model:
             if (states := getattr(site, name)) is not None:
                 setattr(site, name, states[:, : this.length])
         site.outliers = self._outliers.get(site.layer)
+        site.mean = self._means.get(site.layer)
         for signal in this.signals:
             if site.layer >= signal.first_layer:
                 columns = (*signal.columns, *signal.number_columns)

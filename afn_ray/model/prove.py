@@ -84,7 +84,7 @@ def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[
     probes = [Probe(ids, _plain_norms(model, ids)) for ids in sequences]
     model.drop_unused_blocks()
     _choose_attention(model, probes)
-    needs -= {"outliers"}  # passed to the constructor
+    needs -= {"outliers", "mean"}  # found by calibrations
     places = find_places(model, max(sequences, key=len), needs) if needs else []
     _choose_products(model, probes)
     fused.choose(model, lambda: _check(model, probes, model.dtype), needs)

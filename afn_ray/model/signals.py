@@ -19,7 +19,7 @@ from afn_ray.errors import ConfigError
 from afn_ray.schema import STRENGTH, Series
 from afn_ray.text import nearest
 
-NEEDS = frozenset({"attention", "neurons", "norm", "outliers"})
+NEEDS = frozenset({"attention", "mean", "neurons", "norm", "outliers"})
 """Inputs beside hidden states that a signal can need."""
 DIMENSIONS = 3
 """Number of outlier dimensions of a layer."""
@@ -46,7 +46,7 @@ class Attention:
 class Site:
     """The values of one block for one batch, on the model's device.
 
-    The rows are tokens, then filler. The last four fields are set only for signals that need them.
+    The rows are tokens, then filler. The last five fields are set only for signals that need them.
     """
 
     layer: int  # 0: the embeddings
@@ -59,6 +59,8 @@ class Site:
     unscaled: torch.Tensor | None = None
     # Outlier dimensions of the hidden state, int64 [DIMENSIONS], found by the calibration.
     outliers: torch.Tensor | None = None
+    # Mean hidden state, float32 [hidden_size], found by the calibration.
+    mean: torch.Tensor | None = None
 
 
 class Signal(ABC):
@@ -176,6 +178,20 @@ class Trimmed(Signal):
         return [norm(site.hidden.index_fill(-1, site.outliers, 0))]
 
 
+class CentredMean(Signal):
+    """L2 norm of the hidden state minus the layer's mean state.
+
+    The calibration finds the mean state on a sample of the corpus, and the measure has it.
+    """
+
+    name, columns, unit = "centred_mean", ("strength_centred_mean",), "of the hidden state"
+    needs = frozenset({"mean"})
+
+    def measure(self, site: Site) -> Sequence[torch.Tensor]:
+        assert site.mean is not None
+        return [norm(site.hidden - site.mean)]
+
+
 class States(Signal):
     """Whole hidden states [..., rows, hidden_size], for use inside the package; never recorded."""
 
@@ -241,7 +257,7 @@ def norm(hidden: torch.Tensor) -> torch.Tensor:
 
 
 BUILT_IN: dict[str, type[Signal]] = {
-    s.name: s for s in (Strength, Shift, Centred, Trimmed, Received, Neurons)
+    s.name: s for s in (Strength, Shift, Centred, Trimmed, CentredMean, Received, Neurons)
 }
 
 

@@ -11,7 +11,7 @@ from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.runs import cluster, events, frequent, outliers, precision, worker
+from afn_ray.runs import cluster, events, frequent, mean_states, outliers, precision, worker
 from afn_ray.runs.events import OnEvent, on_warning
 from afn_ray.runs.task import Task
 from afn_ray.store import calibrations, plans
@@ -68,11 +68,18 @@ class Calibrator:
 
     def find_outliers(self, task: Task) -> tuple[tuple[int, ...], ...]:
         """Outlier dimensions of each layer; empty if no signal leaves them out."""
-        if not worker.wants_outliers(task):
+        if not worker.wants(task, "outliers"):
             return ()
         what = "a calibration looks for outlier dimensions"
         found = self._find(task, "outliers", what, outliers.find_dimensions)
         return tuple(tuple(dims) for dims in found)
+
+    def find_means(self, task: Task) -> tuple[str, ...]:
+        """The mean state of each layer; empty if no signal subtracts it."""
+        if not worker.wants(task, "mean"):
+            return ()
+        what = "a calibration looks for the mean state of each layer"
+        return tuple(self._find(task, "means", what, mean_states.find_means))
 
     def find_mean_types(self, task: Task) -> tuple[int, ...]:
         """The most frequent types, whose mean states the config asks for; empty if it does not."""
@@ -105,8 +112,8 @@ class Calibrator:
         stored = calibrations.read_calibration(task.config.store, key)
         if stored is None and self.reduce_only:
             raise StoreError(
-                f"no run in {task.config.store} has decided the precision, the outlier dimensions "
-                "or the types of what this config asks for, and --reduce-only decides nothing: give "
+                f"no run in {task.config.store} has decided the precision, the outlier dimensions, "
+                "the mean states or the types of what this config asks for, and --reduce-only decides nothing: give "
                 "the config that measured, or leave --reduce-only out"
             )
         return stored

@@ -79,6 +79,7 @@ def prepare(
     measure = replace(measure, dtype=decided.dtype)
     outliers = calibrator.find_outliers(replace(task, measure=measure))
     measure = replace(measure, outliers=outliers)
+    measure = replace(measure, means=calibrator.find_means(replace(task, measure=measure)))
     mean_types = calibrator.find_mean_types(replace(task, measure=measure))
     measure = replace(measure, mean_types=mean_types, languages=detector)
     frozen = label_thresholds.find_frozen(config, measure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from afn_ray import model
 from afn_ray.config import RunConfig
 from afn_ray.errors import Interrupted, ModelError
+from afn_ray.mean_texts import from_text
 from afn_ray.model.signals import Signal, States, find_signals
 from afn_ray.model.type_sums import Chooser
 from afn_ray.runs.flow import Flow, Turns
@@ -39,6 +40,8 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
 
 Larger batches on a CPU gain 4 % and need memory. A GPU needs enough work for all of its units.
 """
+SINK_MEDIANS = 10.0
+"""Strength over which a token is no part of a mean state, in medians of its layer."""
 LONG_PROBE_TOKENS = 640
 """Length of the longest text in the self-check, in tokens.
 
@@ -114,6 +117,8 @@ class Measurer:
         self.model = model.Model(
             files, measure.layers, measure.dtype, task.device, batch_tokens, measure.outliers
         )
+        if measure.means:
+            self.model.subtract([from_text(text, files.hidden_size) for text in measure.means])
         encoder = encode.TextEncoder(tokenizer, self.model.num_embeddings)
         self.signals, _ = find_signals(config.signals, config.top_neurons)
         needs = frozenset(need for signal in self.signals for need in signal.needs)
@@ -204,9 +209,7 @@ class Measurer:
         def squares(prepared: Prepared, counts: bool) -> npt.NDArray[np.float64]:
             total = np.zeros((len(self.task.measure.layers), self.model.files.hidden_size))
             n = 0
-            for batch in prepared.batches:
-                states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
-                states = states[:, prepared.encoded.flags[batch.rows] & SPECIAL == 0]
+            for states in self._states(prepared):
                 total += (states.astype(np.float64) ** 2).sum(axis=1)
                 n += states.shape[1]
             return total / max(1, n)
@@ -214,6 +217,36 @@ class Measurer:
         given = _Texts(texts, [False] * len(texts))
         _, found = self._without_culprits(given, self._prepare(given), squares)
         return found
+
+    def mean_states(self, texts: list[str]) -> npt.NDArray[np.float64]:
+        """Mean hidden state over tokens: float64 [n_layers, hidden_size].
+
+        The tokens are those of ``texts``, without special ones and sinks: at each layer those over
+        ``SINK_MEDIANS`` times the median strength, which alone would decide the mean.
+        """
+
+        def mean(prepared: Prepared, counts: bool) -> npt.NDArray[np.float64]:
+            shape = (len(self.task.measure.layers), self.model.files.hidden_size)
+            total, n = np.zeros(shape), np.zeros((shape[0], 1))
+            norms = [np.linalg.norm(states, axis=2) for states in self._states(prepared)]
+            if not sum(found.shape[1] for found in norms):
+                return total
+            most = SINK_MEDIANS * np.median(np.concatenate(norms, axis=1), axis=1)
+            for states in self._states(prepared):
+                is_kept = np.linalg.norm(states, axis=2) <= most[:, None]
+                total += (states.astype(np.float64) * is_kept[:, :, None]).sum(axis=1)
+                n += is_kept.sum(axis=1)[:, None]
+            return np.asarray(total / np.maximum(1, n))
+
+        given = _Texts(texts, [False] * len(texts))
+        _, found = self._without_culprits(given, self._prepare(given), mean)
+        return found
+
+    def _states(self, prepared: Prepared) -> Iterator[Float32s]:
+        """Hidden states of each batch's tokens without special ones, [n_layers, n, hidden_size]."""
+        for batch in prepared.batches:
+            states = self.model.measure(batch.ids, batch.lengths, (States(),))[:, batch.kept]
+            yield states[:, prepared.encoded.flags[batch.rows] & SPECIAL == 0]
 
     def values(self, prepared: Prepared, counts: bool = True) -> Values:
         """Measured values of all tokens. Raises ``OutOfMemory`` where a batch does not fit.

@@ -53,6 +53,8 @@ MOST_NUMBERS = 640
 
 A chunk of a quarter of a million tokens then takes 0.6 GB, and a few chunks are in flight.
 """
+MOST_MEANS = 1 << 18
+"""Largest number of dimensions of all mean states, which the measure holds: 1.4 MB of text."""
 MOST_SUMMED = 1 << 24
 """Largest number of sums of hidden states: layers by types by dimensions, 8 bytes each.
 
@@ -115,6 +117,13 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
             f"signals and layers ask for {num_rows} numbers of each token, expected at most "
             f"{MOST_NUMBERS}: name fewer layers, or fewer --top-neurons (each is two)"
         )
+    num_means = len(layers) * files.hidden_size
+    if num_means > MOST_MEANS and any("mean" in s.needs for s in signals):
+        raise ConfigError(
+            f"signals has centred_mean, or another one that needs mean states, and {len(layers)} "
+            f"layers of {files.hidden_size:,} dimensions make {num_means:,} numbers, expected at "
+            f"most {MOST_MEANS:,}: name fewer layers"
+        )
     num_summed = len(layers) * config.mean_vectors * files.hidden_size
     if num_summed > MOST_SUMMED:
         most = MOST_SUMMED // (len(layers) * files.hidden_size)
@@ -138,9 +147,9 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
     return Task(config, measure, device)
 
 
-def wants_outliers(task: Task) -> bool:
-    """Whether a signal of ``task`` leaves out outlier dimensions."""
-    return any("outliers" in s.needs for s in find_signals(task.config.signals)[0])
+def wants(task: Task, need: str) -> bool:
+    """Whether a signal of ``task`` needs ``need``, one of ``signals.NEEDS``."""
+    return any(need in s.needs for s in find_signals(task.config.signals)[0])
 
 
 def with_signals(task: Task, signals: str = STRENGTH) -> Task:

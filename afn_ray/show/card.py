@@ -13,7 +13,17 @@ from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, summarise
 from afn_ray.store import checksums, manifest
 
 TRIMMED = "strength_trimmed"
-"""Column of ``signals`` with the strength without the layer's outlier dimensions."""
+"""Column with the strength without the layer's outlier dimensions."""
+CENTRED = "strength_centred_mean"
+"""Column with the distance from the layer's mean state."""
+
+
+class Distances(NamedTuple):
+    """Distances of the tokens from the layer's mean state; None: no tokens."""
+
+    median: float | None
+    cv: float | None
+    max: float | None
 
 
 class MomentShares(NamedTuple):
@@ -41,6 +51,7 @@ class LayerCard:
     n_sinks: int
     outlier_dimensions: tuple[int, ...]  # the largest first; empty: not recorded
     outlier_share: float | None  # their share of the squared norms; None: not recorded
+    centred: Distances | None  # None: not recorded
     moment_shares: MomentShares | None  # None: not recorded
     classes: tuple[ClassShare, ...]
 
@@ -78,17 +89,18 @@ def card_of(run: manifest.RunFolder) -> Card:
 def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
     info = run.info
     measure, model, counts = info["measure"], info["model"], info["counts"]
-    trimmed = {}
+    signals: dict[tuple[str, int], dict[str, Any]] = {}
     if "signals" in info["tables"]:
         rows = manifest.read_table(run, "signals").to_pylist()
-        trimmed = {row["layer"]: row for row in rows if row["signal"] == TRIMMED}
+        signals = {(row["signal"], row["layer"]): row for row in rows}
     moments: dict[int, MomentShares] = {}
     if "moments" in info["tables"]:
         moments = _moment_shares(run)
     dimensions = dict(zip(measure["layers"], measure.get("outliers", ()), strict=False))
     layers = tuple(
         replace(
-            _layer(facts, trimmed.get(facts.layer), dimensions.get(facts.layer, ())),
+            _layer(facts, signals.get((TRIMMED, facts.layer)), dimensions.get(facts.layer, ())),
+            centred=_distances(signals.get((CENTRED, facts.layer))),
             moment_shares=moments.get(facts.layer),
         )
         for facts in summary.layers
@@ -123,6 +135,7 @@ def _layer(facts: LayerFacts, trimmed: dict[str, Any] | None, dimensions: Any) -
         n_sinks=main["n_sinks"],
         outlier_dimensions=tuple(dimensions),
         outlier_share=None if trimmed is None else _share_left_out(main, trimmed),
+        centred=None,
         moment_shares=None,
         classes=facts.classes,
     )
@@ -132,6 +145,14 @@ def _share_left_out(strength: dict[str, Any], trimmed: dict[str, Any]) -> float 
     """Share of the sum of squared norms that the trimmed norms lack; None without tokens."""
     whole, rest = _mean_square(strength), _mean_square(trimmed)
     return max(0.0, 1 - rest / whole) if whole else None
+
+
+def _distances(row: dict[str, Any] | None) -> Distances | None:
+    """The distribution in ``row`` of ``signals``; None without it."""
+    if row is None:
+        return None
+    cv = row["sd"] / row["mean"] if row["mean"] else None
+    return Distances(row["q2"], cv, row["max"])
 
 
 def _moment_shares(run: manifest.RunFolder) -> dict[int, MomentShares]:
@@ -165,6 +186,7 @@ def to_json(card: Card) -> dict[str, Any]:
     """The card as plain values; class shares include their interval."""
     value = asdict(card)
     for layer in value["layers"]:
-        if (shares := layer["moment_shares"]) is not None:
-            layer["moment_shares"] = shares._asdict()
+        for name in ("centred", "moment_shares"):
+            if (figures := layer[name]) is not None:
+                layer[name] = figures._asdict()
     return value

@@ -25,6 +25,8 @@ def render(card: Card, console: Console) -> None:
     """Print the sample, the figures of every layer, the HIGH share of every class, and notes."""
     console.print(_facts(card))
     print_whole(_strengths(card), console)
+    if any(layer.centred is not None for layer in card.layers):
+        print_whole(_distances(card), console)
     if any(layer.moment_shares is not None for layer in card.layers):
         print_whole(_moments(card), console)
     print_whole(_classes(card, max(WIDTH, console.width)), console)
@@ -62,6 +64,15 @@ def _strengths(card: Card) -> Table:
             f"{layer.n_sinks:,}",
             percent(layer.outlier_share),
         )
+    return table
+
+
+def _distances(card: Card) -> Table:
+    title = "Strength without the layer's mean state (centred_mean)"
+    table = titled_table(title, "layer", "median", "CV", "max", left=0)
+    for layer in card.layers:
+        median, cv, largest = layer.centred or (None, None, None)
+        table.add_row(str(layer.layer), number(median), number(cv, 3), number(largest))
     return table
 
 

@@ -14,7 +14,7 @@ from afn_ray.store.checksums import short
 
 BESIDE_STRENGTH = frozenset({
     "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above",
-    "labels", "languages", "mean_types",
+    "labels", "languages", "mean_types", "means",
 })  # fmt: skip
 """Keys of a measure that change no strength, so that thresholds stay comparable."""
 FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +27,7 @@ from afn_ray.bench.rate import one_core
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ModelError
+from afn_ray.mean_texts import to_text
 from afn_ray.model.signals import DIMENSIONS, known
 from afn_ray.runs import measurer, worker
 from afn_ray.runs.plan import make_plan
@@ -124,9 +126,13 @@ class _Job:
     def __init__(self, config: RunConfig, files: model.ModelFiles) -> None:
         self.config = config
         task = worker.prepare(config, files, config.device, config.dtype)
-        if worker.wants_outliers(task):  # the choice of dimensions does not change the cost
+        if worker.wants(task, "outliers"):  # the choice of dimensions does not change the cost
             outliers = (tuple(range(DIMENSIONS)),) * len(task.measure.layers)
             task = replace(task, measure=replace(task.measure, outliers=outliers))
+        if worker.wants(task, "mean"):  # nor does the mean state
+            mean = to_text(np.ones(files.hidden_size))
+            means = (mean,) * len(task.measure.layers)
+            task = replace(task, measure=replace(task.measure, means=means))
         self._task = task
         self.processor = worker.Processor(task)
         self._num_runs = 0

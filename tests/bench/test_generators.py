@@ -70,6 +70,7 @@ def test_what_signals_cost_is_measured_on_the_same_shards(
         "+ shift",
         "+ centred",
         "+ trimmed",
+        "+ centred_mean",
         "+ attention",
         "+ neurons",
     ]

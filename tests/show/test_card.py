@@ -33,7 +33,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
         corpus,
         folder / "store",
         layers="all",
-        signals="trimmed",
+        signals="trimmed,centred_mean",
         mean_vectors=20,
         sink_factor=1.05,
         shard_bytes=2048,
@@ -72,6 +72,11 @@ def test_figures_of_each_layer_are_those_of_the_rows(made: RunConfig, card: Card
             share = 1 - (t**2).sum() / (s**2).sum()
             assert layer.outlier_share == pytest.approx(share, rel=1e-6) and share > 3 / 32
             assert list(layer.outlier_dimensions) == run.info["measure"]["outliers"][k]
+            distances = run.sql(
+                f"SELECT quantile_disc(x, 0.5), stddev_pop(x) / avg(x), max(x) "
+                f"FROM (SELECT strength_centred_mean_{k}::DOUBLE AS x FROM tokens WHERE NOT is_special)"
+            ).fetchall()
+            assert layer.centred == pytest.approx(distances[0], rel=1e-9)
             (row,) = run.sql(
                 "SELECT sum(n * squared_mean) / sum(n * second_moment), "
                 "sum(n * variance) / sum(n * second_moment), sum(n * second_moment) "
@@ -96,7 +101,12 @@ def test_the_card_fits_into_80_columns_with_a_row_for_each_layer(card: Card) -> 
     shown = _shown(card)
     shown_run = replace(card, run="s3://bucket/run", corpus=("s3://bucket/texts",))
     assert max(map(len, _shown(shown_run).splitlines())) <= 80
-    for table in ("Strength by layer", "Second moment of", "Share that is HIGH, by class"):
+    for table in (
+        "Strength by layer",
+        "Strength without",
+        "Second moment of",
+        "Share that is HIGH, by class",
+    ):
         rows = shown.partition(table)[2]
         assert all(re.search(rf"^ *{layer} +[0-9–]", rows, re.M) for layer in LAYERS), table
     assert "the 3 largest dimensions" in shown and "over 1.05 medians" in " ".join(shown.split())
