@@ -55,7 +55,8 @@ def detect(text: str) -> str | None:
     None for a text without any character but white space. Codes are those of ISO 639-1, or of
     ISO 639-3 for a language without one. Raises ``ConfigError`` if the packages are not installed.
     """
-    read = " ".join(sample(text).lower().split())
+    valid = sample(text).encode("utf-8", "replace").decode()  # fastText takes no lone surrogates
+    read = " ".join(valid.lower().split())
     if not read:
         return None
     if not any(map(str.isalpha, read)):

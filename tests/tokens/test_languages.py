@@ -47,6 +47,11 @@ def test_a_text_that_does_not_show_its_language_is_unknown(text: str) -> None:
     assert detect(text) == UNKNOWN_LANGUAGE
 
 
+@pytest.mark.parametrize("beside", ["\ud800", "\x00", "</s>", "\u2028", "__label__de"])
+def test_no_character_of_a_text_is_an_error(beside: str) -> None:
+    assert detect(f"{SENTENCES['en']} {beside} {SENTENCES['en']}") == "en"
+
+
 def test_a_long_text_is_read_at_its_beginning_middle_and_end() -> None:
     """So what a text costs is bounded, and one heading does not decide."""
     short = "a" * (3 * PIECE_CHARS)
