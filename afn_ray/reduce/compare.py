@@ -62,9 +62,9 @@ class Comparison:
     ``drift`` (``DRIFT_SCHEMA``) has, for each layer, one row for the whole run (``source`` is null)
     and one for each source of either run. ``classes`` (``CLASS_DRIFT_SCHEMA``) has one row for each
     class of either run. ``movers`` (``MOVERS_SCHEMA``) has one row for each type of either run.
-    ``word_movers`` (``WORD_MOVERS_SCHEMA``) has the same of words, and no rows if a run has no table
-    of them. Within a layer, movers in both runs come first, in ascending order of q. ``groups`` has
-    the same for each group.
+    ``word_movers`` (``WORD_MOVERS_SCHEMA``) and ``word_classes`` have the same of words, and no rows
+    if a run has no table of them. Within a layer, movers in both runs come first, in ascending order
+    of q. ``groups`` has the same for each group.
     """
 
     a: RunFolder
@@ -75,11 +75,17 @@ class Comparison:
     notes: tuple[str, ...]  # sentences that a reader must know
     groups: GroupDrift = NO_GROUPS
     word_movers: pa.Table = field(default_factory=lambda: NO_WORDS)
+    word_classes: pa.Table = field(default_factory=CLASS_DRIFT_SCHEMA.empty_table)
 
     @property
     def movers_to_read(self) -> pa.Table:
         """The movers that a reader expects: words, or types where a run has no table of words."""
         return self.word_movers if self.word_movers.num_rows else self.movers
+
+    @property
+    def classes_to_read(self) -> pa.Table:
+        """The classes that a reader expects: of words, or of tokens as ``movers_to_read``."""
+        return self.word_classes if self.word_classes.num_rows else self.classes
 
     @property
     def kind(self) -> str:
@@ -129,6 +135,7 @@ def _compared(
     classes: list[dict[str, Any]] = []
     movers = []
     of_words = [NO_WORDS]
+    word_classes: list[dict[str, Any]] = []
     for layer in layers:
         types_a, types_b = (without_special(of_run.vocabulary[layer]) for of_run in tables)
         whole_a = _strengths(tables[0].histogram[layer], types_a)
@@ -146,6 +153,7 @@ def _compared(
         )
         words = [of_run.word_vocabulary.get(layer) for of_run in tables]
         if words[0] is not None and words[1] is not None:
+            word_classes += class_rows(layer, *words)
             of_words.append(word_movers_table(layer, *words, ranks_only=ranks_only))
     return Comparison(
         a,
@@ -156,6 +164,7 @@ def _compared(
         tuple(_notes(a, b, layers, ranks_only)),
         group_drift(a, b, layers, by_id=same_measure, ranks_only=ranks_only),
         pa.concat_tables(of_words).combine_chunks(),
+        pa.Table.from_pylist(word_classes, CLASS_DRIFT_SCHEMA),
     )
 
 
@@ -352,6 +361,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
         "drift": drift.filter(is_whole).to_pylist(),
         "sources": sources.slice(0, JSON_ROWS).to_pylist(),
         "classes": comparison.classes.to_pylist(),
+        "word_classes": comparison.word_classes.to_pylist(),
         "group_by": comparison.groups.by,
         "groups": comparison.groups.drift.to_pylist(),
         "group_classes": comparison.groups.classes.to_pylist(),

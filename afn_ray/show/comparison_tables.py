@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.text import Text
@@ -40,7 +39,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
         "Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console
     )
     layer = max(found.drift["layer"].to_pylist())
-    _render_class_drift(layer, found.classes, console)
+    _render_class_drift(layer, found, console)
     _render_movers(layer, found, console)
     at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
     if sources := found.drift.filter(at_layer).to_pylist():
@@ -100,13 +99,15 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
     print_whole(table, console)
 
 
-def _render_class_drift(layer: int, classes: pa.Table, console: Console) -> None:
-    """Print each class's share of the tokens and its HIGH share, in both runs."""
+def _render_class_drift(layer: int, found: compare.Comparison, console: Console) -> None:
+    """Print each class's share of the words or tokens and its HIGH share, in both runs."""
+    classes = found.classes_to_read
+    unit = "words" if found.kind == "word" else "tokens"
     table = titled_table(
         f"Classes at layer {layer} (HIGH: share, 95 % interval)",
         "class",
-        "tokens A",
-        "tokens B",
+        f"{unit} A",
+        f"{unit} B",
         "HIGH A",
         "HIGH B",
     )

@@ -245,7 +245,7 @@ def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
         "sources": _drift_of_sources(of_sources, layer),
         "num_sources": len(of_sources),
         "groups": _drift_of_groups(comparison.groups, layer),
-        "classes": _classes_table(comparison.classes, layer),
+        "classes": _classes_table(comparison.classes_to_read, layer, kind),
         "num_both": len(of_status["both"]),
         "kind": kind,
         "num_moved": len(compare.moved(movers)),
@@ -319,7 +319,8 @@ def _drift_of_sources(drift: Sequence[Mapping[str, Any]], layer: int) -> Table:
     return Table(caption, ("source", *DRIFT_HEADS), rows)
 
 
-def _classes_table(classes: pa.Table, layer: int) -> Table:
+def _classes_table(classes: pa.Table, layer: int, kind: str) -> Table:
+    unit = "words" if kind == "word" else "tokens"
     rows = []
     for row in classes.to_pylist():
         if row["layer"] != layer:
@@ -332,10 +333,10 @@ def _classes_table(classes: pa.Table, layer: int) -> Table:
             cells.append(f"{share:.3f} ({low:.3f}–{high:.3f})")
         rows.append(tuple(cells))
     caption = (
-        f"Classes at layer {layer}: their part of the tokens, and the share of theirs that is HIGH "
+        f"Classes at layer {layer}: their part of the {unit}, and the share of theirs that is HIGH "
         "(95 % interval)"
     )
-    heads = ("class", "tokens before", "now", "part before", "now", "HIGH before", "now")
+    heads = ("class", f"{unit} before", "now", "part before", "now", "HIGH before", "now")
     return Table(caption, heads, tuple(rows))
 
 

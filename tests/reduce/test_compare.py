@@ -647,6 +647,25 @@ def test_words_that_moved_are_those_of_the_tables_of_words(compared: Comparison)
         assert [row["q"] for row in tested] == found.tolist()
 
 
+def test_classes_of_words_are_sums_over_the_tables_of_words(compared: Comparison) -> None:
+    assert compared.classes_to_read is compared.word_classes
+    for side, run in (("a", compared.a), ("b", compared.b)):
+        table = manifest.read_table(run, "word_vocabulary")
+        for layer in (0, 2):
+            rows = rows_of(table, layer=layer)
+            total = sum(row["n"] for row in rows)
+            found = rows_of(compared.word_classes, layer=layer)
+            assert {row["class"] for row in found} >= {row["class"] for row in rows}
+            for row in found:
+                same = [one for one in rows if one["class"] == row["class"]]
+                n, n_high = (sum(one[name] for one in same) for name in ("n", "n_high"))
+                assert (row[f"n_{side}"], row[f"n_high_{side}"]) == (n, n_high)
+                assert row[f"share_{side}"] == n / total
+    assert "words A" in shown(compared, 120)
+    older = replace(compared, word_movers=NO_WORDS, word_classes=compared.word_classes.slice(0, 0))
+    assert older.classes_to_read is older.classes and "tokens A" in shown(older, 120)
+
+
 def test_the_terminal_lists_movers_only_where_they_moved(compared: Comparison) -> None:
     movers = rows_of(compared.movers, layer=2)
     both = [m for m in movers if m["status"] == "both"]
