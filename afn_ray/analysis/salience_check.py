@@ -101,7 +101,7 @@ def _wrong_row(stored: _Rows, sums: Sums) -> str:
                 f"{expected[at]}"
             )
     is_inside = (stored.low <= stored.beyond) & (stored.beyond <= stored.high)
-    is_inside &= (stored.expected > 0) & (stored.expected < 1)
+    is_inside &= (stored.expected >= 0) & (stored.expected <= 1)
     if not is_inside.all():
         return f"the interval of {stored.key} {stored.names[int(np.argmin(is_inside))]} is none"
     return ""

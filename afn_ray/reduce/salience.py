@@ -32,6 +32,8 @@ MOST_TOKENS = 20
 """Largest weight of a type in the fit, in tokens."""
 PRIOR_DOCS = 20
 """Weight of the correlation in the whole run against that of a type, in documents."""
+LEAST_LEFT = 0.05
+"""Smallest divisor of the step that takes a type out; a type that is nearly all text has less."""
 SLICE_KEYS = 1 << 18
 """Number of pairs of a type and a place that are computed at a time."""
 
@@ -143,7 +145,7 @@ def expected_shares(
     reached = np.einsum("ti,ij->tj", design, model.inverse)
     reach = (reached * design).sum(axis=1)
     weight = np.minimum(n, MOST_TOKENS)
-    left = 1 - weight * spread * reach  # 1 less the leverage of the type
+    left = np.maximum(1 - weight * spread * reach, LEAST_LEFT)  # 1 less the leverage of the type
     without, spread = _shares(model, n, tokens, -weight * (observed - share) * reach / left)
     score = weight**2 * observed * (1 - observed) / n_effective  # variance of a type's pull
     scores = np.einsum("ti,tj->ij", design * score[:, None], design)

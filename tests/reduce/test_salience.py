@@ -235,6 +235,21 @@ def test_a_run_where_nothing_or_all_is_high_has_finite_figures(share: float) -> 
     np.testing.assert_allclose(found["expected"].to_numpy(), share, atol=1e-3)
 
 
+@pytest.mark.parametrize("num_types", [1, 2, 3])
+def test_a_corpus_of_few_types_has_finite_figures(num_types: int) -> None:
+    """The types are nearly all of the text, so there are hardly others to expect anything by."""
+    lengths = [600, 1, 9, 300]
+    types = np.arange(sum(lengths)) % 100
+    corpus = Corpus(lengths, np.where(types < num_types, types, 0))
+    found = corpus.salience(corpus.types == 0, corpus.positions < 300)
+    assert len(found) == 2 * num_types
+    for name in found.column_names:
+        assert np.isfinite(found[name].to_numpy()).all()
+    expected = found["expected"].to_numpy()
+    assert (expected >= 0).all() and (expected <= 1).all()
+    assert (found["beyond_low"].to_numpy() <= found["beyond_high"].to_numpy()).all()
+
+
 def test_an_interval_is_that_of_sums_by_document(corpus: Corpus) -> None:
     """``n_effective`` against its definition: variances of residuals, document by document."""
     rng = np.random.default_rng(5)
@@ -335,7 +350,6 @@ def test_intervals_cover_the_truth_over_clustered_corpora() -> None:
     for least, most in ((LEAST_N, np.inf), (LEAST_N, 60), (60, np.inf)):
         judged = (n >= least) & (n < most)
         assert judged.sum() > 2000
-        print(least, most, covers[judged].mean(), judged.sum())
         assert 0.93 <= covers[judged].mean() <= 0.97
     assert _naive_coverage(n, np.array(shares), np.array(expected), truth) < 0.92
 
