@@ -5,8 +5,8 @@ For the states x of one type at one layer, Q = mean |x|^2 is the sum of M = |mea
 states in whole units, and V is their difference. Strengths are rounded by at most 2^-16, so V is
 exact to 2^-15 of Q; where the difference is negative, V is 0.
 
-Sums are integers, so shards add up to the same in any order. One layer of them is in memory at a
-time: 16 bytes for each type and dimension, whatever the corpus.
+Sums are integers, so shards add up to the same in any order. A shard's file is read once, and a sum
+takes 16 bytes of memory for each layer, type and dimension, whatever the corpus.
 """
 
 from __future__ import annotations
@@ -130,7 +130,11 @@ class StateTotals:
         return cls(n, totals >> LOW_BITS, totals & LOW_MASK)
 
     def plus(self, other: StateTotals) -> StateTotals:
-        """The sum of both."""
+        """The sum of both; one without a token has no dimensions."""
+        if not other.high.size:
+            return self
+        if not self.high.size:
+            return other
         return StateTotals(self.n + other.n, self.high + other.high, self.low + other.low)
 
     def means(self) -> Float64s:
@@ -172,10 +176,12 @@ def vector_tables(
 ) -> dict[str, pa.Table]:
     """The tables ``moments`` and ``mean_vectors`` of the recorded ``types``, ascending."""
     moments, vectors = [MOMENTS_SCHEMA.empty_table()], [MEAN_VECTORS_SCHEMA.empty_table()]
-    for layer in layers:
-        groups = in_groups(shards.files(VECTORS), lambda f: f.num_bytes, READ_BYTES)
-        leaves = (tasks.submit(_read, some, layer, types) for some in groups if some)
-        (total,) = merge_parts(tasks, leaves, _merge, None)
+    groups = in_groups(shards.files(VECTORS), lambda f: f.num_bytes, READ_BYTES)
+    leaves = (
+        tasks.submit(_read, some, layers, types, num_results=len(layers)) for some in groups if some
+    )
+    totals = merge_parts(tasks, leaves, _merge, None)
+    for layer, total in zip(layers, totals, strict=True):
         here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
         of_moments, of_vectors = _of_layer(
             StateTotals.decoded(tasks.result(total)), layer, np.array(types), here
@@ -185,32 +191,28 @@ def vector_tables(
     return {"moments": pa.concat_tables(moments), "mean_vectors": pa.concat_tables(vectors)}
 
 
-def _read(files: Sequence[CommittedFile], layer: int, types: Sequence[int]) -> list[bytes]:
-    """The encoded sum of ``files`` at ``layer``, one file in memory at a time."""
-    total: StateTotals | None = None
+def _read(
+    files: Sequence[CommittedFile], layers: Sequence[int], types: Sequence[int]
+) -> list[bytes]:
+    """The encoded sum of ``files`` at each of ``layers``, one file in memory at a time."""
+    none = np.empty((len(types), 0), np.int64)
+    totals = [StateTotals(np.zeros(len(types), np.int64), none, none) for _ in layers]
     for file in files:
-        table = parquet.read(file.read(), filters=[("layer", "=", layer)], use_threads=False)
-        if len(table):
-            hidden_size = len(table["totals"][0])
-            sums = StateTotals.of_table(table, types, hidden_size)
-            total = sums if total is None else total.plus(sums)
-    if total is None:
-        none = np.empty((len(types), 0), np.int64)
-        total = StateTotals(np.zeros(len(types), np.int64), none, none)
-    return [total.encoded()]
+        of_shard = parquet.open_file(file.read())
+        for at in range(of_shard.num_row_groups):  # none without a token of the types
+            table = of_shard.read_row_group(at, use_threads=False)
+            sums = StateTotals.of_table(table, types, len(table["totals"][0]))
+            place = layers.index(table["layer"][0].as_py())
+            totals[place] = totals[place].plus(sums)
+    return [total.encoded() for total in totals]
 
 
 def _merge(_: None, *parts: bytes) -> list[bytes]:
-    """The sum of ``parts``; one without a token has no dimensions."""
-    total: StateTotals | None = None
-    for part in parts:
-        sums = StateTotals.decoded(part)
-        if total is None or not total.high.size:
-            total = sums
-        elif sums.high.size:
-            total = total.plus(sums)
-    assert total is not None
-    return [total.encoded()]
+    """The sum of ``parts``."""
+    first, *others = (StateTotals.decoded(part) for part in parts)
+    for sums in others:
+        first = first.plus(sums)
+    return [first.encoded()]
 
 
 def _of_layer(

@@ -11,6 +11,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard
 from afn_ray.errors import CorpusError
+from afn_ray.measure import Measure
 from afn_ray.runs import cluster, precheck
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
@@ -51,8 +52,11 @@ PUTS_A_SHARD, GETS_A_SHARD = 4, 14
 """Requests to object stores for a shard: PUT and LIST, which cost the same, then GET and HEAD.
 
 They were counted on small shards. The GET requests for the corpus's bytes come on top. Each table
-of neurons is one more PUT. Writes of the status depend on time and are not counted.
+of neurons is one more PUT, and the sums of states are one more PUT and GET. Writes of the status
+depend on time and are not counted.
 """
+BYTES_PER_SUM = 8.0
+"""Upper estimate for a shard's sum of one type's states in one dimension, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,9 @@ def dry_run(
     store_bytes = work.there.num_bytes + work.lacking.tokens * bytes_per_token(
         config, len(measure.series), len(measure.neuron_layers)
     )
-    puts, gets = _num_requests(work.todo, records_neurons=bool(measure.neuron_layers))
+    num_sums = len(measure.layers) * len(measure.mean_types) * asked.files.hidden_size
+    store_bytes += len(work.todo) * BYTES_PER_SUM * num_sums
+    puts, gets = _num_requests(work.todo, measure)
     costs, monthly = bill(money, times.worker_hours, times.hours, puts, gets, store_bytes)
     return Estimate(
         num_files=len(asked.plan.files),
@@ -275,10 +281,11 @@ def _times(asked: Preparation, work: _Work, known: Rate | None) -> _Times:
     return _Times(replace(placed, num_workers=workers), per_gpu, load_s, reduce_s, seconds)
 
 
-def _num_requests(shards: Sequence[Shard], *, records_neurons: bool) -> tuple[int, int]:
+def _num_requests(shards: Sequence[Shard], measure: Measure) -> tuple[int, int]:
     """Numbers of PUT and GET requests that measure ``shards``."""
-    puts = PUTS_A_SHARD + (2 if records_neurons else 0)
-    gets = sum(GETS_A_SHARD + gets_of_corpus(shard.num_bytes) for shard in shards)
+    num_sums = 1 if measure.mean_types else 0
+    puts = PUTS_A_SHARD + (2 if measure.neuron_layers else 0) + num_sums
+    gets = sum(GETS_A_SHARD + num_sums + gets_of_corpus(shard.num_bytes) for shard in shards)
     return len(shards) * puts, gets
 
 

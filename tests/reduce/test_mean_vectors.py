@@ -26,11 +26,13 @@ from afn_ray.measure import Measure
 from afn_ray.model.signals import States
 from afn_ray.model.type_sums import Chooser
 from afn_ray.reduce import mean_vectors
+from afn_ray.reduce import shards as shard_reading
 from afn_ray.reduce.mean_vectors import StateSums, StateTotals, flat
-from afn_ray.runs import worker
+from afn_ray.reduce.tasks import Inline
+from afn_ray.runs import estimate, worker
 from afn_ray.runs.measurer import Measurer, find_model
 from afn_ray.schema import STATE_UNITS
-from afn_ray.store import manifest, storage
+from afn_ray.store import manifest, plans, shard_files, storage
 from conftest import config_of, edit_table, recommit, write_jsonl
 
 LAYERS = (0, 2, 3)
@@ -337,3 +339,36 @@ def test_what_cannot_be_added_up_is_refused(made: RunConfig, tmp_path: Path) -> 
         patched.setattr(worker, "MOST_SUMMED", 3 * 32 * 5)
         with pytest.raises(ConfigError, match="3 layers of 32 dimensions allow at most 5"):
             afn_ray.run(replace(made, store=str(tmp_path / "s")))
+
+
+def test_a_shard_costs_one_put_one_get_and_at_most_the_estimated_bytes(
+    made: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = manifest.find_run(made.store)
+    measure = Measure.of_dict(run.info["measure"])
+    shards, _ = plans.read_shards(run)
+    puts, gets = estimate._num_requests(shards, measure)
+    without = estimate._num_requests(shards, replace(measure, mean_types=()))
+    assert (puts, gets) == (without[0] + len(shards), without[1] + len(shards))
+    sizes = manifest.read_table(run, "shards")["vectors_bytes"].to_numpy()
+    num_sums = len(LAYERS) * NUM_TYPES * 32
+    overhead = 4096  # footer and page headers of a file
+    assert (sizes > num_sums).all()
+    assert (sizes < estimate.BYTES_PER_SUM * num_sums + overhead).all()
+    reads: list[str] = []
+    right = shard_reading.CommittedFile.read
+
+    def read(self: shard_reading.CommittedFile) -> bytes:
+        reads.append(self.name)
+        return right(self)
+
+    monkeypatch.setattr(shard_reading.CommittedFile, "read", read)
+    commits = shard_files.find_commits(made.store, measure.id, shards)
+    ordered = commits.in_order(shard.id for shard in shards)
+    committed = shard_reading.CommittedShards(
+        made.store, measure.id, ordered, [shard.num_bytes for shard in shards]
+    )
+    vocabulary = manifest.read_table(run, "vocabulary")
+    tables = mean_vectors.vector_tables(Inline(), committed, LAYERS, measure.mean_types, vocabulary)
+    assert len(reads) == len(set(reads)) == len(shards)
+    assert tables["moments"].equals(manifest.read_table(run, "moments"))
