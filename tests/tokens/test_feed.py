@@ -30,6 +30,7 @@ from afn_ray.errors import HelperDied, ShardError
 from afn_ray.schema import REPLACED
 from afn_ray.tokens import encode, feed
 from afn_ray.tokens.feed import AHEAD, Chunk, Feed, Prepared, Preparer, Recipe
+from afn_ray.tokens.languages import detect
 from afn_ray.tokens.surfaces import Speller
 from conftest import find_model
 
@@ -321,9 +322,12 @@ def test_a_reader_whose_chunks_nobody_took_leaves_no_thread(
 
 
 def test_processes_prepare_the_same_bits_and_close_ends_them(
-    preparer: Preparer, processes: Feed, verses: list[str], monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The languages that they detect are the same, too."""
     monkeypatch.setattr(feed, "CHUNK_BYTES", 3000)
+    preparer = Preparer(replace(recipe, detects=True))
+    processes = Feed(preparer, 2)
     rows = [
         *documents(verses, 60),
         Document("s", 60, ""),
@@ -333,6 +337,9 @@ def test_processes_prepare_the_same_bits_and_close_ends_them(
     for one, other in zip(threads.chunks(rows), processes.chunks(rows), strict=True):
         assert one.documents == other.documents
         assert_same(one.prepared, other.prepared)
+        assert one.prepared.languages == other.prepared.languages
+        assert one.prepared.languages == [detect(d.text) for d in one.documents]
+        assert "en" in one.prepared.languages
     threads.close()
     running = pids(processes)
     assert len(running) == 2 and os.getpid() not in running and all(map(is_alive, running))
