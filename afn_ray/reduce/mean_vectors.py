@@ -208,11 +208,11 @@ def _read(
 
 
 def _merge(_: None, *parts: bytes) -> list[bytes]:
-    """The sum of ``parts``."""
-    first, *others = (StateTotals.decoded(part) for part in parts)
-    for sums in others:
-        first = first.plus(sums)
-    return [first.encoded()]
+    """The sum of ``parts``, decoded one at a time."""
+    total = StateTotals.decoded(parts[0])
+    for part in parts[1:]:
+        total = total.plus(StateTotals.decoded(part))
+    return [total.encoded()]
 
 
 def _of_layer(

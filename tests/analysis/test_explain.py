@@ -804,6 +804,10 @@ def test_what_cannot_be_shown_is_refused_with_the_reason(
         ConfigError, match=r"signals trimmed leave out dimensions .* looked for none"
     ):
         explain(classified.folder.uri, "word", Question(signals="trimmed"))
+    with pytest.raises(
+        ConfigError, match=r"signals centred_mean subtract a mean state .* looked for none"
+    ):
+        explain(classified.folder.uri, "word", Question(signals="centred_mean"))
     padded = measure(tmp_path, verses[:5], model=str(tiny_mpnet), dtype="float32")
     with pytest.raises(
         ModelError, match="gives no attention weights to read: its batches are padded"
