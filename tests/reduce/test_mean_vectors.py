@@ -29,7 +29,7 @@ from afn_ray.reduce import mean_vectors
 from afn_ray.reduce import shards as shard_reading
 from afn_ray.reduce.mean_vectors import StateSums, StateTotals, flat
 from afn_ray.reduce.tasks import Inline
-from afn_ray.runs import estimate, worker
+from afn_ray.runs import estimate, job, precheck, worker
 from afn_ray.runs.measurer import Measurer, find_model
 from afn_ray.schema import STATE_UNITS
 from afn_ray.store import manifest, plans, shard_files, storage
@@ -49,6 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
         corpus,
         folder / "store",
         layers="0,2,3",
+        signals="centred_mean",
         mean_vectors=NUM_TYPES,
         shard_bytes=2048,
         window_tokens=24,
@@ -108,7 +109,7 @@ def test_sums_are_those_of_the_recorded_states(
 
 
 def test_strengths_are_the_same_to_the_bit_beside_them(made: RunConfig, tmp_path: Path) -> None:
-    alone = replace(made, mean_vectors=0, store=str(tmp_path / "store"))
+    alone = replace(made, mean_vectors=0, signals="strength", store=str(tmp_path / "store"))
     sql = "SELECT doc, position, token_id, strength_0, strength_2, strength_3 FROM tokens ORDER BY ALL"
     with afn_ray.run(alone) as one, afn_ray.open_run(made.store) as other:
         assert one.sql(sql).fetchall() == other.sql(sql).fetchall()
@@ -192,6 +193,28 @@ def test_moments_are_those_of_the_rows_and_the_mean_vectors(
                 if (x["layer"], x["token_id"]) == (k, i)
             )
             np.testing.assert_allclose(mean, total / n, rtol=1e-5, atol=1e-7)
+
+
+def test_workers_and_order_change_no_bit(made: RunConfig, tmp_path: Path) -> None:
+    """Two workers in turn, the last shard first, against one worker in order."""
+    other = precheck.normalised(replace(made, store=str(tmp_path / "store")))
+    asked = job.prepare(other, lambda event: None, keep=True)
+    workers = [worker.Processor(asked.task) for _ in range(2)]
+    for at, shard in enumerate(reversed(asked.plan.shards)):
+        workers[at % 2].process(shard)
+    for one in workers:
+        one.close()
+    with afn_ray.run(other) as run, afn_ray.open_run(made.store) as first:
+        assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"] > 2
+        assert run.info["measure"] == first.info["measure"]
+        tables = [
+            "SELECT doc, position, COLUMNS('strength_.*') FROM tokens ORDER BY ALL",
+            "FROM moments ORDER BY layer, token_id",
+            "FROM mean_vectors ORDER BY layer, token_id",
+            "FROM signals",
+        ]
+        for sql in tables:
+            assert run.sql(sql).to_arrow_table().equals(first.sql(sql).to_arrow_table()), sql
 
 
 def test_types_are_the_most_frequent_ones(made: RunConfig) -> None:
