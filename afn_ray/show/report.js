@@ -62,7 +62,7 @@ function search(view) {
   const query = document.getElementById("search").value.trim().toLowerCase();
   const found = query ? types.filter((t) => t.key.includes(query)) : [];
   found.sort((a, b) => (b.key === query) - (a.key === query) || b.n - a.n);
-  const noun = found.length === 1 ? "type has" : "types have";
+  const noun = points.kind + (found.length === 1 ? " has" : "s have");
   document.getElementById("found").textContent = query ? `${found.length.toLocaleString("en")} ${noun} it` : "";
   const matches = document.getElementById("matches");
   matches.hidden = !found.length;

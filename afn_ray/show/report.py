@@ -113,15 +113,19 @@ def _render(
 ) -> str:
     info, summary = run.info, summarise(run)
     main = summary.layers[-1]
-    words = by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
-    drawn = _charts(run, summary, comparison, words[main.layer])
+    types = by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
+    words = table_by_layer(run, "word_vocabulary")
+    named = vocabulary_charts.named_words(words)
+    plotted, kind = (named, "word") if named else (types, "type")
+    drawn = _charts(run, summary, comparison, words.get(main.layer, types[main.layer]))
+    drawn["vocabulary"] = [vocabulary_charts.vocabulary_chart(plotted[main.layer], kind)]
     nights = _history(run, audit)
     known_nights = HISTORY_SCHEMA.empty_table() if isinstance(nights, str) else nights
     drawn["history"] = history_charts.history_charts(known_nights, main.layer)
     verdict = None
     if audit is not None:
         verdict = verdict_facts(audit, earlier_nights(audit, known_nights))
-    points = vocabulary_charts.points(words)
+    points = vocabulary_charts.points(plotted, kind)
     with database.open_run(run.uri, timeout_s=QUERY_TIMEOUT_S) as tables:
         salient = _salient(tables, main.layer)
         screened = screened_documents(run, tables)
@@ -189,17 +193,18 @@ def _charts(
     comparison: compare.Comparison | None,
     words: pa.Table,
 ) -> dict[str, list[Chart]]:
-    """Charts of the run and its drift by section; ``words`` are the vocabulary at its last layer."""
+    """Charts of the run and its drift by section.
+
+    ``words`` are those of ``charts.classes_chart`` at the last layer.
+    """
     layer = summary.layers[-1].layer
-    of_words = table_by_layer(run, "word_vocabulary")
     moved = None
     if comparison is not None:
         moved = vocabulary_charts.movers_chart(comparison.movers_to_read, layer)
     return {
         "histograms": _histograms(run, summary, comparison),
-        "classes": [charts.classes_chart(summary, of_words.get(layer, words))],
+        "classes": [charts.classes_chart(summary, words)],
         "layers": charts.layers_charts(summary) if len(summary.layers) > 1 else [],
-        "vocabulary": [vocabulary_charts.vocabulary_chart(words)],
         "movers": [] if moved is None else [moved],
     }
 

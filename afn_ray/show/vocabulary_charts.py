@@ -37,8 +37,26 @@ BY_FREQUENCY = [("n", "descending"), ("token_id", "ascending")]
 """Order of types, the most frequent first."""
 
 
-def points(vocabulary: Mapping[int, pa.Table]) -> VegaSpec:
-    """Data of the scatter, in columns: the most frequent types and their HIGH counts by layer."""
+def named_words(words: Mapping[int, pa.Table]) -> dict[int, pa.Table]:
+    """The words of rows of ``word_vocabulary`` by layer, numbered in place of types.
+
+    Folded words are left out. Empty if no word has a row.
+    """
+    found = {}
+    for layer, table in words.items():
+        named = table.filter(pc.is_valid(table["word"])).sort_by("word").combine_chunks()
+        at = named.schema.get_field_index("token_id")
+        found[layer] = named.set_column(
+            at, "token_id", pa.array(np.arange(len(named), dtype=np.int32))
+        )
+    return found if all(map(len, found.values())) else {}
+
+
+def points(vocabulary: Mapping[int, pa.Table], kind: str = "type") -> VegaSpec:
+    """Data of the scatter, in columns: the most frequent types and their HIGH counts by layer.
+
+    ``kind`` says what they are: types, or words from ``named_words``.
+    """
     layers = list(vocabulary)
     deepest = vocabulary[layers[-1]]
     if len(layers) > MAX_SCATTER_LAYERS:
@@ -61,18 +79,19 @@ def points(vocabulary: Mapping[int, pa.Table]) -> VegaSpec:
         "classes": classes,
         "layers": layers,
         "layer": layers[-1],
+        "kind": kind,
         "num_types": len(deepest),
         "share_of_tokens": float(n.sum() / deepest["n"].to_numpy().sum()),
     }
 
 
-def vocabulary_chart(words: pa.Table) -> Chart:
-    """Frequency against HIGH share, a point for each type.
+def vocabulary_chart(words: pa.Table, kind: str = "type") -> Chart:
+    """Frequency against HIGH share, a point for each type or word, as in ``points``.
 
-    The page's script fills it from ``points`` and marks the types that match a search.
+    The page's script fills it from ``points`` and marks those that match a search.
     """
-    title = "Frequency against HIGH share, a point for each type"
-    layers = _scatter_layers(words)
+    title = f"Frequency against HIGH share, a point for each {kind}"
+    layers = _scatter_layers(words, kind)
     params = [{"name": "query", "value": ""}]
     spec = chart_spec(title, 420, layers, data={"name": "types"}, params=params)
     frequent = compare.whole_words(words).sort_by(BY_FREQUENCY)
@@ -84,7 +103,7 @@ def vocabulary_chart(words: pa.Table) -> Chart:
     return Chart("vocabulary", title, spec, table)
 
 
-def _scatter_layers(words: pa.Table) -> list[VegaSpec]:
+def _scatter_layers(words: pa.Table, kind: str) -> list[VegaSpec]:
     """Layers of the scatter: points, a curve, and the types that match a search."""
     names = in_order(words["class"].to_pylist())
     most = int(words["n"].to_numpy().max())
@@ -96,7 +115,7 @@ def _scatter_layers(words: pa.Table) -> list[VegaSpec]:
         "y": quantity("share", "share HIGH", scale=y_scale, axis=SHARE_AXIS),
     }
     tooltip = [
-        category("text", "type"),
+        category("text", kind),
         category("class", "class"),
         quantity("n", "n", format=","),
         quantity("share", "share HIGH", format=".3f"),

@@ -627,11 +627,13 @@ def test_search_marks_the_points_and_counts_them(
     opened: Opener, runs: list[manifest.RunFolder], layer: int
 ) -> None:
     tab = opened()
-    rows = [r for r in _words(runs[1], layer).to_pylist() if "th" in r["text"].lower()]
+    table = manifest.read_table(runs[1], "word_vocabulary").to_pylist()
+    named = [r for r in table if r["layer"] == layer and r["word"] is not None]
+    rows = [r for r in named if "th" in r["text"].lower()]
     tab.select_option("#layer", str(layer))
     tab.fill("#search", "TH")
     tab.wait_for_function("document.getElementById('found').textContent !== ''")
-    assert tab.inner_text("#found").startswith(f"{len(rows)} types")
+    assert tab.inner_text("#found").startswith(f"{len(rows)} words")
     marks = "[data-chart=vocabulary] svg .mark-symbol.role-mark"
     tab.wait_for_function(
         f"document.querySelectorAll('{marks}')[1].querySelectorAll('path').length === {len(rows)}"
@@ -644,7 +646,7 @@ def test_search_marks_the_points_and_counts_them(
     )
     assert cells == ["function", f"{the['n']:,}", f"{the['share_high']:.3f}"]
     tab.fill("#search", "nothing-has-this")
-    tab.wait_for_function("document.getElementById('found').textContent.startsWith('0 types')")
+    tab.wait_for_function("document.getElementById('found').textContent.startsWith('0 words')")
     assert tab.is_hidden("#matches")
 
 
