@@ -27,9 +27,10 @@ from afn_ray.query import database
 from afn_ray.query.expressions import quoted
 from afn_ray.reduce import compare, duplicates, losses
 from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.group_drift import grouping_column
 from afn_ray.reduce.groups import group_name
 from afn_ray.reduce.strangest import STRANGE_SCORE
-from afn_ray.schema import SCREENED_SCHEMA
+from afn_ray.schema import LANGUAGE, SCREENED_SCHEMA
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count, visible
@@ -319,7 +320,7 @@ def _such_documents(rule: Rule, night: _Night, columns: str, query: str) -> pa.T
 
     A part's rows are looked for among the first ``MOST_READ``. None if they cannot be read.
     """
-    limit, column = MOST, own_parts.grouping_column(night.evidence.run)
+    limit, column = MOST, grouping_column(night.evidence.run)
     if rule.limit.of:
         limit = MOST_READ
         if column is not None:
@@ -387,12 +388,25 @@ def _of_part(rule: Rule, night: _Night, table: pa.Table) -> pa.Table:
     evidence = night.evidence
     if not rule.limit.of or rule.where is None:
         return table
-    places = own_parts.parts_of(evidence.run, rule.limit.of, _places_of(evidence.run, table))
+    grouped = _with_language(night, table)
+    places = own_parts.parts_of(evidence.run, rule.limit.of, _places_of(evidence.run, grouped))
     if rule.limit.of == "source" and evidence.comparison is not None:
         _, renamed = compare.source_names(evidence.comparison.a, evidence.run)
         places = [place if place == rule.where else renamed(str(place)) for place in places]
     names = [group_name(place) if rule.limit.of == "group" else place for place in places]
     return table.filter(pa.array([name == rule.where for name in names], pa.bool_()))
+
+
+def _with_language(night: _Night, table: pa.Table) -> pa.Table:
+    """``table`` with the languages of its documents, if these make the groups and it lacks them."""
+    column = grouping_column(night.evidence.run)
+    if column is None or column.name != LANGUAGE or LANGUAGE in table.column_names:
+        return table
+    docs = table["doc"].to_pylist()
+    listed = ", ".join(map(str, docs)) or "NULL"
+    query = f"SELECT doc, {LANGUAGE} FROM documents WHERE doc IN ({listed})"  # noqa: S608 - numbers
+    found = {row["doc"]: row[LANGUAGE] for row in night.here.rows(query)}
+    return table.append_column(LANGUAGE, pa.array([found.get(doc) for doc in docs], pa.string()))
 
 
 def _places_of(run: RunFolder, rows: pa.Table) -> pa.Table:
@@ -401,7 +415,7 @@ def _places_of(run: RunFolder, rows: pa.Table) -> pa.Table:
     ``rows`` have it as ``screened`` does.
     """
     places = rows.select(["source"])
-    column = own_parts.grouping_column(run)
+    column = grouping_column(run)
     if column is None or _in_screened(column.name) not in rows.column_names:
         return places
     values = own_parts.as_kept(rows[_in_screened(column.name)], column)

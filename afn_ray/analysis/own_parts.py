@@ -16,7 +16,7 @@ from afn_ray import kept
 from afn_ray.query import database
 from afn_ray.query.expressions import quoted
 from afn_ray.reduce import near_duplicates
-from afn_ray.reduce.group_drift import grouped_by
+from afn_ray.reduce.group_drift import grouped_by, grouping_column
 from afn_ray.reduce.groups import OTHERS, Grouping, group_name
 from afn_ray.reduce.sources import Sources
 from afn_ray.store import manifest
@@ -183,12 +183,6 @@ def _groups_of(run: RunFolder, rows: pa.Table, sources: Sources) -> list[str | N
     if OTHERS not in names:
         return list(values)
     return [value if value in names else OTHERS for value in values]
-
-
-def grouping_column(run: RunFolder) -> kept.KeptColumn | None:
-    """The kept column that makes the groups of ``run``, if one does."""
-    columns = kept.parse(run.info["config"].get("keep_columns") or "")
-    return next((column for column in columns if column.name == grouped_by(run)), None)
 
 
 def as_kept(values: pa.ChunkedArray, column: kept.KeptColumn) -> pa.ChunkedArray:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import kept
 from afn_ray.query.expressions import quoted
-from afn_ray.reduce.group_drift import grouped_by
+from afn_ray.reduce.group_drift import grouped_by, grouping_column
 from afn_ray.reduce.groups import OTHERS, Grouping
 from afn_ray.reduce.sources import Sources
 from afn_ray.store.manifest import RunFolder
@@ -49,9 +48,8 @@ def own_tables(folder: RunFolder, small: Mapping[str, pa.Table]) -> dict[str, pa
 def own_q3(folder: RunFolder, documents: str, layers: Sequence[int]) -> str:
     """SQL of ``doc`` and ``q3_<k>``, the Q3 of its group, for each row of ``documents``."""
     by, kind = "source", "VARCHAR"
-    for column in kept.parse(folder.info["config"].get("keep_columns") or ""):
-        if column.name == grouped_by(folder):
-            by, kind = quoted(column.name), SQL_KINDS[column.kind]
+    if (column := grouping_column(folder)) is not None:
+        by, kind = quoted(column.name), SQL_KINDS[column.kind]
     columns = ", ".join(f"q3_{k}" for k in layers)
     # Texts are cast, not values: the text of a number or a time is another one in DuckDB.
     in_group = f"""
@@ -65,10 +63,9 @@ def own_q3(folder: RunFolder, documents: str, layers: Sequence[int]) -> str:
 
 
 def _by_file(folder: RunFolder, files: pa.Table) -> Grouping | None:
-    """Grouping of the run's documents by their file; None if a kept column decides."""
+    """Grouping of the run's documents by their file; None if a column decides."""
     by = grouped_by(folder)
-    columns = kept.parse(folder.info["config"].get("keep_columns") or "")
-    if by is None or by in [column.name for column in columns]:
+    if by is None or grouping_column(folder) is not None:
         return None
     read = files.filter(pc.invert(files["is_skipped"]))
     return Grouping(by, False, Sources.of(read["source"].to_pylist()))

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.kept import NAME
+from afn_ray.kept import NAME, KeptColumn, parse
 from afn_ray.reduce.drift import (
     SourceStrengths,
     class_rows,
@@ -134,6 +134,15 @@ def _labelled_by(labels: str, table: pa.Table) -> pa.Table:
 def labels_by_group(run: RunFolder) -> bool:
     """Whether the tokens of ``run`` are labelled by their group's own Q3 too."""
     return run.info["config"].get("thresholds_by") == "group" and "groups" in run.info["tables"]
+
+
+def grouping_column(run: RunFolder) -> KeptColumn | None:
+    """The column of ``documents`` that makes the groups of ``run``, if one does."""
+    by = grouped_by(run)
+    if by == LANGUAGE:
+        return KeptColumn(LANGUAGE, "string")
+    columns = parse(run.info["config"].get("keep_columns") or "")
+    return next((column for column in columns if column.name == by), None)
 
 
 def grouped_by(run: RunFolder) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pytest
 
 import afn_ray
 from afn_ray import RunConfig
-from afn_ray.analysis import recount, verify
+from afn_ray.analysis import culprits, own_parts, recount, verify
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.query.database import Run
 from afn_ray.reduce import lexicon
@@ -191,6 +193,36 @@ def test_verify_counts_the_languages_from_the_rows(
             "n_words, n_types FROM languages", f"{wrong} FROM languages"
         )
         assert altered != recount.LANGUAGES_SQL and run.sql(altered).fetchall()
+
+
+def test_an_audit_finds_the_documents_of_a_language(run: Run) -> None:
+    """The languages are read where the listed documents have none, as a kept column would be."""
+    folder = manifest.find_run(run.uri)
+    near = {part.name for part in own_parts.near_copies(folder, "group")}
+    assert near >= {"en", "de", "tl", "unknown"}
+    assert {part.name for part in own_parts.lost(folder, "group")} >= {"en", "de"}
+    rule: Any = SimpleNamespace(limit=SimpleNamespace(of="group"), where="de")
+    screened = manifest.read_table(folder, "screened")
+    with closing(culprits._Asked(folder)) as here:
+        evidence = SimpleNamespace(run=folder, comparison=None)
+        night: Any = SimpleNamespace(here=here, evidence=evidence)
+        found = culprits._of_part(rule, night, screened)["doc"].to_pylist()
+    listed = screened["doc"].to_pylist()
+    assert found == [doc for doc in listed if DOCUMENTS[doc][0] == "de"] != []
+
+
+def test_languages_label_by_their_own_q3(asked: tuple[RunConfig, list[str]]) -> None:
+    with afn_ray.run(replace(asked[0], thresholds_by="group")) as run:
+        rows = run.sql("SELECT doc, strength_1, high_own_1 FROM tokens WHERE NOT is_special")
+        by_language: dict[str | None, list[tuple[float, bool]]] = {}
+        for doc, strength, is_high in rows.fetchall():
+            by_language.setdefault(DOCUMENTS[doc][0], []).append((strength, is_high))
+        groups = run.sql('SELECT "group", q3, n_high_own FROM groups WHERE n > 0').fetchall()
+    assert {name for name, *_ in groups} == set(by_language)
+    for name, q3, n_high in groups:
+        tokens = by_language[name]
+        assert [is_high for _, is_high in tokens] == [strength >= q3 for strength, _ in tokens]
+        assert sum(is_high for _, is_high in tokens) == n_high > 0
 
 
 def tables_of(config: RunConfig, *names: str) -> dict[str, pa.Table]:
