@@ -17,7 +17,8 @@ import pytest
 from rich.console import Console
 
 import afn_ray
-from afn_ray.reduce import lexicon, word_sums, word_tables
+from afn_ray.analysis import verify
+from afn_ray.reduce import lexicon, screen, word_sums, word_tables
 from afn_ray.reduce.controls import places_of
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.tasks import Inline
@@ -153,6 +154,16 @@ def test_rare_words_are_folded_by_their_first_piece_and_nothing_is_lost(run: afn
     ).fetchall()
     high = rows["high_2"].sum()
     assert whole == [(len(rows), rows["n_tokens"].sum(), high, rows["word"].nunique())]
+
+
+def test_verify_proves_the_words_however_the_scan_and_the_sums_are_cut(
+    run: afn_ray.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call for each shard, many parts and calls that add two sums, against one of each."""
+    monkeypatch.setattr(screen, "READ_BYTES", 1)
+    monkeypatch.setattr(word_tables, "PART_TOKENS", 500)
+    monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
+    assert verify.verify_store(run.uri).findings == ()
 
 
 def test_class_tables_count_words(run: afn_ray.Run) -> None:
