@@ -38,7 +38,7 @@ SLICE_KEYS = 1 << 18
 """Number of pairs of a type and a place that are computed at a time."""
 
 
-class Cells(NamedTuple):
+class ControlCells(NamedTuple):
     """Counts that a model is fitted to; they add up over units."""
 
     sizes: Histogram  # units by their number of tokens
@@ -64,7 +64,7 @@ def salience_table(
         here = vocabulary.filter(is_normal).sort_by("token_id")
         units = {name: here[name].to_numpy() for name in ("n", "n_docs", "n_high")}
         units["number"] = here["token_id"].to_numpy()
-        cells = Cells(Histogram.of(units["n"].astype(np.int64)), tokens, counted.high)
+        cells = ControlCells(Histogram.of(units["n"].astype(np.int64)), tokens, counted.high)
         columns = {
             "layer": np.full(len(here), layer),
             "token_id": units["number"],
@@ -76,7 +76,7 @@ def salience_table(
 
 
 def salience_columns(
-    units: Mapping[str, Ints], cells: Cells, counted: ControlSums, at: int
+    units: Mapping[str, Ints], cells: ControlCells, counted: ControlSums, at: int
 ) -> dict[str, Float64s]:
     """Columns of ``SALIENCE_SCHEMA`` on each of ``units``, types or words, at layer number ``at``.
 
@@ -108,7 +108,7 @@ def beyond(share: Float64s, n_effective: Float64s, expected: Expected) -> dict[s
     }
 
 
-def fit_cells(cells: Cells, at: int) -> Fit:
+def fit_cells(cells: ControlCells, at: int) -> Fit:
     """The model of layer number ``at`` of ``cells``, in which each unit has ``MOST_TOKENS`` at most."""
     n, num_units = cells.sizes.keys, cells.sizes.counts
     bins, capped = frequency_bins(n), np.minimum(n, MOST_TOKENS) * num_units

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from afn_ray.reduce.controls import NUM_PLACES, ControlSums, frequency_bins
 from afn_ray.reduce.histogram import Histogram
-from afn_ray.reduce.salience import Cells, salience_columns
+from afn_ray.reduce.salience import ControlCells, salience_columns
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.word_sums import PLACE_BITS, WordSums
 
@@ -24,13 +24,13 @@ class CountedWords(NamedTuple):
 
     words: pa.StringArray  # those with rows, ascending
     sums: ControlSums  # of these, by their index in ``words``, without ``high``
-    cells: Cells  # of all words, those without rows too
+    cells: ControlCells  # of all words, those without rows too
 
 
 def counted_words(sums: WordSums, named: WordSums) -> CountedWords:
     """From the ``sums`` of all words of a part, and those of the words with rows."""
     bins = frequency_bins(sums.n)
-    cells = Cells(
+    cells = ControlCells(
         Histogram.of(sums.n),
         _by_bin(sums.places, bins),
         tuple(_by_bin(layer.high_places, bins) for layer in sums.by_layer),
@@ -47,7 +47,7 @@ def counted_words(sums: WordSums, named: WordSums) -> CountedWords:
 
 
 def _by_bin(places: Histogram, bins: Ints) -> Histogram:
-    """``places`` of words by the bin of their frequency instead, as keys of ``Cells``."""
+    """``places`` of words by the bin of their frequency instead, as keys of ``ControlCells``."""
     words, place = np.divmod(places.keys, 1 << PLACE_BITS)
     return Histogram.of(bins[words] * NUM_PLACES + place, places.counts)
 
@@ -79,7 +79,9 @@ def with_salience(layers: Sequence[int], rows: pa.Table, *parts: CountedWords) -
     return [rows]
 
 
-def _joined(parts: Sequence[CountedWords], words: pa.StringArray) -> tuple[ControlSums, Cells]:
+def _joined(
+    parts: Sequence[CountedWords], words: pa.StringArray
+) -> tuple[ControlSums, ControlCells]:
     """The sums of all words with rows, by their index in ``words``, and the cells of all words."""
     moved: list[list[Histogram]] = []
     for part in parts:
@@ -92,7 +94,7 @@ def _joined(parts: Sequence[CountedWords], words: pa.StringArray) -> tuple[Contr
     half = len(of_layers) // 2
     sums = ControlSums(tokens, pairs, (), tuple(of_layers[:half]), tuple(of_layers[half:]))
     by_layer = zip(*(part.cells.high for part in parts), strict=True)
-    cells = Cells(
+    cells = ControlCells(
         Histogram.merge(part.cells.sizes for part in parts),
         Histogram.merge(part.cells.tokens for part in parts),
         tuple(Histogram.merge(high) for high in by_layer),
