@@ -29,7 +29,7 @@ from tokenizers import Tokenizer
 from afn_ray import kept, model
 from afn_ray.bench import BUILT_IN_TOKENIZER, TOKENS_PER_WORKER, machine, rate
 from afn_ray.bench.texts import Writer, save_bert, save_bert_with
-from afn_ray.config import RunConfig
+from afn_ray.config import AUTO_LANGUAGE, RunConfig
 from afn_ray.corpus import reading
 from afn_ray.corpus_values import Shard
 from afn_ray.model.engine import STRENGTH
@@ -38,7 +38,7 @@ from afn_ray.model.type_sums import Chosen
 from afn_ray.runs import measurer, plan, worker
 from afn_ray.runs.recorder import Recorder
 from afn_ray.store import plans, records
-from afn_ray.tokens import feed
+from afn_ray.tokens import feed, languages
 
 STAGES = {
     "read": "JSONL files -> documents, in the worker",
@@ -258,7 +258,10 @@ def _load(config: RunConfig, num_processes: int) -> worker.Processor:
     """A worker with ``num_processes`` tokenizer processes, whose model answers at once."""
     config = replace(config, tokenizer_workers=num_processes)
     files = measurer.find_model(config)
-    processor = worker.Processor(worker.prepare(config, files, "cpu", "float32"))
+    task = worker.prepare(config, files, "cpu", "float32")
+    if config.language == AUTO_LANGUAGE:  # as a run does
+        task = replace(task, measure=replace(task.measure, languages=languages.identity()))
+    processor = worker.Processor(task)
     processor.measurer.model = InstantModel(processor.measurer.model)
     return processor
 

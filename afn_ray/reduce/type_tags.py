@@ -14,6 +14,9 @@ import pyarrow.compute as pc
 
 from afn_ray.schema import TAGGED_SUMMARY_SCHEMA
 
+MOST_COUNTERS = 1 << 20
+"""Largest number of pairs of a type and a tag up to which they are counted in an array, 8 MB."""
+
 
 class TagShare(NamedTuple):
     """The most frequent tag of a type."""
@@ -46,13 +49,18 @@ class TypeTags:
 
     @classmethod
     def _of_coded(cls, token_ids: npt.NDArray[np.int32], tags: pa.DictionaryArray) -> TypeTags:
-        """Counts of tokens whose ``tags`` are a dictionary, by one sort of integers."""
+        """Counts of tokens whose ``tags`` are a dictionary: counted in an array, or sorted."""
         there = tags.indices.is_valid().to_numpy(zero_copy_only=False)
         names = tags.dictionary.cast(pa.string())
         rank = pc.rank(names).to_numpy().astype(np.int64) - 1  # order of the names
         codes = rank[tags.indices.filter(pa.array(there)).to_numpy()]
         keys = token_ids[there].astype(np.int64) * max(1, len(names)) + codes
-        distinct, n = np.unique(keys, return_counts=True)
+        if keys.max(initial=0) < MOST_COUNTERS:
+            counts = np.bincount(keys)
+            distinct = np.flatnonzero(counts)
+            n = counts[distinct].astype(np.int64)
+        else:
+            distinct, n = np.unique(keys, return_counts=True)
         ids, codes = np.divmod(distinct, max(1, len(names)))
         in_order = names.take(pc.sort_indices(names))
         tag = in_order.take(pa.array(codes))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from afn_ray.reduce import lexicon
+from afn_ray.reduce import lexicon, type_tags
 from afn_ray.reduce.histogram import languages_of_words, whole_words
 from afn_ray.reduce.language_uses import LanguageUses, Uses, describe, without_list, words_of
 from afn_ray.reduce.lexicon import Guess
@@ -77,7 +77,11 @@ def tokens(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 SPOKEN = pa.array(["sv", "en", None, "unknown", "en", "de", "zh", "de", None, "en", "ar", "sv"])
 
 
-def test_words_are_counted_by_the_language_of_their_document() -> None:
+@pytest.mark.parametrize("counters", [0, 1 << 20])
+def test_words_are_counted_by_the_language_of_their_document(
+    counters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type_tags, "MOST_COUNTERS", counters)
     docs, types, flags = tokens(1)
     expected: Counter[tuple[int, str]] = Counter()
     for row in np.flatnonzero(whole_words(docs, flags)).tolist():
