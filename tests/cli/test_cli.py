@@ -84,7 +84,7 @@ def test_compare_prints_what_moved_and_writes_json(store: Path, tmp_path: Path) 
     for expected in (
         "Strengths of all tokens",
         "Classes at layer 2",
-        "0 types are new",
+        "0 words are new",
         "A and B are one run.",
     ):
         assert expected in done.stdout
