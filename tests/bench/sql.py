@@ -71,6 +71,8 @@ CLS, SEP = 101, 102
 """Ids of the special tokens of BERT."""
 CONTINUES_EVERY = 5
 """Interval of the types that continue a word; their share is as in English text with BERT."""
+ENDINGS = 3
+"""Number of ways in which the words that begin with one type go on."""
 CAPITAL_SHARE = 0.1
 """Share of the one-token words that are capitalized."""
 QUESTIONS = {
@@ -106,6 +108,19 @@ def _spell(number: int) -> str:
 
 def _continues(ids: Any) -> Any:
     return ids % CONTINUES_EVERY == CONTINUES_EVERY - 1
+
+
+def _completed(ids: Any, head: Any, special: Any, random: np.random.Generator) -> Any:
+    """``ids`` with the words that begin at ``head`` completed in one of ``ENDINGS`` ways each.
+
+    Words then recur, as in text.
+    """
+    begins = np.maximum.accumulate(np.where(head | special, np.arange(len(ids)), 0))
+    ending = random.integers(0, ENDINGS, len(ids))[begins]
+    nth = np.arange(len(ids)) - begins
+    mixed = (ids[begins].astype(np.int64) * ENDINGS + ending) * 8 + np.minimum(nth, 7)
+    others = mixed * 2_654_435_761 % (NUM_TYPES // CONTINUES_EVERY) * CONTINUES_EVERY
+    return np.where(nth > 0, others + CONTINUES_EVERY - 1, ids).astype(np.int32)
 
 
 WORDS = {"word": 110, "rare": 20_000}
@@ -168,6 +183,7 @@ def write_shard(store: str, number: int, num_documents: int, num_groups: int = 0
                 head = ~special & (~_continues(ids) | (position == 1))
                 flags = np.where(special, SPECIAL, np.where(head, WORD_START, 0)).astype(np.uint8)
                 alone = head & np.append(head[1:] | special[1:], True)
+                ids = _completed(ids, head, special, random)
                 no_surface = ~(alone & (random.random(n) < CAPITAL_SHARE))
                 strengths = round_strengths(
                     np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32)
