@@ -253,7 +253,10 @@ class _Kinds(NamedTuple):
         """From the forms of each word, and its tags if classes are tags."""
         forms = _by_frequency(sums.forms, "form")
         begins = starts(forms["word"].to_numpy())
-        guesses = _by_tag(sums) if described.tagged else _guessed(forms, _words_of(sums, described))
+        if described.tagged:
+            guesses = _by_tag(sums)
+        else:
+            guesses = _guessed(_classified(sums, described), _words_of(sums, described))
         nth = np.arange(len(forms)) - np.repeat(begins, np.diff(begins, append=len(forms)))
         listed = forms.filter(pa.array(nth < MOST_FORMS))
         ends = np.searchsorted(listed["word"].to_numpy(), np.arange(len(sums.words) + 1))
@@ -306,6 +309,19 @@ def _languages(sums: WordSums, described: Described) -> pa.StringArray:
     begins = starts(words)
     rows = pc.index_in(pa.array(np.arange(len(sums.words))), pa.array(words[begins]))
     return spoken["tag"].take(pa.array(begins)).take(rows).combine_chunks()
+
+
+def _classified(sums: WordSums, described: Described) -> pa.Table:
+    """Forms that give words their classes, as ``_by_frequency`` has them.
+
+    Uses in documents of unknown language do not count, unless a word has no others in any form.
+    """
+    forms = sums.forms
+    if described.by_language:
+        is_known = pc.fill_null(pc.not_equal(forms["tag"], UNKNOWN_LANGUAGE), False)
+        has_known = pc.is_in(forms["word"], pc.unique(forms["word"].filter(is_known)))
+        forms = forms.filter(pc.or_(is_known, pc.invert(has_known)))
+    return _by_frequency(forms, "form")
 
 
 def _words_of(sums: WordSums, described: Described) -> Callable[[int, str], lexicon.Words | None]:

@@ -307,6 +307,45 @@ def test_classes_are_those_of_the_word_or_of_its_tags() -> None:
     assert tagged["sea"]["class_confidence"] == pytest.approx(tags[best] / sum(tags.values()))
 
 
+ACCENTED = "\u00e9cole"
+
+
+@pytest.mark.parametrize(
+    ("uses", "language", "name"),
+    [
+        ([("window", "en", 8), ("WINDOW", "unknown", 12)], "en", "content"),
+        ([("with", "en", 6), ("WITH", "unknown", 9), ("With", None, 9)], "en", "function"),
+        (
+            [(ACCENTED, "fr", 5), (unicodedata.normalize("NFD", ACCENTED), "unknown", 50)],
+            "fr",
+            "content",
+        ),
+        ([("window", "unknown", 5), ("WINDOW", None, 5)], None, "word"),  # there are no others
+        ([("window", "en", 5), ("WINDOW", "sw", 9), ("Window", "unknown", 9)], "sw", "word"),
+    ],
+)
+def test_uses_in_unknown_languages_do_not_count_in_any_spelling_unless_there_are_no_others(
+    uses: list[tuple[str, str | None, int]], language: str | None, name: str
+) -> None:
+    rows = [(form, spoken) for form, spoken, n in uses for _ in range(n)]
+    forms, languages = (pa.array(column, pa.string()) for column in zip(*rows, strict=True))
+    n = len(rows)
+    tokens = word_sums.WordTokens(
+        np.arange(n, dtype=np.int32),
+        np.zeros(n, np.int32),
+        np.full(n, WORD_START, np.uint8),
+        [np.ones(n, np.float32)],
+        forms.dictionary_encode(),
+        languages.dictionary_encode(),
+        places_of(np.zeros(n, np.int64), np.ones(n, np.int64)),
+    )
+    counter = word_sums.WordCounter(word_sums.WordRules(["x"], (1.5,), False, 1, by_language=True))
+    counter.add(tokens)
+    described = word_tables.Described((1,), (1.5,), n, "auto", False, ["x"])
+    (row,) = word_tables.word_vocabulary([counter.sums()], described, Inline()).to_pylist()
+    assert (row["language"], row["class"], row["n"]) == (language, name, n)
+
+
 def test_more_words_than_rows_raise_the_number_of_occurrences_that_a_row_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
