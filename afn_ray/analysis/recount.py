@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afn_ray.query.expressions import is_high
+from afn_ray.query.expressions import is_high, lower_word
 from afn_ray.schema import LANGUAGE
 
 
@@ -84,7 +84,7 @@ def word_vocabulary_sql(layer: int) -> str:
     return f"""
         WITH q AS (SELECT q3 FROM labels WHERE layer = {layer} AND population = 'tokens'),
         stored AS (FROM word_vocabulary WHERE layer = {layer}),
-        here AS (SELECT * REPLACE (nfc_normalize(lower(left(trim(text, ' '), 200))) AS word) FROM words),
+        here AS (SELECT * REPLACE ({lower_word("left(trim(text, ' '), 200)")} AS word) FROM words),
         counted AS (
             SELECT word, count(*) AS n, count(DISTINCT doc) AS n_docs, {counts}, {extremes} FROM here, q
             WHERE {is_checked} GROUP BY word HAVING n >= (SELECT coalesce(max(least_n), 1) FROM stored)

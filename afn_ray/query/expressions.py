@@ -104,6 +104,16 @@ def is_high(strength: str, q3: str) -> str:
     return f"{strength} >= {q3}"
 
 
+def lower_word(text: str) -> str:
+    """SQL of ``text`` in lower case and NFC, as words are compared.
+
+    The capital i with a dot of Turkish becomes a plain i, and so does an i with a combining dot.
+    """
+    dotted = "'i' || chr(775)"
+    lowered = f"lower(replace({text}, chr(304), {dotted}))"  # two dots: one stays
+    return f"nfc_normalize(replace({lowered}, {dotted}, 'i'))"
+
+
 def exact(value: float | None, kind: str) -> str:
     """SQL of ``value`` as ``kind``, without loss."""
     # DuckDB reads text as the nearest FLOAT, which is the value itself. It would read a bare

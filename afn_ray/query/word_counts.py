@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.query.database import Run
+from afn_ray.query.expressions import lower_word
 from afn_ray.schema import UNTAGGED
 
 LEAST_N = 5
@@ -17,7 +18,7 @@ MAX_GROUPS = 1 << 21
 """Number of distinct words, about, that one query counts; more of them take several queries."""
 WORD_CHARS = 200
 """Number of characters of a word that are compared, so that no text makes a query large."""
-WORD = f"nfc_normalize(lower(left(trim(coalesce(text, '')), {WORD_CHARS})))"
+WORD = lower_word(f"left(trim(coalesce(text, '')), {WORD_CHARS})")
 """SQL of a row of ``words`` as a word: lower case, NFC."""
 SUMS = ("n", "n_tokens", "n_high", "ranks")
 """Columns of counts that add up."""
