@@ -314,6 +314,34 @@ def test_documents_kwic_and_screened_have_the_values_of_the_corpus(made: Made) -
         assert (types["lang"], types["year"]) == ("VARCHAR", "BIGINT")
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "class,document,layer,most,n,word:string,position,start:int64,totals",
+        "bins:double,chosen,d,gap,head,k,left_context,number,one,place,r,rank,text_,token_id,value",
+    ],
+)
+def test_a_column_may_have_the_name_of_anything_that_documents_lack(
+    spec: str, tmp_path: Path, tiny_bert: Path
+) -> None:
+    """Of a macro's parameters, and of columns of other tables, whatever their type."""
+    names = [column.name for column in kept.parse(spec)]
+    corpus = write_jsonl(
+        tmp_path / "c.jsonl", [{"text": "the dog and the hill", **dict.fromkeys(names, 7)}]
+    )
+    config = config_of(tiny_bert, corpus, tmp_path / "s", layers="2", keep_columns=spec)
+    with afn_ray.run(config) as run:
+        values = run.sql("SELECT * FROM documents").to_dicts()[0]
+        near = run.sql("FROM kwic('the', 2)").to_dicts()
+        assert run.sql("SELECT document_text(0)").fetchall() == [("the dog and the hill",)]
+    assert {str(values[name]).removesuffix(".0") for name in names} == {"7"}
+    assert [one["right_context"] for one in near] == ["dog and", "hill"]
+    assert {name for name in near[0] if name.removeprefix(kept.BESIDE) in names} >= {*names} - {
+        "position", "start", "left_context"
+    }  # fmt: skip
+    assert str(near[1].get(f"{kept.BESIDE}position", 7)) == "7"
+
+
 def test_every_value_left_out_is_counted_and_named(made: Made) -> None:
     _, rows, events, uri = made
     with afn_ray.open_run(uri) as run:

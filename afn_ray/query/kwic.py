@@ -78,19 +78,21 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     chosen = context.read_once() if is_portable else context.read_twice()
     names = _value_names(recorded)
     found = _with_sides(names)
-    own = ["doc", "doc_id", "source", "position", "left_context", "text", "right_context", *names]
-    kept_names = [quoted(beside(name, own)) for name in recorded.kept]
-    renamed = zip(recorded.kept, kept_names, strict=True)
-    kept_columns = [f"{quoted(name)} AS {shown}" for name, shown in renamed]
-    of_documents = ", ".join(["doc", "doc_id", "source", *kept_columns])
+    of_word = ["position", "left_context", "text", "right_context", *names]
+    values = ", ".join(f"k.{name}" for name in of_word)
+    own = ["doc", "doc_id", "source", *of_word]
+    # Names of kept columns are qualified, since one may be that of a parameter.
+    kept_columns = "".join(
+        f", d.{quoted(name)} AS {quoted(beside(name, own))}" for name in recorded.kept
+    )
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
             SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT most
         ),
         {chosen}
-        SELECT doc, doc_id, source, position, left_context, k.text, right_context, {", ".join([*names, *kept_names])}
-        FROM (SELECT {of_documents} FROM documents) JOIN {_few(found)} k USING (doc) ORDER BY doc, position"""  # noqa: S608
+        SELECT d.doc, d.doc_id, d.source, {values}{kept_columns}
+        FROM documents d JOIN {_few(found)} k USING (doc) ORDER BY d.doc, k.position"""  # noqa: S608
 
 
 WORDS = "greatest(n, 0)::BIGINT"

@@ -195,7 +195,8 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     series = [Series(STRENGTH, layer) for layer in recorded.layers]
     series += recorded.others
     means = "".join(f", mean_{s.name}" for s in series)
-    kept = "".join(f", {quoted(name)}" for name in recorded.kept)
+    # Qualified, since a kept column may have the name of a parameter of a macro that reads this.
+    kept = "".join(f", r.{quoted(name)}" for name in recorded.kept)
     if recorded.kept:
         kept += f", {NOT_KEPT}"
     files = {"duplicate_of": recorded.copies, "near_duplicate_of": recorded.near_copies}
@@ -209,7 +210,7 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
         SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
             lower(hex(text_sha256)) AS text_sha256, status, {others}{means}{kept}
-        FROM {source}{joined}"""  # noqa: S608
+        FROM {source} AS r{joined}"""  # noqa: S608
 
 
 def token_neurons_view(neurons: NeuronFiles | None, recorded: RecordedColumns) -> str:

@@ -132,7 +132,7 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
         min_width=min(12, max(cell_len(token_name(t)) for t in explanation.tokens)),
     )
     for name in names:
-        table.add_column(name.replace("_", "_\n"), justify="right", no_wrap=True)
+        table.add_column(Text(name.replace("_", "_\n")), justify="right", no_wrap=True)
     for token, row in zip(explanation.tokens[:n], rows, strict=False):
         values = [Text.assemble((text, TERMINAL[quartile or 1])) for text, quartile in row]
         table.add_row(Text(token_name(token)), *values, style="dim" if token.special else "")

@@ -17,7 +17,8 @@ def titled_table(title: str, *columns: str, left: int = 1) -> Table:
     )
     table.title_justify, table.title_style = "left", "bold"
     for at, column in enumerate(columns):
-        table.add_column(column, justify="left" if at < left else "right", no_wrap=True)
+        # Text, since a name may hold brackets, which rich reads as markup
+        table.add_column(Text(column), justify="left" if at < left else "right", no_wrap=True)
     return table
 
 

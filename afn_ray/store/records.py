@@ -47,7 +47,7 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
     encodings: dict[str, str] = {}
     dictionaries: list[str] = []
     for leaf, name, kind in _leaves(schema):
-        if name in _DELTA:
+        if name in _DELTA and pa.types.is_integer(kind):
             encodings[leaf] = "DELTA_BINARY_PACKED"
         elif pa.types.is_floating(kind):
             encodings[leaf] = "BYTE_STREAM_SPLIT"

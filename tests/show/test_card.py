@@ -121,7 +121,7 @@ def test_a_card_of_many_hostile_tags_shows_the_frequent_ones_and_no_control_char
     layers = []
     for layer in card.layers:
         (first, *_) = layer.classes
-        tags = [replace(first, name=f"\x1b[31m[b]TAG{i:02}", n=100 + i) for i in range(40)]
+        tags = [replace(first, name=f"\x1b[31m[/b]TAG{i:02}", n=100 + i) for i in range(40)]
         layers.append(replace(layer, classes=tuple(tags)))
     shown = _shown(replace(card, layers=tuple(layers), corpus=("/data/[b]\x1b]0;x",)))
     assert "\x1b" not in shown and "rarer ones: --json" in shown
