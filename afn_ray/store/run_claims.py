@@ -47,7 +47,7 @@ def find_begun(
     measures = [name for name in stored if HEX.fullmatch(name)]
     names = manifest.run_names(store)
     if measures and measure.id not in measures and not config.allow_another_measure:
-        raise StoreError(_other_measure(store, names, measure))
+        raise StoreError(_other_measure(config, names, measure))
     newest = next((name for name in reversed(names) if _is_begun(store, name)), "")
     if newest.endswith(plans.request_id(measure.id, plan.shards, config, frozen)):
         same = manifest.open_folder(store, newest)
@@ -154,16 +154,21 @@ def _stamp(moment: datetime) -> str:
     return f"{seconds}.{milliseconds:03d}Z"
 
 
-def _other_measure(store: str, runs: Sequence[str], measure: Measure) -> str:
+def _other_measure(config: RunConfig, runs: Sequence[str], measure: Measure) -> str:
     """The error of a store without results of ``measure``: what differs, and what to do."""
+    store = config.store
     message = f"store {store} holds another measure; results of two measures cannot be compared. "
     for name in reversed(runs):
         plan = plans.read_plan(store, name)
         if plan is not None:
-            theirs = plan[1].get("measure", {})
-            message += measure_differences(theirs, measure.as_dict()) + ". "
-            if measure.detected and theirs.get("languages") is None:
-                language = plan[1].get("config", {}).get("language", "en")
-                message += f"--language {language} goes on with that measure. "
+            theirs, ours = plan[1].get("measure", {}), measure.as_dict()
+            goes_on = ""
+            of_one_kind = theirs.get("labels") == measure.labels  # else no --language goes on
+            if of_one_kind and measure.detected != (theirs.get("languages") is not None):
+                flag = f"--language {plan[1].get('config', {}).get('language', 'en')}"
+                theirs = theirs | {"languages": flag}
+                ours["languages"] = f"--language {config.language}"
+                goes_on = f"{flag} goes on with that measure. "
+            message += f"{measure_differences(theirs, ours)}. {goes_on}"
             break
     return message + "Use another --store, or --allow-another-measure to keep both in this one"

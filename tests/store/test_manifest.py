@@ -497,6 +497,25 @@ def test_another_measure_is_refused_and_the_difference_is_named(
     assert _begin(config).id != allowed.id  # the first measure needs no leave
 
 
+@pytest.mark.parametrize(("theirs", "ours"), [("auto", "fr"), ("fr", "auto")])
+def test_another_language_is_refused_by_its_flag_and_the_flag_that_goes_on_is_named(
+    theirs: str, ours: str, config: RunConfig
+) -> None:
+    detecting = replace(MEASURE, languages="lid.176.ftz, rules 1")
+    measures = {"auto": detecting, "fr": MEASURE}
+    _begin(replace(config, language=theirs), measures[theirs])
+    storage.write_once(uris.join(config.store, "shards", measures[theirs].id, SHARD.id), b"")
+    with pytest.raises(StoreError) as caught:
+        _begin(replace(config, language=ours), measures[ours])
+    assert (
+        f'. languages: the store has "--language {theirs}", this run asks for "--language {ours}". '
+        f"--language {theirs} goes on with that measure. Use another --store"
+    ) in str(caught.value)
+    with pytest.raises(StoreError, match="labels: the store has null") as caught:
+        _begin(replace(config, language=ours), replace(measures[ours], labels="tags"))
+    assert "goes on with that measure" not in str(caught.value)
+
+
 def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     with pytest.raises(StoreError, match="neither a store nor a run"):
         find_run(store)
