@@ -685,7 +685,8 @@ WORD_MOVERS_SCHEMA = _schema(
 )
 """Every word that is frequent enough in either of two runs, and how it moved between them.
 
-A word that is new or vanished is rare in the other run, or not there.
+A word that is new or vanished is rare in the other run, or not there; it occurs in its own run at
+least twice as often as a word must to have a row in both. Rarer ones are left out.
 """
 
 GROUP_DRIFT_SCHEMA = _schema("layer: int16", "group: string or null", *_STRENGTHS_OF_TWO)

@@ -66,8 +66,8 @@ VIEWS = {
     "copied": "documents with tokens, and how many are copies of earlier ones, by source and group; "
     "empty where the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",
-    "word_movers": "every word that is frequent enough here or in the baseline, and how it moved; empty "
-    "without a baseline",
+    "word_movers": "every word that is frequent enough here and in the baseline, and how it moved, and "
+    "new and vanished ones; empty without a baseline",
     "drift": "distances of the strengths from the baseline, whole and by source; empty without a "
     "baseline",
     "class_drift": "classes here and in the baseline; empty without a baseline",

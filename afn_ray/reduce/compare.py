@@ -37,8 +37,7 @@ from afn_ray.reduce.group_drift import (
     labels_by_group,
 )
 from afn_ray.reduce.histogram import Histogram
-from afn_ray.reduce.word_movers import NO_WORDS, word_movers_table
-from afn_ray.reduce.word_tables import LEAST_N
+from afn_ray.reduce.word_movers import NO_WORDS, TIMES_LEAST, rare_below, word_movers_table
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
 from afn_ray.store import checksums, label_thresholds, manifest, series
 from afn_ray.store.manifest import RunFolder
@@ -136,6 +135,7 @@ def _compared(
     movers = []
     of_words = [NO_WORDS]
     word_classes: list[dict[str, Any]] = []
+    rare = rare_below(*(words for of_run in tables for words in of_run.word_vocabulary.values()))
     for layer in layers:
         types_a, types_b = (without_special(of_run.vocabulary[layer]) for of_run in tables)
         whole_a = _strengths(tables[0].histogram[layer], types_a)
@@ -161,7 +161,7 @@ def _compared(
         pa.Table.from_pylist(drift, DRIFT_SCHEMA),
         pa.Table.from_pylist(classes, CLASS_DRIFT_SCHEMA),
         pa.concat_tables(movers),
-        tuple(_notes(a, b, layers, ranks_only)),
+        tuple(_notes(a, b, layers, ranks_only, rare)),
         group_drift(a, b, layers, by_id=same_measure, ranks_only=ranks_only),
         pa.concat_tables(of_words).combine_chunks(),
         pa.Table.from_pylist(word_classes, CLASS_DRIFT_SCHEMA),
@@ -235,8 +235,10 @@ def _listed(layers: list[int]) -> str:
     return "layers " + ", ".join(map(str, layers))
 
 
-def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> Iterator[str]:
-    """Sentences that a reader of the comparison must know."""
+def _notes(
+    a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool, rare: int
+) -> Iterator[str]:
+    """Sentences that a reader of the comparison must know; ``rare`` is ``rare_below``."""
     if a.uri == b.uri:
         yield "A and B are one run."
     if ranks_only:
@@ -262,7 +264,10 @@ def _notes(a: RunFolder, b: RunFolder, layers: list[int], ranks_only: bool) -> I
         if "sources" not in run.info["tables"]:
             yield f"Sources were not compared: {name} was made without a table of them."
     if all("word_vocabulary" in run.info["tables"] for run in (a, b)):
-        yield f"A new or vanished word may be in the other run, fewer than {LEAST_N} times."
+        yield (
+            f"New and vanished words occur {TIMES_LEAST * rare:,} times or more in one run; in the "
+            f"other they may occur too, fewer than {rare:,} times."
+        )
     yield from notes_on_copies(a, b)
     by_a, by_b = grouped_by(a), grouped_by(b)
     if by_a != by_b:

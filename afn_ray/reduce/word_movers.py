@@ -7,16 +7,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce.drift import MoverSide, tests_of_shares
+from afn_ray.reduce.word_tables import LEAST_N
 from afn_ray.schema import WORD_MOVERS_SCHEMA
 
 NO_WORDS = WORD_MOVERS_SCHEMA.empty_table()
 """The words of runs of which one has no table of them."""
 
 
+TIMES_LEAST = 2
+"""Multiple of ``rare_below`` that the n of a new or vanished word reaches.
+
+A rarer word may occur nearly as often in the run that has no row of it.
+"""
+
+
+def rare_below(*words: pa.Table) -> int:
+    """Number of occurrences below which a word has no row in one of these ``word_vocabulary``."""
+    return max((pc.max(table["least_n"]).as_py() or LEAST_N for table in words), default=LEAST_N)
+
+
 def word_movers_table(
     layer: int, words_a: pa.Table, words_b: pa.Table, *, ranks_only: bool
 ) -> pa.Table:
     """The layer's rows of ``WORD_MOVERS_SCHEMA``, from two runs' rows of ``word_vocabulary``."""
+    least_n = TIMES_LEAST * rare_below(words_a, words_b)
     named = [words.filter(pc.is_valid(words["word"])) for words in (words_a, words_b)]
     words = pc.unique(
         pa.chunked_array([*named[0]["word"].chunks, *named[1]["word"].chunks], pa.string())
@@ -48,4 +62,5 @@ def word_movers_table(
     arrays = [pa.array(columns[field.name], field.type) for field in WORD_MOVERS_SCHEMA]
     table = pa.Table.from_arrays(arrays, schema=WORD_MOVERS_SCHEMA)
     order = np.lexsort((keys, -(a.n + b.n), -np.abs(z), q, status))
-    return table.take(pa.array(order))
+    is_sure = both | (a.n + b.n >= least_n)
+    return table.take(pa.array(order[is_sure[order]]))

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import scipy.spatial
 import scipy.stats
@@ -28,8 +29,15 @@ from afn_ray.reduce import compare, distances, drift
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.distances import benjamini_hochberg, two_proportions
 from afn_ray.reduce.histogram import Histogram, to_bins
-from afn_ray.reduce.word_movers import NO_WORDS
-from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, MOVERS_SCHEMA, SOURCES_SCHEMA
+from afn_ray.reduce.word_movers import NO_WORDS, word_movers_table
+from afn_ray.reduce.word_tables import LEAST_N
+from afn_ray.schema import (
+    CLASS_DRIFT_SCHEMA,
+    DRIFT_SCHEMA,
+    MOVERS_SCHEMA,
+    SOURCES_SCHEMA,
+    WORD_VOCABULARY_SCHEMA,
+)
 from afn_ray.show import comparison_tables
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
@@ -624,7 +632,12 @@ def test_words_that_moved_are_those_of_the_tables_of_words(compared: Comparison)
             for table in tables
         )
         rows = rows_of(compared.word_movers, layer=layer)
-        assert {row["word"] for row in rows} == {*a, *b} and len(rows) == len({*a, *b})
+        of_one = {word: of for of in (a, b) for word in of if not (word in a and word in b)}
+        listed = {word for word, of in of_one.items() if of[word]["n"] >= 2 * LEAST_N}
+        assert 0 < len(listed) < len(of_one)
+        assert {row["word"] for row in rows} == ({*a} & {*b}) | listed and len(rows) == len(
+            {row["word"] for row in rows}
+        )
         tested = [row for row in rows if row["status"] == "both"]
         assert len(tested) == len({*a} & {*b}) > 20
         for row in rows:
@@ -645,6 +658,51 @@ def test_words_that_moved_are_those_of_the_tables_of_words(compared: Comparison)
         assert order == sorted(order) and rows[: len(tested)] == tested
         found = benjamini_hochberg(np.array([row["p"] for row in tested]))
         assert [row["q"] for row in tested] == found.tolist()
+
+
+def words_of(counts: dict[str, int], least_n: int | None) -> pa.Table:
+    """Rows of words with ``counts``, and of folded words; None: none are folded."""
+    nothing = {"class": "content", "n_high": 1, "share_high": 0.5, "q2": 1.0}
+    rows = [{**nothing, "word": word, "text": word, "n": n} for word, n in counts.items()]
+    if least_n is not None:
+        rows.append({**nothing, "text": "rare", "n": 99, "least_n": least_n})
+    return pa.Table.from_pylist(rows, WORD_VOCABULARY_SCHEMA)
+
+
+@pytest.mark.parametrize(("least_a", "least_b"), [(20, 5), (5, 20), (None, 20)])
+def test_a_word_that_may_be_folded_in_the_other_run_is_not_new_or_vanished(
+    least_a: int | None, least_b: int
+) -> None:
+    a = words_of({"both": 25, "rarer": 39, "gone": 40}, least_a)
+    b = words_of({"both": 20, "rare": 39, "here": 40}, least_b)
+    rows = word_movers_table(1, a, b, ranks_only=False).to_pylist()
+    assert {row["word"]: row["status"] for row in rows} == {
+        "both": "both",
+        "here": "new",
+        "gone": "vanished",
+    }
+    none_folded = words_of({"often": 2 * LEAST_N, "rare": 2 * LEAST_N - 1}, None)
+    rows = word_movers_table(1, none_folded, words_of({}, None), ranks_only=False).to_pylist()
+    assert [row["word"] for row in rows] == ["often"]
+
+
+def test_the_note_on_new_words_names_the_larger_limit_of_both_runs(
+    compared: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_limit(run: RunFolder, name: str) -> dict[int, pa.Table]:
+        tables = drift.table_by_layer(run, name)
+        if name != "word_vocabulary" or run.uri != compared.a.uri:
+            return tables
+        at = WORD_VOCABULARY_SCHEMA.get_field_index("least_n")
+        return {
+            layer: table.set_column(at, "least_n", pc.add(table["least_n"], 2))
+            for layer, table in tables.items()
+        }
+
+    assert any("occur 10 times or more" in n and "fewer than 5 times" in n for n in compared.notes)
+    monkeypatch.setattr(compare, "table_by_layer", with_limit)
+    notes = compare.compare(compared.a, compared.b).notes
+    assert any("occur 14 times or more" in n and "fewer than 7 times" in n for n in notes)
 
 
 def test_classes_of_words_are_sums_over_the_tables_of_words(compared: Comparison) -> None:
