@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, NamedTuple, get_type_hints
@@ -359,12 +360,20 @@ class RunConfig:
         """Raise ``ConfigError`` for kept columns that cannot be; write them in canonical form."""
         if self.keep_columns is None:
             return
-        columns = kept.parse(self.keep_columns)
+        columns = kept.parse(self.keep_columns, is_new=True)
         if self.text_column in [column.name for column in columns]:
             raise ConfigError(
                 f"keep_columns has {self.text_column!r}, the text column; texts are not kept"
             )
         object.__setattr__(self, "keep_columns", kept.canonical(columns))
+
+    @classmethod
+    def of_stored(cls, values: Mapping[str, Any]) -> RunConfig:
+        """The config of a stored run, whose kept columns may have ``kept.NEWLY_RESERVED`` names."""
+        config = cls(**{**values, "corpus": tuple(values["corpus"]), "keep_columns": None})
+        if (spec := values.get("keep_columns")) is not None:
+            object.__setattr__(config, "keep_columns", kept.canonical(kept.parse(spec)))
+        return config
 
     @property
     def read_options(self) -> ReadOptions:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from functools import lru_cache
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from afn_ray.corpus_values import Document
 from afn_ray.errors import ConfigError
-from afn_ray.schema import NOT_KEPT, documents_schema
+from afn_ray.schema import LANGUAGE, NOT_KEPT, documents_schema
 from afn_ray.text import count, printable
 
 KINDS: dict[str, pa.DataType] = {
@@ -40,10 +40,12 @@ SHOWN_CHARS = 40
 NAME = re.compile(r"[^\W\d][\w-]{0,62}")
 """Form of a name: letters of any alphabet, digits, ``_`` and ``-``; no digit first."""
 RESERVED = frozenset({
-    *documents_schema((), detected=True).names, NOT_KEPT, "duplicate_of", "near_duplicate_of",
+    *documents_schema(()).names, NOT_KEPT, "duplicate_of", "near_duplicate_of",
     "file", "row", "filename", "file_index", "file_row_number",
 })  # fmt: skip
 """Names in a documents file and its view, in lower case: SQL does not tell the case."""
+NEWLY_RESERVED = frozenset({LANGUAGE})
+"""Names that new runs write themselves, in lower case; older ones may have kept such columns."""
 OF_LAYERS = re.compile(r"mean_(\w+_)?\d+")
 """Names of the columns of ``documents`` that stand for a layer."""
 BESIDE = "document_"
@@ -68,12 +70,14 @@ Kept = tuple[KeptColumn, ...]
 
 
 @lru_cache(8)
-def parse(spec: str) -> Kept:
+def parse(spec: str, *, is_new: bool = False) -> Kept:
     """The columns of ``spec``, as in ``lang,year:int64``, by name; none if it is empty.
 
+    ``is_new``: no stored run has the ``spec``, so its names may not be among ``NEWLY_RESERVED``.
     Raises ``ConfigError`` for a name or type that a kept column cannot have.
     """
-    columns = sorted(map(_column, spec.split(","))) if spec else []
+    reserved = RESERVED | NEWLY_RESERVED if is_new else RESERVED
+    columns = sorted(_column(entry, reserved) for entry in spec.split(",")) if spec else []
     names = [column.name.lower() for column in columns]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -94,8 +98,8 @@ def canonical(columns: Iterable[KeptColumn]) -> str:
     )
 
 
-def _column(entry: str) -> KeptColumn:
-    """The column of one ``entry`` of a spec."""
+def _column(entry: str, reserved: Collection[str]) -> KeptColumn:
+    """The column of one ``entry`` of a spec, whose name is not among ``reserved``."""
     name, _, kind = (part.strip() for part in entry.partition(":"))
     kind = kind or "string"
     if not NAME.fullmatch(name):
@@ -104,7 +108,7 @@ def _column(entry: str) -> KeptColumn:
             "63), with commas between, as in lang,year:int64: rename the column in the corpus"
         )
     lower = name.lower()
-    if lower in RESERVED or OF_LAYERS.fullmatch(lower) or lower.startswith(BESIDE):
+    if lower in reserved or OF_LAYERS.fullmatch(lower) or lower.startswith(BESIDE):
         raise ConfigError(
             f"keep_columns has {name!r}, which is the name of a column that afn-ray writes itself; "
             f"rename the column in the corpus, as to my_{name}"

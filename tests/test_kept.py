@@ -24,8 +24,9 @@ from afn_ray.corpus import listing, reading
 from afn_ray.corpus_values import Document, ReadOptions, Shard
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.fingerprints import fingerprint
+from afn_ray.reduce import group_drift
 from afn_ray.runs.events import Event
-from afn_ray.schema import NOT_KEPT
+from afn_ray.schema import LANGUAGE, NOT_KEPT
 from afn_ray.store import manifest, plans
 from conftest import config_of, write_jsonl
 
@@ -359,6 +360,42 @@ def test_every_value_left_out_is_counted_and_named(made: Made) -> None:
 def test_verify_proves_a_run_with_kept_columns(made: Made) -> None:
     found = verify.verify_store(made[0].store)
     assert not found.findings and not found.unproved and found.num_runs == 1
+
+
+@pytest.mark.parametrize("kind", ["string", "int64"])
+def test_an_older_run_with_a_column_of_a_name_reserved_since_is_read_and_proved(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Its values are no detected languages, and its groups none either."""
+    values = ["en", "xx", None] if kind == "string" else [7, 8, None]
+    rows = [{"text": "the house", LANGUAGE: value} for value in values]
+    spec = LANGUAGE if kind == "string" else f"{LANGUAGE}:{kind}"
+    with monkeypatch.context() as older:
+        older.setattr(kept, "NEWLY_RESERVED", frozenset())
+        kept.parse.cache_clear()
+        config = config_of(
+            tiny_bert,
+            write_jsonl(tmp_path / "a.jsonl", rows),
+            tmp_path / "store",
+            layers="1",
+            language="en",
+            keep_columns=spec,
+            group_by=LANGUAGE,
+        )
+        uri = afn_ray.run(config).uri
+    kept.parse.cache_clear()
+    with pytest.raises(ConfigError, match="writes itself"):
+        replace(config)
+    assert not verify.verify_store(config.store).findings
+    with afn_ray.open_run(uri) as run:
+        found = run.sql(f"SELECT {LANGUAGE} FROM documents ORDER BY doc").fetchall()
+        groups = run.sql('SELECT DISTINCT "group" FROM groups ORDER BY 1').fetchall()
+        words = run.sql("SELECT DISTINCT \"group\" FROM group_classes WHERE class = 'function'")
+        assert len(words.fetchall()) == len(values)
+    assert found == [(value,) for value in values]
+    assert groups == [(None if value is None else str(value),) for value in values]
+    column = group_drift.grouping_column(manifest.find_run(uri))
+    assert column == kept.KeptColumn(LANGUAGE, kind)
 
 
 def test_the_same_columns_are_the_same_run_and_others_are_measured_anew(made: Made) -> None:

@@ -122,7 +122,9 @@ def _check_schemas(
     else:
         series = tuple(Series(signal, layer) for signal, layer in _by_layer(names))
         tagged, offsets = "tag" in names, "start" in names
-        detected = LANGUAGE in tables["documents"].schema_arrow.names
+        of_corpus = [column.name for column in kept.parse(options.keep)]
+        of_documents = {*tables["documents"].schema_arrow.names} - {*of_corpus}
+        detected = LANGUAGE in of_documents
         layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     schemas = {
         "tokens": tokens_schema(series, offsets, tagged),

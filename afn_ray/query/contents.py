@@ -36,7 +36,6 @@ from afn_ray.schema import (
     HISTOGRAM_SCHEMA,
     HISTORY_SCHEMA,
     KEPT_SCHEMA,
-    LANGUAGE,
     LANGUAGES_SCHEMA,
     MEAN_VECTORS_SCHEMA,
     MOMENTS_SCHEMA,
@@ -219,7 +218,7 @@ def _statements(
         copies=copies,
         near_copies=near_copies,
         word_table=word_table,
-        detected=LANGUAGE in _columns(read, files["documents"][0].name),
+        detected=folder.info["measure"].get("languages") is not None,
         mean_vectors=mean_vectors,
     )
     neurons = None

@@ -200,7 +200,11 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     if recorded.kept:
         kept += f", {NOT_KEPT}"
     files = {"duplicate_of": recorded.copies, "near_duplicate_of": recorded.near_copies}
-    columns, joined = [LANGUAGE if recorded.detected else f"NULL::VARCHAR AS {LANGUAGE}"], ""
+    columns, joined = list[str](), ""
+    if recorded.detected:
+        columns.append(LANGUAGE)
+    elif LANGUAGE not in map(str.lower, recorded.kept):  # an older run may have kept such a column
+        columns.append(f"NULL::VARCHAR AS {LANGUAGE}")
     for name, path in files.items():
         columns.append(f"NULL::BIGINT AS {name}" if path is None else name)
         if path is not None:

@@ -218,8 +218,11 @@ def _scan_tokens(
     present, ranks = np.unique(source, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
     lengths = documents["n_tokens"].to_numpy().astype(np.int64)
-    tagged = counters.words.tagged
-    for tokens in normal_tokens(place, documents, layers, with_words=True, tagged=tagged):
+    words = counters.words
+    read = normal_tokens(
+        place, documents, layers, with_words=True, tagged=words.tagged, spoken=words.by_language
+    )
+    for tokens in read:
         n[tokens.whole], found = _features(tokens, limits)
         for feature, values in zip(features, found, strict=True):
             feature[tokens.whole] = values
@@ -267,10 +270,11 @@ def normal_tokens(
     *,
     with_words: bool = False,
     tagged: bool = False,
+    spoken: bool = False,
 ) -> Iterator[NormalTokens]:
     """The tokens of the shard with ``documents`` that are not special and count, in order.
 
-    Without tags of the corpus, the languages of ``documents`` stand for them, if they have any.
+    ``spoken``: without tags of the corpus, the languages of ``documents`` stand for them.
     """
     file = parquet.open_file(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
@@ -286,9 +290,9 @@ def normal_tokens(
         positions = (first + np.arange(len(docs)) - begins[docs])[is_normal]
         whole = slice(int(docs[0]), int(docs[-1]) + 1)
         written: dict[str, pa.DictionaryArray] = {}
-        if with_words and not tagged and LANGUAGE in documents.column_names:
-            spoken = documents[LANGUAGE].combine_chunks()
-            written["tag"] = spoken.take(pa.array(docs[is_normal]))
+        if spoken:
+            languages = documents[LANGUAGE].combine_chunks()
+            written["tag"] = languages.take(pa.array(docs[is_normal]))
         for name in texts:
             column = tokens[name].filter(pa.array(is_normal)).unify_dictionaries()
             written[name] = column.combine_chunks()

@@ -68,7 +68,7 @@ class _Side(NamedTuple):
             }
             for name in ("groups", "group_types")
         )
-        by_language = grouped_by(run) == LANGUAGE and run.info["measure"].get("labels") is None
+        by_language = grouped_by_language(run) and run.info["measure"].get("labels") is None
         return cls(groups, types, table_by_layer(run, "vocabulary"), by_language)
 
     def types(self, layer: int, group: str | None) -> pa.Table:
@@ -138,11 +138,19 @@ def labels_by_group(run: RunFolder) -> bool:
 
 def grouping_column(run: RunFolder) -> KeptColumn | None:
     """The column of ``documents`` that makes the groups of ``run``, if one does."""
-    by = grouped_by(run)
-    if by == LANGUAGE:
+    if grouped_by_language(run):
         return KeptColumn(LANGUAGE, "string")
+    by = grouped_by(run)
     columns = parse(run.info["config"].get("keep_columns") or "")
     return next((column for column in columns if column.name == by), None)
+
+
+def grouped_by_language(run: RunFolder) -> bool:
+    """Whether detected languages make the groups of ``run``.
+
+    An older run may have a kept column, or a key of the path, of their name.
+    """
+    return grouped_by(run) == LANGUAGE and run.info["measure"].get("languages") is not None
 
 
 def grouped_by(run: RunFolder) -> str | None:

@@ -49,6 +49,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.kept import KINDS, Kept, beside
 from afn_ray.reduce import word_tables
 from afn_ray.reduce.controls import Controls, frequency_bins
@@ -202,7 +203,8 @@ def _grouping(
         return None
     q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
     limits = [np.inf if q3[layer] is None else q3[layer] for layer in layers]
-    is_language = asked.group_by == LANGUAGE
+    # An older run, which names its language, may have a column or key of this name.
+    is_language = asked.group_by == LANGUAGE and asked.language == AUTO_LANGUAGE
     is_column = is_language or asked.group_by in [column.name for column in shards.kept]
     by_language = is_language and not asked.tagged
     grouping = Grouping(asked.group_by, is_column, sources, by_language=by_language)

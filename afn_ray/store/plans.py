@@ -162,8 +162,7 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
             raise StoreError(
                 f"{uri} is damaged: its rows and header do not have the checksum that it carries"
             )
-        settings = header["config"]
-        config = RunConfig(**{**settings, "corpus": tuple(settings["corpus"])})
+        config = RunConfig.of_stored(header["config"])
         shards = _shards_of(rows, config.read_options, uri)
         suffix = request_id(
             fingerprint(header["measure"]),
