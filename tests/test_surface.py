@@ -20,6 +20,7 @@ import pytest
 import afn_ray
 from afn_ray import schema
 from afn_ray.config import HINTS, RunConfig
+from afn_ray.query import views
 from conftest import command_parsers
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -116,6 +117,13 @@ def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str])
     done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("usage: afn")
+
+
+def test_the_help_of_sql_names_every_view_and_macro() -> None:
+    said = " ".join((command_parsers()["sql"].description or "").split())
+    listed = said.removeprefix("Views: ").partition(". ")[0].split(", ")
+    assert listed == list(views.VIEWS) and "word_movers" in listed
+    assert all(macro in said for macro in views.MACROS)
 
 
 def test_a_run_in_this_process_imports_no_ray() -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 from afn_ray.cli import arguments, terminal
 from afn_ray.cli.arguments import EPILOG, Commands, count, local_file, positive
 from afn_ray.errors import ConfigError
+from afn_ray.query.views import MACROS, VIEWS
 from afn_ray.store import disk
 from afn_ray.text import printable
 
@@ -107,12 +108,9 @@ def add_sql(commands: Commands) -> None:
         "sql",
         help="query a run with SQL",
         epilog=EPILOG,
-        description="Views: tokens, documents, vocabulary, words, classes, thresholds, labels, "
-        "histogram, signals, signal_vocabulary, token_neurons, neurons, neuron_types, "
-        "moments, mean_vectors, files, sources, screened, strange, shards, run, history, and with "
-        "--baseline movers, drift, class_drift. Macros: "
-        "kwic(word, n := 5, most := NULL), document_text(document). Without a QUERY it opens an "
-        "interactive shell.",
+        description=f"Views: {', '.join(VIEWS)}. Those of movers and drift have rows with "
+        f"--baseline. Macros: {', '.join(MACROS)}. Without a QUERY it opens an interactive shell, "
+        "where .tables says what each view has.",
     )
     arguments.add_run(sql)
     sql.add_argument(
@@ -124,7 +122,7 @@ def add_sql(commands: Commands) -> None:
     sql.add_argument(
         "--baseline",
         metavar="RUN",
-        help="run to compare with, which fills the views movers, drift and class_drift",
+        help="run to compare with, which fills the views of movers and drift",
     )
     sql.add_argument(
         "--open",
