@@ -15,6 +15,15 @@ HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 JOINERS = "\u200c\u200d"
 """Format characters that spelling needs: zero-width non-joiner and joiner."""
 
+_INNER = r"['\x{2019}\x{02bc}\-\x{2010}\x{2011}\x{200c}\x{200d}]"
+_IDEOGRAPH = r"[\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{faff}\x{20000}-\x{3fffd}]"
+WORD_FORM = rf"^(?:\p{{L}}(?:{_INNER}?[\p{{L}}\p{{M}}])+|{_IDEOGRAPH})$"
+"""Pattern of RE2, for Arrow and DuckDB: a word that rankings of words may show.
+
+It has two letters or marks or more, the first a letter, or is one ideograph. There may be an
+apostrophe, a hyphen or one of ``JOINERS`` between two of them.
+"""
+
 
 def printable(text: str, keep: str = "") -> str:
     """``text`` with the characters in ``UNSAFE`` as escapes, except those in ``keep``."""

@@ -12,7 +12,7 @@ from rich.text import Text
 from afn_ray.schema import CLASSES, RESERVED, upos_classes
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.store import manifest
-from afn_ray.text import printable
+from afn_ray.text import WORD_FORM, printable
 
 SHOWN = 10
 """Number of words in each ranking."""
@@ -49,7 +49,7 @@ class Rankings(NamedTuple):
 def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
     """The most salient open-class words of ``run`` at ``layer``; None for a run without salience.
 
-    Reads one table. A word has two letters or more.
+    Reads one table. A word has the form ``WORD_FORM``.
     """
     if "word_vocabulary" not in run.info["tables"]:
         return None
@@ -58,12 +58,9 @@ def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
         return None
     is_shown = (pc.field("layer") == layer) & (pc.field("n") >= LEAST_N)
     words = table.filter(is_shown & pc.field("word").is_valid())
+    words = words.filter(pc.match_substring_regex(words["word"], WORD_FORM))
     kept = _open_classes(set(words["class"].to_pylist()))
-    rows = [
-        row
-        for row in words.drop_columns(["forms"]).to_pylist()
-        if row["class"] in kept and len(row["word"]) > 1 and row["word"].isalpha()
-    ]
+    rows = [row for row in words.drop_columns(["forms"]).to_pylist() if row["class"] in kept]
     return Rankings(_first(rows, "share_high_low"), _first(rows, "beyond_low"))
 
 

@@ -17,7 +17,7 @@ from afn_ray.reduce.stats import wilson
 from afn_ray.schema import LANGUAGE
 from afn_ray.show.figures import figure
 from afn_ray.show.terminal_tables import print_whole, titled_table
-from afn_ray.text import printable
+from afn_ray.text import WORD_FORM, printable
 
 SALIENT_WORDS = 10
 SALIENT_MIN_N = 20
@@ -39,9 +39,9 @@ class SalientWord:
 def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[SalientWord]]:
     """Content words that are most surely and least surely HIGH.
 
-    Words are ranked by the end of the interval nearer to the middle. A content word has two letters
-    or more and is no closed-class word, by the languages of the documents that it occurs in or by
-    the one that the run names. Reads the run's tokens once, or twice to count these.
+    Words are ranked by the end of the interval nearer to the middle. A content word has
+    the form ``WORD_FORM`` and is no closed-class word, by the languages of the documents that it
+    occurs in or by the one that the run names. Reads the run's tokens once, or twice to count these.
     """
     ((q3,),) = run.sql(
         "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
@@ -50,9 +50,9 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     query = f"""
         SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
                quantile_disc({strength}, 0.5) AS median
-        FROM words WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') GROUP BY lower(text) HAVING n >= $least
+        FROM words WHERE regexp_matches(text, $form) GROUP BY lower(text) HAVING n >= $least
     """  # noqa: S608 - the layer is a number
-    rows = run.sql(query, {"q3": q3, "least": SALIENT_MIN_N}).fetchall()
+    rows = run.sql(query, {"q3": q3, "least": SALIENT_MIN_N, "form": WORD_FORM}).fetchall()
     words_of = _words_of(run)
     found = []
     for word, n, n_high, median in rows:
@@ -73,12 +73,12 @@ def _words_of(run: Run) -> Callable[[str], lexicon.Words | None]:
         return lambda word: words
     query = f"""
         SELECT lower(text) AS word, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
-        WHERE regexp_full_match(text, '\\p{{L}}{{2,}}') AND {LANGUAGE} IS NOT NULL
+        WHERE regexp_matches(text, $form) AND {LANGUAGE} IS NOT NULL
         GROUP BY lower(text), {LANGUAGE}
         QUALIFY sum(count(*)) OVER (PARTITION BY lower(text)) >= $least
     """  # noqa: S608 - a name of ours
     counts: dict[str, dict[str, int]] = {}
-    for word, spoken, n in run.sql(query, {"least": SALIENT_MIN_N}).fetchall():
+    for word, spoken, n in run.sql(query, {"least": SALIENT_MIN_N, "form": WORD_FORM}).fetchall():
         counts.setdefault(word, {})[spoken] = n
     return lambda word: Uses(counts.get(word, {}))
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import duckdb
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from rich.console import Console
 
 import afn_ray
+from afn_ray import text
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
-from afn_ray.show import beyond, report
+from afn_ray.show import beyond, report, salient
 from afn_ray.store import manifest
 from conftest import config_of, write_jsonl
 
@@ -101,6 +106,66 @@ def test_a_run_without_screening_shows_nothing(
 )
 def test_only_open_classes_are_ranked(classes: list[str], kept: set[str]) -> None:
     assert beyond._open_classes(classes) & set(classes) == kept
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "of", "na\u00efve", "jusqu'\u00e0", "don\u2019t", "o'er", "beer-sheba", "mother-in-law",
+        "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd", "\u0e44\u0e21\u0e48",
+        "\u0634\u064f\u0643\u0652\u0631", "\u7684", "\u6211", "\u6211\u4eec", "\U00020000",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+    ],
+)  # fmt: skip
+def test_words_of_every_script_are_ranked(word: str) -> None:
+    assert shown(word) == [True, True]
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["", "a", "\u00e9", "\u0e01", "\u064f\u0652", "\u0301a", "'tis", "cats'", "-", "''", "a-", "a--b", "3d",
+     "abc1", "a.b", "ab\n", "ab\u202e", "\u2e80", "\u3002"],
+)  # fmt: skip
+def test_letters_alone_numbers_and_signs_are_not_ranked(word: str) -> None:
+    assert shown(word) == [False, False]
+
+
+def shown(word: str) -> list[bool]:
+    """Whether Arrow, as for one ranking, and DuckDB, as for the other, let ``word`` be shown."""
+    by_arrow = pc.match_substring_regex(pa.array([word]), text.WORD_FORM)[0].as_py()
+    found = duckdb.execute("SELECT regexp_matches($1, $2)", [word, text.WORD_FORM]).fetchone()
+    assert found is not None
+    return [by_arrow, found[0]]
+
+
+def test_rankings_have_words_of_other_scripts(
+    run: manifest.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The most frequent words, by other names: a mark or one ideograph excludes none."""
+    names = ["\u0e44\u0e21\u0e48", "\u7684", "don't", "a", "1st"]
+    table = manifest.read_table(run, "word_vocabulary")
+    here = table.filter((pc.field("layer") == 2) & (pc.field("class") == "content"))
+    five = here.sort_by([("n", "descending")]).slice(0, len(names))
+    at = five.column_names.index("word")
+    renamed = five.set_column(at, five.schema.field("word"), pa.chunked_array([names], pa.string()))
+    monkeypatch.setattr(manifest, "read_table", lambda *_: renamed)
+    found = beyond.rankings(run, 2)
+    assert found is not None
+    assert {word.text for word in found.salient} == {*names[:3]}
+
+
+def test_salient_words_are_of_every_script() -> None:
+    tables = duckdb.connect()
+    tables.execute("CREATE TABLE labels AS SELECT 1 AS layer, 'tokens' AS population, 0.5 AS q3")
+    names = ["\u0939\u093f\u0928\u094d\u0926\u0940", "\u6c34", "o'er", "a", "1st"]
+    tables.execute(
+        """CREATE TABLE words AS SELECT unnest($1) AS text, 1.0::FLOAT AS mean_strength_1
+            FROM range($2)""",
+        [names, salient.SALIENT_MIN_N],
+    )
+    made: Any = SimpleNamespace(info={"config": {"language": "xx"}}, sql=tables.execute)
+    for ranking in salient.salient_words(made, 1):
+        assert {word.text for word in ranking} == {*names[:3]}
 
 
 def test_control_characters_of_a_word_do_not_reach_a_terminal(
