@@ -345,14 +345,20 @@ class RunCheck:
             by_group = self._config.get("thresholds_by") == "group"
             language = self._config["language"]
             by = self._config.get("group_by")
-            asked = screen.Asked(worst, by, by_group, language, measure.tagged)
+            words = self._has_comparable_words(measure)
+            asked = screen.Asked(worst, by, by_group, language, measure.tagged, words)
             tables |= screen.scan_run(shards, measure.layers, tables, texts.readable, asked)
-            newer = {"strange", "copied", "salience", "word_vocabulary"}
+            newer = {"strange", "copied", "salience"}
             for name in newer - self.folder.info["tables"].keys():
                 del tables[name]  # the run is older
-            if not measure.tagged and self.folder.info.get("function_words") != lexicon.SOURCE:
-                tables.pop("word_vocabulary", None)  # other classes, which make other rows
         return tables
+
+    def _has_comparable_words(self, measure: Measure) -> bool:
+        """Whether the run has a table of words, and not by other classes, which make other rows."""
+        of_same_classes = self.folder.info.get("function_words") == lexicon.SOURCE
+        return "word_vocabulary" in self.folder.info["tables"] and (
+            measure.tagged or of_same_classes
+        )
 
     def _ask_duckdb(
         self,

@@ -93,23 +93,24 @@ class AlsoCounted(NamedTuple):
     """What a scan counts beside features and sources."""
 
     num_parts: int  # parts of the text hashes
-    words: WordRules
+    words: WordRules | None  # None: words are not counted
     grouping: Grouping | None = None
 
 
 class TokenCounters(NamedTuple):
     """Counters that the tokens of several shards go through."""
 
-    words: WordCounter
+    words: WordCounter | None  # None: words are not counted
     of_groups: GroupCounters | None  # None: the run has no groups
     controls: ControlCounter
 
     def add(self, groups: Ints, lengths: Ints, tokens: NormalTokens) -> None:
         """Count ``tokens`` of a shard, whose documents have ``groups`` and ``lengths`` in tokens."""
         _, docs, positions, types, flags, by_layer, surface, tag = tokens
-        assert surface is not None, "asked for with the tokens"
         places = places_of(positions, lengths[docs])
-        self.words.add(WordTokens(docs, types, flags, by_layer, surface, tag, places))
+        if self.words is not None:
+            assert surface is not None, "asked for with the tokens"
+            self.words.add(WordTokens(docs, types, flags, by_layer, surface, tag, places))
         if self.of_groups is not None:
             self.of_groups.strengths.add(groups[docs], by_layer)
             self.of_groups.types.add(groups[docs], types, by_layer)
@@ -126,14 +127,15 @@ def scan(
     """Sums by source, features of the documents, ``COPIED_SCHEMA``, control sums, hashes and words.
 
     The control sums are a flat ``ControlSums``. The hashes of texts and then the ``WordSums`` are in
-    parts.
+    parts; without rules of words there are no ``WordSums``.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin. With ``grouping`` follow the sums of ``GroupCounters``.
     """
     num_parts, words, grouping = counted
     of_groups = None if grouping is None else GroupCounters.of(grouping)
-    counters = TokenCounters(WordCounter(words), of_groups, ControlCounter(limits.controls))
+    of_words = None if words is None else WordCounter(words)
+    counters = TokenCounters(of_words, of_groups, ControlCounter(limits.controls))
     scanned = [_scan_shard(place, sources, layers, limits, counters) for place in places]
     of_shards, tables, copied = zip(*scanned, strict=True)
     (sums,) = add(*of_shards)
@@ -144,7 +146,8 @@ def scan(
     part_of = hashes % num_parts
     parts = [(Histogram.of(hashes[part_of == part]),) for part in range(num_parts)]
     controlled = counters.controls.sums().flat()
-    return [sums, table, *add_copies(*copied), controlled, *parts, *counters.words.sums()]
+    word_parts = [] if of_words is None else of_words.sums()
+    return [sums, table, *add_copies(*copied), controlled, *parts, *word_parts]
 
 
 def _scan_shard(
@@ -161,7 +164,8 @@ def _scan_shard(
     of_groups = counters.of_groups
     grouping = None if of_groups is None else of_groups.grouping
     for_groups = [] if grouping is None else grouping.columns
-    for_words = [LANGUAGE] if counters.words.by_language else []
+    words = counters.words
+    for_words = [LANGUAGE] if words is not None and words.by_language else []
     names = ["source", "n_tokens", "text_sha256", *for_groups, *for_words]
     columns_read = list(dict.fromkeys(names))
     documents = read_columns(place.documents, columns_read)
@@ -218,11 +222,10 @@ def _scan_tokens(
     present, ranks = np.unique(source, return_inverse=True)
     keys, held, num_held = present << BIN_BITS, list[_Held](), 0
     lengths = documents["n_tokens"].to_numpy().astype(np.int64)
-    words = counters.words
-    read = normal_tokens(
-        place, documents, layers, with_words=True, tagged=words.tagged, spoken=words.by_language
-    )
-    for tokens in read:
+    columns: dict[str, bool] = {}
+    if (words := counters.words) is not None:
+        columns = {"with_words": True, "tagged": words.tagged, "spoken": words.by_language}
+    for tokens in normal_tokens(place, documents, layers, **columns):
         n[tokens.whole], found = _features(tokens, limits)
         for feature, values in zip(features, found, strict=True):
             feature[tokens.whole] = values

@@ -86,6 +86,7 @@ class Asked(NamedTuple):
     by_group: bool = False  # whether a group's own Q3 labels its tokens too
     language: str = "en"  # of the closed-class words
     tagged: bool = False  # tokens have tags, which are the classes of words
+    words: bool = True  # whether ``word_vocabulary`` is made
 
 
 def scan_run(
@@ -111,13 +112,10 @@ def scan_run(
     layer = layers[-1]
     limits = _limits(layers, labels, reduced["vocabulary"], shards.n_docs)
     of_rows = _described(shards, layers, labels, readable, asked)
-    words = WordRules(
-        readable,
-        of_rows.q3,
-        asked.tagged,
-        word_tables.num_parts(shards.n_tokens),
-        of_rows.by_language,
-    )
+    num_word_parts = word_tables.num_parts(shards.n_tokens) if asked.words else 0
+    words = None
+    if asked.words:
+        words = WordRules(readable, of_rows.q3, asked.tagged, num_word_parts, of_rows.by_language)
     counted = AlsoCounted(1 + shards.n_docs // PART_DOCS, words)
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     if grouping is not None:
@@ -125,13 +123,13 @@ def scan_run(
         counted = counted._replace(grouping=grouping)
     places = list(_places(shards))
     scanned = []
+    num_others = 4 + counted.num_parts  # results of a scan that are not on words
     read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
     for some in read_at_once:
         args = (some, sources, layers, limits, counted)
-        num_results = 4 + counted.num_parts + words.num_parts
-        scanned.append(tasks.submit(scan, *args, num_results=num_results))
-    of_words = [handles[-words.num_parts :] for handles in scanned]
-    others = (handles[: -words.num_parts] for handles in scanned)
+        scanned.append(tasks.submit(scan, *args, num_results=num_others + num_word_parts))
+    of_words = [handles[num_others:] for handles in scanned]
+    others = (handles[:num_others] for handles in scanned)
     of_sums, tables, copied, controlled, *of_parts = map(list, zip(*others, strict=True))
     sums = merged(tasks, add, of_sums)
     (salience,) = tasks.submit(
@@ -164,13 +162,14 @@ def scan_run(
     strange = tasks.result(merged(tasks, add, of_strange))
     if shards.copies is not None:
         further["copied"] = tasks.result(merged(tasks, add_copies, copied))
+    if asked.words:
+        further["word_vocabulary"] = word_tables.word_vocabulary(of_words, of_rows, tasks)
     groups = (None,) if grouping is None else grouping.names
     return {
         "sources": tasks.result(described),
         "screened": _with_texts(places, strangest, readable, shards.kept, tasks),
         "strange": strange_table(sources.names, groups, strange),
         "salience": tasks.result(salience),
-        "word_vocabulary": word_tables.word_vocabulary(of_words, of_rows, tasks),
         **further,
     }
 

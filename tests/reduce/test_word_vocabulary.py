@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ from afn_ray.schema import WORD_START, WORD_VOCABULARY_SCHEMA
 from afn_ray.show.overview import render_classes
 from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
-from conftest import config_of, write_jsonl
+from conftest import config_of, edit_checksummed, write_jsonl
 
 LAYERS = (1, 2)
 ODD = [
@@ -164,6 +165,26 @@ def test_verify_proves_the_words_however_the_scan_and_the_sums_are_cut(
     monkeypatch.setattr(word_tables, "PART_TOKENS", 500)
     monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     assert verify.verify_store(run.uri).findings == ()
+
+
+OLDER = {
+    "no table of words": lambda info: info["tables"].pop("word_vocabulary"),
+    "other classes": lambda info: info.update(function_words="closed-class words 1"),
+}
+"""Edits that make a run.json as an older version wrote it."""
+
+
+@pytest.mark.parametrize("edit", OLDER)
+def test_words_of_an_older_run_are_not_counted_again_to_prove_it(
+    edit: str, run: afn_ray.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, name = run.uri.rpartition("/runs/")
+    shutil.copytree(store, tmp_path / "store")
+    edit_checksummed(str(tmp_path / "store" / "runs" / name / "run.json"), OLDER[edit])
+    counted = []
+    monkeypatch.setattr(word_sums.WordCounter, "add", lambda _, tokens: counted.append(tokens))
+    found = verify.verify_store(str(tmp_path / "store"))
+    assert found.findings == () and found.num_runs == 1 and not counted
 
 
 def test_class_tables_count_words(run: afn_ray.Run) -> None:
