@@ -19,7 +19,7 @@ from afn_ray import RunConfig
 from afn_ray.analysis import culprits, own_parts, recount, verify
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.query.database import Run
-from afn_ray.reduce import lexicon
+from afn_ray.reduce import language_uses, lexicon
 from afn_ray.reduce.compare import compare
 from afn_ray.reduce.language_uses import Uses
 from afn_ray.runs.events import Event, Warned
@@ -321,6 +321,28 @@ def test_a_labelled_corpus_has_languages_and_keeps_its_tags(
     assert classes["house"] == "X2" and classes["die"] == "X2"
     assert ("de", "X2") in groups and not {name for _, name in groups} & {"content", "word"}
     assert not verify.verify_store(config.store).findings
+
+
+def test_other_closed_class_words_here_are_no_damage_of_a_run_that_had_its_own(
+    asked: tuple[RunConfig, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the words do not decide is compared all the same."""
+    find, sums = lexicon.find, language_uses.LanguageUses._sums
+
+    def tables_with_findings() -> set[str]:
+        found = verify.verify_store(asked[0].store).findings
+        return {finding.uri.rpartition("/")[2] for finding in found}
+
+    monkeypatch.setattr(lexicon, "find", lambda name: None if name == "de" else find(name))
+    assert {"languages.parquet", "group_classes.parquet"} <= tables_with_findings()
+    monkeypatch.setattr(lexicon, "SOURCE", "closed-class words of another version")
+    assert not tables_with_findings()
+    monkeypatch.setattr(
+        language_uses.LanguageUses,
+        "_sums",
+        lambda uses, *args: tuple(n + 1 for n in sums(uses, *args)),
+    )
+    assert tables_with_findings() == {"languages.parquet"}
 
 
 def test_the_column_is_not_written_twice(asked: tuple[RunConfig, list[str]]) -> None:
