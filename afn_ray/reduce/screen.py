@@ -112,7 +112,7 @@ def scan_run(
     layer = layers[-1]
     limits = _limits(layers, labels, reduced["vocabulary"], shards.n_docs)
     of_rows = _described(shards, layers, labels, readable, asked)
-    num_word_parts = word_tables.num_parts(shards.n_tokens) if asked.words else 0
+    num_word_parts = word_tables.num_parts(shards.n_tokens * len(layers)) if asked.words else 0
     words = None
     if asked.words:
         words = WordRules(readable, of_rows.q3, asked.tagged, num_word_parts, of_rows.by_language)
@@ -122,15 +122,20 @@ def scan_run(
         grouping = grouping._replace(num_types=len(limits.rare))
         counted = counted._replace(grouping=grouping)
     places = list(_places(shards))
-    scanned = []
     num_others = 4 + counted.num_parts  # results of a scan that are not on words
     read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
-    for some in read_at_once:
-        args = (some, sources, layers, limits, counted)
-        scanned.append(tasks.submit(scan, *args, num_results=num_others + num_word_parts))
-    of_words = [handles[num_others:] for handles in scanned]
-    others = (handles[:num_others] for handles in scanned)
-    of_sums, tables, copied, controlled, *of_parts = map(list, zip(*others, strict=True))
+    scanned: list[list[Any]] = []
+
+    def words_scanned() -> Iterator[list[Any]]:
+        """Sums of the words of each call; its other results go to ``scanned``."""
+        for some in read_at_once:
+            args = (some, sources, layers, limits, counted)
+            found = tasks.submit(scan, *args, num_results=num_others + num_word_parts)
+            scanned.append(found[:num_others])
+            yield found[num_others:]
+
+    of_words = word_tables.merge_words(words_scanned(), tasks)
+    of_sums, tables, copied, controlled, *of_parts = map(list, zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
     (salience,) = tasks.submit(
         _salience,

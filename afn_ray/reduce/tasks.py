@@ -88,14 +88,20 @@ def merged(
 
 
 def merge_parts(
-    tasks: Tasks, leaves: Iterable[list[Any]], merge: Callable[..., Sequence[Any]], subject: Any
+    tasks: Tasks,
+    leaves: Iterable[list[Any]],
+    merge: Callable[..., Sequence[Any]],
+    subject: Any,
+    fan_in: int | None = None,
 ) -> list[Any]:
     """Handles of the parts of the sum of ``leaves``.
 
     Each leaf is a list of handles, one for each part. ``merge(subject, *values)`` adds the values
-    of one part.
+    of one part, ``fan_in`` of them at a time, by default ``FAN_IN``. Sums are made as soon as their
+    leaves are there: with a small ``fan_in`` few leaves wait.
     """
-    # At height h: sums of FAN_IN^h leaves, each as a list of handles of its parts.
+    most = fan_in or FAN_IN
+    # At height h: sums of most^h leaves, each as a list of handles of its parts.
     levels: list[list[list[Any]]] = [[]]
 
     def add(sums: list[list[Any]]) -> list[Any]:
@@ -116,7 +122,7 @@ def merge_parts(
     for leaf in leaves:
         levels[0].append(leaf)
         height = 0
-        while len(levels[height]) == FAN_IN:
+        while len(levels[height]) == most:
             merge_level(height)
             height += 1
     for height in range(len(levels)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,15 +48,17 @@ MOST_ROWS = 2_000_000
 """Largest number of words with rows, times layers; where there are more, rarer ones are folded."""
 MOST_FORMS = 3
 """Number of ways of writing a word that its row lists."""
-PART_TOKENS = 1 << 24
-"""Number of tokens for each part of the sums."""
+PART_STRENGTHS = 1 << 24
+"""Number of strengths for each part of the sums."""
+MERGED_AT_ONCE = 4
+"""Number of sums that wait to be added: the strengths of a word recur, so a sum is smaller."""
 MAX_PARTS = 128
 """Largest number of parts of the sums."""
 
 
-def num_parts(n_tokens: int) -> int:
-    """Number of parts into which the sums over the words of ``n_tokens`` are cut."""
-    return min(MAX_PARTS, 1 + n_tokens // PART_TOKENS)
+def num_parts(n_strengths: int) -> int:
+    """Number of parts into which sums of so many strengths, of all layers, are cut."""
+    return min(MAX_PARTS, 1 + n_strengths // PART_STRENGTHS)
 
 
 class Described(NamedTuple):
@@ -80,11 +82,13 @@ class Described(NamedTuple):
         return None if self.language == AUTO_LANGUAGE else self.language
 
 
-def word_vocabulary(
-    leaves: Sequence[Sequence[Any]], described: Described, tasks: Tasks
-) -> pa.Table:
-    """The table, as ``WORD_VOCABULARY_SCHEMA``; ``leaves`` are handles of the parts of some sums."""
-    parts = merge_parts(tasks, map(list, leaves), merge, None)
+def merge_words(leaves: Iterable[list[Any]], tasks: Tasks) -> list[Any]:
+    """Handles of the parts of the sum of ``leaves``, which are handles of the parts of some sums."""
+    return merge_parts(tasks, leaves, merge, None, MERGED_AT_ONCE)
+
+
+def word_vocabulary(parts: Sequence[Any], described: Described, tasks: Tasks) -> pa.Table:
+    """The table, as ``WORD_VOCABULARY_SCHEMA``; ``parts`` are of ``merge_words``."""
     sizes = [tasks.submit(_sizes, part)[0] for part in parts]
     least = _least_n(tasks.result(merged(tasks, _add, sizes)), MOST_ROWS // len(described.layers))
     made = [tasks.submit(_rows, part, least, described, num_results=3) for part in parts]

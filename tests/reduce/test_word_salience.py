@@ -53,7 +53,7 @@ def test_words_of_one_token_have_the_salience_of_their_types(
     flags = np.full(len(docs), WORD_START, np.uint8)
     counter.add(WordTokens(docs, types, flags, strengths, none, None, places))
     described = word_tables.Described([0, 1], Q3, NUM_DOCS, "en", False, texts)
-    found = word_tables.word_vocabulary([counter.sums()], described, Inline())
+    found = word_tables.word_vocabulary(counter.sums(), described, Inline())
     assert found["word"].to_pylist() == [texts[i] for i in there] * 2
     for name in COLUMNS:
         np.testing.assert_array_equal(found[name].to_numpy(), expected[name].to_numpy())

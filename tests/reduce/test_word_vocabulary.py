@@ -162,7 +162,7 @@ def test_verify_proves_the_words_however_the_scan_and_the_sums_are_cut(
 ) -> None:
     """A call for each shard, many parts and calls that add two sums, against one of each."""
     monkeypatch.setattr(screen, "READ_BYTES", 1)
-    monkeypatch.setattr(word_tables, "PART_TOKENS", 500)
+    monkeypatch.setattr(word_tables, "PART_STRENGTHS", 500)
     monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     assert verify.verify_store(run.uri).findings == ()
 
@@ -275,7 +275,8 @@ def table_of(shards: list[list[word_sums.WordTokens]], num_parts: int, tagged: b
             counter.add(chunk)
         leaves.append(counter.sums())
     described = word_tables.Described(LAYERS, rules.q3, 300, "en", tagged, readable)
-    return word_tables.word_vocabulary(leaves, described, Inline())
+    parts = word_tables.merge_words(map(list, leaves), Inline())
+    return word_tables.word_vocabulary(parts, described, Inline())
 
 
 @pytest.mark.parametrize("tagged", [False, True])
@@ -363,7 +364,7 @@ def test_uses_in_unknown_languages_do_not_count_in_any_spelling_unless_there_are
     counter = word_sums.WordCounter(word_sums.WordRules(["x"], (1.5,), False, 1, by_language=True))
     counter.add(tokens)
     described = word_tables.Described((1,), (1.5,), n, "auto", False, ["x"])
-    (row,) = word_tables.word_vocabulary([counter.sums()], described, Inline()).to_pylist()
+    (row,) = word_tables.word_vocabulary(counter.sums(), described, Inline()).to_pylist()
     assert (row["language"], row["class"], row["n"]) == (language, name, n)
 
 

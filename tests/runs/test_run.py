@@ -1297,7 +1297,9 @@ def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(
     ):
         job.run(replace(config, layers="0"), reduce_only=True)
     for other in (replace(config, dtype="auto"), replace(config, signals="trimmed")):
-        with pytest.raises(StoreError, match="has decided the precision or the outlier dimensions"):
+        with pytest.raises(
+            StoreError, match="has decided the precision, the outlier dimensions, the mean states"
+        ):
             job.run(other, reduce_only=True)
     assert files_below(config.store) == before
 
