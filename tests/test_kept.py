@@ -18,7 +18,7 @@ import pytest
 
 import afn_ray
 from afn_ray import kept
-from afn_ray.analysis import verify
+from afn_ray.analysis import remeasure, verify
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing, reading
 from afn_ray.corpus_values import Document, ReadOptions, Shard
@@ -394,8 +394,10 @@ def test_an_older_run_with_a_column_of_a_name_reserved_since_is_read_and_proved(
         assert len(words.fetchall()) == len(values)
     assert found == [(value,) for value in values]
     assert groups == [(None if value is None else str(value),) for value in values]
-    column = group_drift.grouping_column(manifest.find_run(uri))
-    assert column == kept.KeptColumn(LANGUAGE, kind)
+    folder = manifest.find_run(uri)
+    assert group_drift.grouping_column(folder) == kept.KeptColumn(LANGUAGE, kind)
+    task = remeasure.recorded_task(folder, remeasure.LocalModel())
+    assert task.measure.id == folder.info["measure"]["id"]
 
 
 def test_the_same_columns_are_the_same_run_and_others_are_measured_anew(made: Made) -> None:
