@@ -365,7 +365,7 @@ def write_json(found: Audit, folder: str) -> str:
 def lines(found: Audit) -> Iterator[str]:
     """The verdict as lines of text: limits, notes, what was not judged and why, the answer.
 
-    What several limits name is told with the first of them.
+    A source, group or document that several limits name is listed once, below the first of them.
     """
     named: set[verdict.Culprit] = set()
     for rule in in_order(found.rules):

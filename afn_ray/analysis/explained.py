@@ -44,7 +44,7 @@ def explained(n: Float64s, n_high: Float64s, of_model: Float64s) -> Float64s:
 
 
 class ControlModels:
-    """What the ``MODELS`` say of each token's chance to be HIGH, at every layer of a sample."""
+    """Chance of each token to be HIGH by the ``MODELS``, at every layer of a sample."""
 
     def __init__(
         self,

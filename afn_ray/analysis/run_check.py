@@ -10,12 +10,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from afn_ray import kept
 from afn_ray.analysis import recount, rows, salience_check, vector_check
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
+from afn_ray.analysis.stored_types import texts_of, with_classes, without_added
 from afn_ray.analysis.table_difference import difference
 from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import StoreError
@@ -33,8 +33,7 @@ from afn_ray.reduce import (
     tree,
 )
 from afn_ray.reduce.shards import CommittedShards
-from afn_ray.reduce.tables import TokenTexts, shards_table
-from afn_ray.schema import ADDED
+from afn_ray.reduce.tables import shards_table
 from afn_ray.store import (
     blocks,
     checksums,
@@ -331,7 +330,7 @@ class RunCheck:
         for name, table in expected.items():
             if name not in stored:
                 self._find("missing", self._run_json, f"it lists no table {name}")
-            elif differs := difference(stored[name], _without_added(name, table, stored[name])):
+            elif differs := difference(stored[name], without_added(name, table, stored[name])):
                 self._find("tables", self._table_uri(name), differs)
 
     def _reduced(
@@ -348,13 +347,13 @@ class RunCheck:
         ``vocabulary``, and only its checksum vouches for them; classes that are tags are
         recomputed. The list of files left out of the corpus comes from the stored ``files``.
         """
-        texts = _texts_of(vocabulary)
+        texts = texts_of(vocabulary)
         recorded = tree.RecordedSeries.of(measure)
         rules = tree.LabelRules(self._config["language"], self._config["sink_factor"], self._frozen)
         tables = tree.reduce_run(shards, recorded, texts, rules)
-        tables["vocabulary"] = _without_added("vocabulary", tables["vocabulary"], vocabulary)
+        tables["vocabulary"] = without_added("vocabulary", tables["vocabulary"], vocabulary)
         if not measure.tagged:
-            tables |= _with_classes(tables, vocabulary)
+            tables |= with_classes(tables, vocabulary)
         tables["files"] = losses.files_table(shards, self.shards, losses.skipped_files(files))
         if shards.kept:
             tables["kept"] = kept_columns.kept_table(shards)
@@ -461,45 +460,3 @@ def _gaps(pieces: Iterable[FileSlice]) -> Iterator[str]:
             f"it reads part of {piece.uri} never: its last slice ends at {end}, the file at "
             f"{piece.size}"
         )
-
-
-def _texts_of(vocabulary: pa.Table) -> TokenTexts:
-    """Texts by token id, as the stored ``vocabulary`` has them."""
-    ids, tokens, texts = (vocabulary[n].to_pylist() for n in ("token_id", "token", "text"))
-    num_ids = max(ids, default=0) + 1
-    pieces, readable = [""] * num_ids, [""] * num_ids
-    for at, token, text in zip(ids, tokens, texts, strict=True):
-        pieces[at], readable[at] = token, text
-    return TokenTexts(pieces, readable)
-
-
-def _without_added(name: str, computed: pa.Table, stored: pa.Table) -> pa.Table:
-    """The ``computed`` table, without columns that the ``stored`` one of an older run lacks."""
-    lacking = {*ADDED.get(name, ())} - {*stored.column_names}
-    return computed.select([column for column in computed.column_names if column not in lacking])
-
-
-def _with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[str, pa.Table]:
-    """The tables of types in ``tables``, with the classes of the stored ``vocabulary``."""
-    classed = tables["vocabulary"]
-    for name in ("class", *ADDED["vocabulary"]):
-        if name in classed.column_names:
-            classed = _with_column(classed, name, vocabulary[name])
-    named = {"vocabulary": classed}
-    of_signals = tables.get("signal_vocabulary")
-    if of_signals is not None:
-        known = dict(zip(_types_of(vocabulary), vocabulary["class"].to_pylist(), strict=True))
-        classes = [known[of_type] for of_type in _types_of(of_signals)]
-        column = pa.array(classes, pa.string())
-        named["signal_vocabulary"] = _with_column(of_signals, "class", column)
-    return named
-
-
-def _types_of(vocabulary: pa.Table) -> Iterator[tuple[int, bool]]:
-    """The token id of each row, and whether its tokens are special."""
-    is_special = pc.equal(vocabulary["class"].cast(pa.string()), "special")
-    return zip(vocabulary["token_id"].to_pylist(), is_special.to_pylist(), strict=True)
-
-
-def _with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
-    return table.set_column(table.column_names.index(name), name, column)

@@ -51,7 +51,7 @@ def wrong_type(run: Run, layer: int) -> str:
 
 
 def wrong_word(run: Run, layer: int) -> str:
-    """As ``wrong_type``, of the words of ``word_vocabulary``."""
+    """Description of a wrong word of ``word_vocabulary``; empty if there is none, as in ``wrong_type``."""
     words, *stored = (
         run.sql(
             f"SELECT word, {COLUMNS} FROM word_vocabulary "  # noqa: S608

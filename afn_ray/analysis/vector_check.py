@@ -34,7 +34,7 @@ RELATIVE = 1e-6
 
 
 def wrong_sums(tables: Mapping[str, pq.ParquetFile], measure: Measure | None) -> str:
-    """What is wrong with a shard's sums of states; empty if nothing is."""
+    """Description of a fault in a shard's sums of states; empty if there is none."""
     file = tables[VECTORS]
     seen = {file.read_row_group(at)["layer"][0].as_py() for at in range(file.num_row_groups)}
     layers = list(measure.layers) if measure is not None else sorted(seen)

@@ -88,7 +88,7 @@ class Comparison:
 
     @property
     def kind(self) -> str:
-        """What ``movers_to_read`` are: word or type."""
+        """Kind of ``movers_to_read``: word or type."""
         return "word" if self.word_movers.num_rows else "type"
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from afn_ray.reduce.histogram import Histogram, KeyCounter, starts
+from afn_ray.reduce.counters import KeyCounter
+from afn_ray.reduce.histogram import Histogram, starts
 from afn_ray.reduce.stats import Int32s, Ints, is_high
 
 LONGEST = 512

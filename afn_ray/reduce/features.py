@@ -90,7 +90,7 @@ def read_columns(file: CommittedFile, columns: Sequence[str]) -> pa.Table:
 
 
 class AlsoCounted(NamedTuple):
-    """What a scan counts beside features and sources."""
+    """Rules of the counts that a scan makes beside features and sources."""
 
     num_parts: int  # parts of the text hashes
     words: WordRules | None  # None: words are not counted

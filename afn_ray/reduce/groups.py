@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.errors import ConfigError
 from afn_ray.kept import Kept
-from afn_ray.reduce.histogram import BIN_BITS, Histogram, KeyCounter, to_bins
+from afn_ray.reduce.counters import KeyCounter
+from afn_ray.reduce.histogram import BIN_BITS, Histogram, to_bins
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Int32s, Ints, is_high

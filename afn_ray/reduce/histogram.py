@@ -9,7 +9,7 @@ order statistic.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -42,8 +42,6 @@ COUNTED_IDS = 1 << 18
 """Number of token ids up to which types are counted in an array, however few the tokens are."""
 COMPACT_KEYS = 1 << 22
 """Number of keys in unmerged chunks after which they are merged."""
-DENSE_COUNTS = 1 << 24
-"""Number of counters up to which keys are counted in one array, 128 MB."""
 MERGE_KEYS = 1 << 18
 """Number of keys that a merge sorts at a time.
 
@@ -260,36 +258,6 @@ def by_index(histogram: Histogram, num: int, bits: int) -> Iterator[Histogram]:
     for begin, end in pairwise(ends):
         part = histogram.slice(begin, end)
         yield Histogram(part.keys & ((1 << bits) - 1), part.counts)
-
-
-class KeyCounter:
-    """Counts of integer keys: of those below ``size`` in one array, if it is not too large."""
-
-    def __init__(self, size: int, num: int = 1) -> None:
-        """Begin with nothing; ``num`` such counters have ``DENSE_COUNTS`` between them."""
-        self.is_dense = num * size <= DENSE_COUNTS
-        self._counts = np.zeros(size if self.is_dense else 0, np.int64)
-        self._sums = [Histogram.empty()]
-
-    def add(self, keys: Ints, counts: Ints | None = None) -> None:
-        """Count ``keys`` [n], which lie below ``size``, ``counts`` [n] times each or once."""
-        if not self.is_dense:
-            self.add_others(keys, counts)
-        else:
-            np.add.at(self._counts, keys, 1 if counts is None else counts)
-
-    def add_others(self, keys: Ints, counts: Ints | None = None) -> None:
-        """Count ``keys`` [n] of any size in a histogram, whose keys ``sums`` does not change."""
-        if not len(keys):
-            return
-        self._sums.append(Histogram.of(keys, counts))
-        if sum(len(part.keys) for part in self._sums[1:]) > COMPACT_KEYS:
-            self._sums = [Histogram.merge(self._sums)]
-
-    def sums(self, keys_of: Callable[[Ints], Ints] = np.asarray) -> Histogram:
-        """The counts; of keys in the array, ``keys_of`` gives those of the histogram, in order."""
-        there = np.flatnonzero(self._counts)
-        return Histogram.merge([Histogram(keys_of(there), self._counts[there]), *self._sums])
 
 
 class Summary:

@@ -124,7 +124,7 @@ def fit_cells(cells: ControlCells, at: int) -> Fit:
 
 
 class Expected(NamedTuple):
-    """What the model of all other types expects of each type, [n_types]."""
+    """HIGH share that the model of all other types expects of each type, [n_types]."""
 
     share: Float64s
     sd: Float64s  # standard error of the share, over documents

@@ -186,7 +186,7 @@ def _described(
     readable: Sequence[str],
     asked: Asked,
 ) -> word_tables.Described:
-    """What the rows of words say beside their sums."""
+    """Facts that the rows of words have beside their sums."""
     q3 = {r["layer"]: r["q3"] for r in labels.to_pylist() if r["population"] == "tokens"}
     q3_by_layer = [q3[layer] for layer in layers]
     return word_tables.Described(

@@ -106,7 +106,7 @@ class RecordedSeries:
 
     @classmethod
     def of(cls, measure: Measure) -> RecordedSeries:
-        """What shards of ``measure`` recorded."""
+        """Series and tags that shards of ``measure`` recorded."""
         high_neurons, tagged = bool(measure.neurons_above), measure.tagged
         return cls(
             measure.series,

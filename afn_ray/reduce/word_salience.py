@@ -20,7 +20,7 @@ COLUMNS = ("expected", "beyond", "beyond_low", "beyond_high", "n_effective")
 
 
 class CountedWords(NamedTuple):
-    """What the salience of the words of one part needs."""
+    """Counts from which the salience of the words of one part is computed."""
 
     words: pa.StringArray  # those with rows, ascending
     sums: ControlSums  # of these, by their index in ``words``, without ``high``

@@ -62,7 +62,7 @@ def num_parts(n_strengths: int) -> int:
 
 
 class Described(NamedTuple):
-    """What rows of words say beside their own sums."""
+    """Facts that rows of words have beside their own sums."""
 
     layers: Sequence[int]
     q3: Sequence[float | None]  # of the thresholds that label, by layer
@@ -232,7 +232,7 @@ def _summed(words: Ints, values: Float64s, sums: WordSums) -> Float64s:
 
 
 class _Kinds(NamedTuple):
-    """What each word is, and how it is written; all [n_words]."""
+    """Class, language and spellings of each word, all [n_words]."""
 
     classes: pa.StringArray
     languages: pa.StringArray

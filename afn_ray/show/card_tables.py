@@ -117,7 +117,7 @@ def _fitting(names: Sequence[str], by_n: Sequence[int], width: int) -> list[int]
 
 
 def _notes(card: Card) -> list[str]:
-    """What the columns are, and what to compare them with."""
+    """Meaning of the columns, and the figures to compare them with."""
     lines = [
         "Tokens are without special ones, whose largest strength is 'special'. CV is the standard "
         f"deviation over the mean; a sink is over {card.sink_factor:g} medians. 'tokens' is the "

@@ -166,7 +166,7 @@ def _places_of_types(
 
 
 class _Found(NamedTuple):
-    """What begins at a place."""
+    """Word or type that begins at a place."""
 
     name: str
     size: int  # tokens

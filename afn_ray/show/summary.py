@@ -60,7 +60,7 @@ class LayerFacts:
 
     @property
     def unit(self) -> str:
-        """What ``shown_classes`` count: word or token."""
+        """Unit that ``shown_classes`` count: word or token."""
         return "word" if self.word_classes else "token"
 
 

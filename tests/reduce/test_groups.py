@@ -413,7 +413,7 @@ def test_verify_proves_labels_by_group_however_the_scan_is_cut(
 ) -> None:
     monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     monkeypatch.setattr(screen, "READ_BYTES", 1)
-    monkeypatch.setattr("afn_ray.reduce.histogram.DENSE_COUNTS", 1)
+    monkeypatch.setattr("afn_ray.reduce.counters.DENSE_COUNTS", 1)
     found = verify.verify_store(by_own)
     assert not found.findings and not found.unproved and found.num_runs == 1
 
@@ -519,7 +519,7 @@ def test_sums_of_histograms_are_those_of_a_counter_whether_their_keys_are_dense_
 def test_strengths_are_counted_by_group_near_q3_and_far_from_it(
     q3: float, dense_counts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("afn_ray.reduce.histogram.DENSE_COUNTS", dense_counts)
+    monkeypatch.setattr("afn_ray.reduce.counters.DENSE_COUNTS", dense_counts)
     draw = np.random.default_rng(0)
     values = round_strengths(np.exp2(draw.uniform(-6, 12, 3000)).astype(np.float32))
     values[:3] = 0, 2, np.finfo(np.float32).max  # below, the window's lowest for 8, above

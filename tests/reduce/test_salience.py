@@ -127,7 +127,7 @@ def as_counter(histogram: Any) -> Counter[int]:
     return +Counter(dict(zip(histogram.keys.tolist(), histogram.counts.tolist(), strict=True)))
 
 
-@pytest.mark.parametrize("limits", [{}, {"histogram.DENSE_COUNTS": 0}, {"controls.KEY_BITS": 12}])
+@pytest.mark.parametrize("limits", [{}, {"counters.DENSE_COUNTS": 0}, {"controls.KEY_BITS": 12}])
 def test_counts_are_those_of_tokens_one_by_one_for_any_parts_of_the_corpus(
     monkeypatch: pytest.MonkeyPatch, limits: dict[str, int]
 ) -> None:
