@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Annotated, TypedDict
@@ -163,19 +163,22 @@ def _judge(
 
     Earlier nights are judged again against their own, where limits learn from them.
     """
-    baseline, excused = baseline_of(run), list[str]()
-    if night.first_night and baseline.lacking is not None and not baseline.is_refused:
+    baseline = baseline_of(run)
+    begins = night.first_night and baseline.lacking is not None and not baseline.is_refused
+    if begins:
         baseline = replace(baseline, lacking=f"first night: {baseline.lacking}")
-        excused = [str(baseline.lacking)]
-    evidence = _gather(policy, run, baseline)
+    evidence = replace(_gather(policy, run, baseline), is_first=night.first_night)
     before = past.values_before(
         policy, run, evidence.layer, lambda earlier: _gather(policy, earlier, baseline_of(earlier))
     )
-    if excused:
-        excused += verdict.few_nights(policy, before)
     with checksums.named_damage(run.uri):
         rules = with_culprits(tuple(verdict.judge(policy, evidence, before)), policy, evidence)
-        notes = tuple(_notes(policy, evidence, night))
+    excused = set[str]()
+    if night.first_night:
+        few = set(verdict.few_nights(policy, before))
+        excused = {rule.key for rule in rules if _is_excused(rule, evidence, few, begins=begins)}
+    with checksums.named_damage(run.uri):
+        notes = tuple(_notes(policy, evidence, night, had_effect=begins or bool(excused)))
     state = verdict.state_of(rules, policy.unjudged, excused)
     return Audit(
         state=state,
@@ -192,6 +195,20 @@ def _judge(
     )
 
 
+def _is_excused(rule: Rule, evidence: Evidence, few: Collection[str], *, begins: bool) -> bool:
+    """Whether ``rule`` lacks what no first night has: of a series that ``begins``, or of its groups.
+
+    ``few`` are the reasons of limits that had too few nights to learn from.
+    """
+    if rule.reason is None:
+        return False
+    begins_groups = evidence.groups_lacking is not None and rule.limit.of == "group"
+    if rule.reason in few:
+        return begins or begins_groups
+    lacking = evidence.baseline.lacking if begins else None
+    return rule.reason in (lacking, evidence.groups_lacking)
+
+
 def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
     """Evidence for ``policy`` on the complete ``run``, held against ``baseline``."""
     before = baseline.run
@@ -202,8 +219,8 @@ def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
         return Evidence(run, losses.of_run(run), sources, comparison, baseline, layer)
 
 
-def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
-    """Facts that a reader of the verdict needs."""
+def _notes(policy: Policy, evidence: Evidence, night: Night, *, had_effect: bool) -> Iterator[str]:
+    """Facts that a reader of the verdict needs; ``had_effect`` is about ``night.first_night``."""
     baseline, comparison = evidence.baseline, evidence.comparison
     if (labels_of := evidence.run.info["config"].get("thresholds")) is not None:
         yield f"HIGH is decided by the thresholds of {labels_of}."
@@ -217,7 +234,7 @@ def _notes(policy: Policy, evidence: Evidence, night: Night) -> Iterator[str]:
             f"Quartiles, HIGH shares, classes and tokens are held against medians of "
             f"{count(len(baseline.median_of), 'night')}, all else against the previous one."
         )
-    if night.first_night and baseline.lacking is None:
+    if night.first_night and baseline.lacking is None and not had_effect:
         yield "--first-night had no effect: this night has a baseline."
     figures = duplicates.figures_of(evidence.run.info)
     if figures is not None and figures.repeated_ids:

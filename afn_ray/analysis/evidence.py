@@ -15,6 +15,7 @@ from afn_ray.analysis import own_parts, scalars
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.reduce import compare, duplicates, losses, near_duplicates
 from afn_ray.reduce.compare import Comparison
+from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.reduce.losses import Losses
 from afn_ray.store.manifest import RunFolder
 
@@ -44,6 +45,18 @@ class Evidence:
     comparison: Comparison | None
     baseline: Baseline
     layer: int  # that is judged
+    is_first: bool = False  # ``Night.first_night``
+
+    @property
+    def groups_lacking(self) -> str | None:
+        """Why the groups cannot be held against the baseline: it has others; None if they can."""
+        if self.comparison is None or self.comparison.groups.by is not None:
+            return None
+        if (by := grouped_by(self.run)) is None:
+            return None
+        if self.is_first:
+            return f"first night of groups by {by}: the baseline is not grouped by it"
+        return f"the baseline is not grouped by {by}; --first-night excuses the first such night"
 
 
 LimitValues = tuple[str, Found]

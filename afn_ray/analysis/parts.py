@@ -138,8 +138,8 @@ def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
     if comparison is None:
         return Found(None, reason=evidence.baseline.lacking)
     parts = Parts.of(limit.of, policy, evidence, comparison)
-    if limit.of == "group" and comparison.groups.by is None:
-        return Found(None, reason="the baseline is not grouped by the same key")
+    if limit.of == "group" and evidence.groups_lacking is not None:
+        return Found(None, reason=evidence.groups_lacking)
     if not parts.rows:
         return WITHOUT_SOURCES if limit.of == "source" else Found(None, reason="there is no group")
     least = count(parts.min_tokens, "token")

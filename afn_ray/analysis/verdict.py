@@ -145,13 +145,13 @@ def few_nights(policy: Policy, past: Mapping[str, Sequence[float]]) -> Iterator[
 def state_of(rules: Sequence[Rule], unjudged: str | None, excused: Collection[str]) -> str:
     """The state of a night with ``rules``; a limit that can only warn does not change it.
 
-    ``unjudged`` is the policy's: what a limit counts as that was not judged. Limits that were not
-    judged for one of the reasons ``excused`` do not count.
+    ``unjudged`` is the policy's: what a limit counts as that was not judged. The limits named in
+    ``excused`` do not count if they were not judged.
     """
     if any(rule.state == BROKEN for rule in rules):
         return BROKEN
     may_break = [rule for rule in rules if rule.limit.fail is not None]
-    unexcused = [rule for rule in may_break if rule.reason not in excused]
+    unexcused = [rule for rule in may_break if rule.key not in excused]
     open_rules = [rule for rule in unexcused if rule.state == NOT_JUDGED]
     if not open_rules:
         return HELD

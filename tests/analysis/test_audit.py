@@ -456,7 +456,9 @@ def test_limits_on_groups_want_a_run_with_groups_by_their_key() -> None:
     (rule,) = verdict.judge(replace(of_date, group_by="lang"), evidence())
     assert (rule.key, rule.where, rule.state) == ("group.psi", "de", "held")
     rule = one_rule("group.psi", 1, replace(COMPARED, groups=NO_GROUPS))
-    assert rule.reason == "the baseline is not grouped by the same key"
+    assert rule.reason == (
+        "the baseline is not grouped by lang; --first-night excuses the first such night"
+    )
     small = replace(of_date, group_by=None, min_tokens={"group": 4001})
     (rule,) = verdict.judge(small, evidence())
     assert rule.reason == "no group has 4,001 tokens in both runs"
@@ -810,6 +812,35 @@ def test_a_first_night_excuses_only_what_lacks_a_baseline(nights: Nights) -> Non
     (nights.folder / "policy.toml").write_text("[source]\nks = 1\nmin_tokens = 1_000_000\n")
     assert nights.begin() == 3
     assert nights.said["reason"] == "source.ks: no source has 1,000,000 tokens in both runs"
+
+
+def test_a_first_night_excuses_limits_by_group_on_the_night_that_begins_the_groups(
+    nights: Nights,
+) -> None:
+    """Those that learn too, and no limit on the whole corpus."""
+    limits = '[group]\nmin_tokens = 1\npsi = 9\nmin_tokens_ratio = 0\njunk_share = "3 mad"\n'
+    (nights.folder / "policy.toml").write_text("ks = 1\n")
+    assert nights.begin() == 0
+    first = nights.said["run"]
+    nights.config.write_text(f'{nights.config.read_text()}group_by = "source"\nscreen = 100\n')
+    (nights.folder / "policy.toml").write_text(f"ks = 1\n{limits}")
+    nights.add(1, 600, 640)
+    assert nights.audit() == 3 and nights.said["baseline"] == first
+    assert nights.said["reason"] == (
+        "group.psi, group.min_tokens_ratio: the baseline is not grouped by source; --first-night "
+        "excuses the first such night; "
+        'group.junk_share: "3 mad" needs the figure of 8 earlier nights; there are 0'
+    )
+    assert nights.begin() == 0 and nights.said["baseline"] == first
+    begins = "first night of groups by source: the baseline is not grouped by it"
+    assert nights.said["reason"].startswith(f"group.psi, group.min_tokens_ratio: {begins}; ")
+    assert not any("had no effect" in note for note in nights.said["notes"])
+    (nights.folder / "policy.toml").write_text(f'ks = "3 mad"\n{limits}')
+    assert nights.begin() == 3  # the whole corpus begins nothing
+
+    nights.add(2, 900, 905)
+    (nights.folder / "policy.toml").write_text("ks = 1\n[group]\nmin_tokens = 1\npsi = 9\n")
+    assert nights.audit() == 0 and nights.said["reason"] is None
 
 
 def killed_night(nights: Nights, module: object, step: str) -> None:

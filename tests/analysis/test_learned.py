@@ -162,8 +162,9 @@ def test_a_minimum_that_reaches_down_to_zero_is_not_judged() -> None:
 def test_a_first_night_excuses_that_there_are_too_few_nights_to_learn_from() -> None:
     policy = Policy((parse("p", "junk_share", {"warn": "p90", "fail": "3 mad"}),))
     few = rule_of(0.01, "3 mad", VALUES[:2], "junk_share")
-    excused = [*verdict.few_nights(policy, {"junk_share": VALUES[:2]})]
-    assert verdict.state_of([few], None, excused) == HELD
+    reasons = verdict.few_nights(policy, {"junk_share": VALUES[:2]})
+    assert next(reasons) == few.reason
+    assert verdict.state_of([few], None, ["junk_share"]) == HELD
     assert verdict.state_of([few], None, ()) == NOT_JUDGED
     assert [*verdict.few_nights(policy, {"junk_share": VALUES})] == []
 
