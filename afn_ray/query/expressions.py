@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from afn_ray.reduce.stats import Z_95
 from afn_ray.schema import Series
 
 
@@ -102,6 +103,21 @@ def is_high(strength: str, q3: str) -> str:
     It is NULL if ``q3`` is NULL, because a run without normal tokens has no HIGH ones.
     """
     return f"{strength} >= {q3}"
+
+
+def wilson(k: str, n: str) -> tuple[str, str]:
+    """SQL of the lower and upper end of Wilson's 95 % interval of the share ``k / n``, n > 0.
+
+    The operations are those of ``reduce.stats.wilson``, in its order, so the bits are equal.
+    """
+    k, n, z2 = f"({k})::DOUBLE", f"({n})::DOUBLE", f"{Z_95**2!r}::DOUBLE"
+    p, scale = f"({k} / {n})", f"(1 + {z2} / {n})"
+    centre = f"({p} + {z2} / (2 * {n})) / {scale}"
+    error = f"sqrt({p} * (1 - {p}) / {n} + {z2} / (4 * {n} * {n}))"
+    half = f"{Z_95!r}::DOUBLE / {scale} * {error}"
+    low = f"CASE {k} WHEN 0 THEN 0 ELSE greatest(0, {centre} - {half}) END"
+    high = f"CASE {k} WHEN {n} THEN 1 ELSE least(1, {centre} + {half}) END"
+    return low, high
 
 
 def lower_word(text: str) -> str:

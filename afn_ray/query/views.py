@@ -8,10 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from afn_ray.query.expressions import RecordedColumns, ShardFile, exact, is_high, quoted, rows_of
+from afn_ray.query.expressions import (
+    RecordedColumns,
+    ShardFile,
+    exact,
+    is_high,
+    quoted,
+    rows_of,
+    wilson,
+)
 from afn_ray.query.kwic import document_text_macro, kwic_macro
 from afn_ray.query.words import words_view
-from afn_ray.reduce.stats import Z_95
 from afn_ray.schema import (
     LANGUAGE,
     NOT_KEPT,
@@ -260,9 +267,7 @@ def classes_view(recorded: RecordedColumns) -> str:
     if not recorded.tagged:
         guessed = "SELECT DISTINCT token_id, class FROM vocabulary WHERE class <> 'special'"
         source, name = f"tokens JOIN ({guessed}) USING (token_id)", "class"
-    z2 = f"{Z_95**2!r}::DOUBLE"
-    centre = f"(n_high / n + {z2} / (2 * n))"
-    half = f"sqrt({z2} * (n_high / n * (1 - n_high / n) + {z2} / (4 * n)) / n)"
+    low, high = wilson("n_high", "n")
     of_layers = " UNION ALL ".join(
         f"""
         SELECT {k}::SMALLINT AS layer, class, sum(n)::BIGINT AS n, sum(n_high)::BIGINT AS n_high,
@@ -279,8 +284,8 @@ def classes_view(recorded: RecordedColumns) -> str:
     )
     return f"""
         SELECT layer, class, n, n_high, n_high / n AS share_high,
-            CASE n_high WHEN 0 THEN 0 ELSE greatest(0, ({centre} - {half}) / (1 + {z2} / n)) END AS share_high_low,
-            CASE n_high WHEN n THEN 1 ELSE least(1, ({centre} + {half}) / (1 + {z2} / n)) END AS share_high_high,
+            {low} AS share_high_low,
+            {high} AS share_high_high,
             mean, q1, q2, q3
         FROM ({of_layers})"""  # noqa: S608
 
@@ -290,14 +295,15 @@ def classes_view(recorded: RecordedColumns) -> str:
 
 def _salience_view(key: str, columns: str, source: str) -> str:
     """SQL of a view of salience; ``key`` names a row of ``source`` at a layer."""
+    low, high = wilson("share_high * n_effective", "n_effective")
     ranks = ", ".join(
-        f"row_number() OVER (PARTITION BY layer ORDER BY {low} DESC, n DESC, {key}) AS {rank}"
-        for rank, low in (("rank", "beyond_low"), ("rank_high", "share_high_low"))
+        f"row_number() OVER (PARTITION BY layer ORDER BY {end} DESC, n DESC, {key}) AS {rank}"
+        for rank, end in (("rank", "beyond_low"), ("rank_high", "clustered_low"))
     )
     return (
         f"SELECT layer, {ranks}, {columns}, class, n, n_docs, share_high, share_high_low, "  # noqa: S608
-        "share_high_high, expected, beyond, beyond_low, beyond_high, n_effective "
-        f"FROM {source}"
+        "share_high_high, clustered_low, clustered_high, expected, beyond, beyond_low, beyond_high, "
+        f"n_effective FROM (SELECT *, {low} AS clustered_low, {high} AS clustered_high FROM {source})"
     )
 
 
@@ -312,7 +318,9 @@ WORD_SALIENCE_VIEW = _salience_view(
 """SQL of the views ``salience`` and ``word_salience``.
 
 ``rank`` orders rows by how far they are HIGH beyond their frequency, ``rank_high`` by how often they
-are HIGH; each by the lower end of its interval, so that no rare type leads by chance.
+are HIGH; each by the lower end of its interval, so that no rare type leads by chance. Both intervals
+are clustered by document: ``clustered_low`` and ``clustered_high`` are Wilson's of ``n_effective``
+tokens, ``share_high_low`` and ``share_high_high`` those of the vocabulary, of ``n`` tokens.
 """
 
 # --- words ---

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.text import Text
 
+from afn_ray.reduce.stats import wilson
 from afn_ray.schema import CLASSES, RESERVED, upos_classes
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.store import manifest
@@ -22,7 +24,8 @@ MEANING = (
     "Rare words are HIGH more often, so a ranking by HIGH share alone follows rarity. Expected (exp.) is "
     "the HIGH share of other words as frequent, at the same positions, in documents as long; beyond is "
     "the HIGH share less that. A word whose interval of beyond is above 0 is salient for more than "
-    f"its frequency. A word is HIGH where its strongest token is; each occurs {LEAST_N} times or more."
+    "its frequency. Both rankings are by the lower end of a 95 % interval clustered by document. "
+    f"A word is HIGH where its strongest token is; each occurs {LEAST_N} times or more."
 )
 """Meaning of the difference, in words for people."""
 
@@ -40,7 +43,7 @@ class RankedWord(NamedTuple):
 
 
 class Rankings(NamedTuple):
-    """The first words by the lower ends of two intervals."""
+    """The first words by the lower ends of two intervals, both clustered by document."""
 
     salient: list[RankedWord]  # of the HIGH share
     beyond: list[RankedWord]  # of the difference from what is expected
@@ -61,7 +64,12 @@ def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
     words = words.filter(pc.match_substring_regex(words["word"], WORD_FORM))
     kept = _open_classes(set(words["class"].to_pylist()))
     rows = [row for row in words.drop_columns(["forms"]).to_pylist() if row["class"] in kept]
-    return Rankings(_first(rows, "share_high_low"), _first(rows, "beyond_low"))
+    n = np.array([row["n_effective"] for row in rows])
+    low, _ = wilson(np.array([row["share_high"] for row in rows]) * n, n)
+    return Rankings(
+        _first(zip(low.tolist(), rows, strict=True)),
+        _first((row["beyond_low"], row) for row in rows),
+    )
 
 
 def _open_classes(classes: Collection[str]) -> set[str]:
@@ -76,8 +84,9 @@ def _open_classes(classes: Collection[str]) -> set[str]:
     return tags | {"content", "word"}
 
 
-def _first(rows: Sequence[dict[str, Any]], by: str) -> list[RankedWord]:
-    ordered = sorted(rows, key=lambda row: (-row[by], -row["n"], row["word"]))
+def _first(rows: Iterable[tuple[float, dict[str, Any]]]) -> list[RankedWord]:
+    """The first words by the lower ends that are given with them, the greatest first."""
+    ordered = sorted(rows, key=lambda pair: (-pair[0], -pair[1]["n"], pair[1]["word"]))
     return [
         RankedWord(
             row["word"],
@@ -88,7 +97,7 @@ def _first(rows: Sequence[dict[str, Any]], by: str) -> list[RankedWord]:
             row["beyond_low"],
             row["beyond_high"],
         )
-        for row in ordered[:SHOWN]
+        for _, row in ordered[:SHOWN]
     ]
 
 

@@ -16,6 +16,7 @@ import afn_ray
 from afn_ray.analysis import salience_check
 from afn_ray.config import RunConfig
 from afn_ray.query.views import VIEWS
+from afn_ray.reduce.stats import wilson
 from afn_ray.store import manifest
 from conftest import config_of, edit_checksummed, edit_table, write_jsonl
 
@@ -65,9 +66,26 @@ def test_ranks_are_orders_by_the_lower_ends(made: RunConfig, view: str, key: str
     for layer in (1, 2):
         here = rows(made.store, f"FROM {view} WHERE layer = {layer}")
         assert len(here) > 50
-        for rank, low in (("rank", "beyond_low"), ("rank_high", "share_high_low")):
+        for rank, low in (("rank", "beyond_low"), ("rank_high", "clustered_low")):
             ordered = sorted(here, key=lambda r: (-r[low], -r["n"], r[key]))
             assert [r[rank] for r in ordered] == list(range(1, len(here) + 1))
+
+
+@pytest.mark.parametrize("view", ["salience", "word_salience"])
+def test_the_interval_of_a_share_is_wilsons_of_its_effective_tokens(
+    made: RunConfig, view: str
+) -> None:
+    names = (
+        "n_effective, share_high, share_high_low, share_high_high, clustered_low, clustered_high"
+    )
+    with afn_ray.open_run(made.store) as run:
+        columns = run.sql(f"SELECT {names} FROM {view}").to_arrow_table().columns
+    n, share, low, high, clustered_low, clustered_high = (c.to_numpy() for c in columns)
+    expected = wilson(share * n, n)
+    np.testing.assert_array_equal([clustered_low, clustered_high], expected)  # to the bit
+    assert (clustered_low <= low + 1e-12).all() and (high <= clustered_high + 1e-12).all()
+    assert (clustered_low[share == 0] == 0).all() and (clustered_high[share == 1] == 1).all()
+    assert (clustered_low < low - 0.01).any()
 
 
 def test_the_table_is_the_same_to_the_bit_in_any_shards(made: RunConfig, tmp_path: Path) -> None:

@@ -52,6 +52,29 @@ def test_rankings_are_those_of_the_view(run: manifest.RunFolder) -> None:
     assert len(found.beyond) == 10 and found.salient != found.beyond
 
 
+def test_a_word_in_bursts_is_ranked_below_one_spread_over_documents(
+    run: manifest.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both as often HIGH; the tokens of the first say less of it, as they share few documents."""
+    table = manifest.read_table(run, "word_vocabulary")
+    here = table.filter((pc.field("layer") == 2) & (pc.field("class") == "content")).slice(0, 2)
+    planted = {
+        "word": ["burst", "spread"],
+        "n": [200, 100],
+        "share_high": [0.75, 0.75],
+        "share_high_low": [0.686, 0.657],
+        "n_effective": [30.0, 95.0],
+    }
+    for name, values in planted.items():
+        at = here.column_names.index(name)
+        field = here.schema.field(name)
+        here = here.set_column(at, field, pa.chunked_array([values], field.type))
+    monkeypatch.setattr(manifest, "read_table", lambda *_: here)
+    found = beyond.rankings(run, 2)
+    assert found is not None
+    assert [word.text for word in found.salient] == ["spread", "burst"]
+
+
 def test_a_terminal_of_80_columns_shows_both_side_by_side(
     run: manifest.RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
