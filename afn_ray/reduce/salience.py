@@ -22,9 +22,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.reduce.arithmetic import exp, gram, log2, multiplied, quadratic, total
 from afn_ray.reduce.controls import NUM_PLACES, ControlSums, bins_of_places, frequency_bins
 from afn_ray.reduce.histogram import Histogram, starts
-from afn_ray.reduce.smooth import Fit, fit, sigmoid
+from afn_ray.reduce.smooth import Fit, fit
 from afn_ray.reduce.stats import Z_95, Float64s, Ints, wilson
 from afn_ray.schema import SALIENCE_SCHEMA
 
@@ -34,6 +35,8 @@ PRIOR_DOCS = 20
 """Weight of the correlation in the whole run against that of a type, in documents."""
 LEAST_LEFT = 0.05
 """Smallest divisor of the step that takes a type out; a type that is nearly all text has less."""
+MOST_ODDS = 350.0
+"""Largest log-odds, in absolute value, of a type and of a place; the product of two is finite."""
 SLICE_KEYS = 1 << 18
 """Number of pairs of a type and a place that are computed at a time."""
 
@@ -103,9 +106,14 @@ def beyond(share: Float64s, n_effective: Float64s, expected: Expected) -> dict[s
     of_expected = Z_95 * expected.sd
     return {
         "beyond": difference,
-        "beyond_low": difference - np.hypot(share - low, of_expected),
-        "beyond_high": difference + np.hypot(high - share, of_expected),
+        "beyond_low": difference - _root_of_squares(share - low, of_expected),
+        "beyond_high": difference + _root_of_squares(high - share, of_expected),
     }
+
+
+def _root_of_squares(a: Float64s, b: Float64s) -> Float64s:
+    """Root of a^2 + b^2; unlike ``hypot``, the same bits on any machine."""
+    return np.asarray(np.sqrt(a * a + b * b))
 
 
 def fit_cells(cells: ControlCells, at: int) -> Fit:
@@ -114,7 +122,7 @@ def fit_cells(cells: ControlCells, at: int) -> Fit:
     bins, capped = frequency_bins(n), np.minimum(n, MOST_TOKENS) * num_units
     of_bins = np.bincount(bins, capped)
     with np.errstate(invalid="ignore"):  # of bins without a unit
-        frequency = np.bincount(bins, capped * np.log2(n)) / of_bins
+        frequency = np.bincount(bins, capped * log2(n.astype(np.float64))) / of_bins
         weight = of_bins / np.bincount(bins, n * num_units)
     bin_of, place = np.divmod(cells.tokens.keys, NUM_PLACES)
     position, length = bins_of_places()
@@ -142,31 +150,33 @@ def expected_shares(
     n, observed = types["n"], types["n_high"] / types["n"]
     design = _design(model, n, tokens)
     share, spread = _shares(model, n, tokens, np.zeros(len(n)))
-    reached = np.einsum("ti,ij->tj", design, model.inverse)
-    reach = (reached * design).sum(axis=1)
+    reach = quadratic(design, model.inverse)
     weight = np.minimum(n, MOST_TOKENS)
     left = np.maximum(1 - weight * spread * reach, LEAST_LEFT)  # 1 less the leverage of the type
     without, spread = _shares(model, n, tokens, -weight * (observed - share) * reach / left)
-    score = weight**2 * observed * (1 - observed) / n_effective  # variance of a type's pull
-    scores = np.einsum("ti,tj->ij", design * score[:, None], design)
-    of_all = (np.einsum("ti,ij->tj", reached, scores) * reached).sum(axis=1)
-    of_others = np.maximum(of_all - score * reach**2, 0) / left**2
+    score = weight * weight * observed * (1 - observed) / n_effective  # variance of a type's pull
+    scores = multiplied(multiplied(model.inverse, gram(design, score)), model.inverse)
+    of_all = quadratic(design, scores)
+    of_others = np.maximum(of_all - score * reach * reach, 0) / (left * left)
     return Expected(without, spread * np.sqrt(of_others))
 
 
 def _design(model: Fit, n: Ints, tokens: Histogram) -> Float64s:
-    """Row of each type in the model, the mean over its tokens: [n_types, n_coefficients]."""
+    """Column of each type in the model, the mean over its tokens: [n_coefficients, n_types]."""
     places = [
         model.curves[at].basis(bins.astype(np.float64))
         for at, bins in enumerate(bins_of_places(), 1)
     ]
-    columns = np.concatenate(places, axis=1).T
-    found = [np.ones((len(n), 1)), model.curves[0].basis(np.log2(n))]
-    means = np.empty((len(n), len(columns)))
-    for some, keys, first in _slices(tokens):
-        of_keys = columns[:, keys.keys % NUM_PLACES] * keys.counts
-        means[some] = np.add.reduceat(of_keys, first, axis=1).T
-    return np.concatenate([*found, means / n[:, None]], axis=1)
+    rows = np.concatenate(places)
+    of_frequency = model.curves[0].basis(log2(n.astype(np.float64)))
+    found = np.concatenate([np.ones((1, len(n))), of_frequency, np.empty((len(rows), len(n)))])
+    means = found[-len(rows) :]
+    for some, keys, types in _slices(tokens):
+        place = keys.keys % NUM_PLACES
+        for mean, row in zip(means, rows, strict=True):
+            mean[some] = np.bincount(types, row[place] * keys.counts)
+    means /= n
+    return found
 
 
 def _shares(model: Fit, n: Ints, tokens: Histogram, moved: Float64s) -> tuple[Float64s, Float64s]:
@@ -176,25 +186,27 @@ def _shares(model: Fit, n: Ints, tokens: Histogram, moved: Float64s) -> tuple[Fl
     """
     position, length = (bins.astype(np.float64) for bins in bins_of_places())
     of_place = model.curve(1, position) + model.curve(2, length)
-    of_type = model.constant + model.curve(0, np.log2(n)) + moved
+    of_type = model.constant + model.curve(0, log2(n.astype(np.float64))) + moved
+    against = [exp(np.clip(-log_odds, -MOST_ODDS, MOST_ODDS)) for log_odds in (of_type, of_place)]
     share, spread = np.empty(len(n)), np.empty(len(n))
-    for some, keys, first in _slices(tokens):
-        size = np.diff(first, append=len(keys.keys))
-        p = sigmoid(np.repeat(of_type[some], size) + of_place[keys.keys % NUM_PLACES])
-        share[some] = np.add.reduceat(keys.counts * p, first)
-        spread[some] = np.add.reduceat(keys.counts * p * (1 - p), first)
+    for some, keys, types in _slices(tokens):
+        p = 1 / (1 + against[0][some][types] * against[1][keys.keys % NUM_PLACES])
+        of_keys = keys.counts * p
+        share[some] = np.bincount(types, of_keys)
+        spread[some] = np.bincount(types, of_keys * (1 - p))
     return share / n, spread / n
 
 
 def _slices(tokens: Histogram) -> Iterator[tuple[slice, Histogram, Ints]]:
-    """Types of ``tokens``, their keys, and the first key of each type among these; some at a time."""
+    """Types of ``tokens``, some at a time, with their keys, and the place in it of each key's type."""
     first = starts(tokens.keys // NUM_PLACES)
     begin = 0
     while begin < len(first):
         end = int(np.searchsorted(first, first[begin] + SLICE_KEYS))
         last = int(first[end]) if end < len(first) else len(tokens.keys)
-        keys = tokens.slice(int(first[begin]), last)
-        yield slice(begin, end), keys, first[begin:end] - first[begin]
+        size = np.diff(first[begin:end], append=last)
+        types = np.repeat(np.arange(end - begin), size)
+        yield slice(begin, end), tokens.slice(int(first[begin]), last), types
         begin = end
 
 
@@ -211,8 +223,8 @@ def effective_tokens(types: Mapping[str, Ints], counted: ControlSums, at: int) -
     of_one = p * (1 - p)  # variance of a token
     # Sum over documents of the square of (HIGH tokens - p tokens), less that of independent tokens.
     excess = high - 2 * p * mixed + p * p * pairs
-    of_pairs = float((of_one * pairs).sum())
-    correlation = min(1.0, max(0.0, float(excess.sum()) / of_pairs)) if of_pairs else 0.0
+    of_pairs = float(total(of_one * pairs))
+    correlation = min(1.0, max(0.0, float(total(excess)) / of_pairs)) if of_pairs else 0.0
     usual = of_one / n * (1 + correlation * pairs / n)
     own = (excess + n * of_one) / n**2.0 * n_docs / np.maximum(n_docs - 1, 1)
     known = n**2.0 / (n + pairs) - 1  # 0 in one document, n - 1 in n

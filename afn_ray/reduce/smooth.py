@@ -4,8 +4,8 @@ In five lines: the log-odds of HIGH are a constant plus one curve for each contr
 type's frequency, the position and the document's length. A curve is a cubic spline of ``SEGMENTS``
 pieces of equal width from the least to the greatest value. All coefficients but the constant have a
 ridge of ``RIDGE``, which is as strong as that many tokens. The model is fitted to counts of tokens
-in cells by Newton's method until nothing changes. Its sums are over cells in their order, in one
-thread, so equal counts give equal bits.
+in cells by Newton's method until nothing changes. Equal counts give equal bits on any machine:
+the operations are those of ``arithmetic``, and their order is that of the cells.
 """
 
 from __future__ import annotations
@@ -14,6 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from afn_ray.reduce.arithmetic import (
+    cholesky,
+    combined,
+    exp,
+    gram,
+    inverse,
+    softplus,
+    solved,
+    total,
+)
 from afn_ray.reduce.stats import Float64s
 
 SEGMENTS = 4
@@ -24,8 +34,8 @@ RIDGE_OF_CONSTANT = 1e-9
 """The same of the constant: it keeps the constant finite where no token, or every one, is HIGH."""
 MOST_STEPS = 200
 """Largest number of Newton steps; a fit takes about ten."""
-CONVERGED = 1e-10
-"""Change of a coefficient below which the fit is done, in log-odds."""
+CONVERGED = 1e-7
+"""Size of a Newton step, in log-odds, that is the last; about its square is left of the error."""
 SHORTEST = 2.0**-30
 """Share of a Newton step below which no shorter one is tried."""
 
@@ -37,11 +47,11 @@ class Curve(NamedTuple):
     greatest: float
 
     def basis(self, x: Float64s) -> Float64s:
-        """Values of the uniform cubic B-splines at ``x`` [n], as [n, SEGMENTS + 3].
+        """Values of the uniform cubic B-splines at ``x`` [n], as [SEGMENTS + 3, n].
 
         Values beyond the range are those at its ends; all are 0 if the range is a point.
         """
-        found = np.zeros((len(x), SEGMENTS + 3))
+        found = np.zeros((SEGMENTS + 3, len(x)))
         if self.greatest <= self.least:
             return found
         at = np.clip((x - self.least) / (self.greatest - self.least), 0, 1) * SEGMENTS
@@ -55,7 +65,7 @@ class Curve(NamedTuple):
             t * t * t,
         )
         for offset, part in enumerate(parts):
-            found[np.arange(len(x)), piece + offset] = part / 6
+            found[piece + offset, np.arange(len(x))] = part / 6
         return found
 
 
@@ -69,15 +79,14 @@ class Fit(NamedTuple):
 
     def curve(self, at: int, x: Float64s) -> Float64s:
         """Log-odds that control number ``at`` adds at ``x`` [n]."""
-        products = self.curves[at].basis(x) * self.coefficients[at]
-        return np.asarray(products.sum(axis=1))
+        return combined(self.curves[at].basis(x), self.coefficients[at])
 
     def log_odds(self, controls: Float64s) -> Float64s:
         """Log-odds of HIGH at ``controls`` [n, n_controls]."""
-        total = np.full(len(controls), self.constant)
+        found = np.full(len(controls), self.constant)
         for at in range(len(self.curves)):
-            total += self.curve(at, controls[:, at])
-        return total
+            found += self.curve(at, controls[:, at])
+        return found
 
 
 def fit(controls: Float64s, n: Float64s, n_high: Float64s) -> Fit:
@@ -88,46 +97,46 @@ def fit(controls: Float64s, n: Float64s, n_high: Float64s) -> Fit:
     """
     curves = tuple(Curve(float(x.min()), float(x.max())) for x in controls.T)
     bases = [curve.basis(x) for curve, x in zip(curves, controls.T, strict=True)]
-    design = np.concatenate([np.ones((len(n), 1)), *bases], axis=1)
-    ridge = np.full(design.shape[1], RIDGE)
+    design = np.concatenate([np.ones((1, len(n))), *bases])
+    ridge = np.full(len(design), RIDGE)
     ridge[0] = RIDGE_OF_CONSTANT
 
     def loss(beta: Float64s) -> float:
-        eta = np.einsum("ci,i->c", design, beta)
-        return float((n * np.logaddexp(0, eta) - n_high * eta).sum() + (ridge * beta**2).sum() / 2)
+        of_cells = deviance(combined(design, beta), n, n_high)
+        return float(total(of_cells) + total(ridge * beta * beta)) / 2
+
+    def derivatives(beta: Float64s) -> tuple[Float64s, Float64s]:
+        """The gradient of the loss, and the root, by Cholesky, of its second derivatives."""
+        eta = combined(design, beta)
+        share, others = sigmoid(eta), sigmoid(-eta)  # 1 - share would lose what is small
+        residuals = (n - n_high) * share - n_high * others
+        curvature = gram(design, n * share * others) + np.diag(ridge)
+        return total(design * residuals) + ridge * beta, cholesky(curvature)
 
     beta = np.zeros(len(ridge))
     for _ in range(MOST_STEPS):
-        share = sigmoid(np.einsum("ci,i->c", design, beta))
-        gradient = np.einsum("ci,c->i", design, n * share - n_high) + ridge * beta
-        step = np.linalg.solve(_curvature(design, n, share) + np.diag(ridge), gradient)
+        gradient, root = derivatives(beta)
+        step = solved(root, gradient)
+        if np.abs(step).max() < CONVERGED:
+            beta = beta - step
+            break
         scale, before = 1.0, loss(beta)
         while loss(beta - scale * step) > before and scale > SHORTEST:
             scale /= 2
         beta = beta - scale * step
-        if np.abs(step).max() < CONVERGED:
-            break
     coefficients = np.split(beta[1:], len(curves))
-    share = sigmoid(np.einsum("ci,i->c", design, beta))
-    inverse = np.asarray(np.linalg.inv(_curvature(design, n, share) + np.diag(ridge)), np.float64)
-    return Fit(float(beta[0]), curves, tuple(coefficients), inverse)
-
-
-def _curvature(design: Float64s, n: Float64s, share: Float64s) -> Float64s:
-    """Second derivatives of the loss without the ridge.
-
-    einsum sums in one thread and in order, unlike a product of matrices.
-    """
-    weighted = design * (n * share * (1 - share))[:, None]
-    return np.asarray(np.einsum("ci,cj->ij", weighted, design))
+    _, root = derivatives(beta)
+    return Fit(float(beta[0]), curves, tuple(coefficients), inverse(root))
 
 
 def sigmoid(log_odds: Float64s) -> Float64s:
     """Probability of ``log_odds``, without overflow."""
-    small = np.exp(-np.abs(log_odds))
+    small = exp(-np.abs(log_odds))
     return np.asarray(np.where(log_odds >= 0, 1, small) / (1 + small))
 
 
 def deviance(log_odds: Float64s, n: Float64s, n_high: Float64s) -> Float64s:
     """Deviance of each cell, whose tokens have ``log_odds`` to be HIGH; in units of 2 nats."""
-    return np.asarray(2 * (n * np.logaddexp(0, log_odds) - n_high * log_odds))
+    of_high, of_low = np.maximum(-log_odds, 0), np.maximum(log_odds, 0)
+    of_both = softplus(-np.abs(log_odds))  # apart, so that what is small is not lost
+    return np.asarray(2 * (n * of_both + n_high * of_high + (n - n_high) * of_low))

@@ -15,6 +15,7 @@ from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import SplineTransformer
 
+from afn_ray.reduce import smooth
 from afn_ray.reduce.controls import (
     NUM_PLACES,
     ControlCounter,
@@ -224,6 +225,25 @@ def test_a_fit_of_the_same_cells_is_that_of_scikit_learn() -> None:
     share = sigmoid(found)
     by_hand = -2 * (n_high * np.log(share) + (n - n_high) * np.log(1 - share))
     np.testing.assert_allclose(deviance(found, n, n_high), by_hand)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("most", [50, 100_000])
+def test_a_fit_ends_within_50_steps_where_its_gradient_is_0(
+    monkeypatch: pytest.MonkeyPatch, share: float, most: int
+) -> None:
+    """Also where nothing or all is HIGH, and where sums over many tokens are rounded."""
+    rng = np.random.default_rng(10)
+    x = np.stack([rng.uniform(0, 9, 300), rng.integers(0, 5, 300)], axis=1)
+    n = rng.integers(1, most, 300).astype(float)
+    n_high = n * share
+    if 0 < share < 1:
+        n_high = rng.binomial(n.astype(int), sigmoid(x[:, 0] - 6)).astype(float)
+    found = fit(x, n, n_high)
+    monkeypatch.setattr(smooth, "MOST_STEPS", 50)
+    np.testing.assert_array_equal(fit(x, n, n_high).log_odds(x), found.log_odds(x))
+    residuals = n * sigmoid(found.log_odds(x)) - n_high
+    assert abs(residuals.sum()) < 1e-6
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
