@@ -60,7 +60,8 @@ def words_of(
     spans = [span for span in _spans(encoded) if span[1] > 1]
     texts = []
     for first, size in spans:
-        begin, end = int(encoded.start[first]), int(encoded.end[first + size - 1])
+        begin, last = int(encoded.start[first]), int(encoded.end[first + size - 1])
+        end = max(last, int(encoded.word_end[first]))  # marks that no token covers are the word's
         texts.append(text[begin:end].strip())
     words = [normalised(written[:WORD_CHARS]) for written in texts]
     usual = _usual(table, words)

@@ -194,6 +194,20 @@ def test_words_of_several_tokens_stand_beside_the_same_words_of_the_run(corpus: 
     assert render_html(explanation).count("Words of several tokens at layer") == 2
 
 
+def test_a_word_has_the_combining_mark_that_no_token_covers(
+    tmp_path: Path, tiny_bert: Path
+) -> None:
+    """The tokenizer drops accents, and its offsets end before the last one."""
+    word = "Qwxzje\u0301"
+    texts = [f"{word} said" for _ in range(6)] + ["qwxzje said"] * 7
+    corpus = measure(tmp_path, texts, model=str(tiny_bert), layers="2")
+    explanation = explain(corpus.folder.uri, f"the {word} said")
+    (found,) = explanation.words
+    assert found.text == word
+    assert explanation.tokens[found.first + found.n_tokens - 1].end == len("the Qwxzje")
+    assert found.readings[0].usual is not None and found.readings[0].usual.n == 6
+
+
 def test_a_strength_that_equals_a_threshold_lies_above_it(corpus: Corpus) -> None:
     values = corpus.strengths(4)
     quantiles = np.quantile(values, [0.25, 0.5, 0.75], method="inverted_cdf").astype(np.float32)
