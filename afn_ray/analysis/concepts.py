@@ -13,6 +13,7 @@ from rich.text import Text
 
 from afn_ray.errors import ConfigError
 from afn_ray.query.database import Run
+from afn_ray.query.expressions import lower_word
 from afn_ray.text import printable
 
 LEAST_N = 20
@@ -138,7 +139,7 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
         n = "n_high" if "neurons_above" in run.info["measure"] else "n"
         word_tokens = (
             f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
-            f"WHERE layer = {layer} AND class <> 'special' AND lower(text) = lower($word))"
+            f"WHERE layer = {layer} AND class <> 'special' AND {lower_word('text')} = {lower_word('$word')})"
         )
     query = _neurons_of_word_sql(layer, most, word_tokens)
     concepts = []

@@ -120,13 +120,25 @@ def wilson(k: str, n: str) -> tuple[str, str]:
     return low, high
 
 
-def lower_word(text: str) -> str:
-    """SQL of ``text`` in lower case and NFC, as words are compared.
+IGNORABLE = (
+    r"\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}''.\x{2018}\x{2019}\x{2024}:\x{b7}\x{387}\x{55f}\x{5f4}\x{2027}"
+)
+"""Characters, for a class of RE2 in an SQL string, between a final sigma and the end of its word."""
+CASED = r"\p{Lu}\p{Ll}\p{Lt}"
+"""Letters with case, for a class of RE2."""
 
-    The capital i with a dot of Turkish becomes a plain i, and so does an i with a combining dot.
+
+def lower_word(text: str) -> str:
+    """SQL of ``text`` in lower case and NFC, as words are compared: ``word_sums.normalised``.
+
+    The capital i with a dot of Turkish becomes a plain i, and so does an i with a combining dot. A
+    capital sigma at the end of a Greek word becomes a final one, as Unicode has it.
     """
     dotted = "'i' || chr(775)"
-    lowered = f"lower(replace({text}, chr(304), {dotted}))"  # two dots: one stays
+    ends = f"'([{CASED}][{IGNORABLE}]*)\u03a3([{IGNORABLE}]*(?:[^{CASED}{IGNORABLE}]|$))'"
+    final = f"regexp_replace({text}, {ends}, '\\1\u03c2\\2', 'g')"
+    given = f"CASE WHEN contains({text}, '\u03a3') THEN {final} ELSE {text} END"
+    lowered = f"lower(replace({given}, chr(304), {dotted}))"  # two dots: one stays
     return f"nfc_normalize(replace({lowered}, {dotted}, 'i'))"
 
 

@@ -10,6 +10,7 @@ from afn_ray.query.expressions import (
     RecordedColumns,
     ShardFile,
     is_high,
+    lower_word,
     quoted,
     rows_of,
 )
@@ -97,8 +98,23 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
 
 WORDS = "greatest(n, 0)::BIGINT"
 """SQL of the number of words on each side."""
-MOST_TOKENS = "4 * length(word)"
-"""SQL of the most tokens of the word: a byte tokenizer may need four for one character."""
+MOST_TOKENS = "greatest(4 * length(word), 3 * strlen(word))"
+"""SQL of the most tokens of the word in any spelling.
+
+A byte tokenizer may need four for one character, and decomposed letters have up to three times the
+bytes of composed ones.
+"""
+ASKED = lower_word("word")
+"""SQL of the asked word as words are compared."""
+BESIDE = "replace(strip_accents({}), '\u03c2', '\u03c3')"
+MAY_BEGIN = f"""(starts_with(asked, folded) OR starts_with(asked, left(folded, -1)) AND (
+                {BESIDE.format("right(folded, 1)")} = {BESIDE.format("substr(asked, length(folded), 1)")}
+                OR regexp_matches(text, '[\\x{{1100}}-\\x{{11ff}}]$')))"""
+"""SQL of whether the word ``asked`` may begin with a type: its ``text``, and that as it is compared.
+
+The next token may compose with the last character, or make a final sigma of it another one. So
+marks of that character do not count, nor a Hangul syllable whose last letter is still to come.
+"""
 PLACE = "number - max(number) FILTER (row = head) OVER (PARTITION BY file, head, doc) AS place"
 """SQL of the number of a word relative to the head's word, which has 0."""
 
@@ -239,20 +255,24 @@ def _occurrences(rows: str, name: str, wanted: str, also: str) -> str:
     """SQL of the steps from the vocabulary to ``<name>_found``: file and row of the word's heads.
 
     A head is a token that starts the word. Its surface is the word; or it has no surface, and its
-    text with the texts of the tokens that continue it is the word. If ``wanted`` is false, nothing
-    is scanned, because a join with no rows ends at once. ``also`` ends the conditions on a head.
+    text with the texts of the tokens that continue it is the word. Both are compared as
+    ``lower_word`` spells them. If ``wanted`` is false, nothing is scanned, because a join with no
+    rows ends at once. ``also`` ends the conditions on a head.
     """
     pieces = (
-        "SELECT file, row AS head, row + unnest(range(0, 4 * length(word) + 1)) AS near "  # noqa: S608
+        f"SELECT file, row AS head, row + unnest(range(0, {MOST_TOKENS} + 1)) AS near "  # noqa: S608
         f"FROM {name}_longer WHERE NOT is_whole"
     )
     return f"""
         {name}_types AS MATERIALIZED (
-            SELECT token_id, lower(text) = lower(word) AS is_whole FROM internal.types
-            WHERE text <> '' AND starts_with(lower(word), lower(text)) AND {wanted}
+            SELECT token_id, folded = asked AS is_whole FROM (
+                SELECT token_id, text, {lower_word("text")} AS folded, {ASKED} AS asked
+                FROM internal.types WHERE text <> '' AND {wanted}
+            ) WHERE {MAY_BEGIN}
         ),
         {name}_written AS MATERIALIZED (
-            SELECT file, row FROM {rows}, (SELECT 1 WHERE {wanted}) WHERE lower(surface) = lower(word){also}
+            SELECT file, row FROM {rows}, (SELECT 1 WHERE {wanted})
+            WHERE {lower_word("surface")} = {ASKED}{also}
         ),
         {name}_heads AS MATERIALIZED (
             SELECT file, row, is_whole FROM {rows} JOIN {name}_types USING (token_id)
@@ -267,11 +287,12 @@ def _occurrences(rows: str, name: str, wanted: str, also: str) -> str:
             FROM {name}_written
             UNION ALL SELECT file, row FROM {name}_heads h ANTI JOIN {name}_longer USING (file, row) WHERE h.is_whole
             UNION ALL SELECT file, head AS row FROM (
-                SELECT h.file, head, t.row, s.text,
-                    min(t.row) FILTER (t.row > head AND flags & {CONTINUES} <> 0) OVER (PARTITION BY h.file, head)
-                        AS stop
-                FROM {rows} t JOIN {_few(pieces)} h ON t.file = h.file AND t.row = h.near
-                JOIN internal.types s USING (token_id)
-            ) WHERE row < stop OR stop IS NULL
-            GROUP BY ALL HAVING lower(string_agg(text, '' ORDER BY row)) = lower(word)
+                SELECT file, head, string_agg(text, '' ORDER BY row) AS spelled FROM (
+                    SELECT h.file, head, t.row, s.text,
+                        min(t.row) FILTER (t.row > head AND flags & {CONTINUES} <> 0) OVER (PARTITION BY h.file, head)
+                            AS stop
+                    FROM {rows} t JOIN {_few(pieces)} h ON t.file = h.file AND t.row = h.near
+                    JOIN internal.types s USING (token_id)
+                ) WHERE row < stop OR stop IS NULL GROUP BY ALL
+            ) WHERE {lower_word("spelled")} = {ASKED}
         )"""  # noqa: S608

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.query.database import Run
-from afn_ray.query.expressions import is_high
+from afn_ray.query.expressions import is_high, lower_word
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.language_uses import Uses
 from afn_ray.reduce.stats import wilson
@@ -48,9 +48,9 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     ).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
-        SELECT lower(text) AS word, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
+        SELECT {lower_word("text")} AS word, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
                quantile_disc({strength}, 0.5) AS median
-        FROM words WHERE regexp_matches(text, $form) GROUP BY lower(text) HAVING n >= $least
+        FROM words WHERE regexp_matches(text, $form) GROUP BY ALL HAVING n >= $least
     """  # noqa: S608 - the layer is a number
     rows = run.sql(query, {"q3": q3, "least": SALIENT_MIN_N, "form": WORD_FORM}).fetchall()
     words_of = _words_of(run)
@@ -72,10 +72,10 @@ def _words_of(run: Run) -> Callable[[str], lexicon.Words | None]:
         words = lexicon.find(language)
         return lambda word: words
     query = f"""
-        SELECT lower(text) AS word, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
+        SELECT {lower_word("text")} AS word, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
         WHERE regexp_matches(text, $form) AND {LANGUAGE} IS NOT NULL
-        GROUP BY lower(text), {LANGUAGE}
-        QUALIFY sum(count(*)) OVER (PARTITION BY lower(text)) >= $least
+        GROUP BY ALL
+        QUALIFY sum(count(*)) OVER (PARTITION BY word) >= $least
     """  # noqa: S608 - a name of ours
     counts: dict[str, dict[str, int]] = {}
     for word, spoken, n in run.sql(query, {"least": SALIENT_MIN_N, "form": WORD_FORM}).fetchall():
