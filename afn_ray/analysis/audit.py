@@ -387,7 +387,7 @@ def lines(found: Audit) -> Iterator[str]:
     named: set[verdict.Culprit] = set()
     for rule in in_order(found.rules):
         state = {HELD: "holds", WARNED: "WARNS", BROKEN: "BROKEN"}.get(rule.state, rule.state)
-        where = f" ({rule.where})" if rule.where is not None else ""
+        where = f" ({text})" if (text := verdict.where_text(rule)) else ""
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
         comma = "" if rule.usual is None else ","
         yield f"{state:<11}{rule.key:<24}{value:>12}{comma} {limit}{where}"

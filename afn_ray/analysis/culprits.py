@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import kept
-from afn_ray.analysis import own_parts
-from afn_ray.analysis.evidence import Evidence, distance
-from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
-from afn_ray.analysis.parts import Parts
+from afn_ray.analysis import own_parts, parts
+from afn_ray.analysis.evidence import Evidence, sources_at
+from afn_ray.analysis.limits import DISTANCE_LIMITS, PART_LIMITS, Limit
+from afn_ray.analysis.parts import PartFigure
 from afn_ray.analysis.policy import Policy
 from afn_ray.analysis.verdict import BROKEN, WARNED, Culprit, Rule
 from afn_ray.errors import QueryError, StoreError
@@ -43,7 +43,6 @@ MOST_NAME_CHARS, MOST_TEXT_CHARS = 300, 200
 """Longest name and longest text of a culprit, in characters."""
 CONTEXT_TOKENS = 8
 """Number of tokens on each side of an example of a type."""
-RATIOS = ("min_tokens_ratio", "max_tokens_ratio")
 STATUS = {"max_moved_types": "both", "max_new_types": "new", "max_vanished_types": "vanished"}
 """Status of the types that a limit counts, in ``MOVERS_SCHEMA``."""
 OF_DOCUMENTS = {
@@ -54,7 +53,6 @@ OF_DOCUMENTS = {
     "lost_documents": "lost_documents IS NULL OR lost_documents > 0",
     "replaced_characters": "n_replaced > 0",
     "replaced_share": "n_replaced > 0",
-    "near_duplicate_share": "near_duplicate_of IS NOT NULL",
 }  # fmt: skip
 """SQL of the documents that a limit on the run alone counts."""
 
@@ -108,14 +106,35 @@ class _Night(NamedTuple):
 
 def with_culprits(rules: Sequence[Rule], policy: Policy, evidence: Evidence) -> tuple[Rule, ...]:
     """``rules``; those that are broken or warn name what is to blame."""
+    namers = _namers(rules)
+    found = []
     with closing(_Asked(evidence.run)) as here, closing(_Asked(evidence.baseline.run)) as before:
         night = _Night(policy, evidence, here, before)
-        return tuple(
-            replace(rule, culprits=tuple(_first(_of(rule, night))))
-            if rule.state in (BROKEN, WARNED)
-            else rule
-            for rule in rules
-        )
+        for rule in rules:
+            if rule.state in (BROKEN, WARNED):
+                kinds = [kind for kind in PART_LIMITS if namers[kind, rule.limit.key] == rule.key]
+                culprits = tuple(_first(_of(rule, kinds, night)))
+                rule = replace(_with_numbers(rule, night), culprits=culprits)
+            found.append(rule)
+    return tuple(found)
+
+
+def _namers(rules: Sequence[Rule]) -> dict[tuple[str, str], str]:
+    """The limit that names the parts of a kind by the figure of a key, so that one limit does.
+
+    It is the limit on that kind if it is broken or warns, otherwise the first broken one, or else
+    the first that warns.
+    """
+    namers: dict[tuple[str, str], str] = {}
+    for state in (BROKEN, WARNED):
+        for rule in rules:
+            if rule.state == state:
+                for kind in PART_LIMITS:
+                    namers.setdefault((kind, rule.limit.key), rule.key)
+    for rule in rules:
+        if rule.limit.of and rule.state in (BROKEN, WARNED):
+            namers[rule.limit.of, rule.limit.key] = rule.key
+    return namers
 
 
 def _first(found: Iterable[Culprit]) -> Iterator[Culprit]:
@@ -128,10 +147,10 @@ def _first(found: Iterable[Culprit]) -> Iterator[Culprit]:
             yield Culprit(one.kind, shown(one.name), shown(one.reason), text)
 
 
-def _of(rule: Rule, night: _Night) -> Iterator[Culprit]:
-    """Culprits for the state of ``rule``, the worst of each kind first."""
-    for kind in ("source", "group"):
-        yield from _parts(rule.limit, kind, night)
+def _of(rule: Rule, kinds: Sequence[str], night: _Night) -> Iterator[Culprit]:
+    """Culprits for the state of ``rule``, the worst of each kind first; parts are of ``kinds``."""
+    for kind in kinds:
+        yield from _parts(rule, kind, night)
     yield from _places(rule.limit, night.evidence)
     if night.evidence.comparison is not None:
         yield from _classes(rule.limit, night.evidence, night.evidence.comparison)
@@ -142,54 +161,47 @@ def _of(rule: Rule, night: _Night) -> Iterator[Culprit]:
 # --- sources, groups, files, shards
 
 
-def _parts(limit: Limit, kind: str, night: _Night) -> Iterator[Culprit]:
-    """The parts of the ``kind`` by the figure of ``limit``; those of new or vanished sources."""
-    key, run, comparison = limit.key, night.evidence.run, night.evidence.comparison
-    if key in own_parts.FIGURES:
-        if f"{kind}s" in run.info["tables"] and own_parts.lacking(run, key) is None:
-            least = 0 if limit.is_whole else night.policy.least_tokens(kind)
-            for part in _own(run, kind, key):
-                if part.value and part.n >= least:
-                    figure = _figure(limit, part.value)
-                    yield Culprit(kind, part.name, f"{figure}, {count(part.n, 'token')}")
+def _parts(rule: Rule, kind: str, night: _Night) -> Iterator[Culprit]:
+    """The parts of the ``kind`` by the figure of ``rule``; those of new or vanished sources.
+
+    Of a limit on parts only those that are beyond it.
+    """
+    limit, evidence = rule.limit, night.evidence
+    if limit.key in ("max_new_sources", "max_vanished_sources"):
+        if kind == "source" and evidence.comparison is not None:
+            yield from _unmatched_sources(limit, evidence, evidence.comparison)
         return
-    if comparison is None:
-        return
-    parts = Parts.of(kind, night.policy, night.evidence, comparison)
-    if key in ("max_new_sources", "max_vanished_sources"):
-        if kind == "source":
-            gone, there = ("n_a", "n_b") if key == "max_new_sources" else ("n_b", "n_a")
-            rows = sorted(parts.rows, key=lambda row: -row[there])
-            for row in rows:
-                if not row[gone]:
-                    yield Culprit(kind, row["name"], count(row[there], "token"))
-    elif key in RATIOS:
-        rows = parts.shrinkable() if limit.is_minimum else parts.in_both()
-        ratios = [(row["n_b"] / row["n_a"], row) for row in rows]
-        for ratio, row in sorted(ratios, key=lambda of: of[0] if limit.is_minimum else -of[0]):
-            yield Culprit(kind, row["name"], f"{_figure(limit, ratio)}, {_tokens(row)}")
-    elif key in DISTANCE_LIMITS:
-        distances = [(distance(row, key), row) for row in parts.in_both()]
-        for value, row in sorted(distances, key=lambda of: -of[0]):
-            if value:
-                yield Culprit(kind, row["name"], f"{_figure(limit, value)}, {_tokens(row)}")
+    for part in _figures(rule, kind, night):
+        if rule.is_beyond(part.value) if limit.of else part.value:
+            figure = f"{part.value:,.0f}" if limit.is_whole else f"{part.value:.4g}"
+            yield Culprit(kind, part.name, f"{limit.key} {figure}, {part.tokens}")
 
 
-def _own(run: RunFolder, kind: str, key: str) -> list[own_parts.OwnPart]:
-    """The parts by their own figure, the largest first; none if documents cannot be read."""
+def _figures(rule: Rule, kind: str, night: _Night) -> list[PartFigure]:
+    """The parts by the figure of ``rule``, the worst first; none if they cannot be read."""
     try:
-        return sorted(own_parts.FIGURES[key](run, kind), key=own_parts.worst_first)
+        return parts.figures_of(rule.limit, kind, night.policy, night.evidence)
     except (QueryError, StoreError):
         return []
 
 
-def _figure(limit: Limit, value: float) -> str:
-    number = f"{value:,.0f}" if limit.is_whole else f"{value:.4g}"
-    return f"{limit.key} {number}"
+def _unmatched_sources(
+    limit: Limit, evidence: Evidence, comparison: Comparison
+) -> Iterator[Culprit]:
+    """The sources that are new or vanished, the largest first."""
+    gone, there = ("n_a", "n_b") if limit.key == "max_new_sources" else ("n_b", "n_a")
+    for row in sorted(sources_at(comparison, evidence.layer), key=lambda row: -row[there]):
+        if not row[gone]:
+            yield Culprit("source", row["source"], count(row[there], "token"))
 
 
-def _tokens(row: Mapping[str, Any]) -> str:
-    return f"{row['n_a']:,} tokens before, {row['n_b']:,} now"
+def _with_numbers(rule: Rule, night: _Night) -> Rule:
+    """``rule`` with the numbers of parts beyond it and within it, if it is on parts."""
+    if not rule.limit.of:
+        return rule
+    values = [part.value for part in _figures(rule, rule.limit.of, night)]
+    beyond = sum(map(rule.is_beyond, values))
+    return replace(rule, num_beyond=beyond, num_within=len(values) - beyond)
 
 
 OF_FILES = {
@@ -308,23 +320,28 @@ def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
         for row in _first_rows(table.filter(pc.greater(table["n_copies"], 1))):
             reason = f"{row['n_copies']:,} documents have this text"
             yield Culprit("document", _name(row), reason, row["text"])
+    if key == "near_duplicate_share":
+        query = "FROM documents WHERE near_duplicate_of IS NOT NULL ORDER BY doc"
+        near = _such_documents(rule, night, "doc, source, near_duplicate_of", query)
+        yield from _by_original(night, near, "near_duplicate_of", ("a near-copy", "near-copies"))
     if (condition := OF_DOCUMENTS.get(key)) is not None:
         query = f"FROM documents WHERE {condition} ORDER BY lost_bytes DESC, n_replaced DESC, doc"
-        columns = "doc, source, status, lost_bytes, lost_documents, n_replaced, near_duplicate_of"
+        columns = "doc, source, status, lost_bytes, lost_documents, n_replaced"
         for row in _first_rows(_such_documents(rule, night, columns, query)):
-            yield Culprit("document", _name(row), _damage(row, key))
+            yield Culprit("document", _name(row), _damage(row))
 
 
 def _such_documents(rule: Rule, night: _Night, columns: str, query: str) -> pa.Table | None:
     """The first ``columns`` of ``query``, both SQL, that are of the part that ``rule`` names.
 
-    A part's rows are looked for among the first ``MOST_READ``. None if they cannot be read.
+    A part's rows, and near-copies, are looked for among the first ``MOST_READ``. None if they cannot
+    be read.
     """
     limit, column = MOST, grouping_column(night.evidence.run)
-    if rule.limit.of:
+    if rule.limit.of or rule.limit.key == "near_duplicate_share":
         limit = MOST_READ
-        if column is not None:
-            columns += f", documents.{quoted(column.name)} AS {quoted(_in_screened(column.name))}"
+    if rule.limit.of and column is not None:
+        columns += f", documents.{quoted(column.name)} AS {quoted(_in_screened(column.name))}"
     table = night.here.table(f"SELECT {columns} {query} LIMIT {limit}")
     return None if table is None else _of_part(rule, night, table)
 
@@ -340,14 +357,30 @@ COPIES = f"""
 
 
 def _copies_of_part(rule: Rule, night: _Night) -> Iterator[Culprit]:
-    """The first copies in the part that ``rule`` names, with the beginnings of their texts."""
+    """The texts with most copies in the part that ``rule`` names, each by its first copy there."""
     columns = f"documents.doc, documents.source, copies.{FIRST}"
-    rows = _first_rows(_such_documents(rule, night, columns, COPIES))
-    first = [row[FIRST.strip('"')] for row in rows]
-    texts = _texts_of(night, set(first))
-    for row, doc in zip(rows, first, strict=True):
-        text = texts.get(doc, {}).get("text")
-        yield Culprit("document", _name(row), f"a copy of document {doc:,}", text)
+    table = _such_documents(rule, night, columns, COPIES)
+    yield from _by_original(night, table, FIRST.strip('"'), ("a copy", "copies"))
+
+
+def _by_original(
+    night: _Night, table: pa.Table | None, column: str, words: tuple[str, str]
+) -> Iterator[Culprit]:
+    """The first copy of each document in ``column`` of ``table``, those with most copies first.
+
+    ``words`` are a copy and copies; the text is that of the document.
+    """
+    rows = [] if table is None else table.to_pylist()
+    num_of = Counter(row[column] for row in rows)
+    first_of = {row[column]: row for row in reversed(rows)}
+    # Equally many are in the order of the corpus.
+    most = sorted(num_of, key=lambda doc: (-num_of[doc], first_of[doc]["doc"]))[:MOST]
+    texts = _texts_of(night, most)
+    for doc in most:
+        reason = f"{words[0]} of document {doc:,}"
+        if num_of[doc] > 1:
+            reason = f"the first of {num_of[doc]:,} {words[1]} of document {doc:,}"
+        yield Culprit("document", _name(first_of[doc]), reason, texts.get(doc, {}).get("text"))
 
 
 def _left_out(night: _Night) -> Iterator[Culprit]:
@@ -431,10 +464,8 @@ def _name(row: Mapping[str, Any]) -> str:
     return f"{row['doc']} of {row['source']}"
 
 
-def _damage(row: Mapping[str, Any], key: str) -> str:
-    """The fate of a document that the limit ``key`` counts, from its row of ``documents``."""
-    if key == "near_duplicate_share":
-        return f"a near-copy of document {row['near_duplicate_of']:,}"
+def _damage(row: Mapping[str, Any]) -> str:
+    """The fate of a document that lost something, from its row of ``documents``."""
     found = [row["status"]]
     if row["lost_bytes"]:
         found.append(count(row["lost_bytes"], "lost byte"))

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import own_parts
 from afn_ray.analysis.evidence import WITHOUT_SOURCES, Evidence, Found, distance, sources_at
-from afn_ray.analysis.limits import Limit
+from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.reduce.compare import Comparison
@@ -22,6 +22,8 @@ SHOWN_PARTS = 5
 """Largest number of sources or groups that a note names."""
 OF_SOURCES = ("max_new_sources", "max_vanished_sources")
 """Limits on the whole run that need its table of sources."""
+RATIOS = ("min_tokens_ratio", "max_tokens_ratio")
+"""Limits on the ratio of a part's tokens."""
 REMEDY = {
     "new": {
         "source": "max_new_sources limits them",
@@ -130,61 +132,108 @@ def lacking(policy: Policy, run: RunFolder) -> str | None:
     return None
 
 
+class PartFigure(NamedTuple):
+    """A source or a group that is large enough to be judged, with its figure."""
+
+    name: str
+    value: float
+    tokens: str  # in words
+
+
+def figures_of(limit: Limit, kind: str, policy: Policy, evidence: Evidence) -> list[PartFigure]:
+    """The figure of ``limit`` for each part of the ``kind`` that is large enough, the worst first.
+
+    A group that may be among the other groups has the best figure that it can have. Raises
+    ``QueryError`` if the documents cannot be asked.
+    """
+    key, comparison = limit.key, evidence.comparison
+    if key in own_parts.FIGURES:
+        found = _own_figures(limit, kind, policy, evidence.run)
+    elif comparison is None:
+        found = []
+    else:
+        parts = Parts.of(kind, policy, evidence, comparison)
+        found = [
+            PartFigure(row["name"], value, f"{row['n_a']:,} tokens before, {row['n_b']:,} now")
+            for value, row in _values(limit, parts)
+        ]
+    sign = 1 if limit.is_minimum else -1
+    return sorted(found, key=lambda part: (sign * part.value, part.name))
+
+
+def _own_figures(limit: Limit, kind: str, policy: Policy, run: RunFolder) -> list[PartFigure]:
+    """The parts with their figures on the run alone."""
+    if f"{kind}s" not in run.info["tables"] or own_parts.lacking(run, limit.key) is not None:
+        return []
+    least = 0 if limit.is_whole else policy.least_tokens(kind)
+    return [
+        PartFigure(part.name, part.value, count(part.n, "token"))
+        for part in own_parts.FIGURES[limit.key](run, kind)
+        if part.n >= least
+    ]
+
+
+def _values(limit: Limit, parts: Parts) -> Iterator[tuple[float, dict[str, Any]]]:
+    """The figure of a limit on drift for each of ``parts`` that it judges, with its row."""
+    if limit.key in DISTANCE_LIMITS:
+        for row in parts.in_both():
+            yield distance(row, limit.key), row
+    elif limit.key in RATIOS:
+        for row in parts.shrinkable() if limit.is_minimum else parts.in_both():
+            yield row["n_b"] / row["n_a"], row
+        for row in parts.hidden() if limit.is_minimum else ():
+            yield parts.others / row["n_a"], row
+
+
 def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
     """The worst value of ``limit`` over the parts that it judges, and the part."""
+    if (reason := _nothing_to_judge(limit, evidence)) is not None:
+        return Found(None, reason=reason)
+    try:
+        found = figures_of(limit, limit.of, policy, evidence)
+    except QueryError as error:
+        return Found(None, reason=f"its documents could not be asked: {error}")
+    if not found:
+        return Found(None, reason=_too_small(limit, policy))
+    return Found(found[0].value, found[0].name, _hidden(limit, policy, evidence))
+
+
+def _nothing_to_judge(limit: Limit, evidence: Evidence) -> str | None:
+    """Why no part has a figure for ``limit``, however large it is; None if some may have."""
     if limit.key in own_parts.FIGURES:
-        return _worst_own(limit, policy, evidence.run)
-    comparison = evidence.comparison
-    if comparison is None:
-        return Found(None, reason=evidence.baseline.lacking)
-    parts = Parts.of(limit.of, policy, evidence, comparison)
-    if limit.of == "group" and evidence.groups_lacking is not None:
-        return Found(None, reason=evidence.groups_lacking)
-    if not parts.rows:
-        return WITHOUT_SOURCES if limit.of == "source" else Found(None, reason="there is no group")
-    least = count(parts.min_tokens, "token")
-    if limit.key == "min_tokens_ratio":
-        return _worst_ratio(parts)
-    distances = [(distance(row, limit.key), row["name"]) for row in parts.in_both()]
-    if distances:
-        return Found(*max(distances))
-    return Found(None, reason=f"no {limit.of} has {least} in both runs")
+        return own_parts.lacking(evidence.run, limit.key)
+    if (comparison := evidence.comparison) is None:
+        return evidence.baseline.lacking
+    if limit.of == "source":
+        there = sources_at(comparison, evidence.layer)
+        return None if there else WITHOUT_SOURCES.reason
+    if evidence.groups_lacking is not None:
+        return evidence.groups_lacking
+    return None if len(comparison.groups.drift) else "there is no group"
 
 
-def _worst_ratio(parts: Parts) -> Found:
-    """The least ratio of tokens. Of a group that may be among the others, it is the largest it can
-    be: beyond a limit it breaks that, and otherwise it is unknown.
-    """
-    hidden = parts.hidden()
-    ratios = [(row["n_b"] / row["n_a"], row["name"]) for row in parts.shrinkable()]
-    ratios += [(parts.others / row["n_a"], row["name"]) for row in hidden]
-    if not ratios:
-        least = count(parts.min_tokens, "token")
-        return Found(None, reason=f"no {parts.kind} that was read has {least} in the baseline")
-    if not hidden:
-        return Found(*min(ratios))
-    reason = (
+def _too_small(limit: Limit, policy: Policy) -> str:
+    """The reason why no part is large enough for ``limit``."""
+    least = count(policy.least_tokens(limit.of), "token")
+    if limit.key in own_parts.FIGURES:
+        return f"no {limit.of} has {least}"
+    if limit.key in RATIOS:
+        return f"no {limit.of} that was read has {least} in the baseline"
+    return f"no {limit.of} has {least} in both runs"
+
+
+def _hidden(limit: Limit, policy: Policy, evidence: Evidence) -> str | None:
+    """Why the worst ratio of tokens is only a bound; None if it is not."""
+    if limit.key not in RATIOS or evidence.comparison is None:
+        return None
+    parts = Parts.of(limit.of, policy, evidence, evidence.comparison)
+    if not (hidden := parts.hidden()):
+        return None
+    return (
         f"{count(len(hidden), 'group')} of the baseline may be among the other groups of this run, "
         f"which have {count(parts.others, 'token')}: {_named(hidden, 'n_a')}; raise min_tokens in "
         "[group] to judge larger groups only"
     )
-    return Found(*min(ratios), reason)
-
-
-def _worst_own(limit: Limit, policy: Policy, run: RunFolder) -> Found:
-    """The worst value of a limit on the run alone."""
-    if (lacking := own_parts.lacking(run, limit.key)) is not None:
-        return Found(None, reason=lacking)
-    min_tokens = 0 if limit.is_whole else policy.least_tokens(limit.of)
-    try:
-        of_parts = list(own_parts.FIGURES[limit.key](run, limit.of))
-    except QueryError as error:
-        return Found(None, reason=f"its documents could not be asked: {error}")
-    found = [part for part in of_parts if part.n >= min_tokens]
-    if not found:
-        return Found(None, reason=f"no {limit.of} has {count(min_tokens, 'token')}")
-    worst = min(found, key=own_parts.worst_first)
-    return Found(worst.value, worst.name)
 
 
 def notes(policy: Policy, evidence: Evidence) -> Iterator[str]:

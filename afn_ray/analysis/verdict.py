@@ -15,6 +15,7 @@ from afn_ray.analysis.policy import Policy
 from afn_ray.errors import ConfigError
 from afn_ray.reduce.compare import Comparison
 from afn_ray.store.manifest import RunFolder
+from afn_ray.text import count
 
 HELD, WARNED, BROKEN, NOT_JUDGED = "held", "warned", "broken", "not judged"
 """States of a limit. A night has the same, except that one with a warning is held."""
@@ -42,11 +43,18 @@ class Rule:
     culprits: tuple[
         Culprit, ...
     ] = ()  # of a broken limit or a warning; the worst of each kind first
+    num_beyond: int | None = None  # of sources or groups, if the limit is on them and not held
+    num_within: int | None = None  # likewise
 
     @property
     def key(self) -> str:
         """Name in the verdict: psi, or source.psi for psi in ``[source]``."""
         return self.limit.name
+
+    def is_beyond(self, value: float) -> bool:
+        """Whether ``value`` is beyond the level that the rule is beyond: broken, or of a warning."""
+        level = self.limit.fail if self.state == BROKEN else self.limit.warn
+        return self.limit.is_beyond(value, level)
 
     @property
     def passed(self) -> bool | None:
@@ -193,6 +201,15 @@ def limit_text(rule: Rule) -> str:
     return text if rule.usual is None else f"{usual_text(rule.usual)} ({text})"
 
 
+def where_text(rule: Rule) -> str:
+    """The place that the value of ``rule`` belongs to, and the number of others beyond the limit."""
+    where = rule.where or ""
+    if rule.num_beyond is None:
+        return where
+    parts = count(rule.num_beyond, rule.limit.of)
+    return f"{where}; {parts} beyond it, {rule.num_within:,} within"
+
+
 def usual_text(usual: UsualRange) -> str:
     """The range of ``usual`` as text."""
     return f"usual {usual.low:.3g}-{usual.high:.3g} over {usual.nights} nights"
@@ -235,6 +252,10 @@ class RuleJson(TypedDict):
     usual_low: Annotated[float | None, "low end of the range that the limit learned"]
     usual_high: Annotated[float | None, "high end of the range that the limit learned"]
     nights: Annotated[int | None, "nights that the limit learned from"]
+    n_beyond: Annotated[
+        int | None, "sources or groups beyond the limit; null: it is held, or not on them"
+    ]
+    n_within: Annotated[int | None, "sources or groups within the limit; null likewise"]
     worst: Annotated[list[CulpritJson], "what broke it, by name, the worst of each kind first"]
 
 
@@ -254,6 +275,8 @@ def to_json(rule: Rule) -> RuleJson:
         "usual_low": None if rule.usual is None else rule.usual.low,
         "usual_high": None if rule.usual is None else rule.usual.high,
         "nights": None if rule.usual is None else rule.usual.nights,
+        "n_beyond": rule.num_beyond,
+        "n_within": rule.num_within,
         "worst": [_culprit_json(culprit) for culprit in rule.culprits],
     }
 

@@ -71,7 +71,7 @@ def _limit(rule: Rule, nights: Sequence[NightFigures]) -> LimitFacts:
     return LimitFacts(
         rule.key,
         rule.limit.meaning,
-        rule.where or "",
+        verdict.where_text(rule),
         rule.state,
         MARKS[rule.state],
         verdict.value_text(rule),

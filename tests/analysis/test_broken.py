@@ -179,17 +179,20 @@ def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_text
     caught: Caught,
 ) -> None:
     """In audit.json, in the output and on the page."""
-    rule = next(rule for rule in caught.broken.rules if rule.key == "source.junk_share")
+    rules = {rule.key: rule for rule in caught.broken.rules}
+    rule, whole = rules["source.junk_share"], rules["junk_share"]
     sources, groups, documents = (
-        [one for one in rule.culprits if one.kind == kind]
-        for kind in ("source", "group", "document")
+        [one for one in of.culprits if one.kind == kind]
+        for of, kind in ((rule, "source"), (whole, "group"), (rule, "document"))
     )
-    assert [*sources, *groups, *documents] == [*rule.culprits]
+    assert [*sources, *documents] == [*rule.culprits]
+    assert not any(one.kind == "source" for one in whole.culprits)
     source, group = sources[0], groups[0]
     assert (source.kind, source.name) == ("source", f"{caught.config.corpus[0]}/b.jsonl")
     assert source.reason.startswith(f"junk_share {rule.value:.4g}, ")
     assert (group.kind, group.name) == ("group", "xx")
-    assert len(sources) <= 2 and len(groups) <= 3 and len(documents) == culprits.MOST
+    assert len(sources) == 1 and len(groups) <= 3 and len(documents) == culprits.MOST
+    assert (rule.num_beyond, rule.num_within, whole.num_beyond) == (1, 1, None)
     screened = manifest.read_table(caught.broken.run, "screened").sort_by("rank").to_pylist()
     first = [row for row in screened if row["source"] == source.name][: culprits.MOST]
     assert [one.reason for one in documents] == [row["reason"] for row in first]
@@ -197,6 +200,7 @@ def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_text
     assert any(str(one.text).startswith("We use cookies") for one in documents)
     (of_json,) = (r for r in audit.to_json(caught.broken)["rules"] if r["key"] == rule.key)
     assert [tuple(one.values()) for one in of_json["worst"]] == [*rule.culprits]
+    assert (of_json["n_beyond"], of_json["n_within"]) == (1, 1)
     said = "\n".join(audit.lines(caught.broken))
     assert f"document {documents[0].name.split()[0]} of {source.name}: {first[0]['reason']}" in said
     named = [line for line in said.splitlines() if line.startswith(f"{'':<11}")]
@@ -211,6 +215,39 @@ def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_text
     assert verdict_facts(caught.clean).culprits is None
     texts = [part for one in rule.culprits for part in one if part is not None]
     assert all(visible(text) == text and len(text) <= 300 for text in texts)
+
+
+def test_a_limit_on_parts_names_those_beyond_it_and_says_how_many_are_within(
+    caught: Caught,
+) -> None:
+    """Each part once, by the limit on its kind, whatever else is broken by the same figure."""
+    limits = tuple(
+        Limit("duplicate_share", fail, warn, of)
+        for fail, warn, of in ((0.05, None, ""), (0.1, None, "source"), (0.6, 0.02, "group"))
+    )
+    policy = Policy((*limits, Limit("junk_share", 1e-4, of="group")), min_tokens={"group": 100})
+    found = audit.run_audit(caught.config, policy, mark=False)
+    rules = {rule.key: rule for rule in found.rules}
+    shares = {
+        kind: {part.name: part.value for part in own_parts.copies(found.run, kind)}
+        for kind in ("source", "group")
+    }
+    for kind, level in (("source", 0.1), ("group", 0.6)):
+        beyond = [name for name, value in shares[kind].items() if value > level]
+        rule = rules[f"{kind}.duplicate_share"]
+        assert rule.state == "broken" and 1 == len(beyond) < len(shares[kind])
+        assert [one.name for one in rule.culprits if one.kind == kind] == beyond
+        within = len(shares[kind]) - 1
+        assert (rule.num_beyond, rule.num_within) == (1, within)
+        assert f"{beyond[0]}; 1 {kind} beyond it, {within} within)" in "".join(audit.lines(found))
+    named = Counter((one.kind, one.reason) for rule in found.rules for one in rule.culprits)
+    assert all(n == 1 for (kind, _), n in named.items() if kind in ("source", "group"))
+    junk = {part.name: part.value for part in own_parts.junk(found.run, "group")}
+    worst_first = sorted((name for name in junk if junk[name] > 1e-4), key=lambda name: -junk[name])
+    named_first = [one.name for one in rules["group.junk_share"].culprits if one.kind == "group"]
+    assert named_first == worst_first and len(worst_first) > 1
+    (only,) = audit.run_audit(caught.config, Policy(limits[1:2]), mark=False).rules
+    assert [one.name for one in only.culprits if one.kind == "group"] == ["xx"]
 
 
 def test_the_documents_of_a_group_are_of_that_group(caught: Caught) -> None:

@@ -459,5 +459,5 @@ def test_kept_columns_named_as_in_the_queries_hide_nothing(tmp_path: Path, tiny_
     for rule in audit.run_audit(config, policy, mark=False).rules:
         assert rule.value == 2 / 3
         named = [one for one in rule.culprits if one.kind == "document"]
-        assert [one.reason for one in named] == ["a copy of document 0"] * 2
+        assert [one.reason for one in named] == ["the first of 2 copies of document 0"]
         assert all(one.name.endswith("a'; b.jsonl") for one in named)

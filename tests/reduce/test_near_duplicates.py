@@ -138,6 +138,11 @@ def test_a_policy_limits_near_copies_and_names_the_worst_group(
     assert (whole.value, whole.passed) == (4 / 48, False) and "4 documents" in str(whole.where)
     assert (group.value, group.where, group.passed) == (4 / 7, "de", False)
     assert values["source.near_duplicate_share"].value == 4 / 48
+    near = manifest.read_table(found.run, "near_duplicates")
+    expected = [f"a near-copy of document {doc}" for doc in near["near_duplicate_of"].to_pylist()]
+    for rule in (whole, group):
+        named = [one for one in rule.culprits if one.kind == "document"]
+        assert [one.reason for one in named] == expected and all(one.text for one in named)
     body = audit.to_json(found)["duplicates"]
     assert body is not None and body["near_share"] == 4 / 48
     assert body["near_groups"] == [{"group": "de", "share": 4 / 7}]
