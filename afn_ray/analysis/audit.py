@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date
+from functools import partial
 from typing import Annotated, TypedDict
 
 import pyarrow.compute as pc
@@ -96,7 +97,8 @@ def run_audit(
 ) -> Audit:
     """Run ``config``, compare the run with its baseline and judge it by ``policy``.
 
-    Writes the run and, with ``mark``, the verdict beside it. With ``mark`` false the caller calls
+    Writes the run and, with ``mark``, the verdict beside it; beside earlier nights the figures that
+    limits learn from, where they were not kept. With ``mark`` false the caller calls
     ``keep_verdict`` once it has reported the verdict.
 
     The baseline is an earlier complete run of the same measure and series (``series.name_of``), by
@@ -168,9 +170,7 @@ def _judge(
     if begins:
         baseline = replace(baseline, lacking=f"first night: {baseline.lacking}")
     evidence = replace(_gather(policy, run, baseline), is_first=night.first_night)
-    before = past.values_before(
-        policy, run, evidence.layer, lambda earlier: _gather(policy, earlier, baseline_of(earlier))
-    )
+    before = past.values_before(policy, run, evidence.layer, baseline_of, partial(_gather, policy))
     with checksums.named_damage(run.uri):
         rules = with_culprits(tuple(verdict.judge(policy, evidence, before)), policy, evidence)
     excused = set[str]()

@@ -20,6 +20,8 @@ from afn_ray.text import count
 
 SHOWN_PARTS = 5
 """Largest number of sources or groups that a note names."""
+NOT_ASKED = "its documents could not be asked"
+"""Beginning of the reason why a figure was not found this time, though it may be the next."""
 OF_SOURCES = ("max_new_sources", "max_vanished_sources")
 """Limits on the whole run that need its table of sources."""
 RATIOS = ("min_tokens_ratio", "max_tokens_ratio")
@@ -192,7 +194,7 @@ def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
     try:
         found = figures_of(limit, limit.of, policy, evidence)
     except QueryError as error:
-        return Found(None, reason=f"its documents could not be asked: {error}")
+        return Found(None, reason=f"{NOT_ASKED}: {error}")
     if not found:
         return Found(None, reason=_too_small(limit, policy))
     return Found(found[0].value, found[0].name, _hidden(limit, policy, evidence))

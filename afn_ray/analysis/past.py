@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 
 from afn_ray.analysis import parts, verdict
+from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.policy import Policy
@@ -15,8 +16,10 @@ from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.store import series_runs, verdicts
 from afn_ray.store.manifest import RunFolder
 
-Gather = Callable[[RunFolder], Evidence]
-"""Function that gives the evidence on an earlier night, against its own baseline."""
+BaselineOf = Callable[[RunFolder], Baseline]
+"""Function that gives the baseline of an earlier night."""
+Gather = Callable[[RunFolder, Baseline], Evidence]
+"""Function that gives the evidence on an earlier night, held against its baseline."""
 
 
 OF_HIGH = ("share_high_shift", "class_high_shift", "max_moved_types")
@@ -48,7 +51,7 @@ def _settings(limit: Limit, run: RunFolder) -> list[str]:
 
 
 def values_before(
-    policy: Policy, run: RunFolder, layer: int, gather: Gather
+    policy: Policy, run: RunFolder, layer: int, baseline_of: BaselineOf, gather: Gather
 ) -> dict[str, list[float]]:
     """The values of each limit that learns on the last ``policy.nights`` nights before ``run``.
 
@@ -56,7 +59,7 @@ def values_before(
     was accepted. So is a night without the value, such as one with other groups than ``run``, and
     one whose value depends on other settings, such as another treatment of copies. Values are those
     that the audit of the night kept, if it was on the same terms. Otherwise the night is judged
-    again.
+    again, and these values are kept beside it.
     """
     learning = tuple(limit for limit in policy.limits if limit.learns)
     values: dict[str, list[float]] = {limit.name: [] for limit in learning}
@@ -67,21 +70,24 @@ def values_before(
     asked = {limit: terms(policy, limit, run, run) for limit in as_numbers}
     nights = filter(verdicts.may_be_baseline, _nights_before(run, policy.window))
     for night in islice(nights, policy.nights):
-        for name, value in _figures(again, asked, night, gather).items():
+        found, unknown = _kept(again, asked, night)
+        if unknown:
+            found |= _found_again(again, unknown, night, baseline_of(night), gather)
+        for name, value in found.items():
             if value is not None:
                 values[name].append(value)
     return values
 
 
-def _figures(
-    policy: Policy, asked: Mapping[Limit, str], night: RunFolder, gather: Gather
-) -> dict[str, float | None]:
-    """The figures of ``night`` by name of the limits ``asked`` for, on these terms: kept or found.
+def _kept(
+    policy: Policy, asked: Mapping[Limit, str], night: RunFolder
+) -> tuple[dict[str, float | None], dict[Limit, str]]:
+    """The figures that the audit of ``night`` kept on the terms ``asked`` for, by name of the limit.
 
-    Limits that the night has no figure for are missing.
+    Then the limits with their terms that it may have an unknown figure for.
     """
     kept, found = verdicts.read_verdict(night), dict[str, float | None]()
-    unknown = []
+    unknown = {}
     for limit, on_terms in asked.items():
         of_limit = replace(policy, limits=(limit,))
         if parts.lacking(of_limit, night) is not None:
@@ -90,12 +96,36 @@ def _figures(
         if kept is not None and is_kept and kept.terms.get(limit.name) == on_terms:
             found[limit.name] = kept.figures.get(limit.name)
         elif terms(policy, limit, night, night) == on_terms:
-            unknown.append(limit)
-    if unknown:
-        evidence = gather(night)
-        for rule in verdict.judge(replace(policy, limits=tuple(unknown)), evidence):
-            if terms(policy, rule.limit, night, evidence.baseline.run) == asked[rule.limit]:
-                found[rule.key] = rule.value
+            unknown[limit] = on_terms
+    return found, unknown
+
+
+def _found_again(
+    policy: Policy,
+    asked: Mapping[Limit, str],
+    night: RunFolder,
+    baseline: Baseline,
+    gather: Gather,
+) -> dict[str, float | None]:
+    """The figures of ``night`` held against ``baseline``: of an earlier such audit, or found now.
+
+    They are on the terms ``asked`` for, by name of the limit. What is found now is kept, unless
+    something could not be asked this time.
+    """
+    assert policy.layer is not None
+    runs = (run for run in (baseline.run, *baseline.median_of) if run is not None)
+    of_terms = {limit.name: on_terms for limit, on_terms in asked.items()}
+    request = verdicts.AskedFigures(policy.layer, tuple(run.id for run in runs), of_terms)
+    if (kept := verdicts.read_figures(night, request)) is not None:
+        return kept
+    rules = list(verdict.judge(replace(policy, limits=tuple(asked)), gather(night, baseline)))
+    found = {
+        rule.key: rule.value
+        for rule in rules
+        if terms(policy, rule.limit, night, baseline.run) == asked[rule.limit]
+    }
+    if not any((rule.reason or "").startswith(parts.NOT_ASKED) for rule in rules):
+        verdicts.write_figures(night, request, found)
     return found
 
 

@@ -103,6 +103,13 @@ class RunCheck:
             uri = uris.join(self.folder.uri, verdicts.ACCEPTED)
             advice = "delete it, and accept the run again: 'afn audit --accept'"
             self._find("damaged", uri, without_uri(error, uri), advice)
+        for name in filter(verdicts.FIGURES.fullmatch, storage.list_names(self.folder.uri)):
+            try:
+                verdicts.read_figures_file(self.folder, name)
+            except StoreError as error:
+                uri = uris.join(self.folder.uri, name)
+                advice = "delete it: the next audit that needs its figures finds them again"
+                self._find("damaged", uri, without_uri(error, uri), advice)
 
     def _check_files(self) -> bool:
         """Check the files that run.json lists; False if the plan is damaged."""
@@ -173,7 +180,8 @@ class RunCheck:
         named = orphans.names_of(self.folder)
         for file in files:
             name = file.uri.rpartition("/")[2]
-            if name not in named and not layout.LEASE.fullmatch(name):
+            of_run = layout.LEASE.fullmatch(name) or verdicts.FIGURES.fullmatch(name)
+            if name not in named and not of_run:
                 yield age.orphan(file, True)
 
     def check(self, checked: Mapping[ShardKey, CheckedShard], memory_limit: str) -> None:

@@ -9,6 +9,7 @@ Layout of a store::
     runs/<run>/run.json                         written once, last; its existence means complete
     runs/<run>/audited.json                     an audit has given its verdict on the run
     runs/<run>/verdict.json                     the last such verdict; replaced as a whole
+    runs/<run>/figures-<hash>.json              figures that a later audit found; written once
     runs/<run>/accepted.json                    somebody accepted a broken night as a baseline
     runs/<run>/{shards,thresholds,histogram,vocabulary}.parquet
     runs/<run>/lease-<id>.json                  a process has resumed the run; deleted on completion

@@ -4,20 +4,26 @@
 baseline, which a garbage collection may remove. All other figures of a night are in the run's own
 tables.
 
+``figures-<hash>.json`` has figures that the night's own audit did not keep, as a later one found
+them. Its name is made of all that they depend on, so it is written once and never replaced.
+
 ``accepted.json`` beside a broken night says that somebody accepted it as a baseline, why, and which
 broken limits that covers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from afn_ray.errors import ConfigError
+from afn_ray.fingerprints import fingerprint
 from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import checksums, series_runs, storage, uris
 from afn_ray.store.checksums import checksummed, read_json
@@ -26,7 +32,11 @@ from afn_ray.store.manifest import RunFolder
 VERDICT = "verdict.json"
 ACCEPTED = "accepted.json"
 NAMES = (VERDICT, ACCEPTED)
-"""Names of the files in the folder of the run."""
+"""Names of the files in the folder of the run that have one name in each."""
+FIGURES = re.compile(r"figures-[0-9a-f]{32}\.json")
+"""Names of the files with figures that a later audit found."""
+FIGURES_VERSION = 1
+"""Raised when a figure of a limit is found in another way; those found before are not read then."""
 MOST_WHY_CHARS = 1000
 """Longest reason for accepting a night, in characters."""
 
@@ -69,6 +79,22 @@ class StoredVerdict:
     """Settings under which each figure was found, by name; older verdicts lack them."""
     told: bool = False
     """Whether this verdict was reported to somebody: to every place that the audit notified."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedFigures:
+    """Figures of a night that a later audit asks for: all that they depend on beside the run."""
+
+    layer: int
+    baseline: tuple[str, ...]
+    """Ids of the runs that the night is held against."""
+    terms: Mapping[str, str]
+    """Settings under which each figure is found, by name of the limit."""
+
+    @property
+    def file(self) -> str:
+        """Name of the file that has them, in the folder of the run."""
+        return f"figures-{fingerprint([FIGURES_VERSION, asdict(self)])}.json"
 
 
 class Acceptance(NamedTuple):
@@ -121,6 +147,36 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
             body.get("told") is True,
         )
     return found
+
+
+def write_figures(run: RunFolder, asked: AskedFigures, figures: Mapping[str, float | None]) -> None:
+    """Keep ``figures`` of the complete ``run`` by name of the limit; None: there is none.
+
+    Every audit that is asked for them finds the same, so the first one's stay.
+    """
+    body = {"schema_version": SCHEMA_VERSION, "run": run.id, **asdict(asked), "figures": figures}
+    with contextlib.suppress(storage.AlreadyWritten):
+        storage.write_once(uris.join(run.uri, asked.file), checksummed(body))
+
+
+def read_figures(run: RunFolder, asked: AskedFigures) -> dict[str, float | None] | None:
+    """The figures ``asked`` for, as ``write_figures`` kept them; None: nobody has found them yet.
+
+    Raises ``StoreError`` for damage.
+    """
+    return read_figures_file(run, asked.file)
+
+
+def read_figures_file(run: RunFolder, name: str) -> dict[str, float | None] | None:
+    """The figures in the file ``name`` of ``run``, as ``read_figures``."""
+    uri = uris.join(run.uri, name)
+    body = read_json(uri)
+    if body is None:
+        return None
+    with checksums.named_damage(uri):
+        if body["run"] != run.id:  # copied with a folder
+            return None
+        return {_text(key): _number(value) for key, value in body["figures"].items()}
 
 
 def accept(run: RunFolder, why: str) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from afn_ray.analysis import audit, learned, message, past, verdict
+from afn_ray.analysis import audit, learned, message, parts, past, verdict, verify
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.evidence import Evidence, Found
 from afn_ray.analysis.limits import Limit, parse
 from afn_ray.analysis.policy import Policy, read_policy
 from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce.losses import Losses
 from afn_ray.store import manifest, verdicts
 from afn_ray.store.manifest import RunFolder
@@ -214,8 +214,18 @@ def keep(
     manifest.mark_audited(run)
 
 
-def no_evidence(run: RunFolder) -> Evidence:
+def no_evidence(run: RunFolder, baseline: Baseline) -> Evidence:
     raise AssertionError(f"{run.uri} is judged again")
+
+
+def values_before(
+    policy: Policy,
+    run: RunFolder,
+    gather: past.Gather = no_evidence,
+    baseline: RunFolder | None = None,
+) -> dict[str, list[float]]:
+    """The values at layer 8; each earlier night is held against ``baseline``."""
+    return past.values_before(policy, run, 8, lambda earlier: Baseline(baseline), gather)
 
 
 def test_values_are_those_that_the_last_nights_kept_newest_first(tmp_path: Path) -> None:
@@ -224,10 +234,10 @@ def test_values_are_those_that_the_last_nights_kept_newest_first(tmp_path: Path)
     keep(night_of(tmp_path, 14), 9.0)  # later than tonight
     keep(night_of(tmp_path, 10, measure="other"), 7.0)
     tonight = night_of(tmp_path, 13)
-    values = past.values_before(POLICY, tonight, 8, no_evidence)
+    values = values_before(POLICY, tonight)
     assert values == {"psi": [day / 100 for day in (12, 11, 10, 8, 7, 6, 5, 4)]}
     fixed = replace(POLICY, limits=POLICY.limits[1:])
-    assert past.values_before(fixed, tonight, 8, no_evidence) == {}
+    assert values_before(fixed, tonight) == {}
 
 
 def test_a_corpus_that_is_measured_whole_has_a_night_for_each_run(tmp_path: Path) -> None:
@@ -237,7 +247,7 @@ def test_a_corpus_that_is_measured_whole_has_a_night_for_each_run(tmp_path: Path
         keep(run, day / 100, policy=policy)
     tonight = complete(tmp_path, TONIGHT + timedelta(hours=20), ask="f" * 12)
     # Two runs with one request are one night, tried again: the later one counts.
-    values = past.values_before(policy, tonight, 8, no_evidence)
+    values = values_before(policy, tonight)
     assert values == {"psi": [day / 100 for day in (12, 11, 9, 7, 5, 3, 1)]}
 
 
@@ -266,9 +276,12 @@ def test_a_night_that_kept_no_such_figure_is_judged_again(
         return [Rule(policy.limits[0], 0.125, BROKEN, None)]
 
     monkeypatch.setattr(verdict, "judge", judge)
-    evidence = SimpleNamespace(baseline=SimpleNamespace(run=earlier))
-    values = past.values_before(POLICY, tonight, 8, lambda run: evidence)  # type: ignore[arg-type,return-value]
-    assert values == {"psi": [0.125]} and judged == [evidence]
+    evidence: Any = object()
+    values = [values_before(POLICY, tonight, lambda *of: evidence, earlier) for _ in range(2)]
+    assert values == [{"psi": [0.125]}] * 2 and judged == [evidence]  # once
+    other = night_of(tmp_path, 3)  # another baseline, as if a night was accepted
+    values_before(POLICY, tonight, lambda *of: evidence, other)
+    assert judged == [evidence] * 2
 
 
 def test_a_figure_on_other_settings_is_none_to_learn_from(tmp_path: Path) -> None:
@@ -288,7 +301,7 @@ def test_a_figure_on_other_settings_is_none_to_learn_from(tmp_path: Path) -> Non
         kept = StoredVerdict("held", "new", 8, None, (), (), (), figures, terms=terms)
         verdicts.write_verdict(night, kept)
     tonight = night_of(tmp_path, 9, near_duplicates=0.5)
-    assert past.values_before(policy, tonight, 8, no_evidence) == {
+    assert values_before(policy, tonight) == {
         "psi": [4, 3, 1],
         "lost_bytes": [4, 3, 2, 1],
         "near_duplicate_share": [4, 3],
@@ -297,12 +310,48 @@ def test_a_figure_on_other_settings_is_none_to_learn_from(tmp_path: Path) -> Non
     # The night of a switch, held against a run with other settings.
     psi = Limit("psi", 0)
     keep(nights[0], 0.9, terms=past.terms(POLICY, psi, nights[0], nights[1]))
-    evidence = SimpleNamespace(baseline=SimpleNamespace(run=nights[1]))
+    evidence: Any = object()
     rule = Rule(replace(psi, fail=0.0), 0.9, BROKEN, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdict, "judge", lambda policy, evidence: [rule])
-        values = past.values_before(POLICY, night_of(tmp_path, 10), 8, lambda run: evidence)  # type: ignore[arg-type,return-value]
+        values = values_before(POLICY, night_of(tmp_path, 10), lambda *of: evidence, nights[1])
     assert values["psi"] == [4, 3]
+    assert values_before(POLICY, night_of(tmp_path, 10), baseline=nights[1])["psi"] == [4, 3]
+
+
+def test_a_figure_that_could_not_be_asked_this_time_is_asked_again(tmp_path: Path) -> None:
+    earlier, tonight = night_of(tmp_path, 1), night_of(tmp_path, 2)
+    reasons = [f"{parts.NOT_ASKED}: too slow", "no source has 1,000 tokens"]
+    evidence: Any = object()
+    for reason in reasons:
+        rule = Rule(replace(POLICY.limits[0], fail=0.0), None, NOT_JUDGED, None, reason)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verdict, "judge", lambda policy, evidence, rule=rule: [rule])
+            assert values_before(POLICY, tonight, lambda *of: evidence, earlier) == {"psi": []}
+    assert values_before(POLICY, tonight, baseline=earlier) == {"psi": []}  # as the second
+
+
+def test_kept_figures_are_checked_and_no_orphans(tmp_path: Path) -> None:
+    run = night_of(tmp_path, 1)
+    asked = verdicts.AskedFigures(8, ("b",), {"psi": "t"})
+    for figure in (0.25, 0.5):  # the first one's stay
+        verdicts.write_figures(run, asked, {"psi": figure, "ks": None})
+    assert verdicts.read_figures(run, asked) == {"psi": 0.25, "ks": None}
+    others = (replace(asked, layer=7), replace(asked, baseline=()), replace(asked, terms={}))
+    assert [verdicts.read_figures(run, one) for one in others] == [None] * 3
+    assert verdicts.FIGURES.fullmatch(asked.file)
+    other = night_of(tmp_path, 2)
+    path = tmp_path / "runs" / run.id / asked.file
+    shutil.copy(path, tmp_path / "runs" / other.id)
+    assert verdicts.read_figures(other, asked) is None  # copied
+    found = verify.verify_store(run.uri)
+    assert not any(asked.file in orphan.uri for orphan in found.orphans)
+    assert not any(asked.file in finding.uri for finding in found.findings)
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.26"))
+    damage = [one for one in verify.verify_store(run.uri).findings if asked.file in one.uri]
+    assert [one.kind for one in damage] == ["damaged"] and "delete it" in damage[0].message
+    with pytest.raises(StoreError, match="is damaged"):
+        verdicts.read_figures(run, asked)
 
 
 def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_path: Path) -> None:
@@ -331,5 +380,5 @@ def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_pa
     policy = replace(POLICY, limits=limits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(past, "_nights_before", lambda run, window: iter(nights))
-        values = past.values_before(policy, tonight, 8, no_evidence)
+        values = values_before(policy, tonight)
     assert values == {"group.psi": [1], "junk_share": [1, 2, 3]}
