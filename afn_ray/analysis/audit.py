@@ -53,6 +53,7 @@ class Audit:
     layer: int = 0  # that was judged
     terms: Mapping[str, str] = field(default_factory=dict)  # ``past.terms`` by name of the limit
     standing: Standing = UNKNOWN  # what earlier audits of the night left
+    duplicates: CopiesJson | None = None  # None: the run is older than their count
 
     @property
     def passed(self) -> bool:
@@ -192,6 +193,7 @@ def _judge(
         layer=evidence.layer,
         terms={one.name: past.terms(policy, one, run, baseline.run) for one in policy.limits},
         standing=standing(run, state, rules),
+        duplicates=copies.to_json(run, evidence.own),
     )
 
 
@@ -355,7 +357,7 @@ def to_json(found: Audit) -> AuditJson:
         "median_of": median_of,
         "counts": found.run.info["counts"],
         "lost": losses.to_json(found.losses),
-        "duplicates": copies.to_json(found.run),
+        "duplicates": found.duplicates,
         "notes": list(found.notes),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, TypedDict
 
-from afn_ray.analysis import own_parts
+from afn_ray.analysis.own_parts import NEAR, OwnParts
 from afn_ray.config import CHOICES
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.reduce import duplicates, near_duplicates
@@ -45,8 +45,11 @@ class CopiesJson(TypedDict):
     ]
 
 
-def to_json(run: RunFolder) -> CopiesJson | None:
-    """The copies of ``run`` as plain values; None if it is older than their count."""
+def to_json(run: RunFolder, own: OwnParts) -> CopiesJson | None:
+    """The copies of ``run`` as plain values; None if it is older than their count.
+
+    ``own`` are the figures of its parts.
+    """
     found = duplicates.figures_of(run.info)
     if found is None:
         return None
@@ -62,18 +65,16 @@ def to_json(run: RunFolder) -> CopiesJson | None:
         "id_documents": found.id_documents,
         "examples": [{"id": one.id, "n": one.n, "doc": one.doc} for one in examples],
         "near_share": near_share,
-        "near_groups": _near_groups(run) if near_share else [],
+        "near_groups": _near_groups(run, own) if near_share else [],
     }
 
 
-def _near_groups(run: RunFolder) -> list[NearGroupJson] | None:
+def _near_groups(run: RunFolder, own: OwnParts) -> list[NearGroupJson] | None:
     """The groups of ``run`` with near-copies, most first; None if its documents cannot be read."""
     if grouped_by(run) is None:
         return []
     try:
-        parts = sorted(
-            own_parts.near_copies(run, "group"), key=lambda part: (-part.value, part.name)
-        )
+        parts = own.of(NEAR, "group")
     except (QueryError, StoreError):
         return None
     return [{"group": part.name, "share": part.value} for part in parts if part.value]

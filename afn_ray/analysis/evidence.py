@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import own_parts, scalars
 from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.own_parts import OwnParts
 from afn_ray.reduce import compare, duplicates, losses, near_duplicates
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.group_drift import grouped_by
@@ -46,6 +47,10 @@ class Evidence:
     baseline: Baseline
     layer: int  # that is judged
     is_first: bool = False  # ``Night.first_night``
+    own: OwnParts = field(init=False, compare=False, repr=False)  # figures of the run's parts
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "own", OwnParts(self.run))
 
     @property
     def groups_lacking(self) -> str | None:

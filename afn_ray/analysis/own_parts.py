@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import kept
+from afn_ray.errors import QueryError
 from afn_ray.query import database
 from afn_ray.query.expressions import quoted
 from afn_ray.reduce import near_duplicates
@@ -55,9 +56,28 @@ def lost(run: RunFolder, kind: str) -> Iterator[OwnPart]:
         yield OwnPart(_shown(kind, name), lost_bytes[name], tokens[name])
 
 
-def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
-    """The share of near-copies among the counted documents of each part that have tokens."""
-    column = grouping_column(run) if kind == "group" else None
+def near_copies(run: RunFolder, kind: str, documents: pa.Table | None = None) -> Iterator[OwnPart]:
+    """The share of near-copies among the counted documents of each part that have tokens.
+
+    ``documents`` are those of ``near_documents``, by default read anew.
+    """
+    rows = near_documents(run) if documents is None else documents
+    n, n_near = Counter[str | None](), Counter[str | None]()
+    counts = (rows[name].to_pylist() for name in ("n", "n_near"))
+    for name, of_rows, near in zip(parts_of(run, kind, rows), *counts, strict=True):
+        n[name] += of_rows
+        n_near[name] += near
+    tokens = _tokens(run, kind)
+    for name in n:
+        yield OwnPart(_shown(kind, name), n_near[name] / n[name], tokens[name])
+
+
+def near_documents(run: RunFolder) -> pa.Table:
+    """The numbers of counted documents, and of near-copies, by ``source`` and by the kept column.
+
+    Scans ``documents`` once. The column is there if one makes the groups.
+    """
+    column = grouping_column(run)
     value = "NULL" if column is None else quoted(column.name)
     query = (
         f"SELECT source, {value} AS value, count(*) AS n, count(near_duplicate_of) AS n_near "  # noqa: S608
@@ -65,17 +85,10 @@ def near_copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
     )
     with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
         rows = opened.sql(query).to_arrow_table()
-    places = rows.select(["source"])
-    if column is not None:
-        places = places.append_column(column.name, as_kept(rows["value"], column))
-    n, n_near = Counter[str | None](), Counter[str | None]()
-    counts = (rows[name].to_pylist() for name in ("n", "n_near"))
-    for name, of_rows, near in zip(parts_of(run, kind, places), *counts, strict=True):
-        n[name] += of_rows
-        n_near[name] += near
-    tokens = _tokens(run, kind)
-    for name in n:
-        yield OwnPart(_shown(kind, name), n_near[name] / n[name], tokens[name])
+    found = rows.select(["source", "n", "n_near"])
+    if column is None:
+        return found
+    return found.append_column(column.name, as_kept(rows["value"], column))
 
 
 def copies(run: RunFolder, kind: str) -> Iterator[OwnPart]:
@@ -104,13 +117,44 @@ FIGURES: dict[str, Callable[[RunFolder, str], Iterator[OwnPart]]] = {
     "near_duplicate_share": near_copies,
 }
 """Figures by the key of their limit; each is given a run and the kind of the parts."""
+NEAR = "near_duplicate_share"
+"""Key of the limit on near-copies, whose figures need a scan of the documents."""
 TABLES = {"junk_share": "strange", "duplicate_share": "copied"}
 """Tables of a run's screening that figures need and that an older run lacks."""
 
 
+class OwnParts:
+    """Figures of the parts of one run, each found once, at the first question for it."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._near_documents: pa.Table | QueryError | None = None
+        self._found: dict[tuple[str, str], list[OwnPart]] = {}
+
+    def of(self, key: str, kind: str) -> list[OwnPart]:
+        """The figure of the limit ``key`` for each part of the ``kind``, the largest first.
+
+        Raises ``QueryError`` if the documents cannot be asked, again without another try.
+        """
+        if (key, kind) not in self._found:
+            found = self._near_copies(kind) if key == NEAR else FIGURES[key](self._run, kind)
+            self._found[key, kind] = sorted(found, key=worst_first)
+        return self._found[key, kind]
+
+    def _near_copies(self, kind: str) -> Iterator[OwnPart]:
+        if self._near_documents is None:
+            try:
+                self._near_documents = near_documents(self._run)
+            except QueryError as error:
+                self._near_documents = error
+        if isinstance(self._near_documents, QueryError):
+            raise self._near_documents
+        return near_copies(self._run, kind, self._near_documents)
+
+
 def lacking(run: RunFolder, key: str) -> str | None:
     """Why ``run`` has no figure for the limit ``key``; None if it has."""
-    if key == "near_duplicate_share" and "near_duplicates" not in run.info["tables"]:
+    if key == NEAR and "near_duplicates" not in run.info["tables"]:
         return near_duplicates.NOT_LOOKED_FOR
     if key not in TABLES or TABLES[key] in run.info["tables"]:
         return None

@@ -150,7 +150,7 @@ def figures_of(limit: Limit, kind: str, policy: Policy, evidence: Evidence) -> l
     """
     key, comparison = limit.key, evidence.comparison
     if key in own_parts.FIGURES:
-        found = _own_figures(limit, kind, policy, evidence.run)
+        found = _own_figures(limit, kind, policy, evidence)
     elif comparison is None:
         found = []
     else:
@@ -163,14 +163,15 @@ def figures_of(limit: Limit, kind: str, policy: Policy, evidence: Evidence) -> l
     return sorted(found, key=lambda part: (sign * part.value, part.name))
 
 
-def _own_figures(limit: Limit, kind: str, policy: Policy, run: RunFolder) -> list[PartFigure]:
+def _own_figures(limit: Limit, kind: str, policy: Policy, evidence: Evidence) -> list[PartFigure]:
     """The parts with their figures on the run alone."""
+    run = evidence.run
     if f"{kind}s" not in run.info["tables"] or own_parts.lacking(run, limit.key) is not None:
         return []
     least = 0 if limit.is_whole else policy.least_tokens(kind)
     return [
         PartFigure(part.name, part.value, count(part.n, "token"))
-        for part in own_parts.FIGURES[limit.key](run, kind)
+        for part in evidence.own.of(limit.key, kind)
         if part.n >= least
     ]
 

@@ -132,7 +132,18 @@ def test_a_policy_limits_near_copies_and_names_the_worst_group(
         "near_duplicate_share = 0.05\n[group]\nnear_duplicate_share = 0.2\nmin_tokens = 1\n"
         "[source]\nnear_duplicate_share = 0.2\nmin_tokens = 1\n"
     )
-    found = audit.run_audit(config, afn_ray.read_policy(str(policy)))
+    scans: list[str] = []
+    real = database.open_run
+
+    def open_run(uri: str, **options: Any) -> Any:
+        scans.extend([uri] if options.get("timeout_s") == database.MAX_TIMEOUT_S else [])
+        return real(uri, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "open_run", open_run)
+        found = audit.run_audit(config, afn_ray.read_policy(str(policy)))
+        assert audit.to_bytes(found) == audit.to_bytes(found)
+    assert scans == [uri]  # for all limits, evidence and audit.json
     values: dict[str, Any] = {rule.key: rule for rule in found.rules}
     whole, group = values["near_duplicate_share"], values["group.near_duplicate_share"]
     assert (whole.value, whole.passed) == (4 / 48, False) and "4 documents" in str(whole.where)
@@ -162,7 +173,7 @@ def test_documents_that_cannot_be_read_cost_names_and_no_verdict(
     """The figures of parts are asked for without a time limit of a user's query."""
     config, _ = near_run
     limit = Limit("near_duplicate_share", 0.05)
-    limits_s = []
+    limits_s: list[float] = []
 
     def fail(*_: object, timeout_s: float = 60.0, **__: object) -> None:
         limits_s.append(timeout_s)
@@ -173,7 +184,16 @@ def test_documents_that_cannot_be_read_cost_names_and_no_verdict(
     assert found.state == "broken" and not found.rules[0].culprits
     body = audit.to_json(found)["duplicates"]
     assert body is not None and body["near_groups"] is None and body["near_share"] == 4 / 48
-    assert database.MAX_TIMEOUT_S in limits_s
+    assert limits_s.count(database.MAX_TIMEOUT_S) == 1
+
+    # A limit on parts needs them: it is not judged, and says why.
+    by_part = [replace(limit, of=part) for part in ("source", "group")]
+    found = audit.run_audit(config, Policy(tuple(by_part), min_tokens={"group": 1}), mark=False)
+    assert found.state == "not judged"
+    assert [(rule.state, rule.reason) for rule in found.rules] == [
+        ("not judged", "its documents could not be asked: stopped")
+    ] * 2
+    assert limits_s.count(database.MAX_TIMEOUT_S) == 2  # one more for both
 
 
 def test_verify_proves_near_copies(near_run: tuple[RunConfig, str], monkeypatch: Any) -> None:
