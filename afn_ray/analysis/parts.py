@@ -57,7 +57,9 @@ class Parts(NamedTuple):
             named = [row | {"name": row["source"]} for row in rows]
             return cls(kind, named, _read_sources(named, evidence.sources), min_tokens)
         table = comparison.groups.drift
-        rows = table.filter(pc.equal(table["layer"], evidence.layer)).to_pylist()
+        at_layer = table.filter(pc.equal(table["layer"], evidence.layer)).to_pylist()
+        # A group may have empty documents alone in both runs.
+        rows = [row for row in at_layer if row["n_a"] or row["n_b"]]
         named = [row | {"name": group_name(row["group"])} for row in rows]
         others = _other_tokens(rows)
         read = [row["name"] for row in named if row["n_b"] or not others]

@@ -470,6 +470,19 @@ def test_limits_on_groups_want_a_run_with_groups_by_their_key() -> None:
     ]
 
 
+def test_a_group_without_a_token_in_either_night_is_not_spoken_of() -> None:
+    """It has empty documents alone; nothing of it could be judged, and nothing vanished."""
+    limits = (Limit("psi", 1, of="group"), Limit("min_tokens_ratio", 0, of="group"))
+    for names in ((None,), ("none",), ("none", None)):
+        rows = pa.Table.from_pylist([group_row(2, n, 0, 0) for n in names], GROUP_DRIFT_SCHEMA)
+        here = COMPARED.groups.drift.filter(pa.compute.equal(COMPARED.groups.drift["group"], "de"))
+        drift = pa.concat_tables([here, rows])
+        found = evidence(replace(COMPARED, groups=COMPARED.groups._replace(drift=drift)))
+        assert [*parts.notes(Policy(limits[:1]), found)] == []
+        assert [*parts.notes(Policy(limits), found)] == []
+        assert [rule.where for rule in verdict.judge(Policy(limits), found)] == ["de", "de"]
+
+
 def ratio_with_others(n: int, limit: Limit) -> Rule:
     """The verdict on ``limit`` if this run's other groups have ``n`` tokens; xx had 1,000, en 4,000."""
     others = pa.Table.from_pylist([group_row(2, OTHERS, 0, n)], GROUP_DRIFT_SCHEMA)
