@@ -45,7 +45,7 @@ from afn_ray.store import (
     uris,
     verdicts,
 )
-from afn_ray.store.commits import Commit, describe_makers
+from afn_ray.store.commits import Commit, describe_makers, provenance_of
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.orphans import Age, Orphan
 from afn_ray.store.plans import read_shards
@@ -208,11 +208,15 @@ class RunCheck:
         given_up = [shard for shard in self.shards if shard.id in given_up_ids]
         found = [checked.get((self.measure_id, shard.id)) for shard in kept]
         commits = self._commits_of(kept, found)
-        self.makers = describe_makers(commits)
+        provenance = provenance_of(commits)
+        self.makers = describe_makers(provenance)
         if self.findings or any(one is None or one.findings for one in found):
             return
         if info.get("makers", self.makers) != self.makers:
             message = f"its makers are {info['makers']}, but its shards give {self.makers}"
+            self._find("tables", self._run_json, message)
+        if info.get("provenance", provenance) != provenance:
+            message = "its provenance is not that of its shards' commits"
             self._find("tables", self._run_json, message)
         assert self.measure is not None  # else there is a finding
         try:

@@ -16,19 +16,12 @@ from typing import Any
 from rich.console import Console
 
 from afn_ray import cgroup
+from afn_ray.provenance import cpu_name
 
 SAMPLE_S = 0.5
 """Interval between two samples of a ``Watch``, in seconds."""
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 """Unit of CPU times in ``/proc``, in seconds."""
-
-
-def cpu_name() -> str:
-    """The processor's model name, or its architecture when it has none."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def facts(device: str) -> dict[str, Any]:

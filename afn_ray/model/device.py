@@ -1,4 +1,4 @@
-"""The GPU of this machine: whether torch can use it, how it rounds, and what commits say of it."""
+"""The device: whether torch can use it, how it rounds, and what commits say of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from afn_ray import nvidia
 from afn_ray.errors import ModelError
 from afn_ray.model.memory import GB
+from afn_ray.provenance import cpu_name
 
 CONTEXT_BYTES = 1 << 30
 """Memory of a GPU that a process takes outside of torch's allocator, in bytes; an upper estimate.
@@ -58,10 +59,14 @@ def limit_memory(num_workers: int) -> None:
     torch.cuda.set_per_process_memory_fraction(shared_bytes / total_bytes / num_workers)
 
 
-def describe_gpu(device: str) -> dict[str, str]:
-    """Description of the GPU ``device`` in a commit: name, capability, rounding; {} for a CPU."""
+def describe_device(device: str) -> dict[str, str]:
+    """Description of ``device`` in a commit.
+
+    A CPU has a name and the instructions that torch uses on it; a GPU has a name, a compute
+    capability and how it rounds.
+    """
     if torch.device(device).type != "cuda":
-        return {}
+        return {"cpu": cpu_name(), "instructions": torch.backends.cpu.get_cpu_capability()}
     matmul = torch.backends.cuda.matmul
     halves = (
         matmul.allow_fp16_reduced_precision_reduction,

@@ -14,7 +14,7 @@ import torch
 
 from afn_ray.errors import ModelError
 from afn_ray.model import attention, memory
-from afn_ray.model.device import check_device, describe_gpu, pin_rounding
+from afn_ray.model.device import check_device, describe_device, pin_rounding
 from afn_ray.model.files import POSITIONS_AFTER_PADDING, ModelFiles
 from afn_ray.model.lend import Lender, copy_out, move_rest, move_weights
 from afn_ray.model.linear import Cast, Product, count_weights, experts_in, make_fast
@@ -102,8 +102,9 @@ class Model:
             for k, dims in zip(layers, outliers, strict=False)
         }
         self._means: dict[int, torch.Tensor] = {}  # float32 [hidden_size] each
-        # Set by ``prove.prepare``, as are the next ten.
+        # Set by ``prove.prepare``, as are the next eleven.
         self.causal = False
+        self.has_final_norm = False  # whether a norm follows the last block
         self.packed = False  # whether a batch is one packed sequence without padding
         self.why_padded: str | None = None
         self.flash = True  # whether attention may use flash attention, where the device has it
@@ -186,13 +187,14 @@ class Model:
 
     @property
     def maker(self) -> dict[str, str]:
-        """Entries of a commit on how this model computes: attention, dtypes, norms and GPU."""
+        """Entries of a commit on how this model computes: attention, dtypes, norms and device."""
         made_by = {"attention": self.attention, "dtype": name_of(self.dtype)}
         if self.is_mixture:
             made_by["experts"] = name_of(self.experts)
         if self.norm:
             made_by["norm"] = self.norm
-        return made_by | describe_gpu(str(self.device))
+        made_by["final_norm"] = "left out" if self.has_final_norm else "none"
+        return made_by | describe_device(str(self.device))
 
     @property
     def is_mixture(self) -> bool:

@@ -71,7 +71,7 @@ def prepare(
     ``signals.NEEDS``; this function finds their place in each block.
 
     Sets the model's ``packed``, ``why_padded``, ``attention``, ``why_slow``, ``norm``,
-    ``why_eager`` and ``causal``, and logs what was chosen. Raises ``ModelError`` with the
+    ``why_eager``, ``has_final_norm`` and ``causal``, and logs what was chosen. Raises ``ModelError`` with the
     difference and the tolerance, or with the sizes where the model does not fit into the memory.
     Errors of the device are raised as they are: they say nothing about the model.
     """
@@ -145,6 +145,8 @@ def _plain_norms(model: Model, ids: Sequence[int]) -> list[Norms]:
         if layer < depth:
             what = f"layer {layer} hooked against hidden_states[{layer}]"
             compare_norms(what, hooked[layer], norm(states[layer][0]).cpu().numpy(), torch.float32)
+    last = norm(states[depth][0]).cpu().numpy()
+    model.has_final_norm = not np.allclose(hooked[depth], last, rtol=TOLERANCE[torch.float32])
     return hooked
 
 

@@ -45,7 +45,7 @@ from afn_ray.store import (
     shard_files,
     storage,
 )
-from afn_ray.store.commits import Commit, Commits, describe_makers, total_counts
+from afn_ray.store.commits import Commit, Commits, describe_makers, provenance_of, total_counts
 from afn_ray.text import count
 from afn_ray.tokens import languages
 
@@ -223,13 +223,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - began, 1),
     }
+    provenance = provenance_of(results.commits)
     info = {
         **facts,
         "unknown": unknown,
         "quarantined": given_up(results.given_up, results.failures),
         **times,
         "made_by": results.commits[0].made_by,
-        "makers": describe_makers(results.commits),
+        "makers": describe_makers(provenance),
+        "provenance": provenance,
     }
     folder = manifest.finish_run(folder, info)
     num_missing = len(folder.info["quarantined"])

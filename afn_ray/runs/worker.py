@@ -36,6 +36,7 @@ from afn_ray.corpus_values import Document, Shard
 from afn_ray.errors import AfnError, ConfigError, DeviceFault, ModelError, OutOfMemory, ShardError
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, find_signals, series
+from afn_ray.provenance import software
 from afn_ray.runs import scratch
 from afn_ray.runs.flow import Flow, forget_locals
 from afn_ray.runs.measurer import Measurer, window_tokens
@@ -294,6 +295,7 @@ class Processor:
                 round(seconds, 3),
                 made_by={
                     "device": self.task.device,
+                    **software(),
                     **model.VERSIONS,
                     **self.measurer.model.maker,
                 },

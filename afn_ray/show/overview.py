@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from afn_ray.show import run_facts
+from afn_ray.show import provenance, run_facts
 from afn_ray.show.figures import figure
 from afn_ray.show.summary import MAX_CLASSES, RunSummary, frequent_classes, ratio
 from afn_ray.show.terminal_tables import print_whole, titled_table
@@ -26,6 +26,8 @@ def _render(summary: RunSummary, console: Console) -> None:
     table.show_header = False
     for name, value in run_facts.facts(summary):
         table.add_row(name, Text(printable(value)))
+    command = provenance.shown_command(summary.info["config"])
+    table.add_row("to repeat", Text(printable(command)))
     console.print(table)
     render_thresholds(summary, console)
     render_classes(summary, console)

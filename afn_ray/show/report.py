@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Sequence
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,20 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis import claims
 from afn_ray.analysis.audit import Audit, to_keep
-from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.reduce import compare, history
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.schema import FEATURES, HISTORY_SCHEMA
-from afn_ray.show import beyond, charts, claim_charts, history_charts, run_facts, vocabulary_charts
+from afn_ray.show import (
+    beyond,
+    charts,
+    claim_charts,
+    history_charts,
+    provenance,
+    run_facts,
+    vocabulary_charts,
+)
 from afn_ray.show.figures import number
 from afn_ray.show.moved import Moved, moved_types
 from afn_ray.show.page_tables import (
@@ -176,7 +181,7 @@ def _render(
         history=nights if isinstance(nights, str) else drawn["history"],
         comparison=comparison,
         drift=None if comparison is None else drift_tables(comparison, main.layer),
-        command=command_line(info["config"]),
+        command=provenance.command_line(info["config"]),
         config=json.dumps(info["config"], indent=1),
         data={"charts": specs, "points": points},
         style=style,
@@ -281,23 +286,6 @@ def _histograms(
         )
         for facts in summary.layers
     ]
-
-
-def command_line(config: Mapping[str, Any]) -> str:
-    """The ``afn run`` command that gives a run's recorded ``config``, quoted for a shell."""
-    words = ["afn", "run", *config["corpus"]]
-    for field in fields(RunConfig):
-        value = config.get(field.name, field.default)
-        if field.name == "corpus" or (field.default is not MISSING and value == field.default):
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        if not isinstance(value, bool):
-            words += [flag, str(value)]
-        elif value:
-            words.append(flag)
-        else:
-            words.append(flag.replace("--", "--no-", 1))
-    return shlex.join(words)
 
 
 def _history(run: manifest.RunFolder, audit: Audit | None) -> pa.Table | str:

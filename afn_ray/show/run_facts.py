@@ -8,11 +8,11 @@ from typing import Any
 
 from afn_ray.reduce import duplicates, losses, near_duplicates
 from afn_ray.runs import precision
+from afn_ray.show import provenance
 from afn_ray.show.figures import figure
 from afn_ray.show.summary import RunSummary
 from afn_ray.store import checksums
 from afn_ray.store.commits import num_measured
-from afn_ray.text import count
 
 GENERIC = re.compile(
     r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
@@ -74,7 +74,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
             f"{info['measure']['dtype']})",
         ),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
-        *([("measured on", makers)] if (makers := _makers(info)) else []),
+        *provenance.facts(info),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
         *(
             [("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
@@ -122,15 +122,6 @@ def _copies(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, sentence
     if near := near_duplicates.describe(info):
         yield "near-copies", near
-
-
-def _makers(info: dict[str, Any]) -> str:
-    """Devices and kernels that measured the shards; "" for a CPU, and for runs of older versions, which do not say."""
-    makers = info.get("makers", {})
-    if len(makers) == 1:
-        (only,) = makers
-        return "" if only == "cpu" else str(only)
-    return "; ".join(f"{count(n, 'shard')} on {maker}" for maker, n in makers.items())
 
 
 def cautions(summary: RunSummary) -> list[str]:

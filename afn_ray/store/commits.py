@@ -163,22 +163,35 @@ class _InOrder(Sequence[Commit]):
         return self._commits[self._shards[at]]
 
 
-def describe_makers(commits: Iterable[Commit]) -> dict[str, int]:
-    """Number of ``commits`` by what measured them, in words, the most frequent first.
+def provenance_of(commits: Iterable[Commit]) -> list[dict[str, Any]]:
+    """Each distinct ``made_by`` of ``commits`` with its number of ``shards``, the largest first."""
+    numbers = Counter(tuple(sorted(commit.made_by.items())) for commit in commits)
+    ordered = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
+    return [{"shards": n, "made_by": dict(made_by)} for made_by, n in ordered]
 
-    A GPU differs from another by its name, its compute capability, its attention and its norms,
-    and mixture models by the dtype of their experts.
+
+def describe_makers(provenance: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Number of shards by what measured them, in words, the most frequent first.
+
+    ``provenance`` is that of ``provenance_of``. A GPU differs from another by its name, its compute
+    capability, its attention and its norms, a CPU by its name and its instructions, and mixture
+    models by the dtype of their experts.
     """
-    numbers = Counter(_describe_maker(commit.made_by) for commit in commits)
+    numbers: Counter[str] = Counter()
+    for kind in provenance:
+        numbers[_describe_maker(kind["made_by"])] += kind["shards"]
     return dict(sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _describe_maker(made_by: Mapping[str, str]) -> str:
     """Device and kernels that measured a shard, in words. On a CPU, the dtype of the run decides the attention.
 
-    Older commits lack ``norm`` and ``experts``: no norm was fused, and experts ran in float32.
+    Older commits lack ``norm`` and ``experts``: no norm was fused, and experts ran in float32. They
+    name no CPU either.
     """
     words = device = made_by.get("device", "an unknown device")
+    if "cpu" in made_by:
+        words = f"{made_by['cpu']} ({made_by.get('instructions', '?')})"
     if device == "cuda":
         gpu, capability = made_by.get("gpu", "an unknown GPU"), made_by.get("capability", "?")
         attention = made_by.get("attention", "?")

@@ -113,6 +113,13 @@ def _are_quarantined(value: Any) -> bool:
     return all(isinstance(shard[key], str) for shard in value for key in ("shard", "uri", "reason"))
 
 
+def _is_provenance(value: Any) -> bool:
+    def are_texts(entries: dict[str, Any]) -> bool:
+        return all(isinstance(text, str) for text in entries.values())
+
+    return all(_is_count(kind["shards"]) and are_texts(kind["made_by"]) for kind in value)
+
+
 def _are_integers(value: Any) -> bool:
     return all(type(element) is int for element in value)
 
@@ -144,6 +151,7 @@ _INFO_IS: dict[str, Callable[[Any], bool]] = {
     "finished_at": _is_time,
     "seconds": _is_duration,
     "quarantined": _are_quarantined,
+    "provenance": _is_provenance,
 }
 """Checks of the values in run.json that are shown or added up; the file may have been edited."""
 

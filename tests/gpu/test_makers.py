@@ -16,9 +16,10 @@ from afn_ray import model, nvidia
 from afn_ray.analysis.verify import lines
 from afn_ray.errors import ModelError
 from afn_ray.model import device
+from afn_ray.provenance import cpu_name
 from afn_ray.show import run_facts, summary
 from afn_ray.store import manifest
-from afn_ray.store.commits import Commit, Commits, describe_makers
+from afn_ray.store.commits import Commit, Commits, describe_makers, provenance_of
 from conftest import config_of, edit_checksummed, find_model
 from test_families import documents
 
@@ -40,6 +41,7 @@ def test_a_model_on_a_gpu_says_how_it_computes(tiny_bert: Path) -> None:
             "attention": "flash",
             "dtype": "float16",
             "norm": "eager",
+            "final_norm": "none",
             "gpu": "NVIDIA H200",
             "capability": "9.0",
             "reduced": "none",  # of its own accord: neither TF32 nor sums in half precision
@@ -49,17 +51,27 @@ def test_a_model_on_a_gpu_says_how_it_computes(tiny_bert: Path) -> None:
         device.pin_rounding("cuda")
     on_cpu = model.Model(find_model(tiny_bert), [2], "float32", "cpu", 64)
     model.prepare(on_cpu, probes)
-    assert on_cpu.maker == {"attention": "float32", "dtype": "float32"}
+    assert on_cpu.maker == {
+        "attention": "float32",
+        "dtype": "float32",
+        "final_norm": "none",
+        "cpu": cpu_name(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def commit_of(**made_by: str) -> Commit:
     return Commit("0" * 32, "1" * 16, {}, {}, 1.0, made_by)
 
 
+def makers_of(commits: list[Commit]) -> dict[str, int]:
+    return describe_makers(provenance_of(commits))
+
+
 def test_makers_are_counted_by_gpu_and_attention() -> None:
     versions = {"torch": "2.13.0"}
     commits = [commit_of(**T4), commit_of(**H200), commit_of(**H200, **versions)]
-    assert list(describe_makers(commits).items()) == list(MIXED.items())
+    assert list(makers_of(commits).items()) == list(MIXED.items())
     packed = Commits()
     packed |= Commits()
     packed["0" * 32] = commits[0]
@@ -67,17 +79,17 @@ def test_makers_are_counted_by_gpu_and_attention() -> None:
     # Older commits have only device and versions.
     older = [commit_of(device="cuda"), commit_of(device="cpu"), commit_of(device="cpu")]
     unknown = "an unknown GPU (compute capability ?), attention ?"
-    assert describe_makers(older) == {"cpu": 2, unknown: 1}
+    assert makers_of(older) == {"cpu": 2, unknown: 1}
     # Norms differ where they are fused; older commits do not name them.
     norms = [commit_of(**H200), commit_of(**H200, norm="eager"), commit_of(**H200, norm="fused")]
     ways = "NVIDIA H200 (compute capability 9.0), attention flash"
-    assert describe_makers(norms) == {ways: 2, f"{ways}, norms fused": 1}
+    assert makers_of(norms) == {ways: 2, f"{ways}, norms fused": 1}
     # Mixtures differ by the dtype of their experts, which was float32 before commits named it.
     mixtures = [commit_of(device="cpu", experts=dtype) for dtype in ("bfloat16", "float32")]
-    named = describe_makers([*mixtures, commit_of(device="cpu")])
+    named = makers_of([*mixtures, commit_of(device="cpu")])
     assert named == {"cpu": 2, "cpu, experts in bfloat16": 1}
     reduced = commit_of(**H200, reduced="tf32")
-    assert next(iter(describe_makers([reduced]))).endswith("reduced precision in tf32")
+    assert next(iter(makers_of([reduced]))).endswith("reduced precision in tf32")
 
 
 def test_a_run_measured_in_several_ways_says_so(
@@ -85,7 +97,8 @@ def test_a_run_measured_in_several_ways_says_so(
 ) -> None:
     with afn_ray.run(config_of(tiny_bert, corpus, tmp_path / "one", layers="2")) as run:
         facts = dict(run_facts.facts(summary.summarise(manifest.find_run(run.uri))))
-        assert run.info["makers"] == {"cpu": 1} and "measured on" not in facts
+        cpu = f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()})"
+        assert run.info["makers"] == {cpu: 1} and facts["measured on"] == cpu
         assert not afn_ray.verify_store(run.uri).mixed
 
     ways = itertools.cycle([H200, H200, T4])

@@ -8,11 +8,10 @@ import base64
 import hashlib
 import json
 import re
-import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ import pytest
 
 import afn_ray
 from afn_ray.analysis import claims
-from afn_ray.cli import grammar
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.schema import FEATURES, FILES_SCHEMA, SCREENED_SCHEMA, SOURCES_SCHEMA
@@ -324,26 +322,6 @@ def test_the_file_is_written_whole_or_not_at_all(
     with pytest.raises(ConfigError, match="cannot be written"):
         report.write_report(runs[0], tmp_path / "nowhere" / "page.html", with_claims=False)
     assert [p.name for p in tmp_path.iterdir()] == [written.name]
-
-
-# --- the command to reproduce
-# ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"offsets": False, "layers": "0, 4", "workers": 3, "revision": "$(rm -rf ~); 'x'", "trust_remote_code": True},
-     {"corpus": ("/data/a b/*.jsonl", "/data/it's <script>"), "sink_factor": 12.5, "format": "txt"}],
-)  # fmt: skip
-def test_the_command_gives_the_config_back(changes: dict[str, Any]) -> None:
-    config = replace(
-        RunConfig(corpus=("/data/x",), model="/models/a b", store="/results"), **changes
-    )
-    words = shlex.split(report.command_line(json.loads(json.dumps(asdict(config)))))
-    assert words[:2] == ["afn", "run"]
-    given = vars(grammar.parser().parse_args(words[1:]))
-    kept = {k: tuple(v) if k == "corpus" else v for k, v in given.items() if k in asdict(config)}
-    assert config_from(kept, None) == config
 
 
 # --- hostile text
