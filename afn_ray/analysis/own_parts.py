@@ -220,7 +220,7 @@ def _groups_of(run: RunFolder, rows: pa.Table, sources: Sources) -> list[str | N
     unless the run joins groups.
     """
     by = str(grouped_by(run))
-    names = {None, *manifest.read_table(run, "groups")["group"].unique().to_pylist()}
+    names = {*manifest.read_table(run, "groups")["group"].unique().to_pylist()}
     uris = rows["source"].cast(pa.string()).combine_chunks().dictionary_encode()
     documents = rows.set_column(rows.column_names.index("source"), "source", uris)
     values = Grouping(by, grouping_column(run) is not None, sources).values(documents).to_pylist()

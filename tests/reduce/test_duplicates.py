@@ -20,7 +20,7 @@ from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.config import RunConfig
 from afn_ray.query.catalog import write_catalog
-from afn_ray.reduce import compare, duplicates, losses
+from afn_ray.reduce import compare, duplicates, groups, losses
 from afn_ray.reduce.duplicates import KEEP, ONCE, WEIGHT
 from afn_ray.reduce.shards import CommittedFile
 from afn_ray.runs import events
@@ -417,6 +417,87 @@ def test_a_policy_limits_copies_in_each_source_and_group(runs: dict[str, Any], c
     assert rule.where is None or not str(rule.where).endswith("3.jsonl")
     parts = [one.name for one in rule.culprits if one.kind == "source"]
     assert not any(name.endswith("3.jsonl") for name in parts)
+
+
+@pytest.mark.parametrize("choice", [KEEP, ONCE])
+@pytest.mark.parametrize("by", ["site", "lang"])
+def test_copies_are_shared_out_among_joined_groups_and_documents_without_a_value(
+    by: str, choice: str, tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a kept column and by a key of the path: two groups, the others, and those with no value."""
+    monkeypatch.setattr(groups, "MAX_GROUPS", 2)
+    texts = [f"word number {at} of {' '.join('abcdefg'[: 2 + at % 5])}" for at in range(40)]
+    of_site = {  # a and b are the largest
+        "": [texts[0], texts[0], texts[30]],
+        "a": [*texts[1:14], texts[2]],
+        "b": [*texts[14:25], texts[3], texts[0]],
+        "c": [texts[25], texts[4], texts[4]],
+        "d": [texts[26], texts[27]],
+    }
+    shares: dict[str, list[bool]] = {}
+    seen = set[str]()
+    for site, rows in of_site.items():
+        folder = tmp_path / "c" / f"site={site}" if site else tmp_path / "c"
+        folder.mkdir(parents=True, exist_ok=True)
+        value = {"lang": site} if site else {}
+        write_jsonl(folder / "x.jsonl", [{"text": text, **value} for text in rows])
+    # "site=..." comes before "x.jsonl" in the corpus.
+    for site in (*"abcd", ""):
+        name = site if site in ("a", "b") else groups.OTHERS if site else "(no value)"
+        for text in of_site[site]:
+            shares.setdefault(name, []).append(text in seen)
+            seen.add(text)
+    config = config_of(
+        tiny_bert,
+        tmp_path / "c",
+        tmp_path / "s",
+        keep_columns="lang",
+        group_by=by,
+        duplicates=choice,
+    )
+    policy = Policy((Limit("duplicate_share", 0, of="group"),), min_tokens={"group": 1})
+    found = audit.run_audit(config, policy, mark=False)
+    parts = {part.name: part.value for part in own_parts.copies(found.run, "group")}
+    assert parts == {name: sum(copies) / len(copies) for name, copies in shares.items()}
+    (rule,) = found.rules
+    beyond = sorted((name for name in parts if parts[name]), key=lambda name: -parts[name])
+    assert [one.name for one in rule.culprits if one.kind == "group"] == beyond
+    assert rule.where == beyond[0] == "(no value)" and len(beyond) == 4
+    documents = [one for one in rule.culprits if one.kind == "document"]
+    assert len(documents) == 1 and documents[0].reason.startswith("the first of 2 copies of")
+
+
+def test_a_value_that_only_copies_have_is_among_the_joined_groups(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that counts texts once has no group without a value, if only copies lack it."""
+    monkeypatch.setattr(groups, "MAX_GROUPS", 1)
+    (tmp_path / "c").mkdir()
+    rows = [{"text": f"word {at}", "lang": of} for at, of in enumerate(("en", "en", "de"))]
+    write_jsonl(tmp_path / "c" / "a.jsonl", rows)
+    copies = [{"text": "word 0"}, {"text": "word 1", "lang": "fr"}]
+    write_jsonl(tmp_path / "c" / "b.jsonl", copies)
+    config = config_of(
+        tiny_bert,
+        tmp_path / "c",
+        tmp_path / "s",
+        keep_columns="lang",
+        group_by="lang",
+        duplicates=ONCE,
+    )
+    policy = Policy((Limit("duplicate_share", 0, of="group"),), min_tokens={"group": 1})
+    found = audit.run_audit(config, policy, mark=False)
+    assert {part.name: part.value for part in own_parts.copies(found.run, "group")} == {
+        "en": 0,
+        groups.OTHERS: 2 / 3,
+    }
+    (rule,) = found.rules
+    named = [one.reason for one in rule.culprits if one.kind == "document"]
+    assert (rule.where, named) == (
+        groups.OTHERS,
+        ["a copy of document 0", "a copy of document 1"],
+    )
+    assert not verify.verify_store(found.run.uri).findings
 
 
 def test_a_run_says_what_it_leaves_out(runs: dict[str, Any]) -> None:
