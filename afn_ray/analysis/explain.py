@@ -14,7 +14,13 @@ import pyarrow.compute as pc
 
 from afn_ray import model
 from afn_ray.analysis.remeasure import LocalModel, measure_text, notes_on, recorded_task
-from afn_ray.analysis.word_readings import ExplainedWord, Usual, words_of
+from afn_ray.analysis.word_readings import (
+    ExplainedWord,
+    TextWord,
+    Usual,
+    explained_words,
+    words_of,
+)
 from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
@@ -176,11 +182,12 @@ def explain(
     encoded = measured.encoded
     by_series = dict(zip(plan.measure.series, measured.values, strict=True))
     is_special = (encoded.flags & SPECIAL) > 0
-    tables = _tables(run)
+    words = words_of(cleaned, encoded)
+    tables = _tables(run, encoded.token_ids, words)
     thresholds, readings = _compare(tables, encoded.token_ids, is_special, by_series)
     strengths = {k: by_series[Series(STRENGTH, k)] for k in plan.measure.layers}
     q3 = {limits.layer: limits.q3 for limits in thresholds}
-    words = words_of(cleaned, encoded, strengths, q3, tables.get("word_vocabulary"))
+    explained = explained_words(words, strengths, q3, tables.get("word_vocabulary"))
     sweep: tuple[int, ...] = ()
     if question.layers is not None:
         sweep = resolve_layers(question.layers, run.info["model"]["depth"])
@@ -207,7 +214,7 @@ def explain(
         notes=notes_on(run.info["made_by"], plan.device, plan.measure.dtype),
         sweep=sweep,
         decision=decision,
-        words=words,
+        words=explained,
     )
 
 
@@ -271,13 +278,29 @@ def _with_signals(task: Task, signals: str, run_uri: str) -> Task:
     return task
 
 
-def _tables(run: manifest.RunFolder) -> dict[str, pa.Table]:
-    """Tables of ``run`` that a text is compared with; ``labels`` are the thresholds that label."""
-    tables = {name: manifest.read_table(run, name) for name in ("histogram", "vocabulary")}
-    tables["labels"] = label_thresholds.labels(run)
-    for name in ("signals", "word_vocabulary"):
-        if name in run.info["tables"]:
-            tables[name] = manifest.read_table(run, name)
+def _tables(
+    run: manifest.RunFolder, token_ids: Any, words: Sequence[TextWord]
+) -> dict[str, pa.Table]:
+    """Tables of ``run`` that a text is compared with; ``labels`` are the thresholds that label.
+
+    Those of types and words have the rows of the text's own.
+    """
+    figures = ("layer", "n", "q2", "share_high")
+    of_types = pc.field("token_id").isin(np.unique(token_ids).tolist())
+    columns = ("token_id", "class", *figures)
+    tables = {
+        "histogram": manifest.read_table(run, "histogram"),
+        "vocabulary": manifest.read_table(run, "vocabulary", columns, of_types),
+        "labels": label_thresholds.labels(run),
+    }
+    if "signals" in run.info["tables"]:
+        tables["signals"] = manifest.read_table(run, "signals")
+    if "word_vocabulary" in run.info["tables"]:
+        names = sorted({word.name for word in words})
+        of_words = pc.field("word").isin(pa.array(names, pa.string()))
+        tables["word_vocabulary"] = manifest.read_table(
+            run, "word_vocabulary", ("word", *figures), of_words
+        )
     return tables
 
 
@@ -403,7 +426,7 @@ def _read_layer(
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))
     below = np.searchsorted(histogram["strength"].to_numpy(), strengths, side="right")
     ranks = at_or_below[below] / limits.n
-    usual = _usual(tables["vocabulary"].filter(here), token_ids)
+    usual = _usual(tables["vocabulary"].filter(here))
     by_token = zip(
         token_ids.tolist(),
         special.tolist(),
@@ -422,11 +445,10 @@ def _read_layer(
     return limits, readings
 
 
-def _usual(vocabulary: pa.Table, token_ids: Any) -> dict[tuple[int, bool], Usual]:
-    """Figures of the types of ``token_ids``, by id and whether the type is special."""
-    ours = pc.field("token_id").isin(np.unique(token_ids).tolist())
+def _usual(vocabulary: pa.Table) -> dict[tuple[int, bool], Usual]:
+    """Figures of the types in ``vocabulary``, by id and whether the type is special."""
     usual = {}
-    for row in vocabulary.filter(ours).to_pylist():
+    for row in vocabulary.to_pylist():
         is_special = row["class"] == "special"
         usual[row["token_id"], is_special] = Usual(row["n"], row["q2"], row["share_high"])
     return usual

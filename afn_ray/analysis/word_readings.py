@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from afn_ray.reduce.word_sums import WORD_CHARS, normalised
 from afn_ray.schema import SPECIAL, WORD_START
@@ -43,35 +42,52 @@ class ExplainedWord:
     readings: tuple[WordReading, ...]  # in the order of ``Explanation.layers``
 
 
-def words_of(
-    text: str,
-    encoded: Encoded,
+class TextWord(NamedTuple):
+    """A word of several tokens of a text."""
+
+    text: str  # as in the text
+    name: str  # as in ``word_vocabulary``
+    first: int  # index of its first token
+    n_tokens: int
+
+
+def words_of(text: str, encoded: Encoded) -> list[TextWord]:
+    """The words of several tokens of ``text``."""
+    found = []
+    for first, size in _spans(encoded):
+        if size == 1:
+            continue
+        begin, last = int(encoded.start[first]), int(encoded.end[first + size - 1])
+        end = max(last, int(encoded.word_end[first]))  # marks that no token covers are the word's
+        written = text[begin:end].strip()
+        found.append(TextWord(written, normalised(written[:WORD_CHARS]), first, size))
+    return found
+
+
+def explained_words(
+    words: Sequence[TextWord],
     strengths: Mapping[int, Any],
     q3: Mapping[int, float],
     table: pa.Table | None,
 ) -> tuple[ExplainedWord, ...]:
-    """The words of several tokens of ``text``.
+    """``words`` compared with the run.
 
-    ``strengths`` [n_tokens] and ``q3`` are by layer. ``table`` is the run's ``word_vocabulary``;
-    None: the run has none, and there are no words.
+    ``strengths`` [n_tokens] and ``q3`` are by layer. ``table`` has the rows of ``word_vocabulary``
+    of these words; None: the run has no such table, and the words are left out.
     """
     if table is None:
         return ()
-    spans = [span for span in _spans(encoded) if span[1] > 1]
-    texts = []
-    for first, size in spans:
-        begin, last = int(encoded.start[first]), int(encoded.end[first + size - 1])
-        end = max(last, int(encoded.word_end[first]))  # marks that no token covers are the word's
-        texts.append(text[begin:end].strip())
-    words = [normalised(written[:WORD_CHARS]) for written in texts]
-    usual = _usual(table, words)
+    usual = {
+        (row["layer"], row["word"]): Usual(row["n"], row["q2"], row["share_high"])
+        for row in table.to_pylist()
+    }
     found = []
-    for written, word, (first, size) in zip(texts, words, spans, strict=True):
+    for written, name, first, size in words:
         readings = []
         for layer, of_layer in strengths.items():
             strongest = float(of_layer[first : first + size].max())
             is_high = strongest >= q3[layer]
-            readings.append(WordReading(layer, strongest, is_high, usual.get((layer, word))))
+            readings.append(WordReading(layer, strongest, is_high, usual.get((layer, name))))
         found.append(ExplainedWord(written, first, size, tuple(readings)))
     return tuple(found)
 
@@ -88,12 +104,3 @@ def _spans(encoded: Encoded) -> list[tuple[int, int]]:
             first, size = spans[-1]
             spans[-1] = (first, size + 1)
     return spans
-
-
-def _usual(table: pa.Table, words: Sequence[str]) -> dict[tuple[int, str], Usual]:
-    """Figures of ``words``, by layer and word."""
-    rows = table.filter(pc.is_in(table["word"], pa.array(sorted({*words}), pa.string())))
-    return {
-        (row["layer"], row["word"]): Usual(row["n"], row["q2"], row["share_high"])
-        for row in rows.select(["layer", "word", "n", "q2", "share_high"]).to_pylist()
-    }

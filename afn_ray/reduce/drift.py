@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,14 +25,18 @@ from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 
 
-def table_by_layer(run: RunFolder, name: str) -> dict[int, pa.Table]:
+def table_by_layer(
+    run: RunFolder, name: str, columns: Sequence[str] | None = None
+) -> dict[int, pa.Table]:
     """The run's table ``name`` by layer; empty if the run has no such table.
 
-    Older runs have no table of sources.
+    It has ``layer`` and ``columns``, or all. Older runs have no table of sources.
     """
     if name not in run.info["tables"]:
         return {}
-    table = manifest.read_table(run, name)
+    if columns is not None:
+        columns = ("layer", *columns)
+    table = manifest.read_table(run, name, columns)
     return {
         layer: table.filter(pc.equal(table["layer"], layer)).combine_chunks()
         for layer in run.info["layers"]

@@ -20,6 +20,18 @@ SHOWN = 10
 """Number of words in each ranking."""
 LEAST_N = 20
 """Least tokens of a word in a ranking; fewer say too little."""
+COLUMNS = (
+    "word",
+    "class",
+    "n",
+    "share_high",
+    "expected",
+    "beyond",
+    "beyond_low",
+    "beyond_high",
+    "n_effective",
+)
+"""Columns of ``word_vocabulary`` that the rankings read."""
 MEANING = (
     "Rare words are HIGH more often, so a ranking by HIGH share alone follows rarity. Expected (exp.) is "
     "the HIGH share of other words as frequent, at the same positions, in documents as long; beyond is "
@@ -56,14 +68,14 @@ def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
     """
     if "word_vocabulary" not in run.info["tables"]:
         return None
-    table = manifest.read_table(run, "word_vocabulary")
-    if "expected" not in table.column_names:
-        return None
     is_shown = (pc.field("layer") == layer) & (pc.field("n") >= LEAST_N)
-    words = table.filter(is_shown & pc.field("word").is_valid())
+    is_shown &= pc.field("word").is_valid()
+    words = manifest.read_table(run, "word_vocabulary", COLUMNS, is_shown)
+    if "expected" not in words.column_names:
+        return None
     words = words.filter(pc.match_substring_regex(words["word"], WORD_FORM))
-    kept = _open_classes(set(words["class"].to_pylist()))
-    rows = [row for row in words.drop_columns(["forms"]).to_pylist() if row["class"] in kept]
+    kept = _open_classes(set(words["class"].unique().to_pylist()))
+    rows = words.filter(pc.field("class").isin(sorted(kept))).to_pylist()
     n = np.array([row["n_effective"] for row in rows])
     low, _ = wilson(np.array([row["share_high"] for row in rows]) * n, n)
     return Rankings(

@@ -56,6 +56,8 @@ MAX_CHARS = 10_000
 QUERY_TIMEOUT_S = 300.0
 CLAIMS_S = 300.0
 """Time limit of the claims on a page, in seconds; ``afn claims`` has no such limit."""
+OF_TYPES = ("token_id", "text", "class", "n", "n_high", "share_high", "idf")
+"""Columns of ``vocabulary`` and ``word_vocabulary`` that the charts read."""
 PACKAGES = {"jinja2": "Jinja2", "vl_convert": "vl-convert-python"}
 
 
@@ -118,8 +120,8 @@ def _render(
 ) -> str:
     info, summary = run.info, summarise(run)
     main = summary.layers[-1]
-    types = by_layer(manifest.read_table(run, "vocabulary"), info["layers"])
-    words = table_by_layer(run, "word_vocabulary")
+    types = by_layer(manifest.read_table(run, "vocabulary", ("layer", *OF_TYPES)), info["layers"])
+    words = table_by_layer(run, "word_vocabulary", ("word", *OF_TYPES))
     named = vocabulary_charts.named_words(words)
     plotted, kind = (named, "word") if named else (types, "type")
     drawn = _charts(run, summary, comparison, words.get(main.layer, types[main.layer]))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.reduce import language_uses, losses
@@ -91,8 +92,8 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
         manifest.read_table(run, "thresholds").to_pylist(),
         label_thresholds.labels(run).to_pylist(),
     )
-    vocabulary = manifest.read_table(run, "vocabulary")
-    of_words = table_by_layer(run, "word_vocabulary")
+    vocabulary = table_by_layer(run, "vocabulary", ("class", "n", "n_high", "idf"))
+    of_words = table_by_layer(run, "word_vocabulary", ("class", "n", "n_high"))
     histogram = manifest.read_table(run, "histogram")
     shards = manifest.read_table(run, "shards")
     files = manifest.read_table(run, "files")
@@ -114,7 +115,6 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
     for layer in run.info["layers"]:
         rows = {r["population"]: r for r in thresholds if r["layer"] == layer}
         main = rows["tokens"]
-        words = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
         strengths = histogram.filter(pc.equal(histogram["layer"], layer))
         special = strengths.filter(strengths["special"])
         layers.append(
@@ -126,8 +126,8 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
                 q3_over_q2=ratio(main["q3"], main["q2"]),
                 special_mean=_mean(special),
                 special_max=pc.max(special["strength"]).as_py(),
-                idf_auc=_idf_auc(words),
-                classes=_class_shares(layer, words),
+                idf_auc=_idf_auc(vocabulary[layer]),
+                classes=_class_shares(layer, vocabulary[layer]),
                 word_classes=_class_shares(layer, of_words[layer]) if of_words else (),
             )
         )
@@ -156,13 +156,12 @@ def _mean(rows: Any) -> float | None:
     return float(rows["strength"].to_numpy().astype(np.float64) @ n / n.sum()) if len(n) else None
 
 
-def _class_shares(layer: int, vocabulary: Any) -> tuple[ClassShare, ...]:
-    classes = np.array(vocabulary["class"].to_pylist())
-    n, n_high = vocabulary["n"].to_numpy(), vocabulary["n_high"].to_numpy()
+def _class_shares(layer: int, vocabulary: pa.Table) -> tuple[ClassShare, ...]:
+    sums = vocabulary.group_by("class").aggregate([("n", "sum"), ("n_high", "sum")])
+    of_class = {row["class"]: row for row in sums.to_pylist()}
     shares = []
-    for name in in_order(classes.tolist()):
-        here = classes == name
-        total, high = int(n[here].sum()), int(n_high[here].sum())
+    for name in in_order(of_class):
+        total, high = of_class[name]["n_sum"], of_class[name]["n_high_sum"]
         if total and name != "special":
             low, upper = wilson(high, total)
             shares.append(
@@ -181,12 +180,12 @@ def frequent_classes(facts: LayerFacts) -> list[int]:
     return sorted(by_frequency(facts.shown_classes)[:MAX_CLASSES])
 
 
-def _idf_auc(vocabulary: Any) -> float | None:
+def _idf_auc(vocabulary: pa.Table) -> float | None:
     """Probability that a HIGH token's type is rarer than a LOW token's; ties count half.
 
     Exact, from the counts.
     """
-    normal = np.array(vocabulary["class"].to_pylist()) != "special"
+    normal = pc.not_equal(vocabulary["class"], "special").to_numpy()
     idf = vocabulary["idf"].to_numpy()[normal]
     high = vocabulary["n_high"].to_numpy()[normal].astype(np.float64)
     low = vocabulary["n"].to_numpy()[normal] - high

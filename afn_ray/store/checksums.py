@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from afn_ray.errors import StoreError
 from afn_ray.schema import SCHEMA_VERSION
@@ -28,10 +29,22 @@ AHEAD = 4096
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 
 
-def parse_table(data: bytes, uri: str) -> pa.Table:
-    """The table in ``data``, the content of ``uri``. Raises ``StoreError`` if it is damaged."""
+def parse_table(
+    data: bytes,
+    uri: str,
+    columns: Sequence[str] | None = None,
+    filters: pc.Expression | None = None,
+) -> pa.Table:
+    """The table in ``data``, the content of ``uri``. Raises ``StoreError`` if it is damaged.
+
+    It has the rows that ``filters`` keep, and those of ``columns`` that there are; an older run may
+    lack some.
+    """
     try:
-        return parquet.read(data)
+        if columns is not None:
+            names = parquet.open_file(data).schema_arrow.names
+            columns = [name for name in columns if name in names]
+        return parquet.read(data, columns, filters=filters)
     except (pa.ArrowException, OSError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
 

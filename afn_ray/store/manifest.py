@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import Interrupted, StoreError
@@ -309,14 +310,21 @@ def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
     return entry_of(file, data)
 
 
-def read_table(run: RunFolder, name: str) -> pa.Table:
+def read_table(
+    run: RunFolder,
+    name: str,
+    columns: Sequence[str] | None = None,
+    filters: pc.Expression | None = None,
+) -> pa.Table:
     """The run's table ``name``, such as thresholds or plan; unverified until the run is complete.
 
-    Raises ``StoreError`` if it is missing or does not match run.json.
+    A large table takes less memory if only some ``columns``, or the rows that ``filters`` keep, are
+    read; of the columns, those that an older run lacks are left out. Raises ``StoreError`` if the
+    table is missing or does not match run.json.
     """
     if not run.info:
         uri = uris.join(run.uri, f"{name}.parquet")
-        return parse_table(storage.read_bytes(uri), uri)
+        return parse_table(storage.read_bytes(uri), uri, columns, filters)
     entry = run.info["tables"].get(name)
     file = entry.get("name") if isinstance(entry, dict) else None
     if not isinstance(file, str) or "/" in file:
@@ -328,7 +336,7 @@ def read_table(run: RunFolder, name: str) -> pa.Table:
             f"{uri} is damaged: {short(entry_of(file, data))}, expected {short(entry)}; delete "
             f"{run.uri}/run.json and give the 'afn run' command again"
         )
-    return parse_table(data, uri)
+    return parse_table(data, uri, columns, filters)
 
 
 # --- files and shards of a complete run

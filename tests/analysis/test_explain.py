@@ -194,6 +194,28 @@ def test_words_of_several_tokens_stand_beside_the_same_words_of_the_run(corpus: 
     assert render_html(explanation).count("Words of several tokens at layer") == 2
 
 
+def test_explain_reads_only_the_rows_of_the_text_s_types_and_words(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large run has millions of words, which would take gigabytes."""
+    read: dict[str, pa.Table] = {}
+    read_table = manifest.read_table
+
+    def kept(run: manifest.RunFolder, name: str, *selected: Any) -> pa.Table:
+        read[name] = read_table(run, name, *selected)
+        return read[name]
+
+    monkeypatch.setattr(manifest, "read_table", kept)
+    explanation = explain(corpus.folder.uri, "Lamech begat Lamech")
+    layers, words = len(explanation.layers), {word.text.lower() for word in explanation.words}
+    assert words == {"begat", "lamech"}
+    assert set(read["word_vocabulary"]["word"].to_pylist()) == words
+    assert len(read["word_vocabulary"]) == 2 * layers
+    ids = {token.token_id for token in explanation.tokens}
+    assert set(read["vocabulary"]["token_id"].to_pylist()) == ids
+    assert {*read["word_vocabulary"].column_names} == {"word", "layer", "n", "q2", "share_high"}
+
+
 def test_a_word_has_the_combining_mark_that_no_token_covers(
     tmp_path: Path, tiny_bert: Path
 ) -> None:

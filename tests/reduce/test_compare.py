@@ -508,8 +508,8 @@ def test_types_of_different_measures_are_matched_by_their_piece(
 ) -> None:
     read_table = manifest.read_table
 
-    def renumbered(run: RunFolder, name: str) -> pa.Table:
-        table = read_table(run, name)
+    def renumbered(run: RunFolder, name: str, *selected: Any) -> pa.Table:
+        table = read_table(run, name, *selected)
         if name == "vocabulary" and run is of_another_measure:
             at = table.schema.get_field_index("token_id")
             ids = pa.array(np.arange(len(table))[::-1].astype(np.int32))

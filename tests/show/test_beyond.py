@@ -69,7 +69,7 @@ def test_a_word_in_bursts_is_ranked_below_one_spread_over_documents(
         at = here.column_names.index(name)
         field = here.schema.field(name)
         here = here.set_column(at, field, pa.chunked_array([values], field.type))
-    monkeypatch.setattr(manifest, "read_table", lambda *_: here)
+    monkeypatch.setattr(manifest, "read_table", lambda *_: here.select(beyond.COLUMNS))
     found = beyond.rankings(run, 2)
     assert found is not None
     assert [word.text for word in found.salient] == ["spread", "burst"]
@@ -171,7 +171,7 @@ def test_rankings_have_words_of_other_scripts(
     five = here.sort_by([("n", "descending")]).slice(0, len(names))
     at = five.column_names.index("word")
     renamed = five.set_column(at, five.schema.field("word"), pa.chunked_array([names], pa.string()))
-    monkeypatch.setattr(manifest, "read_table", lambda *_: renamed)
+    monkeypatch.setattr(manifest, "read_table", lambda *_: renamed.select(beyond.COLUMNS))
     found = beyond.rankings(run, 2)
     assert found is not None
     assert {word.text for word in found.salient} == {*names[:3]}

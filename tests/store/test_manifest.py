@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -996,3 +997,24 @@ def test_a_plan_with_a_flipped_bit_is_not_remembered_in_silence(config: RunConfi
         else:  # what tells how it was compressed, or a bit that nobody reads
             rewrite(f"{run.uri}/plan.parquet", data)
             assert plan.shards == make_plan(config).shards
+
+
+def test_parts_of_a_table_are_those_of_the_whole_without_columns_that_it_lacks(
+    tmp_path: Path,
+) -> None:
+    run = RunFolder(str(tmp_path), str(tmp_path.parent), "r", {})
+    whole = pa.table({"layer": [1, 1, 2, 2], "word": ["a", None, "a", "b"], "n": [4, 3, 2, 1]})
+    entry = manifest.write_table(run, "words", whole)
+    complete = replace(run, info={"tables": {"words": entry}})
+    wanted = (pc.field("layer") == 2) & pc.field("word").isin(["a"])
+    for folder in (run, complete):
+        assert manifest.read_table(folder, "words").equals(whole)
+        some = manifest.read_table(folder, "words", ["n", "newer", "word"])
+        assert some.equals(whole.select(["n", "word"]))
+        found = manifest.read_table(folder, "words", ["n"], wanted)
+        assert found.to_pydict() == {"n": [2]}
+    Path(tmp_path / entry["name"]).write_bytes(b"PAR1")
+    with pytest.raises(StoreError, match="damaged"):
+        manifest.read_table(complete, "words", ["n"])
+    with pytest.raises(StoreError, match="damaged"):
+        manifest.read_table(run, "words", ["n"])
