@@ -67,11 +67,14 @@ DEFINITIONS = (
     "HIGH is at or above the run's own Q3, for rivals of strength at or above theirs, also where "
     "the run's labels use the thresholds of another run. AUC is how often a content word is above "
     "a function word or punctuation mark (0.5: no more than by chance). Spearman's rho compares "
-    "ranks, so log frequency and frequency give the same. A control is a figure that the others "
-    "are compared with. Attention is a mean over the tokens of a window, so it is less in longer "
-    "texts.",
+    "ranks, so log frequency and frequency give the same; below 0, one is less where the other is "
+    "more. A share of deviance explained is below 0 where the overall share guesses better than the "
+    "model. A control is a figure that the others are compared with. Attention is a mean over the "
+    "tokens of a window, so it is less in longer texts.",
 )
 
+RANK_CORRELATION = "rank correlation"
+"""Beginning of the names of quantities that have a sign."""
 EXPLAINED = "share of the deviance of HIGH that a smooth model explains"
 NO_ATTENTION = (
     "Strength is not compared with attention, which the run did not record: 'afn run' with --signals "
@@ -210,7 +213,7 @@ def _rank_correlations(here: _Layer) -> Iterator[Figure]:
     n = here.total("k_n")
     if not n > here.total("k_c") > 0:
         return
-    what = "rank correlation of strength with being content, not function or punctuation"
+    what = f"{RANK_CORRELATION} of strength with being content, not function or punctuation"
     of_content = here.draw(_correlation, "k_n", "k_x", "k_c", "k_xx", "k_c", "k_cx")
     yield here.figure("frequency", what, "as it is", of_content, n)
     of_frequency = here.draw(_correlation, "k_n", "k_x", "k_f", "k_xx", "k_ff", "k_fx")
@@ -234,7 +237,7 @@ def _agreement(here: _Layer, rival: Variable) -> Iterator[Figure]:
     name = rival.name
     of_rival = (f"{name} {sum_}" for sum_ in ("y", "yy", "xy"))
     y, yy, xy = of_rival
-    what = "rank correlation with strength (Spearman)"
+    what = f"{RANK_CORRELATION} with strength (Spearman)"
     yield here.figure("attention", what, name, here.draw(_correlation, "n", "x", y, "xx", yy, xy))
     what = "HIGH tokens in common with strength (Jaccard)"
     yield here.figure("attention", what, name, here.share(f"{name} both", f"{name} any"))

@@ -13,8 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from afn_ray.analysis.bootstrap import Figure
-from afn_ray.analysis.claims import AUC, CLAIMS, Claims
+from afn_ray.analysis.claims import AUC, CLAIMS, RANK_CORRELATION, Claims
 from afn_ray.text import count, printable
+
+ROUNDING = 1e-12
+"""Absolute value below which a figure is 0."""
 
 
 def to_json(found: Claims) -> dict[str, Any]:
@@ -66,28 +69,35 @@ def against_controls(figures: Sequence[Figure]) -> str:
     """Name the controls that equal or beat the main figure, in one sentence with numbers.
 
     ``figures`` belong to one claim. The main figure is the first one of the deepest layer. A
-    control beats it when its interval is above, and equals it when the two overlap. Empty where
-    there is no control.
+    control beats it when its interval is above, and equals it when the two overlap. A main figure
+    below what chance gives is reversed: then one that is below it beats it. Empty where there is no
+    control.
     """
     known = [f for f in figures if math.isfinite(f.value)]
     main, controls = _main_and_controls(known)
     if main is None:
         return ""
-    low, high = _interval(main)
+    chance = _by_chance(main.what)
+    is_reversed = chance is not None and main.value < chance
+    low, high = _interval(main, is_reversed)
     beat, equal = [], []
     for control in controls:
-        control_low, control_high = _interval(control)
+        control_low, control_high = _interval(control, is_reversed)
         if control_low > high:
             beat.append(control)
         elif control_high >= low:
             equal.append(control)
     parts = [f"{main.what[0].upper()}{main.what[1:]}: {_named([main])}."]
+    if chance is not None and main.low <= chance <= main.high:
+        parts.append(f"Its interval contains the {chance:g} of chance.")
+    elif is_reversed:
+        parts.append(f"It is reversed, below the {chance:g} of chance.")
     if beat:
         parts.append(f"Beaten by: {_named(beat)}.")
     if equal:
         parts.append(f"Equalled by: {_named(equal)}.")
     if not beat and not equal:
-        nearest = max(controls, key=lambda f: f.value)
+        nearest = max(controls, key=lambda f: -f.value if is_reversed else f.value)
         parts.append(f"No control reaches it; the nearest: {_named([nearest])}.")
     return " ".join(parts)
 
@@ -114,10 +124,19 @@ def _main_and_controls(figures: Sequence[Figure]) -> tuple[Figure | None, list[F
     return None, []
 
 
-def _interval(figure: Figure) -> tuple[float, float]:
-    if math.isnan(figure.low):
-        return figure.value, figure.value
-    return figure.low, figure.high
+def _by_chance(what: str) -> float | None:
+    """Value of the quantity ``what`` that separates its two directions; None: it has one direction."""
+    if what == AUC:
+        return 0.5
+    return 0.0 if what.startswith(RANK_CORRELATION) else None
+
+
+def _interval(figure: Figure, is_reversed: bool) -> tuple[float, float]:
+    """The interval of ``figure``, or its value, mirrored if less is more."""
+    low, high = figure.low, figure.high
+    if math.isnan(low):
+        low = high = figure.value
+    return (-high, -low) if is_reversed else (low, high)
 
 
 def _named(figures: Sequence[Figure]) -> str:
@@ -134,5 +153,10 @@ def _amount(numbers: Sequence[int], noun: str) -> str:
 
 
 def shown(value: float) -> str:
-    """Format with three decimals, or with two significant digits where these would show 0."""
+    """Format with three decimals, or with two significant digits where these would show 0.
+
+    What is left of 0 by rounding shows as 0, and has no sign.
+    """
+    if abs(value) < ROUNDING:
+        value = 0.0
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"

@@ -468,6 +468,60 @@ def test_the_line_under_a_question_names_the_controls_that_equal_or_beat_its_fig
     assert claims_text.against_controls([nan, *controls]) == claims_text.against_controls([]) == ""
 
 
+def _correlation(of: str, value: float, half: float, control: bool = False) -> bootstrap.Figure:
+    what = "rank correlation of strength with being content, not function or punctuation"
+    low, high = value - half, value + half
+    return bootstrap.Figure("frequency", what, of, 4, value, low, high, 99, 9, control)
+
+
+def test_a_reversed_correlation_is_beaten_by_what_is_further_below_0() -> None:
+    """Less negative is weaker, and the other sign is no support at all."""
+    main = _correlation("as it is", -0.3, 0.02)
+    said = {
+        name: claims_text.against_controls([main, _correlation(name, value, 0.02, True)])
+        for name, value in (("weaker", -0.1), ("stronger", -0.5), ("equal", -0.29), ("other", 0.6))
+    }
+    begin = (
+        "Rank correlation of strength with being content, not function or punctuation: as it is, "
+        "layer 4, -0.300. It is reversed, below the 0 of chance. "
+    )
+    assert said == {
+        "weaker": f"{begin}No control reaches it; the nearest: weaker, layer 4, -0.100.",
+        "stronger": f"{begin}Beaten by: stronger, layer 4, -0.500.",
+        "equal": f"{begin}Equalled by: equal, layer 4, -0.290.",
+        "other": f"{begin}No control reaches it; the nearest: other, layer 4, 0.600.",
+    }
+
+
+def test_a_correlation_that_may_be_0_is_not_called_reversed() -> None:
+    figures = [_correlation("as it is", -0.01, 0.02), _correlation("partial", 0.3, 0.02, True)]
+    found = claims_text.against_controls(figures)
+    assert "reversed" not in found and "Its interval contains the 0 of chance." in found
+
+
+def test_an_auc_below_chance_is_beaten_by_a_lower_one() -> None:
+    main = _figure("strength", 4, 0.3, 0.01)
+    weaker, stronger = (
+        _figure("strength", 0, 0.45, 0.01, True),
+        _figure("rarity (idf)", None, 0.1, 0.01, True),
+    )
+    found = claims_text.against_controls([main, weaker, stronger])
+    assert found.endswith(
+        "strength, layer 4, 0.300. It is reversed, below the 0.5 of chance. Beaten by: rarity (idf), "
+        "0.100."
+    )
+
+
+def test_what_rounding_leaves_of_0_has_no_sign() -> None:
+    assert [claims_text.shown(x) for x in (-2e-16, 3e-15, -0.0, -0.0004, -0.25)] == [
+        "0.000",
+        "0.000",
+        "0.000",
+        "-4.0e-04",
+        "-0.250",
+    ]
+
+
 def test_a_tag_is_held_against_itself_at_layer_0() -> None:
     figures = [
         bootstrap.Figure(
