@@ -73,13 +73,14 @@ class StateSums:
             if not len(self._n):
                 self._n = np.zeros(num_types, np.int64)
                 self._totals = np.zeros((len(totals), num_types, totals.shape[2]), np.int64)
-            if np.abs(self._totals).max(initial=0) > MOST_TOTAL:
+            before = self._totals[:, slots]  # those of other types do not change
+            if max(before.max(initial=0), -before.min(initial=0)) > MOST_TOTAL:
                 raise ShardError(
                     f"the hidden states of a type add up to more than {MOST_TOTAL // STATE_UNITS:,} "
                     "in one shard; give a smaller --shard-bytes, or leave --mean-vectors out"
                 )
             self._n[slots] += n
-            self._totals[:, slots] += totals
+            self._totals[:, slots] = before + totals
 
     def add_all(self, other: StateSums) -> None:
         """Add the sums of ``other``."""

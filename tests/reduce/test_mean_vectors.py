@@ -159,6 +159,21 @@ def test_a_total_that_would_not_fit_is_refused() -> None:
     sums.add(1, *one, np.full((1, 1, 2), 5))
     with pytest.raises(ShardError, match="add up to more than 4,398,046,511,104 in one shard"):
         sums.add(1, *one, np.full((1, 1, 2), 1))
+    negative = StateSums()
+    for total in (-mean_vectors.MOST_TOTAL, -1):
+        negative.add(1, *one, np.full((1, 1, 2), total))
+    with pytest.raises(ShardError, match="in one shard"):
+        negative.add(1, *one, np.full((1, 1, 2), 1))
+
+
+def test_a_full_total_of_one_type_does_not_refuse_tokens_of_others() -> None:
+    """Only the totals that a batch adds to are checked, so it costs nothing for the others."""
+    sums = StateSums()
+    counts = np.array([1])
+    sums.add(2, np.array([0]), counts, np.full((1, 1, 2), mean_vectors.MOST_TOTAL + 1))
+    sums.add(2, np.array([1]), counts, np.full((1, 1, 2), 7))
+    (table,) = sums.tables([3], [10, 11])
+    assert table["totals"].to_pylist() == [[mean_vectors.MOST_TOTAL + 1] * 2, [7, 7]]
 
 
 # --- the run's tables
