@@ -26,7 +26,7 @@ from afn_ray.reduce.compare import Comparison, RunJson
 from afn_ray.reduce.losses import Losses, LostJson
 from afn_ray.runs import events
 from afn_ray.runs.events import OnEvent
-from afn_ray.store import checksums, manifest, series, storage, uris, verdicts
+from afn_ray.store import checksums, manifest, series, series_runs, storage, uris, verdicts
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.verdicts import Distance, StoredVerdict
 from afn_ray.text import count
@@ -88,6 +88,7 @@ class Audit:
         return "; ".join(verdict.reasons(self.rules)) or None
 
 
+@series_runs.read_once()
 def run_audit(
     config: RunConfig,
     policy: Policy,

@@ -28,6 +28,14 @@ def call_audit(args: argparse.Namespace) -> int:
         return _accept(args)
     if args.config is None or args.policy is None or args.why is not None:
         raise ConfigError("expected afn audit RUN_TOML --policy FILE; --why stands with --accept")
+    from afn_ray.store import series_runs
+
+    with series_runs.read_once():
+        return _audit(args)
+
+
+def _audit(args: argparse.Namespace) -> int:
+    """Run and judge a night, and report its verdict."""
     from afn_ray.analysis.nights import Night, choose_partition
     from afn_ray.analysis.policy import read_policy
     from afn_ray.runs import precheck

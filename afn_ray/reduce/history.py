@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from datetime import date, datetime
 from typing import Any, NamedTuple
 
@@ -49,6 +50,7 @@ class History(NamedTuple):
     others: tuple[str, ...]  # names of the other series of the store
 
 
+@series_runs.read_once()
 def of_store(store: str, series: str | None = None, last: int | None = None) -> History:
     """The ``last`` runs, or all, of a series of ``store``; by default that of its latest run.
 
@@ -69,6 +71,7 @@ def of_store(store: str, series: str | None = None, last: int | None = None) -> 
     return History(name, _table(runs, last, {}), len(runs), tuple(sorted(by_series)))
 
 
+@series_runs.read_once()
 def of_run(
     run: RunFolder, tonight: StoredVerdict | None = None, last: int | None = None
 ) -> History:
@@ -108,8 +111,10 @@ def _table(
             verdict = given.get(run.id) or verdicts.read_verdict(run)
             return pa.Table.from_pylist(list(_rows(run, verdict, runs)), HISTORY_SCHEMA)
 
+    contexts = [copy_context() for _ in shown]  # each thread knows the runs that were read
     with ThreadPoolExecutor(RUNS_AT_ONCE) as pool:
-        return pa.concat_tables([HISTORY_SCHEMA.empty_table(), *pool.map(table_of, shown)])
+        tables = pool.map(lambda context, run: context.run(table_of, run), contexts, shown)
+        return pa.concat_tables([HISTORY_SCHEMA.empty_table(), *tables])
 
 
 def _rows(

@@ -2,21 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from datetime import date
 
 from afn_ray.store import manifest, series
 from afn_ray.store.manifest import RunFolder
+
+_read: ContextVar[dict[tuple[str, str], RunFolder] | None] = ContextVar("_read", default=None)
+"""Complete runs that were read inside ``read_once``, by store and name; None outside of it."""
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """Read no run.json twice for ``complete_runs`` inside the block, however often it is asked.
+
+    A complete run never changes. Runs are listed anew each time, so new ones are found.
+    """
+    if _read.get() is not None:
+        yield
+        return
+    token = _read.set({})
+    try:
+        yield
+    finally:
+        _read.reset(token)
 
 
 def complete_runs(store: str, before: str | None = None) -> Iterator[RunFolder]:
     """The store's complete runs that began before the run named ``before``, newest first."""
     for name in reversed(manifest.run_names(store)):
         if before is None or name < before:
-            run = manifest.open_folder(store, name)
+            run = _open(store, name)
             if run.info and not manifest.is_copy(run):
                 yield run
+
+
+def _open(store: str, name: str) -> RunFolder:
+    """The run ``name`` of ``store``, as it was read before if it was complete then."""
+    known = _read.get()
+    if known is not None and (store, name) in known:
+        return known[store, name]
+    run = manifest.open_folder(store, name)
+    if known is not None and run.info:
+        known[store, name] = run
+    return run
 
 
 def series_of(run: RunFolder) -> str:

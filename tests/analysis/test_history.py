@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from afn_ray.query import database
 from afn_ray.reduce import history
 from afn_ray.runs import job
 from afn_ray.schema import HISTORY_SCHEMA
-from afn_ray.store import manifest, verdicts
+from afn_ray.store import manifest, series_runs, verdicts
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from afn_ray.store.verdicts import Distance, StoredVerdict
@@ -277,6 +278,37 @@ def test_a_limit_learns_from_nights_that_may_be_baselines(
         check(psi_of(third, last), *earlier)
     assert len(runs_of(copied)) == 5
     assert not verify.verify_store(copied).orphans
+
+
+def test_an_audit_reads_each_complete_run_once(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For its baseline, the nights that limits learn from, its standing, and its page."""
+    copied = copy_of(store, tmp_path)
+    runs = runs_of(copied)
+    read: list[str] = []
+
+    def open_folder(of: str, name: str) -> RunFolder:
+        read.append(name)
+        return manifest.open_folder(of, name)
+
+    counted = SimpleNamespace(**vars(manifest) | {"open_folder": open_folder})
+    monkeypatch.setattr(series_runs, "manifest", counted)
+    config = config_from({**runs[-1].info["config"], "store": copied})
+    policy = replace(read_policy(policy_of(tmp_path)), unjudged="fail")
+    with series_runs.read_once():
+        found = afn_ray.run_audit(config, policy)
+        history.of_run(found.run)
+        assert sorted(read) == [run.id for run in runs]
+        # A run that is complete by now is found.
+        shutil.copytree(f"{runs[1].uri}", f"{copied}/runs/29991111{runs[1].id[8:]}")
+        edit_checksummed(
+            f"{copied}/runs/29991111{runs[1].id[8:]}/run.json",
+            lambda body: body.update(id=f"29991111{runs[1].id[8:]}"),
+        )
+        assert len([*series_runs.complete_runs(copied)]) == len(runs) + 1 == len(read)
+    afn_ray.run_audit(config, policy)
+    assert len(read) > len(runs) + 1  # and not for longer
 
 
 def policy_of(folder: Path) -> Path:
