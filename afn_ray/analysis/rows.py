@@ -16,7 +16,8 @@ from afn_ray.analysis import vector_check
 from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
-from afn_ray.reduce.histogram import Summary, languages_of_words, round_strengths
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.shard_summary import Spoken, Summary
 from afn_ray.reduce.stats import is_high
 from afn_ray.schema import (
     LANGUAGE,
@@ -229,7 +230,7 @@ def _check_tokens(
     ends = np.cumsum(n_tokens)
     begins = ends - n_tokens
     detected = not tagged and LANGUAGE in documents.column_names
-    num_special, summary = 0, Summary(series, tagged or detected)
+    num_special, summary = 0, Summary(series, tagged=tagged, spoken=detected)
     columns = ["position", "token_id", "flags", *(s.name for s in series)]
     if tagged:
         columns.append("tag")
@@ -246,10 +247,11 @@ def _check_tokens(
             _check_means(one, values[~is_special], docs, ~is_special, documents)
         token_ids = part["token_id"].to_numpy()
         tags = part["tag"].cast(pa.string()) if tagged else None
+        spoken = None
         if detected:
             languages = documents[LANGUAGE].cast(pa.string()).combine_chunks()
-            tags = languages_of_words(docs.astype(np.int32), flags, languages)
-        summary.add(docs.astype(np.int32), token_ids, flags, by_series, tags)
+            spoken = Spoken.of(docs.astype(np.int32), languages)
+        summary.add(docs.astype(np.int32), token_ids, flags, by_series, tags, spoken)
     return num_special, summary
 
 

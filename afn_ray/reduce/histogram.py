@@ -8,19 +8,16 @@ order statistic.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from afn_ray.reduce.stats import quantile_index
-from afn_ray.reduce.type_tags import TypeTags
-from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
+from afn_ray.schema import SUMMARY_SCHEMA, Series
 
 Float32s = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -38,8 +35,6 @@ TYPE_MASK = (1 << TYPE_BITS) - 1
 """Mask of the token id in a key without a bin."""
 SPECIAL_KEY = 1 << (BIN_BITS + TYPE_BITS)
 """Bit of a key that marks a special token."""
-COUNTED_IDS = 1 << 18
-"""Number of token ids up to which types are counted in an array, however few the tokens are."""
 COMPACT_KEYS = 1 << 22
 """Number of keys in unmerged chunks after which they are merged."""
 MERGE_KEYS = 1 << 18
@@ -188,38 +183,6 @@ def order(keys: Ints, num_bits: int) -> Ints:
     return found
 
 
-def _ranked(token_ids: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> tuple[Ints, Ints]:
-    """Keys with bin 0 of the distinct types, in order, and each token's index among them."""
-    size = int(token_ids.max(initial=0)) + 1
-    types = token_ids + size * (flags & SPECIAL).astype(np.int64)
-    if size > max(COUNTED_IDS, len(types)):  # few tokens of large ids: an array would be sparse
-        distinct, ranks = np.unique(types, return_inverse=True)
-    else:
-        occurs = np.zeros(2 * size, np.bool_)
-        occurs[types] = True
-        distinct = np.flatnonzero(occurs)
-        ranks = (np.cumsum(occurs) - 1)[types]
-    is_special = distinct >= size
-    keys = (distinct - size * is_special << BIN_BITS) + is_special * SPECIAL_KEY
-    return keys, ranks
-
-
-def _counted(types: Ints, ranks: Ints) -> Histogram:
-    """The histogram of ``types`` by their ``ranks``; types without any are left out."""
-    counts = np.bincount(ranks, minlength=len(types))
-    there = np.flatnonzero(counts)
-    return Histogram(types[there], counts[there])
-
-
-def _in_docs(types: Ints, ranks: Ints, docs: npt.NDArray[np.int32]) -> Histogram:
-    """The number of documents with each of ``types``; ``docs`` come one after the other."""
-    by_type = order(ranks, len(types).bit_length())
-    ranks, docs = ranks[by_type], docs[by_type]
-    first = np.ones(len(ranks), np.bool_)
-    first[1:] = (ranks[1:] != ranks[:-1]) | (docs[1:] != docs[:-1])
-    return _counted(types, ranks[first])
-
-
 def values_by_type(types: Ints, ranks: Ints, values: Float32s) -> Histogram:
     """The histogram of tokens by type and bin.
 
@@ -258,104 +221,6 @@ def by_index(histogram: Histogram, num: int, bits: int) -> Iterator[Histogram]:
     for begin, end in pairwise(ends):
         part = histogram.slice(begin, end)
         yield Histogram(part.keys & ((1 << bits) - 1), part.counts)
-
-
-class Summary:
-    """Statistics of one shard, collected chunk by chunk.
-
-    Memory is bounded by the number of types times occupied bins. With ``tagged``, tokens have tags,
-    and the summary also counts how often each type has each tag. Without tags of the corpus, the
-    languages of words may be counted in their place. Several threads may add chunks.
-    """
-
-    def __init__(self, series: Sequence[Series], tagged: bool = False) -> None:
-        self._adding = threading.Lock()
-        self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
-        self._docs: list[Histogram] = []
-        self._word_starts: list[Histogram] = []
-        self._whole_words: list[Histogram] = []
-        self._tags = [TypeTags.empty()] if tagged else None
-
-    def add(
-        self,
-        docs: npt.NDArray[np.int32],
-        token_ids: npt.NDArray[np.int32],
-        flags: npt.NDArray[np.uint8],
-        values: Mapping[Series, Float32s],
-        tags: pa.Array | None = None,
-    ) -> None:
-        """Add the tokens of whole documents.
-
-        ``values`` are [n] for each series; they must be rounded, finite and not negative. ``tags``
-        are strings, null for a token without a tag.
-        """
-        types, ranks = _ranked(token_ids, flags)
-        in_docs = _in_docs(types, ranks, docs)
-        word_starts = _counted(types, ranks[(flags & WORD_START) > 0])
-        wholes = _counted(types, ranks[whole_words(docs, flags)])
-        of_values = {s: values_by_type(types, ranks, values[s]) for s in self._values}
-        of_tags = None if self._tags is None else TypeTags.of(token_ids, tags)
-        with self._adding:
-            self._docs.append(in_docs)
-            self._word_starts.append(word_starts)
-            self._whole_words.append(wholes)
-            for series, parts in self._values.items():
-                parts.append(of_values[series])
-                unmerged = sum(len(part.keys) for part in parts[1:])
-                if unmerged > COMPACT_KEYS:
-                    parts[:] = [Histogram.merge(parts)]
-            if self._tags is not None and of_tags is not None:
-                self._tags.append(of_tags)
-                unmerged = sum(len(part.table) for part in self._tags[1:])
-                if unmerged > COMPACT_KEYS:
-                    self._tags[:] = [TypeTags.merge(self._tags)]
-
-    def tables(self) -> Iterable[pa.Table]:
-        """One table per series, as in ``SUMMARY_SCHEMA``.
-
-        With tags the schema is ``TAGGED_SUMMARY_SCHEMA``, and the table of the tags comes last.
-        """
-        docs = Histogram.merge(self._docs)
-        word_starts = Histogram.merge(self._word_starts)
-        whole_words = Histogram.merge(self._whole_words)
-        for series, parts in self._values.items():
-            values = Histogram.merge(parts)
-            summary = SeriesSummary(values, docs, word_starts, whole_words)
-            table = summary.to_table(series)
-            if self._tags is not None:
-                no_tags = pa.nulls(len(table), pa.string())
-                table = table.append_column(TAGGED_SUMMARY_SCHEMA.field("tag"), no_tags)
-            yield table
-        if self._tags is not None:
-            yield TypeTags.merge(self._tags).to_table()
-
-
-def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Whether each token is a whole word, bool [n].
-
-    A whole word starts a word, and the next token of the document does not continue it. ``docs``
-    and ``flags`` [n] belong to the tokens of whole documents.
-    """
-    continues_word = flags & (SPECIAL | WORD_START) == 0
-    same_doc = docs[1:] == docs[:-1]
-    goes_on = np.zeros(len(flags), np.bool_)
-    goes_on[:-1] = continues_word[1:] & same_doc
-    starts_word: npt.NDArray[np.bool_] = (flags & WORD_START) != 0
-    return starts_word & ~goes_on
-
-
-def languages_of_words(
-    docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8], languages: pa.Array
-) -> pa.DictionaryArray:
-    """Language of the document of each token that is a whole word; null for other tokens.
-
-    ``docs`` and ``flags`` are as in ``whole_words``; ``docs`` index ``languages``, which are strings
-    with nulls.
-    """
-    coded = languages.dictionary_encode()
-    unspoken = pa.array(~whole_words(docs, flags))
-    at = pc.if_else(unspoken, None, coded.indices.take(pa.array(docs)))
-    return pa.DictionaryArray.from_arrays(at, coded.dictionary)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from afn_ray.reduce.encoded import encoded_parts
 from afn_ray.reduce.features import read_columns
-from afn_ray.reduce.histogram import SeriesSummary, Summary, languages_of_words
+from afn_ray.reduce.histogram import SeriesSummary
 from afn_ray.reduce.neurons import PairSummary
+from afn_ray.reduce.shard_summary import Spoken, Summary
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Tasks, in_groups
@@ -93,7 +94,7 @@ def _negative(
     some: Sequence[_Place], series: Sequence[Series], counted: str, num_parts: int
 ) -> list[Any]:
     """Encoded parts of the negative sum of each series over documents left out, and of their tags."""
-    summary = Summary(series, bool(counted))
+    summary = Summary(series, tagged=counted == "tag", spoken=counted == LANGUAGE)
     columns = ["token_id", "flags", *(one.name for one in series)]
     columns += ["tag"] if counted == "tag" else []
     for place in some:
@@ -102,10 +103,9 @@ def _negative(
         for rows in records.some_documents(file, place.docs, columns):
             docs, flags = rows["doc"].to_numpy(), rows["flags"].to_numpy()
             tags = rows["tag"].cast(pa.string()) if counted == "tag" else None
-            if languages is not None:
-                tags = languages_of_words(docs, flags, languages)
+            spoken = None if languages is None else Spoken.of(docs, languages)
             of_series = {one: rows[one.name].to_numpy() for one in series}
-            summary.add(docs, rows["token_id"].to_numpy(), flags, of_series, tags)
+            summary.add(docs, rows["token_id"].to_numpy(), flags, of_series, tags, spoken)
     tables = list(summary.tables())
     tags = TypeTags.from_table(tables.pop()) if counted else TypeTags.empty()
     encoded: list[Any] = []

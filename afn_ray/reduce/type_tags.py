@@ -14,9 +14,6 @@ import pyarrow.compute as pc
 
 from afn_ray.schema import TAGGED_SUMMARY_SCHEMA
 
-MOST_COUNTERS = 1 << 20
-"""Largest number of pairs of a type and a tag up to which they are counted in an array, 8 MB."""
-
 
 class TagShare(NamedTuple):
     """The most frequent tag of a type."""
@@ -38,33 +35,15 @@ class TypeTags:
 
     @classmethod
     def of(cls, token_ids: npt.NDArray[np.int32], tags: pa.Array | None) -> TypeTags:
-        """Counts of tokens; tokens whose tag is null are left out.
-
-        Few distinct ``tags`` count fastest as a dictionary.
-        """
-        if isinstance(tags, pa.DictionaryArray):
-            return cls._of_coded(token_ids, tags)
-        once = np.ones(len(token_ids), np.int64)
-        return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": once}))
+        """Counts of tokens; tokens whose tag is null are left out."""
+        return cls.of_counts(token_ids, tags, np.ones(len(token_ids), np.int64))
 
     @classmethod
-    def _of_coded(cls, token_ids: npt.NDArray[np.int32], tags: pa.DictionaryArray) -> TypeTags:
-        """Counts of tokens whose ``tags`` are a dictionary: counted in an array, or sorted."""
-        there = tags.indices.is_valid().to_numpy(zero_copy_only=False)
-        names = tags.dictionary.cast(pa.string())
-        rank = pc.rank(names).to_numpy().astype(np.int64) - 1  # order of the names
-        codes = rank[tags.indices.filter(pa.array(there)).to_numpy()]
-        keys = token_ids[there].astype(np.int64) * max(1, len(names)) + codes
-        if keys.max(initial=0) < MOST_COUNTERS:
-            counts = np.bincount(keys)
-            distinct = np.flatnonzero(counts)
-            n = counts[distinct].astype(np.int64)
-        else:
-            distinct, n = np.unique(keys, return_counts=True)
-        ids, codes = np.divmod(distinct, max(1, len(names)))
-        in_order = names.take(pc.sort_indices(names))
-        tag = in_order.take(pa.array(codes))
-        return cls(pa.table({"token_id": ids.astype(np.int32), "tag": tag, "n": n}))
+    def of_counts(
+        cls, token_ids: npt.NDArray[np.int32], tags: pa.Array, n: npt.NDArray[np.int64]
+    ) -> TypeTags:
+        """``n`` tokens of each type and tag, which may come more than once and in any order."""
+        return cls._sum(pa.table({"token_id": token_ids, "tag": tags, "n": n}))
 
     @classmethod
     def merge(cls, parts: Iterable[TypeTags]) -> TypeTags:

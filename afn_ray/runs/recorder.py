@@ -14,8 +14,8 @@ from afn_ray import kept
 from afn_ray.corpus_values import Document
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
-from afn_ray.reduce.histogram import Summary, languages_of_words
 from afn_ray.reduce.mean_vectors import StateSums
+from afn_ray.reduce.shard_summary import Spoken, Summary
 from afn_ray.reduce.stats import is_high
 from afn_ray.runs.values import Float32s, Numbers, Values
 from afn_ray.schema import (
@@ -75,7 +75,11 @@ class Recorder:
 
     def __init__(self, measure: Measure, files: records.ShardFiles) -> None:
         self._measure, self._files = measure, files
-        self._summary = Summary(measure.series, measure.tagged or measure.detected)
+        self._summary = Summary(
+            measure.series,
+            tagged=measure.tagged,
+            spoken=measure.detected and not measure.tagged,
+        )
         self._pairs = neurons.PairSummary(measure.neuron_layers)
         self._sums = StateSums()
         self.counts = dict.fromkeys(COUNTS, 0)
@@ -157,20 +161,21 @@ class Recorder:
             **{s.name: values for s, values in tokens.by_series.items()},
         }
         table = records.make_table(columns, self._files.tokens.schema)
-        tags = tokens.tags
-        if self._measure.detected and not self._measure.tagged:
-            spoken = pa.array(chunk.prepared.languages, pa.string())
-            tags = languages_of_words(encoded.docs, encoded.flags, spoken)
+        tags, spoken = tokens.tags, None
+        if self._measure.detected:
+            spoken = Spoken.of(encoded.docs, pa.array(chunk.prepared.languages, pa.string()))
         which: slice | npt.NDArray[np.bool_] = slice(None)  # without a copy, as nearly always
         if not keep.all():
             table, tags = table.filter(pa.array(keep)), tags.filter(pa.array(keep))
             which = keep
+            spoken = None if spoken is None else spoken.filter(keep)
         self._summary.add(
             tokens.docs[which],
             encoded.token_ids[which],
             encoded.flags[which],
             {s: values[which] for s, values in tokens.by_series.items()},
             tags,
+            spoken,
         )
         return table
 

@@ -30,7 +30,8 @@ from afn_ray.bench import machine
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.reduce import tree
-from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.shard_summary import Summary
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series

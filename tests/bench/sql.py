@@ -36,7 +36,8 @@ from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.measure import Measure
 from afn_ray.query import database
 from afn_ray.reduce import losses, screen, tree
-from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.shard_summary import Summary
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.schema import NOT_KEPT, SPECIAL, WORD_START, Series

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from afn_ray.reduce import lexicon, type_tags
-from afn_ray.reduce.histogram import languages_of_words, whole_words
+from afn_ray.reduce import lexicon, shard_summary
 from afn_ray.reduce.language_uses import LanguageUses, Uses, describe, without_list, words_of
 from afn_ray.reduce.lexicon import Guess
+from afn_ray.reduce.shard_summary import Spoken, Summary, whole_words
 from afn_ray.reduce.type_tags import TypeTags
 from afn_ray.schema import SPECIAL, WORD_START
 
@@ -77,38 +77,55 @@ def tokens(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 SPOKEN = pa.array(["sv", "en", None, "unknown", "en", "de", "zh", "de", None, "en", "ar", "sv"])
 
 
+def count_languages(*chunks: int, spoken: pa.Array = SPOKEN) -> TypeTags:
+    """Words by language in the summary of ``chunks``, each the seed of its ``tokens``."""
+    summary = Summary([], spoken=True)
+    for seed in chunks:
+        docs, types, flags = tokens(seed)
+        summary.add(docs, types, flags, {}, spoken=Spoken.of(docs, spoken))
+    (table,) = summary.tables()
+    return TypeTags.from_table(table)
+
+
 @pytest.mark.parametrize("counters", [0, 1 << 20])
 def test_words_are_counted_by_the_language_of_their_document(
     counters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(type_tags, "MOST_COUNTERS", counters)
-    docs, types, flags = tokens(1)
+    monkeypatch.setattr(shard_summary, "MOST_COUNTERS", counters)
     expected: Counter[tuple[int, str]] = Counter()
-    for row in np.flatnonzero(whole_words(docs, flags)).tolist():
-        spoken = SPOKEN[int(docs[row])].as_py()
-        if spoken is not None:
-            expected[int(types[row]), spoken] += 1
-    of_words = languages_of_words(docs, flags, SPOKEN)
-    fast, slow = TypeTags.of(types, of_words), TypeTags.of(types, of_words.cast(pa.string()))
-    assert fast.table.equals(slow.table) and fast.table.schema == slow.table.schema
-    rows = fast.table.to_pylist()
+    for seed in (1, 2):
+        docs, types, flags = tokens(seed)
+        for row in np.flatnonzero(whole_words(docs, flags)).tolist():
+            language = SPOKEN[int(docs[row])].as_py()
+            if language is not None:
+                expected[int(types[row]), language] += 1
+    rows = count_languages(1, 2).table.to_pylist()
     assert [((r["token_id"], r["tag"]), r["n"]) for r in rows] == sorted(expected.items())
 
 
+def test_counts_are_the_same_however_chunks_name_their_languages() -> None:
+    docs, types, flags = tokens(3)
+    half = int(np.searchsorted(docs, 6))
+    summary = Summary([], spoken=True)
+    # The languages of a chunk are numbered as they come: here in another order, and others.
+    for part, first in ((slice(half, None), 6), (slice(half), 0)):
+        spoken = Spoken.of(docs[part] - first, SPOKEN[first:][:6])
+        summary.add(docs[part], types[part], flags[part], {}, spoken=spoken)
+    (table,) = summary.tables()
+    assert TypeTags.from_table(table).table.equals(count_languages(3).table)
+
+
 def test_no_words_have_no_counts() -> None:
-    docs, types, flags = tokens(1)
-    for spoken in (SPOKEN, pa.nulls(12, pa.string())):
-        nothing = languages_of_words(docs, np.full_like(flags, SPECIAL), spoken)
-        assert len(TypeTags.of(types, nothing).table) == 0
+    nothing = pa.nulls(12, pa.string())
+    assert len(count_languages(1, spoken=nothing).table) == 0
+    assert len(count_languages().table) == 0
     assert LanguageUses(TypeTags.empty()).of(3) == Uses({})
     assert len(LanguageUses(TypeTags.empty()).table()) == 0
 
 
 def test_counts_add_up_in_any_order_and_can_be_taken_out() -> None:
-    parts = []
-    for seed in range(5):
-        docs, types, flags = tokens(seed)
-        parts.append(TypeTags.of(types, languages_of_words(docs, flags, SPOKEN)))
+    parts = [count_languages(seed) for seed in range(5)]
+    assert count_languages(*range(5)).table.equals(TypeTags.merge(parts).table)
     whole = LanguageUses(TypeTags.merge(parts))
     turned = TypeTags.merge([TypeTags.merge(parts[3:]), *parts[2::-1]])
     assert turned.table.equals(TypeTags.merge(parts).table)

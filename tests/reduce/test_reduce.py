@@ -28,7 +28,8 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import Interrupted, StoreError
 from afn_ray.reduce import tree
-from afn_ray.reduce.histogram import DEFINITION, Summary, round_strengths
+from afn_ray.reduce.histogram import DEFINITION, round_strengths
+from afn_ray.reduce.shard_summary import Summary
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.stats import wilson
 from afn_ray.reduce.tables import TokenTexts

@@ -19,18 +19,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from afn_ray.reduce import histogram as thresholds
+from afn_ray.reduce import shard_summary
 from afn_ray.reduce.histogram import (
     BIN_BITS,
-    COUNTED_IDS,
     SPECIAL_KEY,
     Histogram,
     SeriesSummary,
-    Summary,
     round_strengths,
     to_bins,
     to_values,
-    whole_words,
 )
+from afn_ray.reduce.shard_summary import COUNTED_IDS, Summary, whole_words
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
 
 Floats = npt.NDArray[np.float32]
@@ -262,7 +261,7 @@ def test_a_summary_is_what_counting_one_by_one_gives(
 ) -> None:
     """For any chunks, two shards or one, and however often chunks are merged on the way."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(thresholds, "COMPACT_KEYS", few_keys)
+        patch.setattr(shard_summary, "COMPACT_KEYS", few_keys)
         patch.setattr(thresholds, "MERGE_KEYS", max(1, few_keys))
         shards = [_summarise(docs[:shard_end], cuts), _summarise(docs[shard_end:], cuts)]
         tables = [list(s.tables()) for s in shards]
@@ -286,7 +285,7 @@ def _tables_hold(docs: list[list[Any]], tables: list[list[pa.Table]]) -> None:
 
 def test_a_summary_keeps_to_its_bound_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of the same values do not pile up."""
-    monkeypatch.setattr(thresholds, "COMPACT_KEYS", 50)
+    monkeypatch.setattr(shard_summary, "COMPACT_KEYS", 50)
     docs = [[(i, False, True, float(i), 1.0) for i in range(20)] for _ in range(30)]
     summary = _summarise(docs, range(30))
     assert sum(len(part.keys) for part in summary._values[SERIES[0]]) <= 50 + 2 * 20

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.errors import Interrupted
-from afn_ray.reduce.histogram import Summary, round_strengths
+from afn_ray.reduce.histogram import round_strengths
+from afn_ray.reduce.shard_summary import Summary
 from afn_ray.schema import SUMMARY_SCHEMA, Series, documents_schema, tokens_schema
 from afn_ray.store import parquet, records
 from afn_ray.store.records import ShardFiles, make_table
@@ -126,6 +127,8 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
     for name, encodings in expected.items():
         columns = _columns(tmp_path / f"{name}.parquet")
         assert {c.compression for c in columns.values()} == {"ZSTD"}
+        without_statistics = {n for n, c in columns.items() if not c.is_stats_set}
+        assert without_statistics == ({"surface"} if name == "tokens" else set())
         for encoding, names in encodings.items():
             for column in names:
                 assert encoding in columns[column].encodings, (
