@@ -112,18 +112,19 @@ def scan_run(
     layer = layers[-1]
     limits = _limits(layers, labels, reduced["vocabulary"], shards.n_docs)
     of_rows = _described(shards, layers, labels, readable, asked)
-    num_word_parts = word_tables.num_parts(shards.n_tokens * len(layers)) if asked.words else 0
+    places = list(_places(shards))
+    read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
+    cuts = word_tables.cuts(shards.n_tokens * len(layers), len(read_at_once))
+    num_word_parts = cuts.first if asked.words else 0
     words = None
     if asked.words:
-        words = WordRules(readable, of_rows.q3, asked.tagged, num_word_parts, of_rows.by_language)
+        words = WordRules(readable, of_rows.q3, asked.tagged, cuts.first, of_rows.by_language)
     counted = AlsoCounted(1 + shards.n_docs // PART_DOCS, words)
     grouping = _grouping(shards, layers, labels, sources, asked, tasks)
     if grouping is not None:
         grouping = grouping._replace(num_types=len(limits.rare))
         counted = counted._replace(grouping=grouping)
-    places = list(_places(shards))
     num_others = 4 + counted.num_parts  # results of a scan that are not on words
-    read_at_once = list(in_groups(places, lambda place: place.tokens.num_bytes, READ_BYTES))
     scanned: list[list[Any]] = []
 
     def words_scanned() -> Iterator[list[Any]]:
@@ -134,7 +135,7 @@ def scan_run(
             scanned.append(found[:num_others])
             yield found[num_others:]
 
-    of_words = word_tables.merge_words(words_scanned(), tasks)
+    of_words = word_tables.merge_words(words_scanned(), cuts, tasks)
     of_sums, tables, copied, controlled, *of_parts = map(list, zip(*scanned, strict=True))
     sums = merged(tasks, add, of_sums)
     (salience,) = tasks.submit(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 Item = TypeVar("Item")
 
@@ -92,24 +92,83 @@ def merge_parts(
     leaves: Iterable[list[Any]],
     merge: Callable[..., Sequence[Any]],
     subject: Any,
-    fan_in: int | None = None,
 ) -> list[Any]:
     """Handles of the parts of the sum of ``leaves``.
 
     Each leaf is a list of handles, one for each part. ``merge(subject, *values)`` adds the values
-    of one part, ``fan_in`` of them at a time, by default ``FAN_IN``. Sums are made as soon as their
-    leaves are there: with a small ``fan_in`` few leaves wait.
+    of one part, ``FAN_IN`` of them at a time.
     """
-    most = fan_in or FAN_IN
-    # At height h: sums of most^h leaves, each as a list of handles of its parts.
-    levels: list[list[list[Any]]] = [[]]
 
-    def add(sums: list[list[Any]]) -> list[Any]:
-        """Handles of the parts of the sum of ``sums``."""
+    def add(_: int, sums: list[list[Any]]) -> list[Any]:
+        if len(sums) == 1:
+            return sums[0]
         parts: list[Any] = []
         for handles in zip(*sums, strict=True):
             parts += tasks.submit(merge, subject, *handles)
         return parts
+
+    return _merged_levels(leaves, FAN_IN, add)
+
+
+class Cuts(NamedTuple):
+    """Numbers of parts, by a hash, of sums in a tree of merges; both are powers of two.
+
+    The higher a sum is in the tree, the more leaves it covers and the more parts it has, so that a
+    part covers about as much of the input at any height, however large the whole is.
+    """
+
+    fan_in: int  # sums that are merged at a time
+    first: int  # parts of a leaf
+    last: int  # parts of the whole, at most
+
+    @classmethod
+    def of(cls, num_parts: int, num_leaves: int, fan_in: int) -> Cuts:
+        """Cuts by which ``num_leaves`` leaves become ``num_parts`` parts, or up to twice as many."""
+        of_leaf = -(-num_parts // max(1, num_leaves))
+        return cls(fan_in, 1 << (of_leaf - 1).bit_length(), 1 << (num_parts - 1).bit_length())
+
+    def at(self, height: int) -> int:
+        """Number of parts of a sum of ``fan_in`` to the power of ``height`` leaves."""
+        covered: int = self.fan_in**height  # leaves
+        return min(self.last, self.first * covered)
+
+
+def merge_and_cut(
+    tasks: Tasks,
+    leaves: Iterable[list[Any]],
+    merge: Callable[..., Sequence[Any]],
+    cuts: Cuts,
+) -> list[Any]:
+    """Handles of the parts of the sum of ``leaves``; each is a list of handles of ``cuts.first`` parts.
+
+    ``merge((before, after), *values)`` adds the values of one part, of ``before``, and returns the
+    parts of ``after`` that it is cut into: of part p of ``before``, parts p, p + before, ... Sums are
+    made as soon as their leaves are there: with a small fan-in few leaves wait.
+    """
+
+    def add(height: int, sums: list[list[Any]]) -> list[Any]:
+        before, after = cuts.at(height), cuts.at(height + 1)
+        if before == after and len(sums) == 1:
+            return sums[0]
+        found = []
+        for handles in zip(*sums, strict=True):
+            args = ((before, after), *handles)
+            found.append(tasks.submit(merge, *args, num_results=after // before))
+        return [handle for of_cut in zip(*found, strict=True) for handle in of_cut]
+
+    return _merged_levels(leaves, cuts.fan_in, add)
+
+
+def _merged_levels(
+    leaves: Iterable[list[Any]],
+    fan_in: int,
+    add: Callable[[int, list[list[Any]]], list[Any]],
+) -> list[Any]:
+    """The sum of ``leaves`` in a tree: ``add(height, sums)`` adds up to ``fan_in`` sums.
+
+    Sums at height h are those of up to ``fan_in^h`` leaves.
+    """
+    levels: list[list[list[Any]]] = [[]]
 
     def merge_level(height: int) -> None:
         """Replace the sums at ``height`` by one sum at the next height."""
@@ -117,12 +176,13 @@ def merge_parts(
             levels.append([])
         sums = levels[height]
         levels[height] = []
-        levels[height + 1] += [add(sums)] if len(sums) > 1 else sums
+        if sums:
+            levels[height + 1].append(add(height, sums))
 
     for leaf in leaves:
         levels[0].append(leaf)
         height = 0
-        while len(levels[height]) == most:
+        while len(levels[height]) == fan_in:
             merge_level(height)
             height += 1
     for height in range(len(levels)):

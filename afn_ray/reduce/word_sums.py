@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -132,6 +132,16 @@ class WordSums(NamedTuple):
         index = np.where(which, np.cumsum(which) - 1, -1)
         return self.renumbered(index, self.words.filter(pa.array(which)), self.num_docs[which])
 
+    def cut(self, before: int, after: int) -> list[WordSums]:
+        """The parts of ``after`` that a part of ``before`` consists of, by a hash of the word.
+
+        Both are powers of two; of part p, these are the parts p, p + before, p + 2 before ...
+        """
+        if before == after:
+            return [self]
+        part_of = parts_of(self.words.to_pylist(), after) // before
+        return [self.where(part_of == part) for part in range(after // before)]
+
     def joined(self, names: pa.Array) -> WordSums:
         """Sums of all words with the same of ``names`` [n_words], which are the words then.
 
@@ -150,6 +160,11 @@ class WordSums(NamedTuple):
         return sums.renumbered(index, distinct, num_words)
 
 
+def parts_of(words: Iterable[str], num_parts: int) -> Ints:
+    """The part of ``num_parts`` that each of ``words`` is in."""
+    return np.array([zlib.crc32(word.encode()) % num_parts for word in words], np.int64)
+
+
 def _renumbered(histogram: Histogram, index: Ints, bits: int) -> Histogram:
     """``histogram`` with ``index`` of each word in its keys; words below 0 are left out."""
     words = index[histogram.keys >> bits]
@@ -162,8 +177,14 @@ def _renumbered(histogram: Histogram, index: Ints, bits: int) -> Histogram:
     return Histogram.of(keys, counts)
 
 
-def merge(_: None, *parts: WordSums) -> list[WordSums]:
-    """The sum of ``parts``."""
+def merge(cut: tuple[int, int], *parts: WordSums) -> list[WordSums]:
+    """The sum of ``parts``, which are of one part of ``cut[0]``, as parts of ``cut[1]``."""
+    return _merged(parts).cut(*cut)
+
+
+def _merged(parts: Sequence[WordSums]) -> WordSums:
+    if len(parts) == 1:
+        return parts[0]
     words = pc.unique(pa.chunked_array([part.words for part in parts], pa.string()))
     words = words.take(pc.sort_indices(words))
     num_docs = np.zeros(len(words), np.int64)
@@ -180,7 +201,7 @@ def merge(_: None, *parts: WordSums) -> list[WordSums]:
         for parts in zip(*((part.split, part.places, part.pairs) for part in moved), strict=True)
     )
     forms = _added_forms(pa.concat_tables([part.forms for part in moved]))
-    return [WordSums(words, num_docs, split, places, pairs, tuple(by_layer), forms)]
+    return WordSums(words, num_docs, split, places, pairs, tuple(by_layer), forms)
 
 
 def _added_forms(forms: pa.Table) -> pa.Table:
@@ -277,9 +298,7 @@ class WordCounter:
             tuple(LayerSums(*of_layer) for of_layer in by_layer),
             self._forms_table(),
         )
-        part_of = np.array(
-            [zlib.crc32(word.encode()) % num_parts for word in self._words], np.int64
-        )
+        part_of = parts_of(self._words, num_parts)
         order = pc.sort_indices(names).to_numpy().astype(np.int64)
         parts = []
         for part in range(num_parts):

@@ -25,7 +25,7 @@ from afn_ray.reduce.histogram import (
 from afn_ray.reduce.language_uses import Uses
 from afn_ray.reduce.stats import Float64s, Ints, is_high, wilson
 from afn_ray.reduce.tables import type_statistics
-from afn_ray.reduce.tasks import Tasks, merge_parts, merged
+from afn_ray.reduce.tasks import Cuts, Tasks, merge_and_cut, merged
 from afn_ray.reduce.word_salience import COLUMNS, counted_words, with_salience
 from afn_ray.reduce.word_sums import (
     EXPONENT_BITS,
@@ -49,16 +49,16 @@ MOST_ROWS = 2_000_000
 MOST_FORMS = 3
 """Number of ways of writing a word that its row lists."""
 PART_STRENGTHS = 1 << 24
-"""Number of strengths for each part of the sums."""
+"""Largest number of strengths for each part of the sums, but for frequent words."""
 MERGED_AT_ONCE = 4
 """Number of sums that wait to be added: the strengths of a word recur, so a sum is smaller."""
-MAX_PARTS = 128
-"""Largest number of parts of the sums."""
+FOLDED_PARTS = 16
+"""Largest number of parts of the sums of folded words, whose pieces and classes are limited."""
 
 
-def num_parts(n_strengths: int) -> int:
-    """Number of parts into which sums of so many strengths, of all layers, are cut."""
-    return min(MAX_PARTS, 1 + n_strengths // PART_STRENGTHS)
+def cuts(n_strengths: int, num_leaves: int) -> Cuts:
+    """Parts into which sums of so many strengths, of all layers, are cut; each leaf is of a scan."""
+    return Cuts.of(1 + n_strengths // PART_STRENGTHS, num_leaves, MERGED_AT_ONCE)
 
 
 class Described(NamedTuple):
@@ -82,22 +82,28 @@ class Described(NamedTuple):
         return None if self.language == AUTO_LANGUAGE else self.language
 
 
-def merge_words(leaves: Iterable[list[Any]], tasks: Tasks) -> list[Any]:
+def merge_words(leaves: Iterable[list[Any]], by: Cuts, tasks: Tasks) -> list[Any]:
     """Handles of the parts of the sum of ``leaves``, which are handles of the parts of some sums."""
-    return merge_parts(tasks, leaves, merge, None, MERGED_AT_ONCE)
+    return merge_and_cut(tasks, leaves, merge, by)
 
 
 def word_vocabulary(parts: Sequence[Any], described: Described, tasks: Tasks) -> pa.Table:
     """The table, as ``WORD_VOCABULARY_SCHEMA``; ``parts`` are of ``merge_words``."""
     sizes = [tasks.submit(_sizes, part)[0] for part in parts]
     least = _least_n(tasks.result(merged(tasks, _add, sizes)), MOST_ROWS // len(described.layers))
-    made = [tasks.submit(_rows, part, least, described, num_results=3) for part in parts]
-    folded = merged(tasks, merge, [rest for _, rest, _ in made], None)
-    (of_folded,) = tasks.submit(_folded_rows, folded, least, described)
-    tables = [tasks.result(handle) for handle in (*(rows for rows, *_ in made), of_folded)]
+    num_folded = min(FOLDED_PARTS, len(parts))
+    made = []
+    for part in parts:
+        args = (part, least, described, num_folded)
+        made.append(tasks.submit(_rows, *args, num_results=2 + num_folded))
+    handles = [rows for rows, *_ in made]
+    for rest in zip(*(folded for _, _, *folded in made), strict=True):
+        folded = merged(tasks, merge, rest, (1, 1))
+        handles += tasks.submit(_folded_rows, folded, least, described)
+    tables = [tasks.result(handle) for handle in handles]
     order = [(name, "ascending") for name in ("layer", "word", "token_id", "class")]
     rows = pa.concat_tables(tables).sort_by(order).combine_chunks()
-    counted = [handle for *_, handle in made]
+    counted = [counted for _, counted, *_ in made]
     (found,) = tasks.submit(with_salience, described.layers, rows, *counted)
     table: pa.Table = tasks.result(found)
     return table
@@ -119,9 +125,10 @@ def _least_n(sizes: Histogram, most: int) -> int:
     return max(LEAST_N, int(too_many.max(initial=0)) + 1)
 
 
-def _rows(sums: WordSums, least: int, described: Described) -> list[Any]:
-    """Rows of the words that occur ``least`` times, sums of the others by piece and class, and
-    the ``CountedWords``.
+def _rows(sums: WordSums, least: int, described: Described, num_folded: int) -> list[Any]:
+    """Rows of the words that occur ``least`` times, and the ``CountedWords``.
+
+    Then sums of the others by piece and class, in ``num_folded`` parts.
     """
     kinds = _Kinds.of(sums, described)
     is_named = sums.n >= least
@@ -144,7 +151,8 @@ def _rows(sums: WordSums, least: int, described: Described) -> list[Any]:
     ids = zip(others.token_ids.tolist(), others.classes.to_pylist(), strict=True)
     names = pa.array([f"{token_id} {name}" for token_id, name in ids], pa.string())
     folded = sums.where(~is_named).joined(names)
-    return [_table(named, columns, described), folded, counted_words(sums, named)]
+    rows = _table(named, columns, described)
+    return [rows, counted_words(sums, named), *folded.cut(1, num_folded)]
 
 
 def _folded_rows(sums: WordSums, least: int, described: Described) -> list[pa.Table]:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 import afn_ray
 from afn_ray.analysis import verify
-from afn_ray.reduce import lexicon, screen, word_sums, word_tables
+from afn_ray.reduce import lexicon, screen, tasks, word_sums, word_tables
 from afn_ray.reduce.controls import places_of
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.tasks import Inline
@@ -267,7 +267,8 @@ def joined(documents: list[word_sums.WordTokens]) -> word_sums.WordTokens:
 def table_of(shards: list[list[word_sums.WordTokens]], num_parts: int, tagged: bool) -> pa.Table:
     """The table of the words of ``shards``, each a list of chunks."""
     readable = [text.removeprefix("##") for text in TEXTS]
-    rules = word_sums.WordRules(readable, (1.5, 30.0), tagged, num_parts)
+    cuts = tasks.Cuts.of(num_parts, len(shards), 2)
+    rules = word_sums.WordRules(readable, (1.5, 30.0), tagged, cuts.first)
     leaves = []
     for chunks in shards:
         counter = word_sums.WordCounter(rules)
@@ -275,7 +276,8 @@ def table_of(shards: list[list[word_sums.WordTokens]], num_parts: int, tagged: b
             counter.add(chunk)
         leaves.append(counter.sums())
     described = word_tables.Described(LAYERS, rules.q3, 300, "en", tagged, readable)
-    parts = word_tables.merge_words(map(list, leaves), Inline())
+    parts = word_tables.merge_words(map(list, leaves), cuts, Inline())
+    assert len(parts) == cuts.last
     return word_tables.word_vocabulary(parts, described, Inline())
 
 
@@ -295,12 +297,73 @@ def test_rows_are_the_same_for_any_cut_order_and_number_of_parts(
         "\u00e9t\u00e9",
         None,
     }
-    for seed, num_parts, size in ((2, 1, 7), (3, 5, 40), (4, 3, 100)):
+    for seed, num_parts, size in ((2, 1, 7), (3, 5, 40), (4, 3, 100), (5, 40, 3), (6, 2, 150)):
         shuffled = random.Random(seed).sample(documents, len(documents))
         chunks = [joined(shuffled[at : at + size]) for at in range(0, len(shuffled), size)]
         shards = [chunks[at : at + 2] for at in range(0, len(chunks), 2)]
         found = table_of(shards, num_parts, tagged)
         assert found.equals(expected)  # to the last bit
+
+
+def test_a_part_of_the_sums_does_not_grow_with_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corpora of new words each: 16 times the corpus has 16 times the parts, at no height larger."""
+    monkeypatch.setattr(word_tables, "PART_STRENGTHS", 2000)
+    merge, most = word_sums.merge, {}
+    for num_leaves in (4, 16, 64):
+        sizes: list[int] = []
+
+        def spied(
+            cut: tuple[int, int], *parts: word_sums.WordSums, into: list[int] = sizes
+        ) -> list[word_sums.WordSums]:
+            found = merge(cut, *parts)
+            into += [sum(len(of.values.keys) for of in part.by_layer) for part in found]
+            return found
+
+        monkeypatch.setattr(word_tables, "merge", spied)
+        cuts = word_tables.cuts(num_leaves * 1000 * 2, num_leaves)
+        rules = word_sums.WordRules([], (1.0, 1.0), False, cuts.first)
+        leaves = [words_of_their_own(rules, number, 1000) for number in range(num_leaves)]
+        parts = word_tables.merge_words(leaves, cuts, Inline())
+        assert sum(len(part.words) for part in parts) == num_leaves * 1000
+        most[num_leaves] = max(sizes)
+    assert max(most.values()) <= 1.3 * word_tables.PART_STRENGTHS, most
+    assert len(parts) == cuts.last >= 64
+
+
+def words_of_their_own(
+    rules: word_sums.WordRules, number: int, num_words: int
+) -> list[word_sums.WordSums]:
+    """Sums of a document of ``num_words`` words that occur once, in no other document."""
+    written = pa.array([f"w{number}x{i}" for i in range(num_words)]).dictionary_encode()
+    strengths = np.random.default_rng(number).gamma(3, 0.4, (2, num_words)).astype(np.float32)
+    counter = word_sums.WordCounter(rules._replace(readable=["w"]))
+    tokens = word_sums.WordTokens(
+        np.full(num_words, number, np.int32),
+        np.zeros(num_words, np.int32),
+        np.full(num_words, WORD_START, np.uint8),
+        list(strengths),
+        written,
+        None,
+        np.zeros(num_words, np.int64),
+    )
+    counter.add(tokens)
+    return counter.sums()
+
+
+@pytest.mark.parametrize("num_leaves", [1, 2, 3, 5, 64, 1000])
+@pytest.mark.parametrize("num_parts", [1, 2, 3, 7, 500])
+def test_sums_have_parts_in_proportion_to_the_scans_they_cover(
+    num_leaves: int, num_parts: int
+) -> None:
+    for fan_in in (2, 4):
+        cuts = tasks.Cuts.of(num_parts, num_leaves, fan_in)
+        height = 0
+        while fan_in**height < num_leaves:
+            covered = fan_in**height / num_leaves
+            assert cuts.at(height) >= min(num_parts, covered * num_parts)
+            assert cuts.at(height + 1) % cuts.at(height) == 0
+            height += 1
+        assert num_parts <= cuts.at(height) == cuts.last < 2 * num_parts
 
 
 def test_classes_are_those_of_the_word_or_of_its_tags() -> None:
