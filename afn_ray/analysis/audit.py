@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
@@ -130,6 +130,7 @@ def run_audit(
     )  # before the run: a wrong name fails early
     covered = choose_partition(config, policy, night)
     config = covered.config
+    parts.check_asked(policy, config)
     if covered.message is not None:
         event = events.Warned if covered.is_late else events.Complete
         on_event(event(covered.message))
@@ -180,7 +181,7 @@ def _judge(
         few = set(verdict.few_nights(policy, before))
         excused = {rule.key for rule in rules if _is_excused(rule, evidence, few, begins=begins)}
     with checksums.named_damage(run.uri):
-        notes = tuple(_notes(policy, evidence, night, had_effect=begins or bool(excused)))
+        notes = tuple(_notes(policy, evidence, night, rules, excused))
     state = verdict.state_of(rules, policy.unjudged, excused)
     return Audit(
         state=state,
@@ -222,8 +223,17 @@ def _gather(policy: Policy, run: RunFolder, baseline: Baseline) -> Evidence:
         return Evidence(run, losses.of_run(run), sources, comparison, baseline, layer)
 
 
-def _notes(policy: Policy, evidence: Evidence, night: Night, *, had_effect: bool) -> Iterator[str]:
-    """Facts that a reader of the verdict needs; ``had_effect`` is about ``night.first_night``."""
+def _notes(
+    policy: Policy,
+    evidence: Evidence,
+    night: Night,
+    rules: Sequence[Rule],
+    excused: Collection[str],
+) -> Iterator[str]:
+    """Facts that a reader of the verdict needs, which is on ``rules``.
+
+    ``excused`` names the limits that a first night need not judge.
+    """
     baseline, comparison = evidence.baseline, evidence.comparison
     if (labels_of := evidence.run.info["config"].get("thresholds")) is not None:
         yield f"HIGH is decided by the thresholds of {labels_of}."
@@ -237,7 +247,10 @@ def _notes(policy: Policy, evidence: Evidence, night: Night, *, had_effect: bool
             f"Quartiles, HIGH shares, classes and tokens are held against medians of "
             f"{count(len(baseline.median_of), 'night')}, all else against the previous one."
         )
-    if night.first_night and baseline.lacking is None and not had_effect:
+    lacks_baseline = any(rule.reason == baseline.lacking for rule in rules if rule.reason)
+    if lacks_baseline and not night.first_night and not baseline.is_refused:
+        yield "If this night begins its series, give --first-night."
+    if night.first_night and baseline.lacking is None and not excused:
         yield "--first-night had no effect: this night has a baseline."
     figures = duplicates.figures_of(evidence.run.info)
     if figures is not None and figures.repeated_ids:

@@ -11,6 +11,7 @@ from afn_ray.analysis import own_parts
 from afn_ray.analysis.evidence import WITHOUT_SOURCES, Evidence, Found, distance, sources_at
 from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
 from afn_ray.analysis.policy import Policy
+from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.group_drift import grouped_by
@@ -117,20 +118,36 @@ def check(policy: Policy, run: RunFolder) -> None:
 
 def lacking(policy: Policy, run: RunFolder) -> str | None:
     """Why ``run`` can never be held against the limits of ``policy`` on parts; None if it can."""
+    has_scan = "sources" in run.info["tables"]
+    return _lacking(policy, f"run {run.uri}", grouped_by(run), has_scan=has_scan)
+
+
+def check_asked(policy: Policy, config: RunConfig) -> None:
+    """Raise ``ConfigError`` for limits on parts that a run of ``config`` would not have."""
+    has_scan = bool(config.screen)
+    why = _lacking(policy, "the run that run.toml asks for", config.group_by, has_scan=has_scan)
+    if why is not None:
+        raise ConfigError(why)
+
+
+def _lacking(policy: Policy, run: str, by: str | None, *, has_scan: bool) -> str | None:
+    """Why limits of ``policy`` on parts lack something in ``run``, in words, grouped ``by`` a key.
+
+    ``has_scan`` says whether it was screened.
+    """
     needs_scan = any(limit.key in (*OF_SOURCES, "junk_share") for limit in policy.limits)
-    if (needs_scan or policy.limits_of("source")) and "sources" not in run.info["tables"]:
+    if (needs_scan or policy.limits_of("source")) and not has_scan:
         return (
-            f"the policy limits sources or strange documents, but run {run.uri} has no table of "
+            f"the policy limits sources or strange documents, but {run} has no table of "
             "them: run it with its screening (--screen)"
         )
     if not policy.limits_of("group"):
         return None
-    by = grouped_by(run)
     if by is None:
-        return f"the policy limits groups, but run {run.uri} has none: give run.toml a group_by"
+        return f"the policy limits groups, but {run} has none: give run.toml a group_by"
     if policy.group_by not in (None, by):
         return (
-            f"the policy limits groups by {policy.group_by}, but run {run.uri} is grouped by {by}: "
+            f"the policy limits groups by {policy.group_by}, but {run} is grouped by {by}: "
             f"name the table [group.{by}], or let run.toml group by {policy.group_by}"
         )
     return None

@@ -12,6 +12,7 @@ from afn_ray.analysis import learned, limits
 from afn_ray.analysis.limits import GROUP_LIMITS, LEAST_TOKENS, PART_LIMITS, WHOLE_LIMITS, Limit
 from afn_ray.errors import ConfigError
 from afn_ray.store import settings
+from afn_ray.text import nearest
 
 BASELINES = {"all": ("previous", "week"), "new": ("previous", "weekday")}
 """Kinds of baseline by window; with "new" there are those of the form ``MEDIAN`` too."""
@@ -179,7 +180,8 @@ def _check_keys(
     if unknown := sorted(values.keys() - known.keys()):
         tables = "" if table else TABLES
         raise ConfigError(
-            f"policy {file}: no such {table}key: {', '.join(unknown)}; there are:\n"
+            f"policy {file}: no such {table}key: {', '.join(unknown)}"
+            f"{nearest(unknown, [*known])}; there are:\n"
             f"{_listed(known)}{tables}"
         )
 

@@ -129,6 +129,8 @@ def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean
         ("min_tokens_ratio = {warn = 0.8, fail = 0.9}", "expected warn above fail"),
         ("max_new_types = {warn = 0.5}", "max_new_types.warn is 0.5; expected a whole number"),
         ("group = 3", "group is 3; expected a table, [group]"),
+        ("psi = 1\nksx = 1\n", "no such key: ksx (did you mean ks?); there are:"),
+        ("[source]\nmin_token = 1\n", "no such [source] key: min_token (did you mean min_tokens?)"),
         ("[group.lang]\nmax_new_types = 3", "no such [group] key: max_new_types; there are:"),
         ("[group]\nks = 1\n[group.lang]\nks = 1", "a run is grouped by one key"),
         ("[group.lang]\nks = 1\n[group.dt]\nks = 1", "a run is grouped by one key"),
@@ -798,8 +800,11 @@ def test_a_night_that_was_not_judged_is_reported_and_is_the_next_ones_baseline(
     assert nights.audit("--webhook", hook.url) == 3
     assert hook.got == [(nights.folder / "out" / "audit.json").read_bytes()]
     first = nights.said["run"]
+    advice = "If this night begins its series, give --first-night."
+    assert advice in nights.said["notes"]
     nights.add(1, 600, 640)
     assert nights.audit("--webhook", hook.url) == 0
+    assert advice not in nights.said["notes"]
     assert nights.said["baseline"] == first and len(hook.got) == 1
 
 
@@ -854,6 +859,23 @@ def test_a_first_night_excuses_limits_by_group_on_the_night_that_begins_the_grou
     nights.add(2, 900, 905)
     (nights.folder / "policy.toml").write_text("ks = 1\n[group]\nmin_tokens = 1\npsi = 9\n")
     assert nights.audit() == 0 and nights.said["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "config", "message"),
+    [
+        ("[group]\npsi = 1\n", "", "limits groups, but the run that run.toml asks for has none"),
+        ("[group.lang]\npsi = 1\n", 'group_by = "source"\n', "asks for is grouped by source: name"),
+        ("[source]\npsi = 1\n", "screen = 0\n", "run it with its screening (--screen)"),
+    ],
+)
+def test_limits_that_the_run_could_never_be_held_against_are_refused_before_it(
+    policy: str, config: str, message: str, nights: Nights, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (nights.folder / "policy.toml").write_text(policy)
+    nights.config.write_text(nights.config.read_text() + config)
+    assert nights.begin() == 2 and message in capfd.readouterr().err
+    assert not Path(nights.store, "runs").exists()
 
 
 def killed_night(nights: Nights, module: object, step: str) -> None:
