@@ -20,6 +20,7 @@ from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.own_labels import own_q3, own_tables
 from afn_ray.query.views import NeuronFiles, statements
+from afn_ray.query.word_classes import class_tables
 from afn_ray.reduce.compare import compare
 from afn_ray.reduce.group_drift import labels_by_group
 from afn_ray.schema import (
@@ -129,6 +130,7 @@ def _small_tables(
         tables[name] = tables[name].drop_columns(["bins", "counts"])
     if labels_by_group(folder):
         tables |= own_tables(folder, tables)
+    tables |= class_tables(folder.info["config"].get("language", "en"), tables)
     tables["internal.salience"] = tables.pop("salience")
     tables["labels"] = _small_table(folder, label_thresholds.labels_name(folder), THRESHOLDS_SCHEMA)
     tables["run"] = _run_row(folder)

@@ -142,6 +142,12 @@ def lower_word(text: str) -> str:
     return f"nfc_normalize(replace({lowered}, {dotted}, 'i'))"
 
 
+WORD_CHARS = 200
+"""Number of characters of a word that are compared, so that no text makes a query large."""
+WORD = lower_word(f"left(trim(coalesce(text, '')), {WORD_CHARS})")
+"""SQL of a row of ``words`` as a word: lower case, NFC."""
+
+
 def exact(value: float | None, kind: str) -> str:
     """SQL of ``value`` as ``kind``, without loss."""
     # DuckDB reads text as the nearest FLOAT, which is the value itself. It would read a bare

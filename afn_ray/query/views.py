@@ -133,7 +133,7 @@ def statements(
         "BY token_id",
         f"CREATE VIEW tokens AS {tokens_view(rows_of(tokens), recorded)}",
         f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
-        f"CREATE VIEW words AS {words_view(tokens, recorded)}",
+        f"CREATE VIEW words AS {words_view(tokens, documents, recorded)}",
         f"CREATE VIEW word_vocabulary AS FROM {_table_of(recorded.word_table, 'no_words')}",
         f"CREATE VIEW classes AS {classes_view(recorded)}",
         f"CREATE VIEW salience AS {SALIENCE_VIEW}",

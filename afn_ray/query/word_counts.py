@@ -9,17 +9,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.query.database import Run
-from afn_ray.query.expressions import lower_word
+from afn_ray.query.expressions import WORD
 from afn_ray.schema import UNTAGGED
 
 LEAST_N = 5
 """Smallest number of occurrences of a word that has a row of its own; rarer words are folded."""
 MAX_GROUPS = 1 << 21
 """Number of distinct words, about, that one query counts; more of them take several queries."""
-WORD_CHARS = 200
-"""Number of characters of a word that are compared, so that no text makes a query large."""
-WORD = lower_word(f"left(trim(coalesce(text, '')), {WORD_CHARS})")
-"""SQL of a row of ``words`` as a word: lower case, NFC."""
 SUMS = ("n", "n_tokens", "n_high", "ranks")
 """Columns of counts that add up."""
 

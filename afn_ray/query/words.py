@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from afn_ray.query.expressions import RecordedColumns, ShardFile, is_high, rows_of
+from afn_ray.query.expressions import WORD, RecordedColumns, ShardFile, is_high, rows_of
+from afn_ray.query.word_classes import classified
 from afn_ray.schema import SPECIAL, WORD_START
 
 PIECES = 4
@@ -21,7 +22,9 @@ SLICE_TOKENS = 1 << 21
 """Smallest number of tokens in a part of ``words``: planning a part costs time too."""
 
 
-def words_view(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
+def words_view(
+    files: Sequence[ShardFile], documents: Sequence[ShardFile], recorded: RecordedColumns
+) -> str:
     """SQL of the ``words`` view: one pass over the rows in their order.
 
     Memory does not grow with the rows: window functions without partition or order stream, if
@@ -35,7 +38,7 @@ def words_view(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
         parts.append(
             f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}{recorded.and_counts}"
         )
-    return " UNION ALL ".join(parts)
+    return classified(" UNION ALL ".join(parts), documents, recorded)
 
 
 def _parts(files: Sequence[ShardFile]) -> list[list[ShardFile]]:
@@ -62,16 +65,17 @@ def _words(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     """SQL of the words of ``files``.
 
     Window functions join words of up to ``PIECES`` tokens; longer words are grouped. A word has the
-    tag of its first token, and the class of that token's type.
+    tag of its first token.
     """
     tokens = _placed_tokens(_tokens_ahead(files, recorded))
     lengths = " ".join(f"WHEN is_head_{j} THEN {j}" for j in LENGTHS)
     pieces = f"CASE {lengths} END::BIGINT AS pieces"
     short = ", ".join(_short_columns(recorded))
     long = ", ".join(_long_columns(recorded))
+    types = f"(SELECT token_id, text, {WORD} AS spelling FROM internal.types)"  # noqa: S608
     return f"""
         SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long)
-        LEFT JOIN internal.types USING (token_id), (
+        LEFT JOIN {types} USING (token_id), (
             SELECT list(coalesce(text, '') ORDER BY id) AS texts
             FROM (SELECT unnest(range((SELECT max(token_id) + 1 FROM internal.types))) AS id)
             LEFT JOIN internal.types ON token_id = id
@@ -141,7 +145,7 @@ def _short_columns(recorded: RecordedColumns) -> list[str]:
         "doc",
         "word",
         f"coalesce(surface, {text}) AS text",
-        "class",
+        "CASE WHEN pieces = 1 AND surface IS NULL THEN spelling END AS of_type",
         "pieces AS n_tokens",
         "position",
     ]
@@ -168,7 +172,7 @@ def _long_columns(recorded: RecordedColumns) -> list[str]:
         "doc",
         "word",
         "coalesce(max(surface), string_agg(text, '' ORDER BY place)) AS text",
-        "any_value(class) FILTER (place = 0) AS class",
+        "NULL AS of_type",
         "count(*) AS n_tokens",
         "min(position) AS position",
     ]

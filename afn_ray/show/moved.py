@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import database
-from afn_ray.query.word_counts import WORD
+from afn_ray.query.expressions import WORD
 from afn_ray.reduce import compare
 from afn_ray.reduce.compare import Comparison
 from afn_ray.show.figures import cut

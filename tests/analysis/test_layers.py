@@ -26,7 +26,7 @@ from afn_ray.analysis.layers import LayerComparison, compare_layers
 from afn_ray.analysis.matched_words import Overlap
 from afn_ray.cli import commands
 from afn_ray.errors import ConfigError
-from afn_ray.query import database, word_counts
+from afn_ray.query import database, expressions, word_counts
 from afn_ray.query.database import Run
 from afn_ray.query.word_counts import LEAST_N
 from afn_ray.reduce import compare, distances
@@ -321,7 +321,7 @@ def test_many_words_are_counted_in_parts(
 
 
 def test_a_long_word_is_cut(opened: tuple[Run, Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = word_counts.WORD.replace(str(word_counts.WORD_CHARS), "3")
+    cut = expressions.WORD.replace(str(expressions.WORD_CHARS), "3")
     monkeypatch.setattr(word_counts, "WORD", cut)
     words = word_counts.word_counts(opened[0], 1).words["word"].to_pylist()
     assert max(map(len, words)) == 3 and len(words) == len(set(words))

@@ -32,6 +32,7 @@ from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import expressions, processes, result, sandbox, session, views
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
+from afn_ray.reduce import lexicon
 from afn_ray.schema import (
     FILES_SCHEMA,
     MOVERS_SCHEMA,
@@ -328,9 +329,12 @@ def test_words_are_a_first_token_and_what_follows_it(run: Run) -> None:
     for word in words:
         tokens = word.pop("tokens")
         text = tokens[0]["surface"] or "".join(TEXTS[r["token_id"]] for r in tokens)
+        guess = lexicon.classify(
+            text.lower(), special=False, starts=1, whole=1, words=lexicon.find("en")
+        )
         row = word | {
             "text": text,
-            "class": "content",
+            "class": guess.name,
             "n_tokens": len(tokens),
             "position": tokens[0]["position"],
             "start": tokens[0]["start"],

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import afn_ray
 from afn_ray.analysis import verify
+from afn_ray.query.word_counts import word_counts
 from afn_ray.reduce import lexicon, screen, tasks, word_sums, word_tables
 from afn_ray.reduce.controls import places_of
 from afn_ray.reduce.histogram import round_strengths
@@ -165,6 +166,42 @@ def test_verify_proves_the_words_however_the_scan_and_the_sums_are_cut(
     monkeypatch.setattr(word_tables, "PART_STRENGTHS", 500)
     monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 2)
     assert verify.verify_store(run.uri).findings == ()
+
+
+def test_a_word_has_the_class_of_its_row_and_a_rarer_one_that_of_its_own_use(
+    run: afn_ray.Run,
+) -> None:
+    rows = occurrences(run)
+    named = run.sql("SELECT word, class FROM word_vocabulary WHERE layer = 1 AND word IS NOT NULL")
+    class_of = dict(named.fetchall())
+    documents = run.sql("SELECT doc, detected_language FROM documents").fetchall()
+    words_of = {doc: lexicon.find(language or "-") for doc, language in documents}
+    seen = Counter[str]()
+    for doc, word, name in zip(rows["doc"], rows["word"], rows["class"], strict=True):
+        guess = lexicon.classify(word, special=False, starts=1, whole=1, words=words_of[doc])
+        assert name == class_of.get(word, guess.name), word
+        seen[name if word in class_of else f"rare {name}"] += 1
+    assert {"function", "content", "punctuation"} <= set(seen)
+    assert {"rare function", "rare content", "rare word"} <= set(seen)
+    pieces = rows[rows["n_tokens"] > 1]
+    assert {"function", "content"} <= set(pieces["class"])
+
+
+def test_classes_of_words_in_one_language_add_up_as_their_table_does(
+    tmp_path: Path, tiny_gpt: Path, verses: list[str]
+) -> None:
+    texts = [*verses[:40], "It\u2019s 7 don\u2019t ...", *(v.upper() for v in verses[:9])]
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in texts])
+    for language in ("en", "sw"):
+        config = config_of(tiny_gpt, corpus, tmp_path / language, layers="1", language=language)
+        with afn_ray.run(config) as made:
+            by_word = made.sql("SELECT class, count(*) FROM words GROUP BY ALL ORDER BY ALL")
+            by_row = "SELECT class, sum(n)::BIGINT FROM word_vocabulary GROUP BY ALL ORDER BY ALL"
+            assert by_word.fetchall() == made.sql(by_row).fetchall()
+            counted = word_counts(made, 1).classes.sort_by("class")
+            assert by_word.fetchall() == list(
+                zip(counted["class"].to_pylist(), counted["n"].to_pylist(), strict=True)
+            )
 
 
 OLDER = {
