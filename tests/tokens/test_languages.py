@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -37,6 +38,28 @@ def test_a_sentence_shows_its_language_in_any_case_and_layout() -> None:
         assert {detect(text), detect(text.upper()), detect(spaced)} == {language}
 
 
+def test_a_text_has_the_same_language_with_composed_and_decomposed_letters() -> None:
+    """A file system or a program may decompose letters, which no reader sees."""
+    sentences = {
+        **SENTENCES,
+        "ko": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
+        "vi": "Tất cả mọi người sinh ra đều được tự do và bình đẳng về nhân phẩm và quyền lợi.",
+        "el": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι στην αξιοπρέπεια και τα δικαιώματα.",
+    }
+    differ = 0
+    for language, text in sentences.items():
+        for given in (text, f"{text} " * 9):
+            decomposed = unicodedata.normalize("NFD", given)
+            assert (detect(given), detect(decomposed)) == (language, language)
+            differ += decomposed != given
+    assert differ > 10
+    words = {word for text in sentences.values() for word in text.split()}
+    for word in words:  # some are unsure
+        assert detect(word) == detect(unicodedata.normalize("NFD", word)), word
+    lone = "\ud800" + unicodedata.normalize("NFD", sentences["vi"])
+    assert detect(lone) == "vi" and detect("\u0301") == detect("\udc00\u0301") == UNKNOWN_LANGUAGE
+
+
 @pytest.mark.parametrize("text", ["", " \n\t", "\u3000"])
 def test_a_text_of_white_space_has_no_language(text: str) -> None:
     assert detect(text) is None
@@ -69,7 +92,7 @@ def test_the_identity_has_the_versions_of_the_packages(monkeypatch: pytest.Monke
     languages.check(None)
     languages.check(found)
     monkeypatch.setattr(languages, "RULES", languages.RULES + 1)
-    with pytest.raises(ConfigError, match=r"rules 2, expected lid.176.ftz.*rules 1 as planned"):
+    with pytest.raises(ConfigError, match=r"rules 3, expected lid.176.ftz.*rules 2 as planned"):
         languages.check(found)
 
 
