@@ -16,12 +16,20 @@ JOINERS = "\u200c\u200d"
 """Format characters that spelling needs: zero-width non-joiner and joiner."""
 
 _INNER = r"['\x{2019}\x{02bc}\-\x{2010}\x{2011}\x{200c}\x{200d}]"
-_IDEOGRAPH = r"[\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{faff}\x{20000}-\x{3fffd}]"
-WORD_FORM = rf"^(?:\p{{L}}(?:{_INNER}?[\p{{L}}\p{{M}}])+|{_IDEOGRAPH})$"
+_HAN = r"\x{3400}-\x{4dbf}\x{4e00}-\x{9fff}\x{f900}-\x{faff}\x{20000}-\x{3fffd}"
+_HANGUL, _YI = r"\x{ac00}-\x{d7a3}", r"\x{a000}-\x{a48c}"
+_OLDER = r"\p{Tangut}\p{Nushu}\p{Khitan_Small_Script}"
+_SYLLABLE = f"[{_HAN}{_HANGUL}{_YI}{_OLDER}]"
+"""Characters of the scripts in which one of them writes a whole syllable with a meaning.
+
+They are Han, Hangul, Yi, Tangut, Nushu and Khitan. A single kana, Thai consonant or Latin letter is
+mostly an ending, a mark or an initial.
+"""
+WORD_FORM = rf"^(?:\p{{L}}(?:{_INNER}?[\p{{L}}\p{{M}}])+|{_SYLLABLE})$"
 """Pattern of RE2, for Arrow and DuckDB: a word that rankings of words may show.
 
-It has two letters or marks or more, the first a letter, or is one ideograph. There may be an
-apostrophe, a hyphen or one of ``JOINERS`` between two of them.
+It has two letters or marks or more, the first a letter, or is one character that writes a syllable
+with a meaning. There may be an apostrophe, a hyphen or one of ``JOINERS`` between two of them.
 """
 
 
