@@ -67,7 +67,7 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     """
     rows = rows_of(files)
     counts = recorded.and_counts
-    limit = f"{counts} LIMIT coalesce(20 * most + 1000, 0)"
+    limit = f"{counts} LIMIT coalesce(20 * greatest(most, 0) + 1000, 0)"
     some = _occurrences(rows, "some", "most IS NOT NULL", limit)
     every = _occurrences(
         rows, "every", "coalesce((SELECT count(*) FROM some_found) < most, true)", counts
@@ -89,7 +89,7 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
-            SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT most
+            SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT {MOST}
         ),
         {chosen}
         SELECT d.doc, d.doc_id, d.source, {values}{kept_columns}
@@ -98,6 +98,14 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
 
 WORDS = "greatest(n, 0)::BIGINT"
 """SQL of the number of words on each side."""
+_REFUSED = "error('kwic: {0} is ' || coalesce({0}::VARCHAR, 'NULL') || ', expected {1}')"
+MOST = f"""CASE
+    WHEN n IS NULL OR n < 0 THEN {_REFUSED.format("n", "0 or more words on each side")}
+    WHEN most < 0 THEN {_REFUSED.format("most", "0 or more occurrences, or NULL for all")} ELSE most END"""
+"""SQL of the largest number of occurrences; an error for a wrong number, also of words beside them.
+
+A word that does not occur has no rows, whatever the numbers are.
+"""
 MOST_TOKENS = "greatest(4 * length(word), 3 * strlen(word))"
 """SQL of the most tokens of the word in any spelling.
 
@@ -230,7 +238,7 @@ def _with_sides(names: Sequence[str]) -> str:
                     FILTER (place = 0),
                 {left} AS left_context,
                 {right} AS right_context
-            FROM chosen WHERE abs(place) <= n GROUP BY file, head, doc"""  # noqa: S608
+            FROM chosen WHERE abs(place) <= {WORDS} GROUP BY file, head, doc"""  # noqa: S608
 
 
 def _side(which: str, chars: str, cut: str) -> str:

@@ -49,8 +49,6 @@ def _about_kwic(query: str) -> str | None:
             f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its "
             "context"
         )
-    if re.search(r"\bkwic\([^)]*,\s*(?:n\s*:=\s*)?-\s*\d", query):
-        return "kwic takes the number of words on each side, 0 or more"
     if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*)'", query):
         return (
             f"no word is {found[1]!r}, in upper or lower case, or the rest of the query leaves no "

@@ -22,7 +22,7 @@ import pytest
 import test_query
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
-from afn_ray.errors import AfnError, ConfigError
+from afn_ray.errors import AfnError, ConfigError, QueryError
 from afn_ray.query import views
 from afn_ray.query.catalog import write_catalog
 from afn_ray.query.database import Run, open_run
@@ -269,6 +269,22 @@ def test_most_is_enough_for_a_look(run: Run) -> None:
     some = run.sql(f"{KWIC} FROM kwic('river', most := 7)").fetchall()
     assert len(some) == 7 and set(some) <= set(every)
     assert run.sql(f"{KWIC} FROM kwic('river', most := 100000)").fetchall() == every
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refused"),
+    [
+        ("'river', -1", "n is -1, expected 0 or more words"),
+        ("'river', n := NULL", "n is NULL, expected 0 or more words"),
+        ("'river', $number", "n is -7, expected 0 or more words"),
+        ("'river', 2, most := -1", "most is -1, expected 0 or more occurrences"),
+    ],
+)
+def test_a_number_that_says_nothing_is_refused(run: Run, arguments: str, refused: str) -> None:
+    parameters = {"number": -7} if "$" in arguments else None
+    for columns in ("*", "count(*)"):
+        with pytest.raises(QueryError, match=f"kwic: {refused}"):
+            run.sql(f"SELECT {columns} FROM kwic({arguments})", parameters).fetchall()
 
 
 def test_a_word_of_more_tokens_than_characters_is_found(tmp_path: Path) -> None:
