@@ -15,7 +15,13 @@ from afn_ray import kept
 from afn_ray.analysis import recount, rows, salience_check, vector_check
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
-from afn_ray.analysis.stored_types import texts_of, with_classes, without_added
+from afn_ray.analysis.stored_types import (
+    has_decomposed_forms,
+    texts_of,
+    with_classes,
+    without_added,
+    without_forms,
+)
 from afn_ray.analysis.table_difference import difference
 from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import StoreError
@@ -277,6 +283,8 @@ class RunCheck:
             reduced = self._reduced(measure, found, vocabulary, files)
             if not measure.tagged and self.folder.info.get("function_words") != lexicon.SOURCE:
                 reduced, stored = map(self._without_lists, (reduced, stored))
+            if has_decomposed_forms(stored):
+                reduced, stored = without_forms(reduced), without_forms(stored)
             self._compare(reduced, stored)
 
     def _without_lists(self, tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:

@@ -43,6 +43,20 @@ def with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[s
     return named
 
 
+def has_decomposed_forms(tables: Mapping[str, pa.Table]) -> bool:
+    """Whether an older version listed forms of words that are not composed (NFC)."""
+    if "word_vocabulary" not in tables:
+        return False
+    forms = pc.list_flatten(tables["word_vocabulary"]["forms"])
+    return not forms.equals(pc.utf8_normalize(forms, "NFC"))
+
+
+def without_forms(tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
+    """``tables`` without how words are written, which only a checksum vouches for then."""
+    words = tables["word_vocabulary"].drop_columns(["text", "forms"])
+    return {**tables, "word_vocabulary": words}
+
+
 def _types_of(vocabulary: pa.Table) -> Iterator[tuple[int, bool]]:
     """The token id of each row, and whether its tokens are special."""
     is_special = pc.equal(vocabulary["class"].cast(pa.string()), "special")

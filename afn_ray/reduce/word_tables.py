@@ -269,8 +269,9 @@ class _Kinds(NamedTuple):
             guesses = _by_tag(sums)
         else:
             guesses = _guessed(_classified(sums, described), _words_of(sums, described))
-        nth = np.arange(len(forms)) - np.repeat(begins, np.diff(begins, append=len(forms)))
-        listed = forms.filter(pa.array(nth < MOST_FORMS))
+        shown = _by_frequency(_composed(sums.forms), "form")
+        nth = np.arange(len(shown)) - _firsts(shown["word"].to_numpy())
+        listed = shown.filter(pa.array(nth < MOST_FORMS))
         ends = np.searchsorted(listed["word"].to_numpy(), np.arange(len(sums.words) + 1))
         kind = WORD_VOCABULARY_SCHEMA.field("forms").type
         return cls(
@@ -283,6 +284,18 @@ class _Kinds(NamedTuple):
                 pa.array(ends.astype(np.int32)), listed["form"].combine_chunks(), type=kind
             ),
         )
+
+
+def _composed(forms: pa.Table) -> pa.Table:
+    """``forms`` in NFC, so that a reader sees different ones only."""
+    at = forms.column_names.index("form")
+    return forms.set_column(at, "form", pc.utf8_normalize(forms["form"], "NFC"))
+
+
+def _firsts(words: Ints) -> Ints:
+    """First row of each row's word; ``words`` ascend."""
+    begins = starts(words)
+    return np.repeat(begins, np.diff(begins, append=len(words)))
 
 
 def _by_frequency(forms: pa.Table, by: str) -> pa.Table:

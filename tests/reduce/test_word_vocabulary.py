@@ -28,7 +28,7 @@ from afn_ray.schema import WORD_START, WORD_VOCABULARY_SCHEMA
 from afn_ray.show.overview import render_classes
 from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
-from conftest import config_of, edit_checksummed, write_jsonl
+from conftest import config_of, edit_checksummed, edit_table, write_jsonl
 
 LAYERS = (1, 2)
 ODD = [
@@ -121,7 +121,7 @@ def test_every_word_has_the_statistics_that_pandas_gives_over_words(run: afn_ray
                 assert row[name] == expected[name], (word, name)  # sums of strengths are exact
             for name in ("sd", "mean_strength", "pieces", "idf"):
                 assert row[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-12), word
-            forms = Counter(of_word["form"])
+            forms = Counter(unicodedata.normalize("NFC", form) for form in of_word["form"])
             listed = sorted(forms, key=lambda form: (-forms[form], form.encode()))[:3]
             assert (row["forms"], row["text"]) == (listed, listed[0])
 
@@ -222,6 +222,22 @@ def test_words_of_an_older_run_are_not_counted_again_to_prove_it(
     monkeypatch.setattr(word_sums.WordCounter, "add", lambda _, tokens: counted.append(tokens))
     found = verify.verify_store(str(tmp_path / "store"))
     assert found.findings == () and found.num_runs == 1 and not counted
+
+
+def test_forms_of_an_older_run_with_decomposed_letters_are_not_compared(
+    run: afn_ray.Run, tmp_path: Path
+) -> None:
+    store, _, name = run.uri.rpartition("/runs/")
+    shutil.copytree(store, tmp_path / "store")
+
+    def decompose(table: pa.Table) -> pa.Table:
+        forms = table["forms"].to_pylist()
+        forms[0] = ["e\u0301", *forms[0]]
+        at, field = table.column_names.index("forms"), table.schema.field("forms")
+        return table.set_column(at, field, pa.array(forms, field.type))
+
+    edit_table(str(tmp_path / "store" / "runs" / name), "word_vocabulary", decompose)
+    assert verify.verify_store(str(tmp_path / "store")).findings == ()
 
 
 def test_class_tables_count_words(run: afn_ray.Run) -> None:
@@ -429,6 +445,27 @@ def test_classes_are_those_of_the_word_or_of_its_tags() -> None:
     assert tagged["sea"]["class_confidence"] == pytest.approx(tags[best] / sum(tags.values()))
 
 
+def row_of(uses: list[tuple[str, str | None, int]]) -> dict[str, Any]:
+    """The row of one word with these forms, in documents of these languages, so many times each."""
+    rows = [(form, spoken) for form, spoken, n in uses for _ in range(n)]
+    forms, languages = (pa.array(column, pa.string()) for column in zip(*rows, strict=True))
+    n = len(rows)
+    tokens = word_sums.WordTokens(
+        np.arange(n, dtype=np.int32),
+        np.zeros(n, np.int32),
+        np.full(n, WORD_START, np.uint8),
+        [np.ones(n, np.float32)],
+        forms.dictionary_encode(),
+        languages.dictionary_encode(),
+        places_of(np.zeros(n, np.int64), np.ones(n, np.int64)),
+    )
+    counter = word_sums.WordCounter(word_sums.WordRules(["x"], (1.5,), False, 1, by_language=True))
+    counter.add(tokens)
+    described = word_tables.Described((1,), (1.5,), n, "auto", False, ["x"])
+    (row,) = word_tables.word_vocabulary(counter.sums(), described, Inline()).to_pylist()
+    return dict(row)
+
+
 ACCENTED = "\u00e9cole"
 
 
@@ -449,23 +486,26 @@ ACCENTED = "\u00e9cole"
 def test_uses_in_unknown_languages_do_not_count_in_any_spelling_unless_there_are_no_others(
     uses: list[tuple[str, str | None, int]], language: str | None, name: str
 ) -> None:
-    rows = [(form, spoken) for form, spoken, n in uses for _ in range(n)]
-    forms, languages = (pa.array(column, pa.string()) for column in zip(*rows, strict=True))
-    n = len(rows)
-    tokens = word_sums.WordTokens(
-        np.arange(n, dtype=np.int32),
-        np.zeros(n, np.int32),
-        np.full(n, WORD_START, np.uint8),
-        [np.ones(n, np.float32)],
-        forms.dictionary_encode(),
-        languages.dictionary_encode(),
-        places_of(np.zeros(n, np.int64), np.ones(n, np.int64)),
-    )
-    counter = word_sums.WordCounter(word_sums.WordRules(["x"], (1.5,), False, 1, by_language=True))
-    counter.add(tokens)
-    described = word_tables.Described((1,), (1.5,), n, "auto", False, ["x"])
-    (row,) = word_tables.word_vocabulary(counter.sums(), described, Inline()).to_pylist()
+    row = row_of(uses)
+    n = sum(n for *_, n in uses)
     assert (row["language"], row["class"], row["n"]) == (language, name, n)
+
+
+@pytest.mark.parametrize("n_decomposed", [1, 9])
+def test_forms_that_look_the_same_are_one_in_composed_letters(n_decomposed: int) -> None:
+    decomposed = unicodedata.normalize("NFD", ACCENTED)
+    capital = ACCENTED.capitalize()
+    uses: list[tuple[str, str | None, int]] = [
+        (ACCENTED, "fr", 4),
+        (decomposed, "fr", n_decomposed),
+        (capital, "fr", 3),
+        (decomposed.capitalize(), "fr", 1),
+        (ACCENTED.upper(), "fr", 1),
+    ]
+    for order in (uses, uses[::-1]):
+        row = row_of(order)
+        assert row["forms"] == [ACCENTED, capital, ACCENTED.upper()]
+        assert (row["text"], row["n"]) == (ACCENTED, 9 + n_decomposed)
 
 
 def test_more_words_than_rows_raise_the_number_of_occurrences_that_a_row_needs(
