@@ -48,7 +48,7 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
     ).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
-        SELECT {lower_word("text")} AS word, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
+        SELECT {lower_word("text")} AS spelled, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
                quantile_disc({strength}, 0.5) AS median
         FROM words WHERE regexp_matches(text, $form) GROUP BY ALL HAVING n >= $least
     """  # noqa: S608 - the layer is a number
@@ -72,10 +72,10 @@ def _words_of(run: Run) -> Callable[[str], lexicon.Words | None]:
         words = lexicon.find(language)
         return lambda word: words
     query = f"""
-        SELECT {lower_word("text")} AS word, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
+        SELECT {lower_word("text")} AS spelled, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
         WHERE regexp_matches(text, $form) AND {LANGUAGE} IS NOT NULL
-        GROUP BY ALL
-        QUALIFY sum(count(*)) OVER (PARTITION BY word) >= $least
+        GROUP BY spelled, {LANGUAGE}
+        QUALIFY sum(count(*)) OVER (PARTITION BY spelled) >= $least
     """  # noqa: S608 - a name of ours
     counts: dict[str, dict[str, int]] = {}
     for word, spoken, n in run.sql(query, {"least": SALIENT_MIN_N, "form": WORD_FORM}).fetchall():
