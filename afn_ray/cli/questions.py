@@ -17,7 +17,7 @@ from afn_ray.cli import arguments, terminal
 from afn_ray.cli.arguments import EPILOG, Commands, count, local_file, positive
 from afn_ray.errors import ConfigError
 from afn_ray.query.views import MACROS, VIEWS
-from afn_ray.store import disk
+from afn_ray.store import disk, storage, uris
 from afn_ray.text import printable
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ def _add_sql_output(sql: argparse.ArgumentParser) -> None:
     sql.add_argument(
         "--out",
         metavar="FILE",
-        type=local_file,
-        help="write the result to FILE instead of the terminal",
+        help="write the result to FILE, a path or URL, instead of the terminal",
     )
     sql.add_argument(
         "--max-rows",
@@ -343,6 +342,8 @@ def call_sql(args: argparse.Namespace) -> None:
         print(f"{name} is written; any DuckDB client opens it, as in: duckdb {shlex.quote(name)}")
         return
     form = _format_of(args.format, args.out)
+    if args.out:
+        uris.open_filesystem(args.out)  # a URL that cannot be opened is refused before the query
     tables = joined.read_tables(args.joined)
     with database.open_run(
         args.run,
@@ -356,7 +357,7 @@ def call_sql(args: argparse.Namespace) -> None:
             return
         relation = run.sql(args.query, **tables)
         with contextlib.ExitStack() as stack:
-            out = stack.enter_context(disk.write_local(args.out)) if args.out else None
+            out = stack.enter_context(storage.write_whole(args.out)) if args.out else None
             num_rows = query_output.print_result(
                 relation, form, out, max_rows=None if args.out else args.max_rows or None
             )
@@ -367,13 +368,14 @@ ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table
 """Output formats of ``afn sql`` by file ending."""
 
 
-def _format_of(asked: str | None, out: Path | None) -> str:
-    """The requested format, otherwise that of the file's ending."""
-    if (
-        asked is not None or out is None or (out.exists() and not out.is_file())
-    ):  # a pipe or /dev/stdout
+def _format_of(asked: str | None, out: str | None) -> str:
+    """The requested format, otherwise that of the ending of the file or object ``out``."""
+    if asked is not None or out is None:
         return asked or "table"
-    if (form := ENDINGS.get(out.suffix.lower())) is None:
+    path = Path(out)
+    if path.exists() and not path.is_file():  # a pipe or /dev/stdout
+        return "table"
+    if (form := ENDINGS.get(path.suffix.lower())) is None:
         raise ConfigError(
             f"{out}: the ending says no format; end it in {', '.join(ENDINGS)}, or give --format"
         )

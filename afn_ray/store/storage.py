@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import posixpath
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any
+from typing import IO, Any
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -227,15 +228,31 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
 
 
 def upload(local: Path, uri: str) -> None:
-    """Copy the finished file ``local`` to ``uri``, an attempt-unique name.
-
-    Nothing reads that name before its commit.
-    """
+    """Copy the finished file ``local`` to ``uri``, which appears whole or not at all."""
     fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         call_with_retries(fs, "writing", uri, StoreError, lambda: disk.copy(local, Path(path)))
     else:
         call_with_retries(fs, "writing", uri, StoreError, lambda: fs.put_file(str(local), path))
+
+
+@contextlib.contextmanager
+def write_whole(target: str) -> Iterator[IO[bytes]]:
+    """The file or object ``target``, a path or URL, open for writing; it appears whole or not at all.
+
+    An object is gathered in the system's temporary folder, and uploaded on success; it replaces one
+    of its name. Raises ``ConfigError`` if ``target`` cannot be opened or written, ``StoreError`` or
+    ``Unavailable`` if the upload fails.
+    """
+    if uris.is_local(target):
+        with disk.write_local(Path(uris.path_in(target))) as file:
+            yield file
+        return
+    with tempfile.TemporaryDirectory(prefix="afn-", dir=disk.scratch_folder(None)) as folder:
+        gathered = Path(folder) / "file"
+        with disk.write_local(gathered) as file:
+            yield file
+        upload(gathered, target)
 
 
 def delete(files: list[str]) -> None:

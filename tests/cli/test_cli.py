@@ -19,6 +19,7 @@ from afn_ray.cli import commands, progress, terminal
 from afn_ray.config import BUILT_IN_SIGNALS, RunConfig
 from afn_ray.runs import precheck
 from afn_ray.runs.progress import Counters, Progress
+from afn_ray.store import parquet, storage
 from conftest import afn, command_parsers, write_jsonl
 
 
@@ -117,6 +118,38 @@ def test_sql_from_standard_input_runs_every_statement_and_fails_with_the_first_w
     assert done.returncode == 0 and "one" in done.stdout and "100" in done.stdout
     done = afn("sql", store, stdin="SELECT nothing FROM documents;")
     assert done.returncode == 2 and "nothing" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_result_of_sql_goes_to_a_bucket_whole_or_not_at_all(
+    store: Path, tmp_path: Path, object_store: str, typed: Typed
+) -> None:
+    query = "SELECT doc_id, n_tokens FROM documents ORDER BY doc"
+    there, here = f"{object_store}/some/where.parquet", tmp_path / "here.parquet"
+    for out in (there, here):
+        code, _, err = typed("sql", store, query, "--out", out)
+        assert code == 0, err
+    assert storage.read_bytes(there) == here.read_bytes()
+    assert typed("sql", store, "SELECT 1 AS one", "--out", there)[0] == 0  # it is replaced
+    assert parquet.read(storage.read_bytes(there)).to_pydict() == {"one": [1]}
+    failing = "SELECT error('no') FROM documents"
+    for out in (f"{object_store}/failed.csv", f"file://{tmp_path}/failed.csv"):
+        code, _, err = typed("sql", store, failing, "--out", out)
+        assert code == 2 and "no" in err and not storage.exists(out)
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("s3://key:secret@bucket/x.csv", "holds credentials"),
+        ("nosuch://bucket/x.csv", "nosuch"),
+        ("s3://bucket/x", "the ending says no format"),
+    ],
+)
+def test_a_place_for_a_result_is_refused_before_the_query(
+    out: str, message: str, typed: Typed
+) -> None:
+    code, _, err = typed("sql", "nowhere", "SELECT 1", "--out", out)
+    assert code == 2 and message in err and "secret" not in err and "neither" not in err
 
 
 def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path, typed: Typed) -> None:
