@@ -24,6 +24,7 @@ import pytest
 import afn_ray
 from afn_ray import verify_store
 from afn_ray.analysis.findings import Finding
+from afn_ray.analysis.table_difference import difference
 from afn_ray.analysis.verify import Verification, lines
 from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import ConfigError, StoreError
@@ -812,6 +813,23 @@ def test_everything_below_a_folder_is_listed(quiet_place: str) -> None:
         f.size == len(storage.read_bytes(f.uri)) and abs(f.modified_s - time.time()) < 600
         for f in found
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "is_equal"),
+    [
+        ("beyond_low", 5e-10, True),
+        ("expected", 2e-10, True),
+        ("expected", 1e-5, False),
+        ("idf", 2e-10, False),
+        ("mean", 1e-13, True),
+    ],
+)
+def test_only_columns_of_a_fit_may_differ_as_the_fit_of_older_runs_does(
+    name: str, change: float, is_equal: bool
+) -> None:
+    ours, theirs = (pa.table({name: [0.5, 1e-3 + x]}) for x in (0.0, change))
+    assert (difference(theirs, ours) == "") == is_equal
 
 
 # --- the command
