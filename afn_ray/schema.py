@@ -359,11 +359,11 @@ KEPT_SCHEMA = _schema(
 
 LANGUAGES_SCHEMA = _schema(
     "language: string",  # as in ``LANGUAGE`` of ``documents``
-    "n_words: int64",  # tokens that are a whole word, in documents that count
+    "n_words: int64",  # words of one token, in documents that count
     "n_types: int64",  # types of these
     "has_list: bool",  # there are closed-class words of the language
 )
-"""A run's whole words by the detected language of their document."""
+"""A run's words of one token by the detected language of their document."""
 
 DUPLICATES_SCHEMA = _schema(
     "doc: int64",  # run-wide

@@ -108,7 +108,7 @@ LANGUAGES_SQL = f"""
     ), stored AS (SELECT language, n_words, n_types FROM languages)
     (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
 """  # noqa: S608
-"""SQL of the languages whose whole words differ between ``languages`` and the rows."""
+"""SQL of the languages whose words of one token differ between ``languages`` and the rows."""
 
 
 def neurons_sql(layer: int, high_only: bool) -> str:

@@ -90,7 +90,7 @@ class LanguageUses:
         return Uses(dict(zip(languages, self._n[begin:end].tolist(), strict=True)))
 
     def table(self) -> pa.Table:
-        """The run's whole words by language, the most frequent first: ``LANGUAGES_SCHEMA``."""
+        """``LANGUAGES_SCHEMA``: the run's words of one token by language, the most frequent first."""
         names = self._languages.dictionary.to_pylist()
         codes = self._languages.indices.to_numpy()
         n, n_types = self._sums(codes, len(names))
@@ -122,7 +122,7 @@ def words_of(language: str, uses: LanguageUses | None) -> WordsOf:
 
 
 def describe(languages: pa.Table) -> str:
-    """The most frequent of a run's detected ``languages`` with their shares of whole words."""
+    """The most frequent of a run's detected ``languages``, with shares of words of one token."""
     total = pc.sum(languages["n_words"]).as_py() or 1
     named = [
         f"{row['language']} {row['n_words'] / total:.1%}"
@@ -130,7 +130,7 @@ def describe(languages: pa.Table) -> str:
         if row["n_words"] >= LEAST_SHARE * total
     ]
     more = f" and {len(languages) - len(named)} more" if len(languages) > len(named) else ""
-    return f"{', '.join(named)}{more} (detected, of whole words)" if named else ""
+    return f"{', '.join(named)}{more} (detected, of words of one token)" if named else ""
 
 
 def without_list(languages: pa.Table) -> str:
@@ -140,7 +140,7 @@ def without_list(languages: pa.Table) -> str:
     """
     total = pc.sum(languages["n_words"]).as_py() or 1
     lacking = [
-        f"{row['language']} ({row['n_words'] / total:.1%} of whole words)"
+        f"{row['language']} ({row['n_words'] / total:.1%} of words of one token)"
         for row in languages.to_pylist()
         if not row["has_list"]
         and row["language"] != UNKNOWN_LANGUAGE
@@ -156,6 +156,6 @@ def without_list(languages: pa.Table) -> str:
 
 
 LEAST_SHARE = 0.001
-"""Smallest share of whole words of a language that a notice names."""
+"""Smallest share of words of one token of a language that a notice names."""
 MOST_NAMED = 5
 """Largest number of languages that a sentence names."""

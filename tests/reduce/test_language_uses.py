@@ -146,9 +146,9 @@ def test_languages_without_a_list_are_named_with_their_share() -> None:
         ("en", 4, True), ("sw", 2, False), ("ht", 1, False), ("unknown", 1, False),
     ]  # fmt: skip
     said = without_list(table)
-    assert "closed-class words of sw (25.0% of whole words), ht (12.5%" in said
+    assert "closed-class words of sw (25.0% of words of one token), ht (12.5%" in said
     assert describe(table) == (
-        "en 50.0%, sw 25.0%, ht 12.5%, unknown 12.5% (detected, of whole words)"
+        "en 50.0%, sw 25.0%, ht 12.5%, unknown 12.5% (detected, of words of one token)"
     )
     assert describe(table.slice(0, 0)) == ""
     assert "unknown" not in said and without_list(table.slice(0, 1)) == ""
