@@ -84,6 +84,9 @@ def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, off
         files.documents.write(documents)
         files.summary.write_each(_summary(tokens))
     read = {name: pq.read_table(path) for name, (path, _) in files.tables().items()}
+    for name, table in read.items():
+        says = (table.schema.metadata or {}).get(b"afn.doc", b"").decode()
+        assert ("it repeats in every shard" in says) == ("doc" in table.column_names), name
     assert read["tokens"].schema == tokens_schema(SERIES, offsets)
     assert read["documents"].schema == documents_schema(SERIES)
     assert read["summary"].schema == SUMMARY_SCHEMA
