@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+from unittest import mock
 
 import fsspec
 import pyarrow as pa
@@ -30,6 +31,7 @@ import pytest
 from rich.console import Console
 
 import faults
+import warm_workers
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -130,11 +132,16 @@ def chaos_group(item: pytest.Item) -> str:
     return item.path.stem
 
 
-def pytest_configure() -> None:
+_warm_pythons: list[warm_workers.WarmPython] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """A shell's background jobs ignore SIGINT, and what they start too: here Ctrl-C is to mean what
     it does.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not hasattr(config, "workerinput"):  # as in the processes of xdist, which find these
+        _warm_pythons.extend(warm_workers.start())
 
 
 _frozen = False
@@ -154,6 +161,8 @@ def pytest_runtest_teardown() -> None:
 def pytest_unconfigure() -> None:
     """Extensions that count what they have freed see it freed."""
     gc.unfreeze()
+    for warm_python in _warm_pythons:
+        warm_python.close()
 
 
 @pytest.fixture
@@ -620,9 +629,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def local_ray(s3_server: str) -> Iterator[None]:
-    """One local Ray of four logical CPUs for the tests of a file; its workers inherit the way to
-    the bucket.
+def local_ray(request: pytest.FixtureRequest, s3_server: str) -> Iterator[None]:
+    """One local Ray of four logical CPUs for the tests of a file; its workers, which begin as
+    forks, inherit the way to the bucket.
 
     An idle one takes a twentieth of a core, so it does not outlive them.
     """
@@ -630,7 +639,9 @@ def local_ray(s3_server: str) -> Iterator[None]:
 
     from afn_ray.runs.cluster import access
 
-    access.start_local(num_cpus=4, object_store_memory=128 << 20)
+    python = warm_workers.choose(request.node.get_closest_marker("chaos") is not None)
+    with mock.patch.object(sys, "executable", python):
+        access.start_local(num_cpus=4, object_store_memory=128 << 20)
     yield
     ray.shutdown()
 

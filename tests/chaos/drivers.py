@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import warm_workers
+
 PRELOADED = [
     "afn_ray.cli.commands",
     "afn_ray.runs.job",
@@ -32,6 +34,7 @@ def _become_afn(arguments: list[str], said: str, environment: dict[str, str]) ->
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - as long as the process
+    sys.executable = warm_workers.choose(has_faults=True)
     from afn_ray.cli import commands
 
     commands.command(arguments)

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
-PLUGIN = Path(__file__).parent / "plugin"
+from warm_workers import FAULTS, PYTHON_PATH, choose
+
 OBJECT_STORE_BYTES = 80 << 20
 """Of each node, near the least that Ray takes: only shards and commits travel through it."""
 START_S = 90.0
@@ -70,9 +70,8 @@ class Chaos:
     @property
     def environment(self) -> dict[str, str]:
         """Of a process that shall load the plugin, and of all that it starts."""
-        path = os.pathsep.join(map(str, (PLUGIN, ROOT)))
         inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        return inherited | {"AFN_CHAOS": str(self.file), "PYTHONPATH": path}
+        return inherited | {FAULTS: str(self.file), "PYTHONPATH": PYTHON_PATH}
 
     def plan(self, *faults: dict[str, Any], slow_s: float = 0.0) -> None:
         """From now on these faults, none of them hit yet, and an empty log."""
@@ -213,6 +212,7 @@ def _own_nodes() -> None:
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
 
+    sys.executable = choose(has_faults=True)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what Ray prints is no answer
     cluster = Cluster(

@@ -1,0 +1,208 @@
+"""Ray workers that begin as forks of a process that has already imported what a worker imports.
+
+A worker spends 8 of its 9 CPU seconds before its first shard on the imports of torch and
+transformers, and the tests start about a hundred workers. ``WarmPython`` makes an executable that
+replaces ``sys.executable`` where a Ray starts. When raylet runs Ray's ``setup_worker.py`` with it,
+a template process forks, and the fork runs Ray's own scripts; raylet's child, a small process,
+waits for the fork's end. Every other program runs in the real Python, and so does a worker that
+loads the faults of tests/chaos/plugin where the template does not, or the reverse.
+
+A fork has a process group of its own, as raylet's children have, but the session of the template,
+which is its parent; the kernel kills it when raylet's child dies. What the C library reads as a
+program starts (``MALLOC_...``) is the template's. The hosts of tests/chaos in network namespaces,
+and commands of ``test_jobs`` and ``test_readme``, start workers from nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NoReturn
+
+IMPORTS = (
+    "afn_ray.runs.worker",
+    "afn_ray.model",
+    "afn_ray.reduce.shards",
+    "transformers.models.bert.modeling_bert",
+    "s3fs",
+)
+"""Modules that take seconds to import. Ray is not among them: it reads its settings from the
+environment as it is imported.
+"""
+FAULTS = "AFN_CHAOS"
+"""Environment variable of processes that load the faults of tests/chaos/plugin."""
+PYTHON_PATH = os.pathsep.join(
+    map(str, (Path(__file__).parent / "plugin", Path(__file__).parents[2]))
+)
+"""PYTHONPATH of these processes."""
+VARIABLES = {False: "AFN_WARM_PYTHON", True: "AFN_WARM_PYTHON_WITH_FAULTS"}
+"""Environment variables with the executables of a test run: without and with the faults."""
+REQUEST_BYTES = 1 << 17
+"""Longest request, in bytes: arguments, environment and folder of one worker."""
+
+
+class WarmPython:
+    """An executable that asks a template process, which has ``environment``, for workers.
+
+    The template imports nothing before the first worker.
+    """
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))  # short paths of sockets
+        self.executable, address = self._folder / "python", str(self._folder / "template")
+        python = shlex.quote(sys.executable)
+        ask = shlex.join([sys.executable, "-I", "-S", __file__, address])
+        self.executable.write_text(
+            f'#!/bin/sh\ncase "$1" in */setup_worker.py) exec {ask} "$@";; esac\n'
+            f'exec {python} "$@"\n'
+        )
+        self.executable.chmod(0o700)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(address)
+            listener.listen(64)
+            self._template = subprocess.Popen(
+                [sys.executable, __file__, str(listener.fileno())],
+                env=environment,
+                stdin=subprocess.PIPE,
+                pass_fds=[listener.fileno()],
+            )
+
+    def close(self) -> None:
+        """End the template and the workers that it still has."""
+        self._template.communicate()
+        shutil.rmtree(self._folder)
+
+
+def start() -> list[WarmPython]:
+    """The executables of a test run; processes that it starts find them in ``VARIABLES``."""
+    with_faults = {FAULTS: os.devnull, "PYTHONPATH": PYTHON_PATH}
+    started = []
+    for has_faults, variable in VARIABLES.items():
+        environment = dict(os.environ) | (with_faults if has_faults else {})
+        started.append(WarmPython(environment))
+        os.environ[variable] = str(started[-1].executable)
+    return started
+
+
+def choose(has_faults: bool) -> str:
+    """The executable for workers of a Ray; without a test run, the real Python."""
+    return os.environ.get(VARIABLES[has_faults], sys.executable)
+
+
+def _ask(address: str, arguments: list[str]) -> int:
+    """Exit code of a fork that runs ``arguments``, once it has ended."""
+    request = json.dumps([arguments, dict(os.environ), str(Path.cwd())]).encode()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as template:
+        template.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * REQUEST_BYTES)
+        template.connect(address)
+        socket.send_fds(template, [request], [0, 1, 2])
+        return int(template.recv(16) or 1)
+
+
+def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]]:
+    """In each fork: the connection to whoever asked for it, the request, and its files 0 to 2.
+
+    In the template: no return, until its standard input ends.
+    """
+    workers: dict[int, tuple[int, socket.socket]] = {}
+    waiting = selectors.PollSelector()
+    waiting.register(0, selectors.EVENT_READ)
+    waiting.register(listener, selectors.EVENT_READ)
+    is_warm = False
+    while True:
+        for key, _ in waiting.select():
+            if key.fd == 0:
+                for pid, _ in workers.values():
+                    os.kill(pid, signal.SIGKILL)
+                sys.exit()
+            elif key.fd in workers:
+                pid, asker = workers.pop(key.fd)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with contextlib.suppress(BrokenPipeError), asker:
+                    asker.send(str(code if code >= 0 else 128 - code).encode())
+                waiting.unregister(key.fd)
+                os.close(key.fd)
+            else:
+                if not is_warm:
+                    _warm()
+                    is_warm = True
+                asker, _ = listener.accept()
+                request, files, _, _ = socket.recv_fds(asker, REQUEST_BYTES, 3)
+                if not request:  # it has gone
+                    continue
+                if (pid := os.fork()) == 0:
+                    listener.close()
+                    return asker, json.loads(request), files
+                for file in files:
+                    os.close(file)
+                fd = os.pidfd_open(pid)
+                workers[fd] = pid, asker
+                waiting.register(fd, selectors.EVENT_READ)
+
+
+def _warm() -> None:
+    for module in IMPORTS:
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+
+
+def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
+    """Run what was asked for as a program of its own."""
+    fcntl.fcntl(asker, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(asker, fcntl.F_SETSIG, signal.SIGKILL)  # as soon as the other end is closed
+    fcntl.fcntl(asker, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):
+        asker.recv(1)
+        os._exit(1)  # it was closed before
+    os.setpgid(0, 0)  # raylet kills the groups of its workers
+    arguments, environment, folder = request
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    has_faults = FAULTS in os.environ
+    os.environ.clear()
+    os.environ.update(environment)
+    execute = os.execvp
+
+    def go_on(program: str, args: list[str]) -> NoReturn:
+        """Run ``exec PYTHON SCRIPT ...``, a command for a shell, in this process."""
+        os.execvp = execute
+        if (FAULTS in os.environ) != has_faults:
+            execute(program, args)
+        for path in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+            if path and path not in sys.path:
+                sys.path.insert(1, path)
+        _run(shlex.split(args[-1])[2:])
+        sys.exit()
+
+    os.execvp = go_on  # type: ignore[assignment]
+    _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
+    """Run a script as ``__main__``, with its arguments."""
+    sys.argv = arguments
+    sys.path[0] = str(Path(arguments[0]).parent)
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    if sys.argv[2:]:
+        sys.exit(_ask(sys.argv[1], sys.argv[2:]))
+    _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
