@@ -115,6 +115,7 @@ bytes of composed ones.
 ASKED = lower_word("word")
 """SQL of the asked word as words are compared."""
 BESIDE = "replace(strip_accents({}), '\u03c2', '\u03c3')"
+"""SQL of a letter without its marks, where both small sigmas are one."""
 MAY_BEGIN = f"""(starts_with(asked, folded) OR starts_with(asked, left(folded, -1)) AND (
                 {BESIDE.format("right(folded, 1)")} = {BESIDE.format("substr(asked, length(folded), 1)")}
                 OR regexp_matches(text, '[\\x{{1100}}-\\x{{11ff}}]$')))"""

@@ -33,7 +33,7 @@ def class_tables(language: str, small: Mapping[str, pa.Table]) -> dict[str, pa.T
         for word in (word for word, entry in words.words.items() if entry.is_closed):
             for mark in _APOSTROPHES:
                 spelled = word.replace("'", mark)
-                for form in {spelled, mark + spelled, spelled + mark}:
+                for form in (spelled, mark + spelled, spelled + mark):
                     if name not in closed[form]:
                         closed[form].append(name)
     return {

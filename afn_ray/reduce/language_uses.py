@@ -90,7 +90,7 @@ class LanguageUses:
         return Uses(dict(zip(languages, self._n[begin:end].tolist(), strict=True)))
 
     def table(self) -> pa.Table:
-        """``LANGUAGES_SCHEMA``: the run's words of one token by language, the most frequent first."""
+        """``LANGUAGES_SCHEMA``: words of one token by language, the most frequent first."""
         names = self._languages.dictionary.to_pylist()
         codes = self._languages.indices.to_numpy()
         n, n_types = self._sums(codes, len(names))
