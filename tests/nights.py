@@ -22,6 +22,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+import warm_workers
 from afn_ray.analysis import json_schema
 from afn_ray.cli import commands
 from afn_ray.schema import PLAN_SCHEMA
@@ -130,16 +131,17 @@ class Nights:
         """Exit code of the audit of the night that begins the series."""
         return self.audit("--first-night", *more)
 
-    def start(self, *more: str) -> subprocess.Popen[str]:
+    def start(self, *more: str, python: str = sys.executable) -> subprocess.Popen[str]:
         """The real job."""
-        command = [sys.executable, str(SCRIPT), *self.words(*more)[1:]]
+        command = [python, str(SCRIPT), *self.words(*more)[1:]]
         environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
         return subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
 
     def script(self, *more: str) -> tuple[int, str, str]:
-        process = self.start(*more)
+        """Exit code and output of the real job, in a process that has imported what it imports."""
+        process = self.start(*more, python=warm_workers.choose(has_faults=False))
         out, err = process.communicate(timeout=300)
         return process.returncode, out, err
 

@@ -4,8 +4,9 @@ A worker spends 8 of its 9 CPU seconds before its first shard on the imports of 
 transformers, and the tests start about a hundred workers. ``WarmPython`` makes an executable that
 replaces ``sys.executable`` where a Ray starts. When raylet runs Ray's ``setup_worker.py`` with it,
 a template process forks, and the fork runs Ray's own scripts; raylet's child, a small process,
-waits for the fork's end. Every other program runs in the real Python, and so does a worker that
-loads the faults of tests/chaos/plugin where the template does not, or the reverse.
+waits for the fork's end. The scripts of jobs/ run in forks too. Every other program runs in the
+real Python, and so does a worker that loads the faults of tests/chaos/plugin where the template
+does not, or the reverse.
 
 A fork has a process group of its own, as raylet's children have, but the session of the template,
 which is its parent; the kernel kills it when raylet's child dies. What the C library reads as a
@@ -15,6 +16,7 @@ and commands of ``test_jobs`` and ``test_readme``, start workers from nothing.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import gc
@@ -34,6 +36,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 IMPORTS = (
+    "afn_ray.cli.commands",
+    "afn_ray.runs.job",
     "afn_ray.runs.worker",
     "afn_ray.model",
     "afn_ray.reduce.shards",
@@ -56,9 +60,9 @@ REQUEST_BYTES = 1 << 17
 
 
 class WarmPython:
-    """An executable that asks a template process, which has ``environment``, for workers.
+    """An executable that asks a template process, which has ``environment``, for forks.
 
-    The template imports nothing before the first worker.
+    The template imports nothing before the first fork.
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
@@ -67,7 +71,7 @@ class WarmPython:
         python = shlex.quote(sys.executable)
         ask = shlex.join([sys.executable, "-I", "-S", __file__, address])
         self.executable.write_text(
-            f'#!/bin/sh\ncase "$1" in */setup_worker.py) exec {ask} "$@";; esac\n'
+            f'#!/bin/sh\ncase "$1" in */setup_worker.py | */jobs/*.py) exec {ask} "$@";; esac\n'
             f'exec {python} "$@"\n'
         )
         self.executable.chmod(0o700)
@@ -82,7 +86,7 @@ class WarmPython:
             )
 
     def close(self) -> None:
-        """End the template and the workers that it still has."""
+        """End the template and the forks that it still has."""
         self._template.communicate()
         shutil.rmtree(self._folder)
 
@@ -128,7 +132,7 @@ def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]
             if key.fd == 0:
                 for pid, _ in workers.values():
                     os.kill(pid, signal.SIGKILL)
-                sys.exit()
+                os._exit(0)
             elif key.fd in workers:
                 pid, asker = workers.pop(key.fd)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -169,6 +173,7 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
     with contextlib.suppress(BlockingIOError):
         asker.recv(1)
         os._exit(1)  # it was closed before
+    atexit.register(gc.unfreeze)  # extensions that count what they have freed see it freed
     os.setpgid(0, 0)  # raylet kills the groups of its workers
     arguments, environment, folder = request
     for number, file in enumerate(files):
