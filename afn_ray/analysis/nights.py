@@ -48,7 +48,9 @@ def choose_partition(config: RunConfig, policy: Policy, night: Night) -> Covered
                 'corpus; give the policy window = "new", or leave the partition out'
             )
         return Covered(config, None, is_late=False)
-    chosen = partitions.choose(config.corpus, night.partition or partitions.LATEST)
+    chosen = partitions.choose(
+        config.corpus, partitions.LATEST if night.partition is None else night.partition
+    )
     message = f"partition {chosen.day}: {', '.join(chosen.corpus)}"
     if chosen.incomplete is not None:
         message += f"; a part of {chosen.incomplete} is there, but not in every glob of the corpus"

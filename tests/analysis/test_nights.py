@@ -13,8 +13,11 @@ import pytest
 
 import afn_ray
 from afn_ray.analysis import baselines, verify
-from afn_ray.analysis.policy import read_policy
+from afn_ray.analysis.limits import Limit
+from afn_ray.analysis.nights import choose_partition
+from afn_ray.analysis.policy import Policy, read_policy
 from afn_ray.cli import audits, commands
+from afn_ray.errors import ConfigError
 from afn_ray.runs import events
 from afn_ray.store import manifest, series_runs, storage, uris
 from afn_ray.store.manifest import RunFolder
@@ -440,6 +443,14 @@ def test_a_part_of_a_newer_partition_is_warned_of(
     assert found.state == "held" and found.partition == date(2026, 11, 1)
     assert isinstance(said[0], events.Warned)
     assert "a part of 2026-11-02 is there, but not in every glob of the corpus" in said[0].notice
+
+
+def test_an_empty_partition_is_a_mistake_and_not_the_latest() -> None:
+    """As an unset variable of a schedule's shell gives it."""
+    config = config_from({"store": "s", "corpus": ["/t/dt=2026-11-04"], "model": "x"})
+    policy = Policy((Limit("psi", 1),), window="new")
+    with pytest.raises(ConfigError, match="partition is ''; expected latest, or a date"):
+        choose_partition(config, policy, afn_ray.Night(partition=""))
 
 
 def test_the_guide_has_every_state_with_its_exit_code() -> None:
