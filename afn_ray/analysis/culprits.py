@@ -283,16 +283,13 @@ def _moved(row: Mapping[str, Any]) -> str:
 
 def _in_context(asked: _Asked, token_id: int) -> str | None:
     """The first occurrence of a type with the tokens around it; None if none is found."""
-    query = f"""
-        WITH first AS (
+    around = f"""
+        FROM tokens t JOIN (
             SELECT doc, position FROM tokens WHERE token_id = $token_id
             ORDER BY doc, position LIMIT 1
-        )
-        SELECT string_agg(if(is_word_start, ' ', '') || t.text, '' ORDER BY t.position) AS text
-        FROM tokens t JOIN first f ON t.doc = f.doc
-            AND t.position BETWEEN f.position - {CONTEXT_TOKENS} AND f.position + {CONTEXT_TOKENS}
-        WHERE NOT is_special"""  # noqa: S608 - a number of ours
-    rows = asked.rows(query, {"token_id": token_id})
+        ) AS f ON t.doc = f.doc
+            AND t.position BETWEEN f.position - {CONTEXT_TOKENS} AND f.position + {CONTEXT_TOKENS}"""  # noqa: S608 - ours
+    rows = asked.rows(_written(around), {"token_id": token_id})
     return rows[0]["text"] if rows else None
 
 
@@ -400,14 +397,27 @@ def _texts_of(night: _Night, docs: Collection[int]) -> dict[int, dict[str, Any]]
     """``doc``, ``source`` and the beginning of the ``text`` of each of ``docs`` that counts."""
     if not docs:
         return {}
-    query = f"""
-        SELECT d.doc, d.source,
-            string_agg(if(is_word_start, ' ', '') || t.text, '' ORDER BY t.position) AS text
-        FROM documents d JOIN tokens t ON d.doc = t.doc
-        WHERE d.doc IN ({", ".join(map(str, docs))}) AND NOT t.is_special
-            AND t.position <= {MOST_TEXT_CHARS}
-        GROUP BY d.doc, d.source"""  # noqa: S608 - numbers of ours
+    listed = ", ".join(map(str, docs))
+    tokens = f"FROM tokens t WHERE t.doc IN ({listed}) AND t.position <= {MOST_TEXT_CHARS}"
+    query = f"SELECT doc, source, text FROM documents JOIN ({_written(tokens)}) USING (doc)"  # noqa: S608
     return {row["doc"]: row for row in night.here.rows(query)}
+
+
+def _written(tokens: str) -> str:
+    """SQL of each ``doc`` in ``tokens`` with their ``text``, its words as they are written.
+
+    ``tokens`` is SQL from FROM on, which names the view ``tokens`` t.
+    """
+    # The token that begins a word has the whole word, unless it is as the type's own text.
+    return f"""
+        SELECT doc, string_agg(word, ' ' ORDER BY number) AS text FROM (
+            SELECT doc, number, coalesce(max(surface), string_agg(text, '' ORDER BY position)) AS word
+            FROM (
+                SELECT t.*, count(*) FILTER (is_word_start)
+                    OVER (PARTITION BY t.doc ORDER BY t.position) AS number
+                {tokens}
+            ) WHERE NOT is_special GROUP BY doc, number
+        ) GROUP BY doc"""  # noqa: S608
 
 
 def _first_rows(table: pa.Table | None) -> list[dict[str, Any]]:

@@ -277,6 +277,7 @@ def test_what_moved_is_named_with_types_in_their_context(caught: Caught) -> None
     for one in types:
         assert one.reason.startswith("new, ") and one.text is not None
         assert one.name in one.text.lower()
+    assert any(one.text != str(one.text).lower() for one in types)  # as it is written
     assert vanished.state == "held" and not vanished.culprits  # nothing was taken away
     kinds = [one.kind for one in psi.culprits]
     assert kinds == sorted(kinds, key=["source", "group", "type", "document"].index)

@@ -34,7 +34,7 @@ OF_FILES = ("bytes", "share_read")
 """Columns of ``sources`` that describe the files."""
 FIRST_BANNER = 3
 BANNER: dict[str, Any] = {
-    "text": "read the banner of this page",
+    "text": "Read the BANNER of this Page",
     "lang": "en",
     "tags": ["V", "D", "N", "P", "D", "N"],
 }
