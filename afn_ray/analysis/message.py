@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import pyarrow.compute as pc
 
 from afn_ray.analysis import verdict
 from afn_ray.analysis.audit import Audit, answer, in_order
+from afn_ray.analysis.learned import UsualRange
 from afn_ray.analysis.verdict import BROKEN, Rule
 from afn_ray.reduce import compare
 from afn_ray.reduce.compare import Comparison
@@ -36,11 +37,17 @@ class Message(NamedTuple):
     body: str
 
 
-def message(found: Audit, page: str | None) -> Message:
-    """The message about the night ``found``; ``page`` is the URL of its page, if it has one."""
+def message(
+    found: Audit, page: str | None, usual: Mapping[str, UsualRange] | None = None
+) -> Message:
+    """The message about the night ``found``; ``page`` is the URL of its page, if it has one.
+
+    ``usual`` has the usual range of limits by name, where earlier nights tell.
+    """
     day = "" if found.partition is None else f" {found.partition}"
     title = f"afn audit {found.state}: {inert(found.series, 60)}{day}"
-    lines = [inert(answer(found), MOST_ANSWER_CHARS), "", *_unjudged(found), *_broken(found), ""]
+    lines = [inert(answer(found), MOST_ANSWER_CHARS), "", *_unjudged(found)]
+    lines += [*_broken(found, usual or {}), ""]
     if found.comparison is not None:
         lines += [*_movers(found.comparison, found.layer), ""]
     if page is not None:
@@ -66,27 +73,27 @@ def _unjudged(found: Audit) -> Iterator[str]:
         yield f"- and {len(reasons) - MOST_REASONS} more reasons"
 
 
-def _broken(found: Audit) -> Iterator[str]:
+def _broken(found: Audit, usual: Mapping[str, UsualRange]) -> Iterator[str]:
     """The first broken limits, as list items."""
     broken = [rule for rule in in_order(found.rules) if rule.state == BROKEN]
     for rule in broken[:MOST_RULES]:
         where = "" if rule.where is None else f": {inert(rule.where, 50)}"
-        yield f"- {rule.key} {verdict.value_text(rule)}, {_against(rule)}{where}"
+        yield f"- {rule.key} {verdict.value_text(rule)}, {_against(rule, usual.get(rule.key))}{where}"
     if len(broken) > MOST_RULES:
         yield f"- and {len(broken) - MOST_RULES} more"
 
 
-def _against(rule: Rule) -> str:
-    """The limit that ``rule`` broke, and how far its value is beyond; or what is usual."""
+def _against(rule: Rule, usual: UsualRange | None = None) -> str:
+    """The limit that ``rule`` broke, how far its value is beyond, and what is ``usual``."""
     if rule.usual is not None:
         return verdict.usual_text(rule.usual)
     limit = rule.limit.fail
     assert isinstance(limit, int | float)
     number = f"{limit:,}" if rule.limit.is_whole else f"{limit:g}"
-    if rule.limit.is_minimum:
-        return f"at least {number}"
-    times = f" ({rule.value / limit:.1f} times)" if rule.value is not None and limit > 0 else ""
-    return f"at most {number}{times}"
+    text = f"at least {number}" if rule.limit.is_minimum else f"at most {number}"
+    if not rule.limit.is_minimum and rule.value is not None and limit > 0:
+        text += f" ({rule.value / limit:.1f} times)"
+    return text if usual is None else f"{text}, {verdict.usual_text(usual)}"
 
 
 def _movers(comparison: Comparison, layer: int) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +17,7 @@ from afn_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit
+    from afn_ray.analysis.learned import UsualRange
 
 AUDIT_FAILED = 2
 VERDICTS = {"held": 0, "broken": 1, "not judged": 3}
@@ -123,10 +124,20 @@ def _messages(
 
     def call_of(service: Any) -> Callable[[Audit, str], str | None]:
         return lambda found, written: services.send(
-            service, message(found, page), found.state == "broken"
+            service, message(found, page, _usual(found)), found.state == "broken"
         )
 
     return [call_of(service) for service in services.services(urls, allow_http)]
+
+
+def _usual(found: Audit) -> Mapping[str, UsualRange]:
+    """The usual ranges of the limits by name; none if an earlier night cannot be read."""
+    from afn_ray.show import sparklines
+
+    try:
+        return sparklines.usual_ranges(found)
+    except Exception:  # noqa: BLE001 - the message is as good as possible without them
+        return {}
 
 
 def _page_url(args: argparse.Namespace) -> str | None:

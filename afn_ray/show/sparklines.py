@@ -12,10 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.analysis import learned
-from afn_ray.analysis.audit import Audit
+from afn_ray.analysis.audit import Audit, to_keep
 from afn_ray.analysis.learned import Learned, UsualRange
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.verdict import BROKEN, WARNED, Rule
+from afn_ray.reduce import history
+from afn_ray.show.history_charts import MOST_NIGHTS
 from afn_ray.show.history_table import night_name
 from afn_ray.store import uris, verdicts
 from afn_ray.store.manifest import RunFolder
@@ -95,6 +97,14 @@ def earlier_nights(found: Audit, history: pa.Table) -> list[NightFigures]:
         broken = frozenset(verdict.broken)
         nights.append(NightFigures(night_name(row), verdict.figures, broken, is_usual))
     return nights
+
+
+def usual_ranges(found: Audit) -> dict[str, UsualRange]:
+    """The usual ranges of the limits of ``found`` by name, as far as earlier nights tell."""
+    rows = history.of_run(found.run, to_keep(found), MOST_NIGHTS).rows
+    nights = earlier_nights(found, rows)
+    ranges = {rule.key: usual_of(rule, nights) for rule in found.rules}
+    return {key: usual for key, usual in ranges.items() if usual is not None}
 
 
 def usual_of(rule: Rule, nights: Sequence[NightFigures]) -> UsualRange | None:

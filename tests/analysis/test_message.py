@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 from markdown_it import MarkdownIt
 
-from afn_ray.analysis import notify, services
+from afn_ray.analysis import learned, notify, services
 from afn_ray.analysis.audit import Audit
 from afn_ray.analysis.baselines import Baseline
+from afn_ray.analysis.learned import UsualRange
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.message import MOST_ANSWER_CHARS, MOST_PAGE_CHARS, Message, inert, message
 from afn_ray.analysis.standing import Standing
@@ -81,6 +82,17 @@ the policy is broken: 3 limits of 4
 
 {PAGE}"""
     )
+
+
+def test_a_message_says_what_is_usual_for_limits_that_are_numbers_too() -> None:
+    """By the nights that the page draws: eight or more."""
+    ratio = Rule(Limit("min_tokens_ratio", 0.9), 0.25, "broken", None)
+    usual = {"psi": UsualRange(0.004, 0.011, 21), "min_tokens_ratio": UsualRange(0.97, 1.02, 8)}
+    lines = message(night([PSI, ratio], []), None, usual).body.splitlines()
+    assert lines[2:] == [
+        "- psi 0.32, at most 0.1 (3.2 times), usual 0.004-0.011 over 21 nights",
+        "- min_tokens_ratio 0.25, at least 0.9, usual 0.97-1.02 over 8 nights",
+    ]
 
 
 def test_what_was_not_judged_comes_first_with_its_reason() -> None:
@@ -209,7 +221,12 @@ def test_a_night_is_told_of_unless_it_holds_and_no_url_is_kept(
         monkeypatch.setenv("AFN_NOTIFY", " ".join(urls) + "\n")
         assert nights.audit("--page-url", PAGE) == 3
         assert nights.begin() == 0
-    first, second = map(json.loads, hook.got)
+        nights.verses = [*verses[:5], ""]
+        nights.add(1, 0, 6)
+        monkeypatch.setattr(learned, "LEAST_NIGHTS", 1)
+        assert nights.audit() == 1
+    first, second, third, _ = map(json.loads, hook.got)
+    assert "empty_documents 0.027778, at most 0, usual 0-0 over 1 nights" in third["message"]
     assert first == second and first["type"] == "warning"
     assert first["title"].startswith("afn audit not judged: store: ")
     assert "not judged: psi: the series" in first["message"] and first["message"].endswith(
