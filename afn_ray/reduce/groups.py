@@ -90,7 +90,7 @@ class Grouping(NamedTuple):
 
 def group_name(group: str | None) -> str:
     """Name of a group for people."""
-    return "(no value)" if group is None else group
+    return "(no value)" if group is None else group or "(empty)"
 
 
 def partition_of(uri: str, key: str) -> str | None:

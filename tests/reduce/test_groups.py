@@ -323,6 +323,14 @@ def test_the_page_has_the_groups_and_those_that_drifted(
     assert page.index(DRIFTED, begin) < page.index("g00", begin)
 
 
+def test_every_group_has_a_name_for_people() -> None:
+    assert [groups.group_name(group) for group in (None, "", "de")] == [
+        "(no value)",
+        "(empty)",
+        "de",
+    ]
+
+
 def test_a_value_of_each_type_is_its_text() -> None:
     from afn_ray.reduce.groups import Grouping
     from afn_ray.reduce.sources import Sources
