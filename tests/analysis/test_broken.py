@@ -543,6 +543,10 @@ def test_a_broken_night_is_told_once_and_accepted_by_hand(
 
     why = "the source delivers empty rows \x1b[1m"
     assert accept("--accept", first, "--why", why) == 2
+    capfd.readouterr()
+    assert accept("--accept", nights.store, "--why", why) == 2
+    said = f"--accept {nights.store} is a store; name one of its runs, {broken[:9]}"
+    assert said in capfd.readouterr().err
     assert accept("--accept", broken) == 2 == accept("--accept", broken, "x.toml", "--why", why)
     assert accept() == 2
     assert "expected afn audit RUN_TOML --policy FILE" in capfd.readouterr().err
