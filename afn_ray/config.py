@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
@@ -99,6 +101,7 @@ NOT_EMPTY = {
     "thresholds": "name a run or a store, or leave it out",
     "labels": "name the column that holds the tags, or leave it out",
     "keep_columns": "name a column, or leave it out",
+    "encoding": "name one, or leave it out",
 }
 """Keys whose text must not be empty, and what to do about one that is."""
 FORMS = {
@@ -155,6 +158,8 @@ NEEDS = (
     ),
 )  # fmt: skip
 """Keys that need others."""
+ASCII = bytes(range(128)) + b"\\n \\x41 \\u0041 \x1b$B0!\x1b(B +AGE- a-b .xn--nxasmq6b."
+"""Text that an encoding with ASCII in it leaves as it is, in which other codecs have escapes."""
 ANY_DEPTH = 10_000
 """Depth assumed while the model is unknown, in blocks; no model is deeper."""
 
@@ -233,6 +238,11 @@ class RunConfig:
         "auto",
         "how CSV files write a quote within quotes; auto: doubled, and doubtful rows are "
         "quarantined",
+    )
+    encoding: str | None = _option(
+        None,
+        "encoding of the files (all but Parquet): latin-1, cp1251, shift-jis, gb18030 ...; default: "
+        "UTF-8, or UTF-16 and UTF-32 with their byte order mark",
     )
     offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
     language: str = _option(
@@ -349,6 +359,7 @@ class RunConfig:
         object.__setattr__(self, "sink_factor", float(self.sink_factor))
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
         self._check_kept()
+        self._check_encoding()
         for need in NEEDS:
             is_default = getattr(self, need.key) == DEFAULTS[need.key]
             if not is_default and not need.is_met_by(getattr(self, need.other)):
@@ -366,6 +377,26 @@ class RunConfig:
                 f"keep_columns has {self.text_column!r}, the text column; texts are not kept"
             )
         object.__setattr__(self, "keep_columns", kept.canonical(columns))
+
+    def _check_encoding(self) -> None:
+        """Raise ``ConfigError`` for an encoding that cannot be read; write it as Python names it."""
+        if self.encoding is None:
+            return
+        try:
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # of escapes that some codecs do not know
+                is_superset = ASCII.decode(self.encoding) == ASCII.decode("ascii")
+        except (LookupError, ValueError):
+            is_superset = False
+        if not is_superset:
+            raise ConfigError(
+                f"encoding is {self.encoding!r}; expected one that Python knows and that has ASCII in "
+                "it, such as latin-1, cp1251 or gb18030; UTF-16 and UTF-32 are read by their byte "
+                "order mark, without this option"
+            )
+        name = codecs.lookup(self.encoding).name
+        object.__setattr__(self, "encoding", None if name in ("utf-8", "utf-8-sig") else name)
 
     @classmethod
     def of_stored(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -387,6 +418,7 @@ class RunConfig:
             self.labels,
             self.csv_escape,
             self.keep_columns or "",
+            self.encoding or "",
         )
 
 

@@ -26,11 +26,12 @@ class ReadOptions:
     # "auto": doubled, with ambiguous rows quarantined
     csv_escape: str = "auto"
     keep: str = ""  # kept columns, as ``kept.canonical`` writes them
+    encoding: str = ""  # of all formats but Parquet, as Python names it; "": UTF-8, or by its mark
 
     def as_dict(self) -> dict[str, object]:
-        """The options as plans and commits store them; without kept columns, ``keep`` is no key."""
-        value = asdict(self)
-        return value if self.keep else {k: v for k, v in value.items() if k != "keep"}
+        """The options as plans and commits store them; ``keep`` and ``encoding`` only where given."""
+        newer = ("keep", "encoding")
+        return {k: v for k, v in asdict(self).items() if v or k not in newer}
 
     def labels_in(self, format: str) -> str | None:
         """Column of the tags in a file of ``format``; None: the file has no tags."""
@@ -39,7 +40,9 @@ class ReadOptions:
     def identity(self, format: str) -> list[object]:
         """The options that change the documents of a file of ``format``."""
         # Kept columns are columns of ``documents``, also where the files have no columns.
-        kept = [{"keep": self.keep}] if self.keep else []
+        kept: list[object] = [{"keep": self.keep}] if self.keep else []
+        if self.encoding and format != "parquet":
+            kept.append({"encoding": self.encoding})
         if format == "txt":
             return [self.txt_documents, self.max_document_bytes, *kept]
         if format == "conllu":

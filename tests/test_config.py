@@ -51,6 +51,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["strength", "strength,shift", "strength,attention,shift"])
     if name == "keep_columns":
         return st.sampled_from(["lang", "lang,year:int64"])
+    if name == "encoding":
+        return st.sampled_from(["cp1251", "gb18030"])
     if name == "group_by":
         return st.sampled_from(["source", "lang"])
     if name == "series":

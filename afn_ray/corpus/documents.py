@@ -94,7 +94,7 @@ def document(
     if (num_bytes := len(text.encode())) > limit:
         over = f"document of {num_bytes} bytes is over max_document_bytes = {limit}"
         return problem(origin, over, doc_id, num_replaced)
-    if why := garbled(text, num_replaced):
+    if why := garbled(text, num_replaced, options.encoding):
         return problem(origin, why, doc_id, num_replaced)
     return Document(origin.uri, origin.offset, text, doc_id, num_replaced, tags=spans)
 
@@ -135,10 +135,10 @@ def problem(
     )
 
 
-def garbled(text: str, num_replaced: int) -> str:
+def garbled(text: str, num_replaced: int, encoding: str = "") -> str:
     """Why ``text`` is not readable text, and the likely cause; empty if it is readable.
 
-    ``num_replaced`` is the number of its replaced characters.
+    ``num_replaced`` is the number of its replaced characters; ``encoding`` is the one that was given.
     """
     if SEVEN_BIT.search(text):
         return (
@@ -151,14 +151,16 @@ def garbled(text: str, num_replaced: int) -> str:
         return ""
     parts = []
     if num_replaced:
-        parts.append(f"{num_replaced} are invalid UTF-8")
+        parts.append(f"{num_replaced} are invalid {encoding or 'UTF-8'}")
     if num_controls:
         parts.append(count(num_controls, "control character"))
-    cause = _likely_cause(text, num_replaced)
+    cause = _likely_cause(text, num_replaced, encoding)
     return f"of {count(len(text), 'character')} {' and '.join(parts)}: {cause}"
 
 
-def _likely_cause(text: str, num_replaced: int) -> str:
+def _likely_cause(text: str, num_replaced: int, encoding: str) -> str:
+    if encoding:
+        return f"is its encoding another than {encoding}? Give it alone, with its --encoding"
     if text.count("\0") * 5 > len(text):
         return (
             "it looks like UTF-16 or UTF-32 without a byte order mark, or binary data; convert the "
@@ -167,8 +169,8 @@ def _likely_cause(text: str, num_replaced: int) -> str:
     num_low = sum(c < " " for c in CONTROLS.findall(text))  # C0
     if num_replaced > 4 * num_low:
         return (
-            "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; convert the file to "
-            "UTF-8"
+            "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; give its --encoding, or "
+            "convert the file to UTF-8"
         )
     if num_replaced == 0 and num_low == 0:
         return "it looks like UTF-8 that was once read as latin-1 and written anew; repair the file"
@@ -201,7 +203,7 @@ def missing_column(names: Sequence[str], options: ReadOptions) -> str | None:
 def why_missing(names: Sequence[str], options: ReadOptions) -> str:
     """The likely reason why a column is missing from ``names``; empty if there is none."""
     line = ",".join(names)
-    if why := garbled(line, line.count(INVALID)):
+    if why := garbled(line, line.count(INVALID), options.encoding):
         return why
     if any(name.startswith("sep=") for name in names):
         return "its first line, sep=, is for Excel: remove it"

@@ -69,7 +69,7 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
 
 def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     with Source(slice.uri, slice.start, slice.end) as source:
-        stream = Stream(source, slice.compression)
+        stream = Stream(source, slice.compression, options.encoding)
         num_documents = offset = done = 0
         share = _Share(source.size)
         try:
@@ -181,7 +181,7 @@ def peek_columns(
             with contextlib.suppress(*UNREADABLE):
                 return list(parquet.open_file(source).schema_arrow.names)
             return None
-        stream = Stream(source, slice.compression)
+        stream = Stream(source, slice.compression, options.encoding)
         names: dict[str, None] = {}
         with contextlib.suppress(DamagedStream):
             if slice.format == "csv":
@@ -227,7 +227,7 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
         if slice.format == "parquet":
             found = parquet_documents(source, slice, options)
         else:
-            found = _documents(Stream(source, slice.compression), slice, options)
+            found = _documents(Stream(source, slice.compression, options.encoding), slice, options)
         if max_documents <= 0:
             return documents
         num_bytes = 0
@@ -243,7 +243,7 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
 def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list[Document]:
     head = bytearray()
     with contextlib.suppress(DamagedStream):
-        for block in Stream(source, slice.compression):
+        for block in Stream(source, slice.compression, options.encoding):
             head += block
             if len(head) >= SAMPLE_BYTES:
                 break

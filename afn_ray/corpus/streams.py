@@ -343,12 +343,13 @@ class Stream:
     """The bytes of a source, decompressed and in UTF-8, in blocks.
 
     It also records how many bytes of the file they took. UTF-16 and UTF-32 with a byte order mark
-    become UTF-8 with one; invalid sequences become the byte FF, which is invalid in UTF-8 too. The
-    first block contains the whole mark. Iteration raises ``DamagedStream``.
+    become UTF-8 with one, and so does text of another ``encoding``; invalid sequences become the byte
+    FF, which is invalid in UTF-8 too. The first block contains the whole mark. Iteration raises
+    ``DamagedStream``.
     """
 
-    def __init__(self, source: Source, compression: str) -> None:
-        self._source, self._compression = source, compression
+    def __init__(self, source: Source, compression: str, encoding: str = "") -> None:
+        self._source, self._compression, self._given = source, compression, encoding
         self._pieces = _Pieces(source)
         self._blocks = self._utf8()
         self.encoding = ""  # known from the first block on
@@ -401,6 +402,7 @@ class Stream:
             blocks = _raising(damage)
         if self._source.start == 0:
             self.encoding = encoding_of(head)
+        self.encoding = self.encoding or self._given
         if not self.encoding:
             for block in itertools.chain([head], blocks):
                 self.num_bytes += len(block)

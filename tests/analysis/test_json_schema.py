@@ -35,12 +35,13 @@ from nights import strictly, validator_of
 NEEDED = {"corpus": "a.txt", "model": "m", "store": "s"}
 VALUES: list[Any] = [
     "", " ", "x", "a b", "1st", "all", "8", "2/3", "0,4,8", "-5", "0.5,", "strength,shift", "neurons",
-    "year:int64", "x:y", "x:", "é", "a" * 64, True, False, 0, 1, -1, 7, 8, 15, 16, 48, 49, 257, 1023, 1024,
+    "year:int64", "x:y", "x:", "é", "cp1251", "a" * 64, True, False, 0, 1, -1, 7, 8, 15, 16, 48, 49, 257, 1023, 1024,
     5001, 10**12, 0.5, 1.5, -0.5, float("inf"), [], ["a"], [""], [1], ["a", "b"], {"a": 1},
     *(choice for choices in CHOICES.values() for choice in choices),
 ]  # fmt: skip
 ONLY_THE_PARSER_KNOWS = {
     "layers": ["-5"],
+    "encoding": [v for v in VALUES if isinstance(v, str) and v not in ("", "cp1251")],
     "keep_columns": [
         " ",
         "a b",
