@@ -63,7 +63,7 @@ def neurons_column(layer: int) -> str:
 
 # --- classes and tags
 
-CLASSES_VERSION = 2
+CLASSES_VERSION = 3
 """Version of the rules and words that give types their classes; part of a run's request.
 
 It grows when the class of a type may change. 1 stands for the stop lists of earlier versions.
