@@ -41,6 +41,9 @@ MEANING = (
 )
 """Meaning of the difference, in words for people."""
 
+NONE = f"no open-class word occurs {LEAST_N} times or more"
+"""Says why there is no ranking of a small run."""
+
 
 class RankedWord(NamedTuple):
     """A word in lower case, and what its controls make of its HIGH share."""
@@ -118,8 +121,12 @@ def render_rankings(run: manifest.RunFolder, layer: int, console: Console) -> No
     found = rankings(run, layer)
     if found is None:
         return
+    title = f"Salient words at layer {layer}, and those salient beyond their frequency"
+    if not found.salient:
+        console.print(f"{title}: {NONE}.", markup=False, soft_wrap=True)
+        return
     table = titled_table(
-        f"Salient words at layer {layer}, and those salient beyond their frequency",
+        title,
         "salient",
         "n",
         "HIGH",

@@ -172,6 +172,7 @@ def _render(
         salient=salient,
         rankings=_rankings(run, main.layer),
         rankings_mean=beyond.MEANING,
+        no_rankings=beyond.NONE,
         screened=screened,
         claims=claims_of,
         claims_notes=claimed if isinstance(claimed, str) else claimed.notes,
@@ -333,10 +334,15 @@ def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
 
 
 def _rankings(run: manifest.RunFolder, layer: int) -> tuple[Table, ...] | None:
-    """Words by HIGH share, and by HIGH share beyond frequency; None for a run without salience."""
+    """Words by HIGH share, and by HIGH share beyond frequency.
+
+    None for a run without salience, and empty if no word is frequent enough.
+    """
     found = beyond.rankings(run, layer)
     if found is None:
         return None
+    if not found.salient:
+        return ()
     heads = ("word", "n", "HIGH (exp.)", "beyond")  # a table of more than four is stacked
     return tuple(
         Table(

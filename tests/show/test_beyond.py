@@ -118,6 +118,17 @@ def test_a_run_without_screening_shows_nothing(
     assert "Salient beyond frequency" not in report.render(folder, with_claims=False)
 
 
+def test_a_run_too_small_for_rankings_says_so(tmp_path: Path, tiny_bert: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "in the beginning was the word"}] * 3)
+    with afn_ray.run(config_of(tiny_bert, corpus, tmp_path / "store")) as done:
+        folder = manifest.find_run(done.uri)
+    out = io.StringIO()
+    beyond.render_rankings(folder, folder.info["layers"][-1], Console(file=out))
+    assert out.getvalue().endswith("no open-class word occurs 20 times or more.\n")
+    page = report.render(folder, with_claims=False)
+    assert f"Not known: {beyond.NONE}" in page and beyond.MEANING not in page
+
+
 @pytest.mark.parametrize(
     ("classes", "kept"),
     [
