@@ -80,6 +80,12 @@ def test_nights_of_one_dated_corpus_are_one_series_and_other_corpora_are_others(
     assert all(len(other) < 300 for other in others)
 
 
+def test_a_list_of_folders_that_grows_is_one_series_only_by_a_given_name() -> None:
+    lists = [[f"/t/2026-11-{day:02d}" for day in range(1, last)] for last in (2, 3, 4)]
+    assert len({name(*corpus) for corpus in lists}) == 3
+    assert {name(*corpus, given="mine") for corpus in lists} == {"mine"}
+
+
 @pytest.mark.parametrize("given", ["", "two words", "a: b", "-x", "x" * 101, "ä"])
 def test_a_name_that_might_be_a_derived_one_is_refused(given: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="series is"):
