@@ -371,6 +371,8 @@ def test_intervals_cover_the_truth_over_clustered_corpora() -> None:
         judged = (n >= least) & (n < most)
         assert judged.sum() > 2000
         assert 0.93 <= covers[judged].mean() <= 0.97
+    most_frequent = covers[n >= 200]  # few types are as frequent, so what is expected is less sure
+    assert len(most_frequent) > 1000 and 0.89 <= most_frequent.mean() <= 0.97
     assert _naive_coverage(n, np.array(shares), np.array(expected), truth) < 0.92
 
 
