@@ -359,11 +359,12 @@ KEPT_SCHEMA = _schema(
 
 LANGUAGES_SCHEMA = _schema(
     "language: string",  # as in ``LANGUAGE`` of ``documents``
-    "n_words: int64",  # words of one token, in documents that count
+    "n_words: int64",  # in documents that count
+    "n_whole: int64",  # words of one token among them
     "n_types: int64",  # types of these
     "has_list: bool",  # there are closed-class words of the language
 )
-"""A run's words of one token by the detected language of their document."""
+"""A run's words by the detected language of their document."""
 
 DUPLICATES_SCHEMA = _schema(
     "doc: int64",  # run-wide
@@ -464,7 +465,11 @@ VOCABULARY_SCHEMA = _schema(
     "is_ambiguous: bool or null",  # a word that is used as open and as closed, or has two tags
 )
 """Every token type at each layer: its strengths, and how often it is HIGH."""
-ADDED = {"vocabulary": ("class_confidence", "is_ambiguous"), "shards": ("vectors_bytes",)}
+ADDED = {
+    "vocabulary": ("class_confidence", "is_ambiguous"),
+    "shards": ("vectors_bytes",),
+    "languages": ("n_whole",),
+}
 """Columns that tables of older runs lack; they read as null."""
 
 WORD_VOCABULARY_SCHEMA = _schema(

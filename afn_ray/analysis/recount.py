@@ -101,14 +101,23 @@ LANGUAGES_SQL = f"""
     WITH placed AS (
         SELECT doc, token_id, is_word_start,
             lead(is_word_start OR is_special) OVER (PARTITION BY doc ORDER BY position) AS ends FROM tokens
-    ), counted AS (
-        SELECT {LANGUAGE} AS language, count(*) AS n_words, count(DISTINCT token_id) AS n_types
-        FROM placed JOIN documents USING (doc)
-        WHERE is_word_start AND coalesce(ends, true) AND {LANGUAGE} IS NOT NULL GROUP BY ALL
-    ), stored AS (SELECT language, n_words, n_types FROM languages)
+    ), older AS (SELECT bool_or(n_whole IS NULL) AS counts_whole FROM languages),
+    counted AS (
+        SELECT {LANGUAGE} AS language, count(*) FILTER (NOT counts_whole) AS n_words,
+            count(*) FILTER (is_whole) AS n_whole, count(DISTINCT token_id) FILTER (is_whole) AS n_types
+        FROM (SELECT *, coalesce(ends, true) AS is_whole FROM placed WHERE is_word_start)
+        JOIN documents USING (doc), older
+        WHERE {LANGUAGE} IS NOT NULL GROUP BY ALL HAVING n_words > 0 OR n_whole > 0
+    ), stored AS (
+        SELECT language, if(n_whole IS NULL, 0, n_words) AS n_words, coalesce(n_whole, n_words) AS n_whole, n_types
+        FROM languages
+    )
     (FROM counted EXCEPT ALL FROM stored) UNION ALL (FROM stored EXCEPT ALL FROM counted) ORDER BY ALL
 """  # noqa: S608
-"""SQL of the languages whose words of one token differ between ``languages`` and the rows."""
+"""SQL of the languages whose words differ between ``languages`` and the rows.
+
+The table of an older run has words of one token alone, as ``n_words``.
+"""
 
 
 def neurons_sql(layer: int, high_only: bool) -> str:

@@ -60,8 +60,7 @@ VIEWS = {
     "their ending as well",
     "kept": "columns of the corpus that documents carries, with how many documents have a value; "
     "empty where none were kept",
-    "languages": "words of one token in documents of each detected language; empty where --language "
-    "named one",
+    "languages": "words in documents of each detected language; empty where --language named one",
     "sources": "tokens and HIGH tokens of each source, with their histogram; empty where the run "
     "has none",
     "groups": "tokens and thresholds of each group of documents, per layer; empty where the run is "

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.lexicon import MANY, Guess, Words
 from afn_ray.reduce.stats import Ints
-from afn_ray.reduce.type_tags import TypeTags
+from afn_ray.reduce.type_tags import ALL_TYPES, TypeTags
 from afn_ray.schema import LANGUAGES_SCHEMA, UNKNOWN_LANGUAGE
 
 WordsOf = Callable[[int], Words | None]
@@ -79,6 +79,10 @@ class LanguageUses:
         """``counts`` are the summaries' sum, sorted by type."""
         # Copies that were taken out leave zeros.
         table = counts.table.filter(pc.greater(counts.table["n"], 0)).combine_chunks()
+        of_all = pc.equal(table["token_id"], ALL_TYPES)
+        words = table.filter(of_all)
+        self._num_words = dict(zip(words["tag"].to_pylist(), words["n"].to_pylist(), strict=True))
+        table = table.filter(pc.invert(of_all)).combine_chunks()
         self._ids = table["token_id"].to_numpy()
         self._n = table["n"].to_numpy()
         self._languages = table["tag"].combine_chunks().dictionary_encode()
@@ -90,19 +94,25 @@ class LanguageUses:
         return Uses(dict(zip(languages, self._n[begin:end].tolist(), strict=True)))
 
     def table(self) -> pa.Table:
-        """``LANGUAGES_SCHEMA``: words of one token by language, the most frequent first."""
+        """``LANGUAGES_SCHEMA``: words by language, the most frequent first.
+
+        Shards of older versions count words of one token alone; these are all words then.
+        """
         names = self._languages.dictionary.to_pylist()
         codes = self._languages.indices.to_numpy()
         n, n_types = self._sums(codes, len(names))
-        rows = [
-            {
+        of_one = dict(zip(names, zip(n.tolist(), n_types.tolist(), strict=True), strict=True))
+        rows = []
+        for name in sorted({*of_one, *self._num_words}):
+            n_whole, num_types = of_one.get(name, (0, 0))
+            row = {
                 "language": name,
-                "n_words": int(n[at]),
-                "n_types": int(n_types[at]),
+                "n_words": self._num_words.get(name, n_whole),
+                "n_whole": n_whole,
+                "n_types": num_types,
                 "has_list": lexicon.find(name) is not None,
             }
-            for at, name in enumerate(names)
-        ]
+            rows.append(row)
         rows.sort(key=lambda row: (-row["n_words"], row["language"]))
         return pa.Table.from_pylist(rows, LANGUAGES_SCHEMA)
 
@@ -122,7 +132,7 @@ def words_of(language: str, uses: LanguageUses | None) -> WordsOf:
 
 
 def describe(languages: pa.Table) -> str:
-    """The most frequent of a run's detected ``languages``, with shares of words of one token."""
+    """The most frequent of a run's detected ``languages``, with shares of words."""
     total = pc.sum(languages["n_words"]).as_py() or 1
     named = [
         f"{row['language']} {row['n_words'] / total:.1%}"
@@ -130,7 +140,7 @@ def describe(languages: pa.Table) -> str:
         if row["n_words"] >= LEAST_SHARE * total
     ]
     more = f" and {len(languages) - len(named)} more" if len(languages) > len(named) else ""
-    return f"{', '.join(named)}{more} (detected, of words of one token)" if named else ""
+    return f"{', '.join(named)}{more} (detected, of words)" if named else ""
 
 
 def without_list(languages: pa.Table) -> str:
@@ -140,7 +150,7 @@ def without_list(languages: pa.Table) -> str:
     """
     total = pc.sum(languages["n_words"]).as_py() or 1
     lacking = [
-        f"{row['language']} ({row['n_words'] / total:.1%} of words of one token)"
+        f"{row['language']} ({row['n_words'] / total:.1%} of words)"
         for row in languages.to_pylist()
         if not row["has_list"]
         and row["language"] != UNKNOWN_LANGUAGE
@@ -156,6 +166,6 @@ def without_list(languages: pa.Table) -> str:
 
 
 LEAST_SHARE = 0.001
-"""Smallest share of words of one token of a language that a notice names."""
+"""Smallest share of words of a language that a notice names."""
 MOST_NAMED = 5
 """Largest number of languages that a sentence names."""

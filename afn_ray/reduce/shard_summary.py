@@ -22,7 +22,7 @@ from afn_ray.reduce.histogram import (
     order,
     values_by_type,
 )
-from afn_ray.reduce.type_tags import TypeTags
+from afn_ray.reduce.type_tags import ALL_TYPES, TypeTags
 from afn_ray.schema import SPECIAL, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
 
 COUNTED_IDS = 1 << 18
@@ -68,6 +68,7 @@ class Summary:
         self._tags = [TypeTags.empty()] if tagged else None
         self._spoken: list[Histogram] | None = [] if spoken else None  # keys: type, language
         self._languages: dict[str, int] = {}  # language -> its number in keys, as they came
+        self._num_words = np.zeros(0, np.int64)  # words of each language, by its number
 
     def add(
         self,
@@ -82,7 +83,7 @@ class Summary:
 
         ``values`` are [n] for each series; they must be rounded, finite and not negative. ``tags``
         are strings, null for a token without a tag. ``spoken`` has the languages of the tokens, of
-        which those of whole words are counted.
+        which those of whole words are counted by type, and those of all words together.
         """
         types, ranks = _ranked(token_ids, flags)
         in_docs = _in_docs(types, ranks, docs)
@@ -91,10 +92,12 @@ class Summary:
         wholes = _counted(types, ranks[whole])
         of_values = {s: values_by_type(types, ranks, values[s]) for s in self._values}
         of_tags = None if self._tags is None else TypeTags.of(token_ids, tags)
-        of_languages = None
+        of_languages, num_words = None, np.zeros(0, np.int64)
         if self._spoken is not None and spoken is not None:
-            numbers = self._numbers_of(spoken.names)[spoken.codes[whole]]
-            of_languages = _by_language(types, ranks[whole], numbers)
+            numbers = self._numbers_of(spoken.names)[spoken.codes]
+            of_languages = _by_language(types, ranks[whole], numbers[whole])
+            of_words = numbers[(flags & WORD_START) > 0]
+            num_words = np.bincount(of_words[of_words >= 0])
         with self._adding:
             self._docs.append(in_docs)
             self._word_starts.append(word_starts)
@@ -111,6 +114,7 @@ class Summary:
                     self._tags[:] = [TypeTags.merge(self._tags)]
             if self._spoken is not None and of_languages is not None:
                 self._spoken.append(of_languages)
+                self._num_words = _added(self._num_words, num_words)
                 if sum(len(part.keys) for part in self._spoken[1:]) > COMPACT_KEYS:
                     self._spoken[:] = [Histogram.merge(self._spoken)]
 
@@ -142,13 +146,16 @@ class Summary:
             yield self._language_counts().to_table()
 
     def _language_counts(self) -> TypeTags:
-        """Whole words of each type in documents of each language."""
+        """Whole words of each type in documents of each language; all words as ``ALL_TYPES``."""
         assert self._spoken is not None
         sums = Histogram.merge(self._spoken)
-        token_ids = (sums.keys & ~SPECIAL_KEY) >> BIN_BITS
+        spoken = np.flatnonzero(self._num_words)
+        of_types = (sums.keys & ~SPECIAL_KEY) >> BIN_BITS
+        token_ids = np.append(of_types, np.full(len(spoken), ALL_TYPES)).astype(np.int32)
         names = pa.array(list(self._languages), pa.string())
-        languages = names.take(pa.array(sums.keys & BIN_MASK))
-        return TypeTags.of_counts(token_ids.astype(np.int32), languages, sums.counts)
+        languages = names.take(pa.array(np.append(sums.keys & BIN_MASK, spoken)))
+        n = np.append(sums.counts, self._num_words[spoken])
+        return TypeTags.of_counts(token_ids, languages, n)
 
 
 def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
@@ -195,6 +202,14 @@ def _in_docs(types: Ints, ranks: Ints, docs: npt.NDArray[np.int32]) -> Histogram
     first = np.ones(len(ranks), np.bool_)
     first[1:] = (ranks[1:] != ranks[:-1]) | (docs[1:] != docs[:-1])
     return _counted(types, ranks[first])
+
+
+def _added(a: Ints, b: Ints) -> Ints:
+    """Sum of two arrays, the shorter of which is followed by zeros."""
+    longer, shorter = (a, b) if len(a) >= len(b) else (b, a)
+    found = longer.copy()
+    found[: len(shorter)] += shorter
+    return found
 
 
 def _by_language(types: Ints, ranks: Ints, numbers: Ints) -> Histogram:

