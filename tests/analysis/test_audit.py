@@ -84,7 +84,7 @@ def test_a_key_that_does_not_exist_is_told_with_those_that_do_and_what_they_mean
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         policy_of(tmp_path, "psi = 0.1\nspi = 0.1\n")
-    assert "no such key: spi; there are:" in str(caught.value)
+    assert "no such key: spi (did you mean psi?); there are:" in str(caught.value)
     for key, meaning in {**RUN_LIMITS, **DRIFT_LIMITS, **OPTIONS}.items():
         assert f"\n  {key}: {meaning}" in str(caught.value)
     with pytest.raises(
@@ -1275,7 +1275,10 @@ def test_sources_are_judged_one_by_one_and_a_run_without_them_cannot_be(
     nights.add(1, 600, 630)
     capfd.readouterr()
     assert nights.audit() == 2
-    assert "the policy limits sources or strange documents, but run" in capfd.readouterr().err
+    assert (
+        "the policy limits sources or strange documents, but the run that run.toml"
+        in capfd.readouterr().err
+    )
 
 
 def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:

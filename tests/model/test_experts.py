@@ -76,7 +76,8 @@ def test_experts_multiply_in_the_dtype_that_was_asked_for(
     assert np.quantile(errors(loaded, folder), 0.9) < TOLERANCE[dtype]
     full, given = torch.float32, getattr(torch, dtype)
     assert inputs - {(full,) * 4} == {(given, full, given, given)} - {(full,) * 4}
-    assert loaded.maker == {"attention": attention.PADDED, "dtype": dtype, "experts": dtype}
+    ways = {"attention": attention.PADDED, "dtype": dtype, "experts": dtype}
+    assert ways.items() <= loaded.maker.items()
     parts = [part for block in loaded.blocks for part in experts_in(block)]
     assert len(parts) == 3 and all(part.down_proj.dtype == given for part in parts)
     routers = [block.get_parameter("mlp.gate.weight") for block in loaded.blocks]
