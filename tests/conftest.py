@@ -32,6 +32,7 @@ from rich.console import Console
 
 import faults
 import warm_workers
+from hosts import ATOMIC_S3
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -543,7 +544,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = tmp_path_factory.mktemp("s3") / "log"
     with log.open("w") as sink:
         server = subprocess.Popen(
-            [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+            [sys.executable, "-u", "-P", str(ATOMIC_S3), "-H", "127.0.0.1", "-p", "0"],
             stdout=sink,
             stderr=sink,
         )

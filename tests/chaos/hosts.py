@@ -25,6 +25,8 @@ from typing import Any
 
 from warm_workers import FAULTS, PYTHON_PATH, choose
 
+ATOMIC_S3 = Path(__file__).parents[1] / "atomic_s3.py"
+"""Server of S3."""
 OBJECT_STORE_BYTES = 80 << 20
 """Of each node, near the least that Ray takes: only shards and commits travel through it."""
 START_S = 90.0
@@ -291,7 +293,7 @@ class Hosts:
         self._processes: list[subprocess.Popen[bytes]] = []
         try:
             self._connect()
-            self.start("a", "-m", "moto.server", "-H", ADDRESSES["a"], "-p", "5000")
+            self.start("a", "-P", str(ATOMIC_S3), "-H", ADDRESSES["a"], "-p", "5000")
             self._start_ray(
                 "a", "--head", "--port=6379", "--num-cpus=0", "--include-dashboard=false"
             )
