@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, NamedTuple, get_type_hints
 
-from afn_ray import kept
+from afn_ray import kept, text_encodings
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
 from afn_ray.schema import LANGUAGE as LANGUAGE_COLUMN
@@ -158,8 +156,6 @@ NEEDS = (
     ),
 )  # fmt: skip
 """Keys that need others."""
-ASCII = bytes(range(128)) + b"\\n \\x41 \\u0041 \x1b$B0!\x1b(B +AGE- a-b .xn--nxasmq6b."
-"""Text that an encoding with ASCII in it leaves as it is, in which other codecs have escapes."""
 ANY_DEPTH = 10_000
 """Depth assumed while the model is unknown, in blocks; no model is deeper."""
 
@@ -383,20 +379,14 @@ class RunConfig:
         if self.encoding is None:
             return
         try:
-            with warnings.catch_warnings(
-                action="ignore"
-            ):  # of escapes that some codecs do not know
-                is_superset = ASCII.decode(self.encoding) == ASCII.decode("ascii")
-        except (LookupError, ValueError):
-            is_superset = False
-        if not is_superset:
+            name = text_encodings.canonical(self.encoding)
+        except ValueError as error:
             raise ConfigError(
                 f"encoding is {self.encoding!r}; expected one that Python knows and that has ASCII in "
                 "it, such as latin-1, cp1251 or gb18030; UTF-16 and UTF-32 are read by their byte "
                 "order mark, without this option"
-            )
-        name = codecs.lookup(self.encoding).name
-        object.__setattr__(self, "encoding", None if name in ("utf-8", "utf-8-sig") else name)
+            ) from error
+        object.__setattr__(self, "encoding", name or None)
 
     @classmethod
     def of_stored(cls, values: Mapping[str, Any]) -> RunConfig:
