@@ -13,7 +13,7 @@ from rich.console import Console
 from afn_ray import logs
 from afn_ray.cli.progress import log_as, shown_progress
 from afn_ray.cli.terminal import print_lines
-from afn_ray.errors import ConfigError
+from afn_ray.errors import AfnError, ConfigError
 
 if TYPE_CHECKING:
     from afn_ray.analysis.audit import Audit
@@ -137,7 +137,7 @@ def _usual(found: Audit) -> Mapping[str, UsualRange]:
 
     try:
         return sparklines.usual_ranges(found)
-    except Exception:  # noqa: BLE001 - the message is as good as possible without them
+    except AfnError:  # the message goes out without them
         return {}
 
 

@@ -160,7 +160,7 @@ def write_figures(run: RunFolder, asked: AskedFigures, figures: Mapping[str, flo
 
 
 def read_figures(run: RunFolder, asked: AskedFigures) -> dict[str, float | None] | None:
-    """The figures ``asked`` for, as ``write_figures`` kept them; None: nobody has found them yet.
+    """The figures ``asked`` for, as ``write_figures`` kept them; None: there are none yet.
 
     Raises ``StoreError`` for damage.
     """

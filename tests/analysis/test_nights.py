@@ -446,7 +446,7 @@ def test_a_part_of_a_newer_partition_is_warned_of(
 
 
 def test_an_empty_partition_is_a_mistake_and_not_the_latest() -> None:
-    """As an unset variable of a schedule's shell gives it."""
+    """The schedule's shell gives an empty text for a variable that is not set."""
     config = config_from({"store": "s", "corpus": ["/t/dt=2026-11-04"], "model": "x"})
     policy = Policy((Limit("psi", 1),), window="new")
     with pytest.raises(ConfigError, match="partition is ''; expected latest, or a date"):

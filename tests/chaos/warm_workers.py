@@ -118,9 +118,9 @@ def _ask(address: str, arguments: list[str]) -> int:
 
 
 def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]]:
-    """In each fork: the connection to whoever asked for it, the request, and its files 0 to 2.
+    """Answer requests with forks; return only in a fork: its connection, request and files 0 to 2.
 
-    In the template: no return, until its standard input ends.
+    The template itself ends when its standard input does.
     """
     workers: dict[int, tuple[int, socket.socket]] = {}
     waiting = selectors.PollSelector()
