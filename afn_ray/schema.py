@@ -123,6 +123,10 @@ def upos_classes(tags: Iterable[str]) -> dict[str, str]:
 # --- columns of tables
 
 
+COMMENT = "  # "
+"""Text between a column and its comment, in the lines below and nowhere in a name or type."""
+
+
 def _list_of(kind: str | pa.DataType) -> pa.DataType:
     return pa.list_(pa.field("item", kind, nullable=False))
 
@@ -133,6 +137,7 @@ _ARROW_TYPES = {
     "list of int32": _list_of("int32"),
     "list of int64": _list_of("int64"),
     "list of float32": _list_of("float32"),
+    "list of string": _list_of("string"),
 }
 """Types that have a name in ``_columns`` but none in Arrow."""
 
@@ -140,26 +145,49 @@ _ARROW_TYPES = {
 def _columns(*lines: str) -> list[pa.Field]:
     """Columns in the order of ``lines``, which read ``q1, q3: float32`` or ``id: string or null``.
 
-    A column without "or null" holds no nulls.
+    A column without "or null" holds no nulls. A comment may follow, after ``COMMENT``.
     """
     fields = []
     for line in lines:
-        names, _, kind = line.partition(": ")
+        names, _, kind = line.partition(COMMENT)[0].partition(": ")
         kind, or_null, _ = kind.partition(" or null")
         for name in names.split(", "):
             fields.append(pa.field(name, _ARROW_TYPES.get(kind, kind), nullable=bool(or_null)))
     return fields
 
 
+def _comments(*lines: str) -> dict[str, str]:
+    """The comments in ``lines``, by column."""
+    found: dict[str, str] = {}
+    for line in lines:
+        columns, _, comment = line.partition(COMMENT)
+        if comment:
+            found |= dict.fromkeys(columns.partition(": ")[0].split(", "), comment)
+    return found
+
+
 def _schema(*lines: str) -> pa.Schema:
-    return pa.schema(_columns(*lines))
+    schema = pa.schema(_columns(*lines))
+    _COMMENTS[schema] = _comments(*lines)
+    return schema
+
+
+_COMMENTS: dict[pa.Schema, dict[str, str]] = {}
+
+
+def comments_of(schema: pa.Schema) -> dict[str, str]:
+    """What the columns of a table of this module hold, by name; plain names have no comment.
+
+    They are not part of ``schema``, so that a better comment changes no stored file.
+    """
+    return _COMMENTS.get(schema, {})
 
 
 # Groups of columns that several tables share
 _TOKEN_TYPE = (
     "token_id: int32",
-    "token: string",  # the piece in the tokenizer's notation
-    "text: string",  # the piece as plain text
+    "token: string  # the piece in the tokenizer's notation",
+    "text: string  # the piece as plain text",
     "class: string",
 )
 _DISTRIBUTION = ("mean, sd: float64", "min, q1, q2, q3, max: float32")
@@ -167,13 +195,13 @@ _DISTRIBUTION_OR_NULL = tuple(f"{line} or null" for line in _DISTRIBUTION)
 _TYPE_IN_CORPUS = (*_TOKEN_TYPE, "n, n_docs: int64", *_DISTRIBUTION)
 _HISTOGRAM = ("bins: list of int32", "counts: list of int64")
 _LOST_DOCUMENTS = (
-    "lost_documents: int64",  # from losses of known number
-    "lost_unknown: int64",  # losses whose number of documents is unknown
+    "lost_documents: int64  # from losses of known number",
+    "lost_unknown: int64  # losses whose number of documents is unknown",
 )
 _DAMAGE = (
-    "n_quarantined: int64",  # rows of ``documents``
+    "n_quarantined: int64  # rows of documents",
     *_LOST_DOCUMENTS,
-    "n_replaced: int64",  # U+FFFD for invalid UTF-8
+    "n_replaced: int64  # U+FFFD for invalid UTF-8",
 )
 
 # --- tables of a shard
@@ -208,6 +236,24 @@ REFUSED = _list_of(pa.struct(_columns("name, reason: string")))
 """Arrow type of ``NOT_KEPT``: the kept column, and why its value is left out."""
 
 
+_DOCUMENT = (
+    "doc: int32",
+    # null in a file: the corpus gives no id
+    "doc_id: string or null  # id in the corpus, or the hash of the text",
+    "source: repeated string  # URI of the file",
+    "offset: int64  # where the document begins in its file: a byte, a line or a row",
+    "n_tokens, n_windows, n_chars: int32",
+    "n_replaced: int64  # U+FFFD for invalid UTF-8",
+    "lost_bytes: int64  # bytes of the stored file that the row stands for",
+    "lost_documents: int64 or null  # 0: nothing is lost; null: the number is unknown",
+    "text_sha256: 32 bytes or null",
+    "status: repeated string  # ok, empty, or quarantined with a reason",
+)
+_DETECTED = f"{LANGUAGE}: repeated string or null  # null: the document has no text"
+DOCUMENT_COMMENTS = _comments(*_DOCUMENT, _DETECTED)
+"""What columns of ``documents`` hold, by name, as for ``comments_of``."""
+
+
 def documents_schema(
     series: Sequence[Series], kept: Sequence[pa.Field] = (), detected: bool = False
 ) -> pa.Schema:
@@ -216,20 +262,7 @@ def documents_schema(
     ``kept`` are the fields of the kept columns; with any, ``NOT_KEPT`` is a column too.
     ``detected``: languages are detected, so the table has ``LANGUAGE``.
     """
-    columns = _columns(
-        "doc: int32",
-        # null: the corpus gives no id; the view then shows the content hash
-        "doc_id: string or null",
-        "source: repeated string",
-        "offset: int64",
-        "n_tokens, n_windows, n_chars: int32",
-        "n_replaced: int64",
-        "lost_bytes: int64",  # bytes of the stored file that the row stands for
-        "lost_documents: int64 or null",  # 0: nothing is lost; null: the number is unknown
-        "text_sha256: 32 bytes or null",
-        "status: repeated string",
-        *([f"{LANGUAGE}: repeated string or null"] if detected else []),
-    )
+    columns = _columns(*_DOCUMENT, *([_DETECTED] if detected else []))
     means = [pa.field(f"mean_{s.name}", pa.float32()) for s in series]
     refused = [pa.field(NOT_KEPT, REFUSED)] if kept else []
     return pa.schema(columns + means + [*kept, *refused])
@@ -253,7 +286,7 @@ PAIRS_SCHEMA = _schema(
     "layer: int16",
     "neuron, token_id: int32",
     "n: int64",
-    "total: int64",  # sum of the values, in units of 2^-20
+    "total: int64  # sum of the values, in units of 2^-20",
     "largest: float32",
 )
 """A shard's mergeable statistics of neurons, one row per pair of a neuron and a token type.
@@ -269,7 +302,7 @@ VECTORS_SCHEMA = _schema(
     "layer: int16",
     "token_id: int32",
     "n: int64",
-    "totals: list of int64",  # sum of the states, in units of 1 / ``STATE_UNITS``
+    "totals: list of int64  # sum of the states, in units of 1 / ``STATE_UNITS``",
 )
 """A shard's mergeable sums of the hidden states of some types, special tokens apart.
 
@@ -282,7 +315,7 @@ SUMMARY_SCHEMA = _schema(
     "special: bool",
     "token_id: int32",
     "n_docs, n_word_start: int64",
-    "n_whole: int64",  # tokens that are a whole word
+    "n_whole: int64  # tokens that are a whole word",
     *_HISTOGRAM,
 )
 """A shard's mergeable statistics: the lossless histogram of values per series and type.
@@ -319,75 +352,75 @@ PLAN_SCHEMA = _schema(
 SHARDS_SCHEMA = _schema(
     "ordinal: int32",
     "shard: string",
-    "doc_offset: int64",  # run-wide doc = doc_offset + doc
+    "doc_offset: int64  # run-wide doc = doc_offset + doc",
     "n_documents, n_empty, n_quarantined, n_tokens, n_windows, n_replaced: int64",
-    "lost_bytes: int64",  # corpus bytes not measured
+    "lost_bytes: int64  # corpus bytes not measured",
     *_LOST_DOCUMENTS,
     "padding_share: float64",
-    "num_bytes: int64",  # read from the corpus
+    "num_bytes: int64  # read from the corpus",
     "token_bytes, document_bytes, summary_bytes: int64",
-    "neurons_bytes: int64",  # 0: no neurons are recorded
-    "pairs_bytes: int64",  # pairs of neurons and types
-    "vectors_bytes: int64 or null",  # sums of hidden states; null: the run is older
+    "neurons_bytes: int64  # 0: no neurons are recorded",
+    "pairs_bytes: int64  # pairs of neurons and types",
+    "vectors_bytes: int64 or null  # sums of hidden states; null: the run is older",
     "seconds: float64",
-    "tokens_file, documents_file, summary_file: string",  # relative to the store
+    "tokens_file, documents_file, summary_file: string  # relative to the store",
     "neurons_file: string or null",
 )
 """A run's shards in plan order: the location of their files and their numbers of rows."""
 
 FILES_SCHEMA = _schema(
-    "source: string",  # URI of the file
-    "is_skipped: bool",  # not read: the suffix is unknown, or the file belongs to a store
-    "bytes: int64",  # size of the file
-    "num_bytes: int64",  # bytes to read: all, or those of the columns used in Parquet
-    "lost_bytes: int64",  # part of num_bytes not measured
-    "share_read: float64",  # measured share of num_bytes
+    "source: string  # URI of the file",
+    "is_skipped: bool  # not read: the suffix is unknown, or the file belongs to a store",
+    "bytes: int64  # size of the file",
+    "num_bytes: int64  # bytes to read: all, or those of the columns used in Parquet",
+    "lost_bytes: int64  # part of num_bytes not measured",
+    "share_read: float64  # measured share of num_bytes",
     *_DAMAGE,
 )
 """Bytes and documents measured of each file of a run's corpus."""
 
 KEPT_SCHEMA = _schema(
     "name: string",
-    "type: string",  # one of ``kept.KINDS``
-    "n: int64",  # documents with a value
-    "n_lacking: int64",  # documents that lack the column or have null in it
-    "n_refused: int64",  # documents whose value is of another type or too large
-    "example_doc: int64 or null",  # the first of these, run-wide
-    "example: string or null",  # why its value is left out
+    "type: string  # string, int64, double, bool, date or timestamp",
+    "n: int64  # documents with a value",
+    "n_lacking: int64  # documents that lack the column or have null in it",
+    "n_refused: int64  # documents whose value is of another type or too large",
+    "example_doc: int64 or null  # the first of these, run-wide",
+    "example: string or null  # why its value is left out",
 )
 """A run's kept columns; n, n_lacking and n_refused add up to all documents."""
 
 LANGUAGES_SCHEMA = _schema(
-    "language: string",  # as in ``LANGUAGE`` of ``documents``
-    "n_words: int64",  # in documents that count
-    "n_whole: int64",  # words of one token among them
-    "n_types: int64",  # types of these
-    "has_list: bool",  # there are closed-class words of the language
+    "language: string  # as in detected_language of documents",
+    "n_words: int64  # in documents that count",
+    "n_whole: int64  # words of one token among them",
+    "n_types: int64  # types of these",
+    "has_list: bool  # there are closed-class words of the language",
 )
 """A run's words by the detected language of their document."""
 
 DUPLICATES_SCHEMA = _schema(
-    "doc: int64",  # run-wide
-    "duplicate_of: int64",  # the document of the same text that is counted
+    "doc: int64  # run-wide",
+    "duplicate_of: int64  # the document of the same text that is counted",
 )
 """The copies that a run does not count, by ``doc``."""
 
 NEAR_DUPLICATES_SCHEMA = _schema(
-    "doc: int64",  # run-wide
-    "near_duplicate_of: int64",  # the first document that it is near to
-    "similarity: float32",  # estimated: shared word 5-grams over all that the two have
+    "doc: int64  # run-wide",
+    "near_duplicate_of: int64  # the first document that it is near to",
+    "similarity: float32  # estimated: shared word 5-grams over all that the two have",
 )
 """The near-copies of a run, by ``doc``."""
 
 SOURCES_SCHEMA = _schema(
     "layer: int16",
-    "source: string",  # URI of a file, or of a folder where there are many files
-    "bytes, lost_bytes: int64",  # as in ``FILES_SCHEMA``
+    "source: string  # URI of a file, or of a folder where there are many files",
+    "bytes, lost_bytes: int64  # as in files",
     "share_read: float64",
-    "n_documents: int64",  # documents read, empty and quarantined ones included
+    "n_documents: int64  # documents read, empty and quarantined ones included",
     *_DAMAGE,
-    "n_docs: int64",  # documents with tokens
-    "n: int64",  # tokens, special ones apart
+    "n_docs: int64  # documents with tokens",
+    "n: int64  # tokens, special ones apart",
     "n_high: int64",
     *_HISTOGRAM,
 )
@@ -398,12 +431,12 @@ SOURCES_SCHEMA = _schema(
 
 GROUPS_SCHEMA = _schema(
     "layer: int16",
-    "group: string or null",  # null: documents without a value
-    "n_documents: int64",  # documents read, empty and quarantined ones included
-    "n_docs: int64",  # documents with tokens
-    "n: int64",  # tokens, special ones apart
-    "n_high: int64",  # by the thresholds that label the run
-    "q1, q2, q3: float32 or null",  # of the group's own tokens
+    "group: string or null  # null: documents without a value",
+    "n_documents: int64  # documents read, empty and quarantined ones included",
+    "n_docs: int64  # documents with tokens",
+    "n: int64  # tokens, special ones apart",
+    "n_high: int64  # by the thresholds that label the run",
+    "q1, q2, q3: float32 or null  # of the group's own tokens",
     *_HISTOGRAM,
 )
 """A run's tokens by group; ``bins`` and ``counts`` are as in ``SOURCES_SCHEMA``."""
@@ -421,9 +454,9 @@ GROUP_CLASSES_SCHEMA = _schema(
     "group: string or null",
     "class: string",
     "n: int64",
-    "share: float64",  # of the group's tokens
+    "share: float64  # of the group's tokens",
     "n_high: int64",
-    "share_high, share_high_low, share_high_high: float64",  # Wilson interval, 95 %
+    "share_high, share_high_low, share_high_high: float64  # Wilson interval, 95 %",
 )
 """The classes of each group, by the classes of the run's types.
 
@@ -445,7 +478,7 @@ HISTOGRAM_SCHEMA = _schema("layer: int16", "special: bool", "strength: float32",
 
 THRESHOLDS_SCHEMA = _schema(
     "layer: int16",
-    "population: string",  # "tokens" or "tokens_without_sinks"
+    "population: string  # tokens or tokens_without_sinks",
     "n: int64",
     *_DISTRIBUTION_OR_NULL,
     "n_high, n_sinks, n_special: int64",
@@ -459,10 +492,10 @@ VOCABULARY_SCHEMA = _schema(
     *_TYPE_IN_CORPUS,
     "n_high: int64",
     "share_high: float64",
-    "share_high_low, share_high_high: float64",  # Wilson interval, 95 %
+    "share_high_low, share_high_high: float64  # Wilson interval, 95 %",
     "idf: float64",
-    "class_confidence: float32 or null",  # estimated share of the type's uses that have its class
-    "is_ambiguous: bool or null",  # a word that is used as open and as closed, or has two tags
+    "class_confidence: float32 or null  # estimated share of the type's uses that have its class",
+    "is_ambiguous: bool or null  # a word that is used as open and as closed, or has two tags",
 )
 """Every token type at each layer: its strengths, and how often it is HIGH."""
 ADDED = {
@@ -474,35 +507,33 @@ ADDED = {
 
 WORD_VOCABULARY_SCHEMA = _schema(
     "layer: int16",
-    "word: string or null",  # lower case, NFC, cut to 200 characters; null: folded words
-    "text: string",  # as written most often; of folded words, the text of their first piece
-    "token_id: int32",  # the first piece
+    "word: string or null  # lower case, NFC, cut to 200 characters; null: folded words",
+    "text: string  # as written most often; of folded words, the text of their first piece",
+    "token_id: int32  # the first piece",
     "class: string",
-    # the one of --language, or of most occurrences in documents of known language; null: there are
-    # none, folded words of several languages, or tags
-    "language: string or null",
-    "n: int64",  # occurrences
-    "n_docs: int64 or null",  # null: folded words
-    "n_tokens: int64",  # pieces of all occurrences
-    "pieces: float64",  # n_tokens / n
+    # null: no document has a known language, folded words of several, or tags
+    "language: string or null  # the one of --language, or of most occurrences in documents",
+    "n: int64  # occurrences",
+    "n_docs: int64 or null  # null: folded words",
+    "n_tokens: int64  # pieces of all occurrences",
+    "pieces: float64  # n_tokens / n",
     *_DISTRIBUTION,  # of the strength of each occurrence's strongest piece
-    # mean over the occurrences: of the mean of the pieces, of the first piece, of the last piece
-    "mean_strength, first_strength, last_strength: float64",
-    "n_high: int64",  # the strongest piece is HIGH
+    "mean_strength: float64  # mean over the occurrences of the mean of their pieces",
+    "first_strength: float64  # the same of their first piece",
+    "last_strength: float64  # the same of their last piece",
+    "n_high: int64  # the strongest piece is HIGH",
     "share_high: float64",
-    "share_high_low, share_high_high: float64",  # Wilson interval, 95 %
-    # the mean of the pieces is at or above Q3; the first piece is HIGH; the last piece is HIGH
-    "n_high_mean, n_high_first, n_high_last: int64",
-    "idf: float64 or null",  # null: folded words
-    "class_confidence: float32 or null",  # as in ``VOCABULARY_SCHEMA``; null: folded words
+    "share_high_low, share_high_high: float64  # Wilson interval, 95 %",
+    "n_high_mean: int64  # the mean of the pieces is at or above Q3",
+    "n_high_first: int64  # the first piece is HIGH",
+    "n_high_last: int64  # the last piece is HIGH",
+    "idf: float64 or null  # null: folded words",
+    "class_confidence: float32 or null  # as in vocabulary; null: folded words",
     "is_ambiguous: bool or null",
-    "n_folded: int64",  # rare words in the row; 0: the row is one word
-    "least_n: int64 or null",  # the words of the row occur fewer times; null: the row is one word
-    # as in ``SALIENCE_SCHEMA``; null: folded words
-    "expected, beyond, beyond_low, beyond_high, n_effective: float64 or null",
-).append(
-    # up to three ways in which the word is written, the most frequent first
-    pa.field("forms", _list_of("string"), nullable=False)
+    "n_folded: int64  # rare words in the row; 0: the row is one word",
+    "least_n: int64 or null  # the words of the row occur fewer times; null: the row is one word",
+    "expected, beyond, beyond_low, beyond_high, n_effective: float64 or null  # as in salience",
+    "forms: list of string  # up to three ways to write the word, the most frequent first",
 )
 """Every word that occurs often enough, at each layer; ``reduce.word_sums`` says what a word is.
 
@@ -518,10 +549,10 @@ MOMENTS_SCHEMA = _schema(
     "layer: int16",
     *_TOKEN_TYPE,
     "n: int64",
-    "second_moment: float64",  # Q, mean square of the strengths
-    "squared_mean: float64",  # M, squared norm of the mean state
-    "variance: float64",  # V = Q - M, mean squared distance from the mean state
-    "share_mean: float64 or null",  # M / Q; null where Q is 0
+    "second_moment: float64  # Q, mean square of the strengths",
+    "squared_mean: float64  # M, squared norm of the mean state",
+    "variance: float64  # V = Q - M, mean squared distance from the mean state",
+    "share_mean: float64 or null  # M / Q; null where Q is 0",
 )
 """How the second moment of a frequent type's states splits (Yamagiwa and Shimodaira 2025)."""
 
@@ -529,7 +560,7 @@ MEAN_VECTORS_SCHEMA = _schema(
     "layer: int16",
     "token_id: int32",
     "n: int64",
-    "mean: list of float32",  # [hidden_size]
+    "mean: list of float32  # [hidden_size]",
 )
 """The mean hidden state of each type in ``MOMENTS_SCHEMA``, in the same order."""
 
@@ -538,13 +569,13 @@ SIGNALS_SCHEMA = _schema(
 )
 """Distribution of each signal except strength over the tokens, special tokens apart."""
 
-_TYPES_OF_NEURON = _list_of(
+_ARROW_TYPES["types of a neuron"] = _list_of(
     pa.struct(
         _columns(
             "token_id: int32",
             "text: string",
             "n: int64",
-            "lift: float64",  # frequency of the type here over its frequency among all tokens
+            "lift: float64  # frequency of the type here over its frequency among all tokens",
         )
     )
 )
@@ -552,16 +583,13 @@ _TYPES_OF_NEURON = _list_of(
 NEURONS_SCHEMA = _schema(
     "layer: int16",
     "neuron: int32",
-    "n: int64",  # tokens that have the neuron in their list, special tokens apart
-    "share: float64",  # n over all tokens with a list
-    "mean: float64",  # mean value over these tokens
+    "n: int64  # tokens that have the neuron in their list, special tokens apart",
+    "share: float64  # n over all tokens with a list",
+    "mean: float64  # mean value over these tokens",
     "largest: float32",
     "n_types: int64",
-    # divergence of the neuron's types from the types of all tokens, in bits
-    "selectivity: float64",
-).append(
-    # the types that contribute most of these bits, in descending order
-    pa.field("types", _TYPES_OF_NEURON, nullable=False)
+    "selectivity: float64  # divergence of the neuron's types from those of all tokens, in bits",
+    "types: types of a neuron  # those that contribute most of these bits, in descending order",
 )
 """The token types that each MLP neuron responds to.
 
@@ -573,8 +601,8 @@ chance.
 NEURON_TYPES_SCHEMA = _schema(
     "layer: int16",
     "neuron, token_id: int32",
-    "n: int64",  # tokens of the type that have the neuron in their list
-    "share: float64",  # n over the type's tokens with a list
+    "n: int64  # tokens of the type that have the neuron in their list",
+    "share: float64  # n over the type's tokens with a list",
     "mean: float64",
     "largest: float32",
     "lift: float64",
@@ -592,34 +620,34 @@ FEATURES = (
 """Features of a document that the screening compares, all at one layer; see ``reduce.screen``."""
 
 SCREENED_SCHEMA = _schema(
-    "rank: int32",  # from 1, the strangest document
-    "doc: int64",  # run-wide, as in the views
-    "source: string",  # URI of the file
+    "rank: int32  # from 1, the strangest document",
+    "doc: int64  # run-wide, as in the views",
+    "source: string  # URI of the file",
     "layer: int16",
-    "n_tokens: int32",  # special ones apart
-    "n_copies: int32",  # documents of the run with the same text, this one included
+    "n_tokens: int32  # special ones apart",
+    "n_copies: int32  # documents of the run with the same text, this one included",
     *(f"{name}: float32" for name in FEATURES),
-    "score: float64",  # the largest robust z
+    "score: float64  # the largest robust z",
     "reason: string",
-    "text: string",  # beginning of the document, joined from its tokens
+    "text: string  # beginning of the document, joined from its tokens",
 )
 """A run's strangest documents."""
 
 SALIENCE_SCHEMA = _schema(
     "layer: int16",
     "token_id: int32",
-    "expected: float64",  # HIGH share that the type's frequency, positions and documents would give
-    "beyond: float64",  # HIGH share - expected
-    "beyond_low, beyond_high: float64",  # 95 % interval, clustered by document
-    "n_effective: float64",  # independent tokens that would say as much of the HIGH share
+    "expected: float64  # HIGH share that the type's frequency, positions and documents would give",
+    "beyond: float64  # HIGH share - expected",
+    "beyond_low, beyond_high: float64  # 95 % interval, clustered by document",
+    "n_effective: float64  # independent tokens that would say as much of the HIGH share",
 )
 """Salience of each type beyond its frequency at each layer, special types apart."""
 
 STRANGE_SCHEMA = _schema(
-    "source: string",  # as in ``SOURCES_SCHEMA``
-    "group: string or null",  # as in ``GROUPS_SCHEMA``; null too where the run has no groups
+    "source: string  # as in sources",
+    "group: string or null  # as in groups; null too where the run has no groups",
     "n_docs: int64",
-    "n: int64",  # tokens of these documents, special ones apart
+    "n: int64  # tokens of these documents, special ones apart",
 )
 """A run's documents with a score of ``reduce.strangest.STRANGE_SCORE`` or more, of all documents.
 
@@ -627,25 +655,25 @@ STRANGE_SCHEMA = _schema(
 """
 
 COPIED_SCHEMA = _schema(
-    "source: string",  # as in ``SOURCES_SCHEMA``
-    "group: string or null",  # as in ``STRANGE_SCHEMA``
-    "n_docs: int64",  # documents with tokens, whether they count or not
-    "n_copies: int64",  # of these, with the text of an earlier document of the run
-    "n: int64",  # tokens of the documents, special ones included
+    "source: string  # as in sources",
+    "group: string or null  # as in strange",
+    "n_docs: int64  # documents with tokens, whether they count or not",
+    "n_copies: int64  # of these, with the text of an earlier document of the run",
+    "n: int64  # tokens of the documents, special ones included",
 )
 """A run's copies of texts by source and group."""
 
 # --- tables of two runs compared, a and b
 
 _STRENGTHS_OF_TWO = (
-    "n_a, n_b: int64",  # tokens, special ones apart; 0: the source or group is new or gone
+    "n_a, n_b: int64  # tokens, special ones apart; 0: the source or group is new or gone",
     "q1_a, q1_b, q2_a, q2_b, q3_a, q3_b: float32 or null",
-    "share_high_a, share_high_b: float64 or null",  # at or above the Q3 of the run's labels
+    "share_high_a, share_high_b: float64 or null  # at or above the Q3 of the run's labels",
     "psi, ks, js: float64 or null",
 )
 DRIFT_SCHEMA = _schema(
     "layer: int16",
-    "source: string or null",  # null: the whole corpus
+    "source: string or null  # null: the whole corpus",
     *_STRENGTHS_OF_TWO,
 )
 """Strength distributions of two runs per layer: over all tokens, and per source."""
@@ -668,14 +696,13 @@ The interval is Wilson's, 95 %.
 """
 
 _MOVED = (
-    "status: string",  # "both", "new" (only in b) or "vanished"
+    "status: string  # both, new (only in b) or vanished",
     "n_a, n_b: int64",
     "share_high_a, share_high_b: float64 or null",
     "median_a, median_b: float32 or null",
-    "z: float64 or null",  # z score of the difference of the HIGH shares
+    "z: float64 or null  # z score of the difference of the HIGH shares",
     "p: float64 or null",
-    # p adjusted by Benjamini and Hochberg over the layer's types that both runs have
-    "q: float64 or null",
+    "q: float64 or null  # p adjusted by Benjamini and Hochberg over the layer",
 )
 _MOVER = (*_TOKEN_TYPE, *_MOVED)
 MOVERS_SCHEMA = _schema("layer: int16", *_MOVER)
@@ -683,8 +710,8 @@ MOVERS_SCHEMA = _schema("layer: int16", *_MOVER)
 
 WORD_MOVERS_SCHEMA = _schema(
     "layer: int16",
-    "word: string",  # as in ``WORD_VOCABULARY_SCHEMA``
-    "text: string",  # as written most often
+    "word: string  # as in word_vocabulary",
+    "text: string  # as written most often",
     "class: string",
     *_MOVED,
 )
@@ -713,45 +740,40 @@ A rank is the mean share of the run's words with a smaller strength, ties half, 
 """
 
 LAYER_WORDS_SCHEMA = _schema(
-    "word: string",  # lower case, NFC
-    "class: string",  # at b; at a for a word that only a has
-    "status: string",  # "both", "only_a" or "only_b": too rare on the other side, or not there
-    "n_a, n_b: int64 or null",  # null: too rare, or not there
+    "word: string  # lower case, NFC",
+    "class: string  # at b; at a for a word that only a has",
+    "status: string  # both, only_a or only_b: too rare on the other side, or not there",
+    "n_a, n_b: int64 or null  # null: too rare, or not there",
     "share_high_a, share_high_b: float64 or null",
-    "rank_a, rank_b: float64 or null",  # as in ``LAYER_CLASSES_SCHEMA``
-    "z, p, q: float64 or null",  # of the HIGH shares, as in ``MOVERS_SCHEMA``
+    "rank_a, rank_b: float64 or null  # as in ``LAYER_CLASSES_SCHEMA``",
+    "z, p, q: float64 or null  # of the HIGH shares, as in movers",
 )
 """Every word that is frequent enough at either of two layers, and how it differs."""
 
 # --- table of a series of runs
 
-_CLASSES_OF_NIGHT = _list_of(pa.struct(_columns("class: string", "share, share_high: float64")))
+_ARROW_TYPES["classes of a night"] = _list_of(
+    pa.struct(_columns("class: string", "share, share_high: float64"))
+)
 
-HISTORY_SCHEMA = pa.schema(
-    [
-        *_columns(
-            "run, measure: string",
-            "began_at: timestamp[us]",  # UTC
-            "partition: date32[day] or null",  # null: the corpus has no date
-            "layer: int16",
-            "group_by: string or null",  # null: the row is of all tokens
-            "group: string or null",  # null also for documents without a value
-            "n_tokens: int64",  # special ones apart
-            "n_documents: int64",
-            "n_quarantined: int64 or null",  # rows of ``documents``; null: not counted by group
-            "q1, q2, q3: float32 or null",  # of the run's own tokens
-            "share_high: float64 or null",
-        ),
-        pa.field("classes", _CLASSES_OF_NIGHT, nullable=False),
-        *_columns(
-            "baseline: string or null",  # run that the distances are from
-            "psi, ks, js: float64 or null",
-            "state: string or null",  # of the last audit; null: no audit has kept one
-        ),
-        pa.field("broken", _list_of("string"), nullable=False),
-        pa.field("warned", _list_of("string"), nullable=False),
-        *_columns("accepted: string or null"),  # why a broken night may be a baseline
-    ]
+HISTORY_SCHEMA = _schema(
+    "run, measure: string",
+    "began_at: timestamp[us]  # UTC",
+    "partition: date32[day] or null  # null: the corpus has no date",
+    "layer: int16",
+    "group_by: string or null  # null: the row is of all tokens",
+    "group: string or null  # null also for documents without a value",
+    "n_tokens: int64  # special ones apart",
+    "n_documents: int64",
+    "n_quarantined: int64 or null  # rows of documents; null: not counted by group",
+    "q1, q2, q3: float32 or null  # of the run's own tokens",
+    "share_high: float64 or null",
+    "classes: classes of a night",
+    "baseline: string or null  # run that the distances are from",
+    "psi, ks, js: float64 or null",
+    "state: string or null  # of the last audit; null: no audit has kept one",
+    "broken, warned: list of string",
+    "accepted: string or null  # why a broken night may be a baseline",
 )
 """Complete runs of a series, one row for each layer, and for each group at it; oldest first.
 

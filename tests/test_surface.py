@@ -64,6 +64,16 @@ def test_arrow_schemas() -> None:
     check("schemas", {"version": schema.SCHEMA_VERSION, **found})
 
 
+def test_comments_are_of_columns_that_their_schema_has() -> None:
+    schemas = [getattr(schema, name) for name in dir(schema) if name.endswith("_SCHEMA")]
+    commented = [arrow for arrow in schemas if schema.comments_of(arrow)]
+    assert len(commented) > 20
+    assert all(schema.comments_of(arrow).keys() <= {*arrow.names} for arrow in commented)
+    assert schema.DOCUMENT_COMMENTS.keys() <= {*schema.documents_schema([], detected=True).names}
+    assert schema.comments_of(schema.KEPT_SCHEMA)["n"] == "documents with a value"
+    assert schema.comments_of(schema.SOURCES_SCHEMA)["n"] == "tokens, special ones apart"
+
+
 def test_config_keys() -> None:
     check(
         "config",
