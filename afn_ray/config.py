@@ -214,14 +214,16 @@ class RunConfig:
     overlap_tokens: int | None = _option(
         None, "tokens that neighbouring windows share; default: a quarter of a window"
     )
-    text_column: str = _option("text", "column that holds the text (JSONL, CSV, Parquet)")
+    text_column: str = _option(
+        "text", "column of the text (JSONL, CSV, Parquet); nested: meta.text"
+    )
     id_column: str | None = _option(
         None, "column that holds the document id; default: a content hash"
     )
     keep_columns: str | None = _option(
         None,
         "columns to carry into documents (JSONL, CSV, Parquet), with commas between, each with a "
-        "type if it is not a string: lang,year:int64",
+        "type if it is not a string: lang,meta.year:int64",
     )
     labels: str | None = _option(
         None,
@@ -368,7 +370,7 @@ class RunConfig:
         if self.keep_columns is None:
             return
         columns = kept.parse(self.keep_columns, is_new=True)
-        if self.text_column in [column.name for column in columns]:
+        if self.text_column in [column.path for column in columns]:
             raise ConfigError(
                 f"keep_columns has {self.text_column!r}, the text column; texts are not kept"
             )

@@ -47,10 +47,18 @@ class ReadOptions:
             return [self.txt_documents, self.max_document_bytes, *kept]
         if format == "conllu":
             return [self.labels_in(format), self.max_document_bytes, *kept]
-        more = [self.labels] if self.labels else []
+        more: list[object] = [self.labels] if self.labels else []
         if format == "csv" and self.csv_escape != "auto":
             more = [self.csv_escape]
+        if format in ("jsonl", "parquet") and self._has_paths:
+            more.append({"paths": 1})  # earlier versions read no nested columns
         return [self.text_column, self.id_column, self.max_document_bytes, *more, *kept]
+
+    @property
+    def _has_paths(self) -> bool:
+        """Whether a column but the kept ones has a dot in its name."""
+        columns = (self.text_column, self.id_column, self.labels)
+        return any("." in column for column in columns if column)
 
 
 @dataclass(frozen=True, slots=True)

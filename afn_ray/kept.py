@@ -1,6 +1,6 @@
 """Kept columns: values of the corpus that ``documents`` carries beside its own columns.
 
-``--keep-columns lang,year:int64`` names them, each with a type; without one, it is a string. A
+``--keep-columns lang,meta.year:int64`` names them, each with a type; without one, it is a string. A
 value of another type is never changed into one of the type: it is left out, and ``not_kept`` of its
 document has the reason.
 """
@@ -39,6 +39,8 @@ SHOWN_CHARS = 40
 """Longest part of a value that a reason shows, in characters."""
 NAME = re.compile(r"[^\W\d][\w-]{0,62}")
 """Form of a name: letters of any alphabet, digits, ``_`` and ``-``; no digit first."""
+PATH = re.compile(rf"(?=.{{1,63}}\Z){NAME.pattern}(\.[\w-]+)*")
+"""Form of a column of the corpus: a name, or dotted names and numbers, as ``corpus.nested`` has them."""
 RESERVED = frozenset({
     *documents_schema(()).names, NOT_KEPT, "duplicate_of", "near_duplicate_of",
     "file", "row", "filename", "file_index", "file_row_number",
@@ -58,12 +60,17 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 class KeptColumn(NamedTuple):
     """One kept column."""
 
-    name: str
+    path: str  # its column of the corpus, which may be a dotted path
     kind: str  # one of ``KINDS``
+
+    @property
+    def name(self) -> str:
+        """Name in ``documents``: ``_`` stands for the dots, which SQL would take for its own."""
+        return self.path.replace(".", "_")
 
 
 Kept = tuple[KeptColumn, ...]
-"""Kept columns, by name."""
+"""Kept columns, by path."""
 
 
 # --- names and types
@@ -71,7 +78,7 @@ Kept = tuple[KeptColumn, ...]
 
 @lru_cache(8)
 def parse(spec: str, *, is_new: bool = False) -> Kept:
-    """The columns of ``spec``, as in ``lang,year:int64``, by name; none if it is empty.
+    """The columns of ``spec``, as in ``lang,meta.year:int64``, by path; none if it is empty.
 
     ``is_new``: no stored run has the ``spec``, so its names may not be among ``NEWLY_RESERVED``.
     Raises ``ConfigError`` for a name or type that a kept column cannot have.
@@ -81,8 +88,8 @@ def parse(spec: str, *, is_new: bool = False) -> Kept:
     names = [column.name.lower() for column in columns]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"keep_columns has {twice[0]!r} twice (SQL does not tell the case of a name); name "
-            "it once"
+            f"keep_columns has {twice[0]!r} twice (SQL does not tell the case of a name, and a "
+            "dot becomes _); name it once"
         )
     if len(columns) > MOST_COLUMNS:
         raise ConfigError(
@@ -94,30 +101,31 @@ def parse(spec: str, *, is_new: bool = False) -> Kept:
 def canonical(columns: Iterable[KeptColumn]) -> str:
     """The shortest ``spec`` of ``columns``: the same for any order and spelling of it."""
     return ",".join(
-        name if kind == "string" else f"{name}:{kind}" for name, kind in sorted(columns)
+        path if kind == "string" else f"{path}:{kind}" for path, kind in sorted(columns)
     )
 
 
 def _column(entry: str, reserved: Collection[str]) -> KeptColumn:
     """The column of one ``entry`` of a spec, whose name is not among ``reserved``."""
-    name, _, kind = (part.strip() for part in entry.partition(":"))
-    kind = kind or "string"
-    if not NAME.fullmatch(name):
+    path, _, kind = (part.strip() for part in entry.partition(":"))
+    column = KeptColumn(path, kind or "string")
+    if not PATH.fullmatch(path):
         raise ConfigError(
-            f"keep_columns has {name[:80]!r}; expected names of letters, digits, _ and - (at most "
-            "63), with commas between, as in lang,year:int64: rename the column in the corpus"
+            f"keep_columns has {path[:80]!r}; expected names of letters, digits, _ and - (at most "
+            "63), with dots before nested ones and commas between, as in lang,meta.year:int64: "
+            "rename the column in the corpus"
         )
-    lower = name.lower()
+    lower = column.name.lower()
     if lower in reserved or OF_LAYERS.fullmatch(lower) or lower.startswith(BESIDE):
         raise ConfigError(
-            f"keep_columns has {name!r}, which is the name of a column that afn-ray writes itself; "
-            f"rename the column in the corpus, as to my_{name}"
+            f"keep_columns has {path!r}, which is the name of a column that afn-ray writes itself; "
+            f"rename the column in the corpus, as to my_{column.name}"
         )
-    if kind not in KINDS:
+    if column.kind not in KINDS:
         raise ConfigError(
-            f"keep_columns has type {kind[:80]!r} for {name!r}; expected one of {', '.join(KINDS)}"
+            f"keep_columns has type {kind[:80]!r} for {path!r}; expected one of {', '.join(KINDS)}"
         )
-    return KeptColumn(name, kind)
+    return column
 
 
 def beside(name: str, others: Iterable[str]) -> str:
@@ -128,7 +136,7 @@ def beside(name: str, others: Iterable[str]) -> str:
 
 def fields_of(spec: str) -> list[pa.Field]:
     """The fields of the columns of ``spec`` in a table of documents; all may be null."""
-    return [pa.field(name, KINDS[kind]) for name, kind in parse(spec)]
+    return [pa.field(column.name, KINDS[column.kind]) for column in parse(spec)]
 
 
 # --- values
@@ -137,20 +145,20 @@ def fields_of(spec: str) -> list[pa.Field]:
 def values_of(
     row: Mapping[str, object], columns: Kept
 ) -> tuple[tuple[object, ...], tuple[tuple[str, str], ...]]:
-    """The values of ``columns`` in ``row``, and name and reason of those that are left out.
+    """The values of ``columns`` in ``row``, by path, and name and reason of those that are left out.
 
     A value is None where the row lacks the column, has null in it, or the value is left out.
     """
     values: list[Any] = []
     refused: list[tuple[str, str]] = []
-    for name, kind in columns:
-        found = row.get(name)
+    for column in columns:
+        found = row.get(column.path)
         value = None
         if found is not None:
             try:
-                value = _CONVERT[kind](found)
+                value = _CONVERT[column.kind](found)
             except ValueError as error:
-                refused.append((name, str(error)))
+                refused.append((column.name, str(error)))
         values.append(value)
     return tuple(values), tuple(refused)
 

@@ -112,7 +112,10 @@ def labelled_document(
 
 
 def with_kept(found: Document, row: Mapping[str, object], options: ReadOptions) -> Document:
-    """``found`` with the kept columns of its ``row``, which it has even if it is quarantined."""
+    """``found`` with the kept columns of its ``row``, which it has even if it is quarantined.
+
+    ``row`` has them by their paths.
+    """
     if not options.keep:
         return found
     values, refused = kept.values_of(row, kept.parse(options.keep))
@@ -185,8 +188,8 @@ def _likely_cause(text: str, num_replaced: int, encoding: str) -> str:
 
 def columns_of(options: ReadOptions) -> list[str]:
     """Names of the columns that are read: the required ones, then the kept ones."""
-    kept_names = [column.name for column in kept.parse(options.keep)]
-    return list(dict.fromkeys([*_required(options), *kept_names]))
+    kept_paths = [column.path for column in kept.parse(options.keep)]
+    return list(dict.fromkeys([*_required(options), *kept_paths]))
 
 
 def _required(options: ReadOptions) -> list[str]:

@@ -38,6 +38,7 @@ class ColumnChunk(NamedTuple):
     """Size in the file, in bytes."""
     given: int
     """Size after decompression, in bytes."""
+    num_values: int
     has_deltas: bool
     """Whether it has one of ``ENCODINGS_OF_DELTAS``."""
 
@@ -80,9 +81,8 @@ def _chunk(metadata: Struct) -> ColumnChunk:
     encodings, path = metadata[2], metadata[3]
     offset = min(at for at in (metadata[9], metadata.get(11)) if at)
     name = b".".join(path).decode()
-    return ColumnChunk(
-        name, offset, metadata[7], metadata[6], bool(ENCODINGS_OF_DELTAS.intersection(encodings))
-    )
+    has_deltas = bool(ENCODINGS_OF_DELTAS.intersection(encodings))
+    return ColumnChunk(name, offset, metadata[7], metadata[6], metadata[5], has_deltas)
 
 
 class _ThriftReader:

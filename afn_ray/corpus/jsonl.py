@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from afn_ray import kept
+from afn_ray.corpus import nested
 from afn_ray.corpus.documents import (
     INVALID,
     Origin,
@@ -28,25 +30,36 @@ def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
         return problem(origin, f"not JSON: {value}{why and '; '}{why}", None, num_invalid)
     if not isinstance(value, dict):
         return problem(origin, f"line is {type(value).__name__}, expected an object")
-    return with_kept(_object_document(origin, value, options), value, options)
+    found = _object_document(origin, value, options)
+    if not options.keep:
+        return found
+    paths = [column.path for column in kept.parse(options.keep)]
+    return with_kept(found, nested.values(value, paths), options)
 
 
 def _object_document(origin: Origin, value: dict[str, Any], options: ReadOptions) -> Document:
     """The document of a line whose object is ``value``."""
-    try:
-        doc_id = (
-            None
-            if options.id_column is None
-            else _json_id(value.get(options.id_column), options.id_column)
-        )
-    except ValueError as error:
-        return problem(origin, str(error))
+    doc_id = None
+    if options.id_column is not None:
+        found = nested.find(value, options.id_column)
+        try:
+            doc_id = _json_id(None if found is nested.MISSING else found, options.id_column)
+        except ValueError as error:
+            return problem(origin, str(error))
+    cells = []
     for column in (options.text_column, options.labels):
-        if column is not None and column not in value:
+        cell = None if column is None else nested.find(value, column)
+        if cell is nested.MISSING:
             return problem(origin, f"no column {column!r}; it has: {columns(value)}", doc_id)
-    text = value[options.text_column]
+        cells.append(cell)
+    text, labels = cells
     if options.labels is not None:
-        return labelled_document(origin, text, value[options.labels], doc_id, options)
+        return labelled_document(origin, text, labels, doc_id, options)
+    if isinstance(text, list):
+        try:
+            text = nested.joined(text, options.text_column, options.max_document_bytes)
+        except ValueError as error:
+            return problem(origin, str(error), doc_id)
     if isinstance(text, str):
         return document(origin, text, doc_id, options)
     kind = "null" if text is None else f"{type(text).__name__}, expected a string"

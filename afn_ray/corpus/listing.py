@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 
 from afn_ray import kept
-from afn_ray.corpus import documents, lakehouse, reading, row_groups, streams
+from afn_ray.corpus import documents, lakehouse, nested, reading, row_groups, streams
 from afn_ray.corpus_values import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import corpus_files, uris
@@ -124,7 +124,7 @@ def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
 
     A file may lack a kept column, but a column that all lack is probably misspelt.
     """
-    missing = [column.name for column in kept.parse(options.keep)]
+    missing = [column.path for column in kept.parse(options.keep)]
     if not missing or not files:
         return
     formats = {_kind(file.uri, options)[0] for file in files}
@@ -306,14 +306,15 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
     with streams.Source(file.uri, 0, file.size) as source:
         try:
             opened = pq.ParquetFile(source)
-            names, metadata = opened.schema_arrow.names, opened.metadata
-            groups = row_groups.column_chunks(source, columns)
+            schema, metadata = opened.schema_arrow, opened.metadata
+            groups = row_groups.column_chunks(source, row_groups.chunk_paths(opened, columns))
         except row_groups.UNREADABLE:
             return [_cut_whole(file, "parquet", "", -1)]
-        _require_columns(file, names, options)
+        _require_columns(file, nested.names_in(schema, columns), options)
         row_groups.check_id_type(opened, file.uri, options)
         row_groups.check_kept_types(opened, file.uri, options)
         whole = _unhashed(file, "parquet", "")
+        hashed = row_groups.hashed_names(schema, options)
         slices: list[FileSlice] = []
         start = num_bytes = num_documents = 0
         sizes = [sum(size for _, size in chunks) for chunks in groups]
@@ -329,11 +330,11 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
                     end=end,
                     num_bytes=num_bytes,
                     num_documents=num_documents,
-                    sha256=row_groups.hash_chunks(source, columns, groups[start:end]),
+                    sha256=row_groups.hash_chunks(source, hashed, groups[start:end]),
                 )
             )
             start, num_bytes, num_documents = end, 0, 0
         if slices:
             return slices
-        empty = row_groups.hash_chunks(source, columns, [])
+        empty = row_groups.hash_chunks(source, hashed, [])
         return [replace(whole, end=0, num_bytes=0, num_documents=0, sha256=empty)]

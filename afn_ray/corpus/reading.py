@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from afn_ray.corpus import streams
+from afn_ray.corpus import nested, streams
 from afn_ray.corpus.conllu import conllu_documents
 from afn_ray.corpus.csv_rows import csv_documents, read_rows
 from afn_ray.corpus.documents import (
@@ -22,7 +22,14 @@ from afn_ray.corpus.documents import (
     problem,
 )
 from afn_ray.corpus.jsonl import json_document, parse
-from afn_ray.corpus.row_groups import UNREADABLE, column_chunks, hash_chunks, parquet_documents
+from afn_ray.corpus.row_groups import (
+    UNREADABLE,
+    chunk_paths,
+    column_chunks,
+    hash_chunks,
+    hashed_names,
+    parquet_documents,
+)
 from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
 from afn_ray.corpus.txt import whole_document
 from afn_ray.corpus_values import Document, FileInfo, FileSlice, ReadOptions
@@ -141,8 +148,10 @@ def _hash(slice: FileSlice, options: ReadOptions, size: int) -> str:
     """
     if _is_row_groups(slice):
         with Source(slice.uri, 0, size) as source, contextlib.suppress(*UNREADABLE):
-            groups = column_chunks(source, columns_of(options))
-            return hash_chunks(source, columns_of(options), groups[slice.start : slice.end])
+            file = parquet.open_file(source)
+            names = hashed_names(file.schema_arrow, options)
+            groups = column_chunks(source, chunk_paths(file, columns_of(options)))
+            return hash_chunks(source, names, groups[slice.start : slice.end])
         return "unreadable"
     with Source(slice.uri, slice.start, slice.end) as source:
         source.drain()
@@ -179,7 +188,7 @@ def peek_columns(
     with Source(slice.uri, slice.start, slice.end) as source:
         if slice.format == "parquet":
             with contextlib.suppress(*UNREADABLE):
-                return list(parquet.open_file(source).schema_arrow.names)
+                return nested.names_in(parquet.open_file(source).schema_arrow, columns_of(options))
             return None
         stream = Stream(source, slice.compression, options.encoding)
         names: dict[str, None] = {}
@@ -204,7 +213,7 @@ def _add_json_columns(
             num_documents += 1
             value = parse(decode(line.data)) if line.data else None
         if isinstance(value, dict):
-            names.update(dict.fromkeys(value))
+            names.update(dict.fromkeys(nested.names(value, columns_of(options))))
         if num_documents >= PEEK_DOCUMENTS and names.keys() >= {*wanted}:
             return
         if names and line.offset + line.length > SAMPLE_BYTES:

@@ -285,10 +285,11 @@ def _with_texts(
     table = table.append_column("text", pa.array([text for text, _ in rows], pa.string()))
     table = table.append_column("rank", pa.array(ranks))
     table = table.select(SCREENED_SCHEMA.names).cast(SCREENED_SCHEMA)
-    for at, (name, kind) in enumerate(kept):
-        plain = KINDS[kind].value_type if kind == "string" else KINDS[kind]
+    for at, of_corpus in enumerate(kept):
+        kind = KINDS[of_corpus.kind]
+        plain = kind.value_type if of_corpus.kind == "string" else kind
         column = pa.array([values[at] for _, values in rows], plain)
-        table = table.append_column(beside(name, SCREENED_SCHEMA.names), column)
+        table = table.append_column(beside(of_corpus.name, SCREENED_SCHEMA.names), column)
     return table
 
 

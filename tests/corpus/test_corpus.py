@@ -392,7 +392,8 @@ def test_an_empty_text_file_is_an_empty_document() -> None:
         (b'{"text": null}', "text is null"),
         (b'{"text": NaN}', "text is float, expected a string"),
         (b'{"text": 3}', "text is int, expected a string"),
-        (b'{"text": ["a"]}', "text is list, expected a string"),
+        (b'{"text": {"a": "b"}}', "text is dict, expected a string"),
+        (b'{"text": ["a", 1]}', "text is a list whose item 1 is int, expected a string"),
     ],
     ids=lambda value: None,
 )
@@ -1156,7 +1157,7 @@ def test_parquet_invalid_utf8_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [[1, None], [1.5, 2.5], [["a"], None], [{"a\n": "x"}, None]], ids=str
+    "values", [[1, None], [1.5, 2.5], [[1], None], [{"a\n": "x"}, None]], ids=str
 )
 def test_parquet_text_that_is_no_string_is_a_problem_per_row(
     tmp_path: Path, values: list[Any]
