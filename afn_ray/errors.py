@@ -10,6 +10,7 @@
     |   `-- QueryError      2   SQL that is wrong, forbidden, too slow or too large
     |-- ShardError          1   retry, then skip the shard: its attempt failed; others go on
     |   |-- CorpusChanged   1   skip the shard: its file differs from the planned one
+    |   |-- CannotCompose   1   measure the shard as a whole: its stored columns do not fit together
     |   |-- OutOfMemory     1   retry the shard with fewer tokens in a batch
     |   |-- HelperDied      1   retry the shard alone: a helper process of its worker died
     |   `-- DeviceFault     1   retry the shard alone, in a new process: its worker's GPU failed
@@ -56,6 +57,10 @@ class ShardError(AfnError):
 
 class CorpusChanged(ShardError):
     """A file of the corpus is missing or differs from the plan; a retry finds the same."""
+
+
+class CannotCompose(ShardError):
+    """The columns that the store has of the shard do not fit together, or are damaged or gone."""
 
 
 class OutOfMemory(ShardError):

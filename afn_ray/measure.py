@@ -9,6 +9,20 @@ from typing import Any
 from afn_ray.fingerprints import fingerprint
 from afn_ray.schema import SCHEMA_VERSION, Series
 
+OF_COLUMNS = frozenset({
+    "layers", "signals", "series", "neuron_layers", "top_neurons", "outliers", "neurons_above",
+    "mean_types", "means",
+})  # fmt: skip
+"""Keys of a measure that decide which values of a token are recorded, and no token itself."""
+
+
+def base_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a stored measure that decides which tokens there are, and how models run.
+
+    Measures of one base have the same tokens, so that their columns can stand side by side.
+    """
+    return {key: value for key, value in stored.items() if key not in OF_COLUMNS | {"id"}}
+
 
 @dataclass(frozen=True, slots=True)
 class Measure:
@@ -82,6 +96,11 @@ class Measure:
     def id(self) -> str:
         """Fingerprint of ``as_dict``."""
         return fingerprint(self.as_dict())
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """``base_of`` this measure."""
+        return base_of(self.as_dict())
 
     @property
     def tagged(self) -> bool:

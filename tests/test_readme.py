@@ -191,7 +191,7 @@ def test_the_section_on_a_corpus_of_ones_own_fits_together(
         [{"id": i, "text": t} for i, t in enumerate(verses[600:1200])],
     )
     assert "2 in the store, " in newcomer.types(first)  # only what is new
-    refused = dry_run.replace("--dry-run", "--layers 0")
+    refused = dry_run.replace("--dry-run", "--window-tokens 32")
     for command in (refused, f"{refused} --dry-run"):
         assert "holds another measure" in newcomer.types(command, code=2)
 
@@ -200,11 +200,11 @@ def test_what_show_recommends_works(newcomer: Newcomer) -> None:
     first, show, *_ = commands_of("Measure your own corpus")
     newcomer.types(f"{first} --layers 2/3")
     (layers,) = re.findall(
-        r"give the same 'afn run' command with --layers ([\d,]+) and another --store",
+        r"give the same 'afn run' command with --layers ([\d,]+): only layer 0 is then measured",
         newcomer.types(show),
     )
-    newcomer.types(first.replace("results", "others") + f" --layers {layers}")
-    shown = newcomer.types(show.replace("results", "others"))
+    newcomer.types(f"{first} --layers {layers}")
+    shown = newcomer.types(show)
     assert "(control)" in shown and "was not recorded" not in shown
 
 

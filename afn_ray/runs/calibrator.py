@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
+from afn_ray.measure import Measure
 from afn_ray.runs import cluster, events, frequent, mean_states, outliers, precision, worker
 from afn_ray.runs.events import OnEvent, on_warning
 from afn_ray.runs.task import Task
-from afn_ray.store import calibrations, plans
+from afn_ray.store import calibrations, measures, plans
 
 T = TypeVar("T")
 
@@ -24,12 +25,17 @@ CALIBRATION_DOCUMENTS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """Calibrations for runs over one corpus. The store's first run measures; later runs read what it decided."""
+    """Calibrations for runs over one corpus. The store's first run measures; later runs read what it decided.
+
+    A run that asks for other columns of the same tokens takes over what was decided for them, layer
+    by layer, so that columns fit together.
+    """
 
     plan: plans.Plan
     on_event: OnEvent
     keep: bool  # write the results into the store, for later runs
     reduce_only: bool  # measure nothing
+    languages: str | None = None  # detector of the documents' languages, as in the measure
 
     def decide_precision(self, task: Task) -> precision.Precision:
         """The precision of ``task``, with warnings where it is not safe or not fast."""
@@ -37,10 +43,21 @@ class Calibrator:
         if config.dtype == "float32":
             return precision.decide(task, ())
         key = fingerprint([task.measure.as_dict(), config.dtype])
-        stored = self._read(task, key)
-        if stored is None:
-            self.on_event(events.Calibrating("a calibration compares half precision with float32"))
-            ours = decided = self._measure(task, precision.decide)
+        stored = calibrations.read_calibration(config.store, key)
+        if stored is not None:
+            decided = precision.from_json(stored)
+            text = (
+                f"{precision.describe(decided)}; this store's first run decided it, and another "
+                "--dtype wants another store"
+            )
+        else:
+            ours = self._taken_over(task)
+            if ours is None:
+                self._check_may_measure(task)
+                text = "a calibration compares half precision with float32"
+                self.on_event(events.Calibrating(text))
+                ours = self._measure(task, precision.decide)
+            decided = ours
             if self.keep:  # what another first run has decided in the meantime counts
                 decided = precision.from_json(
                     calibrations.write_calibration(config.store, key, ours.to_json())
@@ -48,12 +65,6 @@ class Calibrator:
             text = precision.describe(decided)
             if text != precision.describe(ours):
                 text += "; another run of this store decided it meanwhile"
-        else:
-            decided = precision.from_json(stored)
-            text = (
-                f"{precision.describe(decided)}; this store's first run decided it, and another "
-                "--dtype wants another store"
-            )
         self.on_event(events.PrecisionDecided(text))
         if decided.against:
             self.on_event(events.Warned(f"{decided.dtype} is not safe here: {decided.against}"))
@@ -86,37 +97,83 @@ class Calibrator:
         num = task.config.mean_vectors
         if not num:
             return ()
-        what = "a calibration looks for the most frequent types"
-        return tuple(self._find(task, f"mean_types {num}", what, frequent.find_types))
+        key = fingerprint([task.measure.as_dict(), f"mean_types {num}"])
+        stored = calibrations.read_calibration(task.config.store, key)
+        if stored is None:
+            others = (list(other.mean_types) for other in self._others(task))
+            types = next((types for types in others if len(types) == num), None)
+            if types is None:
+                self._check_may_measure(task)
+                self.on_event(events.Calibrating("a calibration looks for the most frequent types"))
+                types = self._measure(task, frequent.find_types)
+            stored = self._kept(task, key, {"mean_types": types})
+        return tuple(stored["mean_types"])
 
     def _find(
-        self, task: Task, name: str, what: str, calibration: Callable[[Task, Sequence[str]], T]
-    ) -> T:
-        """The result ``name`` of ``calibration``, which the store's first run measures.
+        self,
+        task: Task,
+        name: str,
+        what: str,
+        calibration: Callable[[Task, Sequence[str]], Sequence[Any]],
+    ) -> Sequence[Any]:
+        """The values ``name`` of the measure, one for each layer, which ``calibration`` finds.
 
-        ``what`` says what is measured.
+        ``what`` says what is measured. Layers of which another run knows them are not measured.
         """
-        store, (key, *_) = task.config.store, name.split()
-        of = fingerprint([task.measure.as_dict(), name])
-        stored = self._read(task, of)
+        measure = task.measure
+        key = fingerprint([measure.as_dict(), name])
+        stored = calibrations.read_calibration(task.config.store, key)
         if stored is None:
-            self.on_event(events.Calibrating(what))
-            stored = {key: self._measure(task, calibration)}
-            if self.keep:
-                stored = calibrations.write_calibration(store, of, stored)
-        found: T = stored[key]
+            known: dict[int, Any] = {}
+            for other in self._others(task):
+                known = dict(zip(other.layers, getattr(other, name), strict=False)) | known
+            unknown = tuple(k for k in measure.layers if k not in known)
+            if unknown:
+                self._check_may_measure(task)
+                self.on_event(events.Calibrating(what))
+                asked = replace(task, measure=replace(measure, layers=unknown, outliers=()))
+                known |= zip(unknown, self._measure(asked, calibration), strict=True)
+            stored = self._kept(task, key, {name: [known[k] for k in measure.layers]})
+        found: Sequence[Any] = stored[name]
         return found
 
-    def _read(self, task: Task, key: str) -> dict[str, Any] | None:
-        """The stored result of the calibration ``key``; None: it has to be measured."""
-        stored = calibrations.read_calibration(task.config.store, key)
-        if stored is None and self.reduce_only:
+    def _others(self, task: Task, but: tuple[str, ...] = ()) -> list[Measure]:
+        """Measures of the same tokens in the store, the newest first.
+
+        They may differ in the keys ``but`` of the base.
+        """
+        ours = replace(task.measure, languages=self.languages).base
+        found = []
+        for other in measures.known(task.config.store):
+            differing = {k for k in {*ours, *other.base} if ours.get(k) != other.base.get(k)}
+            if differing <= {*but}:
+                found.append(other)
+        return found
+
+    def _taken_over(self, task: Task) -> precision.Precision | None:
+        """The precision of the store's other columns, if it is safe at all layers of ``task``."""
+        if task.config.dtype != "auto":
+            return None
+        for other in self._others(task, ("dtype",)):
+            if other.dtype == "float32" or {*task.measure.layers} <= {*other.layers}:
+                why = "the store's other columns of these tokens have it"
+                return precision.Precision(other.dtype, "auto", task.device, why, 0)
+        return None
+
+    def _kept(self, task: Task, key: str, found: dict[str, Any]) -> dict[str, Any]:
+        """What the store has under ``key`` from now on: ``found``, if no other run was faster."""
+        if not self.keep:
+            return found
+        return calibrations.write_calibration(task.config.store, key, found)
+
+    def _check_may_measure(self, task: Task) -> None:
+        """Raise ``StoreError`` if nothing may be measured."""
+        if self.reduce_only:
             raise StoreError(
                 f"no run in {task.config.store} has decided the precision, the outlier dimensions, "
                 "the mean states or the types of what this config asks for, and --reduce-only decides nothing: give "
                 "the config that measured, or leave --reduce-only out"
             )
-        return stored
 
     def _measure(self, task: Task, calibration: Callable[[Task, Sequence[str]], T]) -> T:
         """Result of ``calibration`` on a sample of the corpus."""

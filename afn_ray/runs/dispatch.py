@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from afn_ray import logs
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import (
+    CannotCompose,
     ConfigError,
     CorpusChanged,
     DeviceFault,
@@ -26,7 +27,7 @@ from afn_ray.errors import (
 )
 from afn_ray.runs.deadlines import SLOTS, Deadlines, Flight
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, Pool, PoolEvent, Ready, Silent
-from afn_ray.runs.progress import Progress
+from afn_ray.runs.progress import Counters, Progress, total
 from afn_ray.runs.reasons import reason
 from afn_ray.runs.waiting import WaitLimit
 from afn_ray.store.commits import Commit, Commits
@@ -67,6 +68,7 @@ class State:
     """Outcome of a call so far for its shards; shards that the store had before do not count."""
 
     num_shards: int
+    num_documents: int | None = None  # None: unknown before the files are read
     num_workers: int = 0
     commits: Commits = field(default_factory=Commits)
     failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
@@ -76,6 +78,15 @@ class State:
     # sums of the commits' counts, of shards, and of bytes read and written
     counts: Counter[str] = field(default_factory=Counter)
     notices: list[str] = field(default_factory=list)  # messages for people
+    not_composed: list[Shard] = field(default_factory=list)  # to be measured as a whole
+    # of pools that have ended
+    work: Counters = field(default_factory=Counters)
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> State:
+        """State before any of ``shards`` is assigned."""
+        return cls(len(shards), _num_documents(shards))
 
 
 OnProgress = Callable[[Progress], None]
@@ -124,7 +135,9 @@ class Dispatcher:
         on_progress: OnProgress,
         tolerance: Tolerance,
         clock: Callable[[], float] = time.monotonic,
+        state: State | None = None,
     ) -> None:
+        """``state`` is that of the pools before, whose shards count too."""
         self._pool, self._on_progress, self._clock = pool, on_progress, clock
         self._todo = deque(shards)
         self._suspects: deque[Shard] = deque()
@@ -141,10 +154,9 @@ class Dispatcher:
         self._max_quarantines = max(QUARANTINES_IN_ROW, tolerance.allow_quarantined + 1)
         self._wait_limit = WaitLimit(tolerance.wait_s, pool.lack, clock, pool.num_loading)
         self._began: float | None = None  # when the first worker was ready
-        self._num_documents = _num_documents(shards)
         self._capacity_notice = ""  # the notice of missing workers, while no worker is ready
         self._shard_s: list[float] = []  # model seconds of the shards committed since the report
-        self.state = State(len(shards))
+        self.state = State.of(shards) if state is None else state
 
     def run(self) -> State:
         """Run until all shards are done or quarantined; ``state.stopped`` explains a stop."""
@@ -160,6 +172,8 @@ class Dispatcher:
                     )
                     self._check_workers()
             self._report()
+            self.state.work = self._work()
+            self.state.seconds = self._seconds()
         except KeyboardInterrupt:
             self._drain()
             raise
@@ -324,6 +338,10 @@ class Dispatcher:
         if isinstance(error, CorpusChanged):
             self._quarantine(shard, reason(error))  # a changed file is no sign of a systemic fault
             return
+        if isinstance(error, CannotCompose):
+            self.state.not_composed.append(shard)
+            self.state.notices.append(reason(error))
+            return
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._retry(shard, self._todo, reason(error))
             return
@@ -471,14 +489,23 @@ class Dispatcher:
             retries=state.retries,
             counts=state.counts.copy(),
             shard_s=tuple(self._shard_s),
-            work=self._pool.counters(),
-            seconds=0.0 if self._began is None else self._clock() - self._began,
+            work=self._work(),
+            seconds=self._seconds(),
             notices=tuple(state.notices),
             capacity_notice=self._capacity_notice,
-            num_documents=self._num_documents,
+            num_documents=state.num_documents,
         )
         self._shard_s.clear()
         self._on_progress(progress)
+
+    def _work(self) -> Counters:
+        """Counters of all workers, those of earlier pools included."""
+        return total([self.state.work, self._pool.counters()])
+
+    def _seconds(self) -> float:
+        """Seconds since the first worker was ready, those of earlier pools included."""
+        since = 0.0 if self._began is None else self._clock() - self._began
+        return self.state.seconds + since
 
     def _replace_hung(self) -> None:
         """Replace workers that have a late shard."""

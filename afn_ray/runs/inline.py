@@ -9,6 +9,7 @@ import threading
 import time
 
 from afn_ray.corpus_values import Shard
+from afn_ray.runs.composer import Composer
 from afn_ray.runs.pool import Done, Failed, PoolEvent, Ready
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
@@ -27,7 +28,7 @@ class InlinePool:
     can_replace = False
 
     def __init__(self, task: Task) -> None:
-        self._processor = Processor(task)
+        self._processor = Composer(task) if task.composition else Processor(task)
         self._events: queue.SimpleQueue[PoolEvent] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._events.put(Ready(0))

@@ -28,7 +28,7 @@ from afn_ray.reduce import (
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
-from afn_ray.runs import cluster, dispatch, events, measurer, precheck, worker
+from afn_ray.runs import cluster, composition, dispatch, events, measurer, precheck, worker
 from afn_ray.runs.calibrator import Calibrator
 from afn_ray.runs.events import Event, OnEvent, on_warning
 from afn_ray.runs.plan import make_plan
@@ -74,7 +74,7 @@ def prepare(
     begun_ns = time.time_ns()
     plan = make_plan(config, _hashing(on_event))
     measure = replace(task.measure, labels=plan.labels)
-    calibrator = Calibrator(plan, on_event, keep=keep, reduce_only=reduce_only)
+    calibrator = Calibrator(plan, on_event, keep, reduce_only, detector)
     decided = calibrator.decide_precision(replace(task, measure=measure))
     measure = replace(measure, dtype=decided.dtype)
     outliers = calibrator.find_outliers(replace(task, measure=measure))
@@ -191,12 +191,15 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     # after the claim, from which on gc keeps these commits
     commits = shard_files.find_commits(config.store, measure.id, plan.shards)
     todo = [shard for shard in plan.shards if shard.id not in commits]
+    work = composition.Work((), tuple(todo))
+    if not reduce_only:
+        work = composition.plan(replace(asked.task, run=folder.id), todo)
     reporter.begin(folder, plan.shards, commits)
-    _report_plan(plan, len(todo), folder, on_event)
+    _report_plan(plan, len(todo), work, folder, on_event)
     if reduce_only:
         state = dispatch.State(0, failures={shard.id: LACKING for shard in todo})
     else:
-        state = _process(asked, todo, folder, on_event)
+        state = _process(asked, todo, work, folder, on_event)
     if state.stopped or len(state.failures) > config.allow_quarantined:
         raise IncompleteRun(_failed(state, plan))
     commits |= state.commits
@@ -249,7 +252,11 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
 
 
 def _report_plan(
-    plan: plans.Plan, num_todo: int, folder: manifest.RunFolder, on_event: OnEvent
+    plan: plans.Plan,
+    num_todo: int,
+    work: composition.Work,
+    folder: manifest.RunFolder,
+    on_event: OnEvent,
 ) -> None:
     """Report the run's name and its work."""
     num_shards = len(plan.shards)
@@ -258,19 +265,28 @@ def _report_plan(
         f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
         f"{count(num_shards, 'shard')}: {num_stored:,} in the store, {num_todo:,} to do"
     )
+    if work.composed:
+        message += f"; {composition.describe(work)}"
     on_event(events.Planned(message, run=folder.id))
 
 
 def _process(
-    asked: Preparation, todo: Sequence[Shard], folder: manifest.RunFolder, on_event: OnEvent
+    asked: Preparation,
+    todo: Sequence[Shard],
+    work: composition.Work,
+    folder: manifest.RunFolder,
+    on_event: OnEvent,
 ) -> dispatch.State:
-    """Process ``todo``, the shards that the store lacks."""
+    """Process ``todo``, the shards that the store lacks, as planned in ``work``."""
     if not todo:
         return dispatch.State(0)
     where = "in this process" if cluster.runs_inline(asked.config, todo) else "on Ray"
-    on_event(events.Starting(f"starting workers on {asked.device}, {where}"))
+    device = asked.device if work.needs_model else "cpu, without the model"
+    on_event(events.Starting(f"starting workers on {device}, {where}"))
     task = replace(asked.task, run=folder.id)
-    return cluster.process_shards(asked.config, task, todo, _working(on_event))
+    return cluster.process_shards(
+        asked.config, task, work.measured, _working(on_event), work.composed
+    )
 
 
 def _reduce(

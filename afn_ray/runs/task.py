@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from afn_ray.config import RunConfig
 from afn_ray.measure import Measure
+from afn_ray.schema import Series
+
+TOKENS, NEURONS = "tokens", "neurons"
+"""Tables that have parts; the third one is ``layout.VECTORS``."""
+
+
+class Part(NamedTuple):
+    """Values of tokens at one layer that are recorded together."""
+
+    table: str  # table of a shard that has them
+    series: Series  # in ``tokens``; in the others its signal is the table's name
+
+
+class Donor(NamedTuple):
+    """Another measure whose shards have some parts of a task."""
+
+    measure_id: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Origin of the parts of a task whose shards are composed of what the store has."""
+
+    donors: tuple[Donor, ...]
+    rest: Task | None
+    """Task that measures the parts that no donor has, and others; None: the donors have all."""
+    missing: tuple[Part, ...] = ()
+    """Parts that no donor has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +47,4 @@ class Task:
     device: str
     run: str = ""  # name of the run, for logs
     worker: int = 0  # number of the worker, for logs
+    composition: Composition | None = None  # None: the worker measures all parts

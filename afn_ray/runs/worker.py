@@ -23,10 +23,11 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from afn_ray import kept, logs, model
@@ -171,6 +172,91 @@ def with_signals(task: Task, signals: str = STRENGTH) -> Task:
     return replace(task, config=config, measure=measure)
 
 
+def attempt(
+    task: Task,
+    shard: Shard,
+    oom_retries: int,
+    finish: Callable[[Path, str], shard_files.Attempt],
+) -> Commit:
+    """Make one attempt at ``shard`` and commit it; return the commit that counts.
+
+    ``finish`` writes the tables into a folder on scratch, for an attempt of a name. Another attempt
+    may have committed the shard first; its commit is then returned. Raises ``ShardError`` for a
+    fault of this shard alone (``CorpusChanged``: its file has changed), ``DeviceFault`` for one of
+    any shard that uses the device, ``Interrupted`` for a full disk, ``Unavailable`` where the store
+    or the corpus does not answer, and ``StoreError`` where the store fails.
+    """
+    name = uuid.uuid4().hex[:16]
+    known: dict[str, Any] = {"run": task.run, "worker": task.worker}
+    known |= {"shard": shard.id, "attempt": name}
+    logs.report(
+        _log,
+        "attempt_began",
+        f"reads {shard.slices[0].uri}",
+        **known,
+        bytes=shard.num_bytes,
+        halvings=oom_retries,  # the field's name in logs
+    )
+    began = time.monotonic()
+    try:
+        commit = _committed(task, shard, name, finish)
+    except BaseException as error:
+        forget_locals(error)  # the attempt's texts and values end here, not with its error
+        logs.report(
+            _log,
+            "attempt_failed",
+            f"{type(error).__name__}: {error}",
+            level=logging.WARNING,
+            **known,
+            seconds=round(time.monotonic() - began, 3),
+        )
+        if not isinstance(error, AfnError) and model.is_device_fault(error):
+            # Batches of several shards are on the device, and any of them may have caused it.
+            raise DeviceFault(f"{type(error).__name__}: {error}") from error
+        raise
+    ours = commit.attempt == name
+    message = "is committed" if ours else f"attempt {commit.attempt} had committed the shard before"
+    logs.report(
+        _log,
+        "attempt_committed" if ours else "attempt_lost",
+        message,
+        **known,
+        counts=commit.counts,
+        seconds=round(time.monotonic() - began, 3),
+    )
+    return commit
+
+
+def _committed(
+    task: Task, shard: Shard, name: str, finish: Callable[[Path, str], shard_files.Attempt]
+) -> Commit:
+    """The shard's commit, which the store has or the attempt ``name`` makes."""
+    store, measure_id = task.config.store, task.measure.id
+    commit = shard_files.read_commit(store, measure_id, shard.id, shard.generation)
+    if commit is not None:
+        return commit  # by another run, or by an attempt whose answer was lost
+    with scratch.attempt_folder(task.config) as folder:
+        return shard_files.publish(store, measure_id, shard, finish(folder, name))
+
+
+def shard_tables(task: Task, shard: Shard, folder: Path, name: str) -> records.ShardFiles:
+    """The tables of ``task`` in ``folder``, for the attempt ``name`` at ``shard``."""
+    measure = task.measure
+    files = records.ShardFiles(
+        folder,
+        measure.series,
+        measure.neuron_layers,
+        measure.offsets,
+        {"measure": measure.id, "shard": shard.id, "attempt": name},
+        records.CorpusColumns(
+            measure.tagged, kept.fields_of(task.config.read_options.keep), measure.detected
+        ),
+    )
+    if measure.mean_types:
+        files.record_vectors()
+    return files
+
+
 class Processor:
     """A loaded model and tokenizer that turn shards into commits.
 
@@ -204,103 +290,57 @@ class Processor:
     def process(self, shard: Shard, oom_retries: int = 0) -> Commit:
         """Measure every token of ``shard`` and commit it; return the commit that counts.
 
-        Another attempt may have committed the shard first; its commit is then returned.
         ``oom_retries``: how often the token budget is halved, for a shard that ran out of memory.
-        After such a failure, later shards begin with the smaller budget. All batches of a shard
-        have the same. Raises ``ShardError`` for a fault of this shard alone (``CorpusChanged``: its
-        file has changed), ``DeviceFault`` for one of any shard that uses the device,
-        ``Interrupted`` for a full disk, ``Unavailable`` where the store or the corpus does not
-        answer, and ``StoreError`` where the store fails.
+        Raises as ``attempt`` does.
         """
-        attempt = uuid.uuid4().hex[:16]
         oom_retries = max(oom_retries, self._oom_retries)
-        known: dict[str, Any] = {"run": self.task.run, "worker": self.task.worker}
-        known |= {"shard": shard.id, "attempt": attempt}
-        logs.report(
-            _log,
-            "attempt_began",
-            f"reads {shard.slices[0].uri}",
-            **known,
-            bytes=shard.num_bytes,
-            halvings=oom_retries,  # the field's name in logs
-        )
-        began = time.monotonic()
+
+        def measure(folder: Path, name: str) -> shard_files.Attempt:
+            return self.record(shard, oom_retries, folder, name)
+
+        return attempt(self.task, shard, oom_retries, measure)
+
+    def record(
+        self, shard: Shard, oom_retries: int, folder: Path, name: str
+    ) -> shard_files.Attempt:
+        """Measure every token of ``shard`` for the attempt ``name``; write its tables to ``folder``.
+
+        After a failure of memory, later shards begin with a smaller token budget. All batches of a
+        shard have the same.
+        """
+        oom_retries = max(oom_retries, self._oom_retries)
         try:
-            commit = self._process(shard, oom_retries, attempt)
-        except BaseException as error:
-            forget_locals(error)  # the attempt's texts and values end here, not with its error
-            if isinstance(error, OutOfMemory):
-                self._remember_halvings(oom_retries + 1)
-            logs.report(
-                _log,
-                "attempt_failed",
-                f"{type(error).__name__}: {error}",
-                level=logging.WARNING,
-                **known,
-                seconds=round(time.monotonic() - began, 3),
-            )
-            if not isinstance(error, AfnError) and model.is_device_fault(error):
-                # Batches of several shards are on the device, and any of them may have caused it.
-                raise DeviceFault(f"{type(error).__name__}: {error}") from error
+            return self._record(shard, oom_retries, folder, name)
+        except OutOfMemory:
+            self._remember_halvings(oom_retries + 1)
             raise
-        ours = commit.attempt == attempt
-        message = (
-            "is committed" if ours else f"attempt {commit.attempt} had committed the shard before"
-        )
-        logs.report(
-            _log,
-            "attempt_committed" if ours else "attempt_lost",
-            message,
-            **known,
-            counts=commit.counts,
-            seconds=round(time.monotonic() - began, 3),
-        )
-        return commit
 
     def _remember_halvings(self, halvings: int) -> None:
         """Halve the token budget of later shards at least this often, up to a limit."""
         with self._counting:
             self._oom_retries = max(self._oom_retries, min(halvings, LASTING_HALVINGS))
 
-    def _process(self, shard: Shard, oom_retries: int, attempt: str) -> Commit:
-        """Return the shard's commit, which the store has or this attempt makes."""
-        config, measure = self.task.config, self.task.measure
-        commit = shard_files.read_commit(config.store, measure.id, shard.id, shard.generation)
-        if commit is not None:
-            return commit  # by another run, or by an attempt whose answer was lost
-        options = config.read_options
+    def _record(
+        self, shard: Shard, oom_retries: int, folder: Path, name: str
+    ) -> shard_files.Attempt:
+        measure, options = self.task.measure, self.task.config.read_options
         documents = (d for piece in shard.slices for d in reading.read(piece, options))
-        of_corpus = records.CorpusColumns(
-            measure.tagged, kept.fields_of(options.keep), measure.detected
+        with shard_tables(self.task, shard, folder, name) as files:
+            recorder = Recorder(measure, files)
+            seconds = self._measure_and_record(documents, oom_retries, recorder)
+            recorder.finish()
+        return shard_files.Attempt(
+            name,
+            files.tables(),
+            recorder.counts,
+            round(seconds, 3),
+            made_by={
+                "device": self.task.device,
+                **software(),
+                **model.VERSIONS,
+                **self.measurer.model.maker,
+            },
         )
-        origin = {"measure": measure.id, "shard": shard.id, "attempt": attempt}
-        with scratch.attempt_folder(config) as folder:
-            with records.ShardFiles(
-                folder,
-                measure.series,
-                measure.neuron_layers,
-                measure.offsets,
-                origin,
-                of_corpus,
-            ) as files:
-                if measure.mean_types:
-                    files.record_vectors()
-                recorder = Recorder(measure, files)
-                seconds = self._measure_and_record(documents, oom_retries, recorder)
-                recorder.finish()
-            finished = shard_files.Attempt(
-                attempt,
-                files.tables(),
-                recorder.counts,
-                round(seconds, 3),
-                made_by={
-                    "device": self.task.device,
-                    **software(),
-                    **model.VERSIONS,
-                    **self.measurer.model.maker,
-                },
-            )
-            return shard_files.publish(config.store, measure.id, shard, finished)
 
     def _measure_and_record(
         self, documents: Iterator[Document], oom_retries: int, recorder: Recorder

@@ -158,7 +158,7 @@ def cautions(summary: RunSummary) -> list[str]:
         with_control = ",".join(map(str, (0, *(layer.layer for layer in summary.layers))))
         lines.append(
             "Layer 0 was not recorded: to see what the embeddings alone explain, give the same "
-            f"'afn run' command with --layers {with_control} and another --store."
+            f"'afn run' command with --layers {with_control}: only layer 0 is then measured."
         )
     lines.append("Never compare raw strengths across layers or models; compare ranks and shares.")
     return lines

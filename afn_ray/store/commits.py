@@ -18,6 +18,8 @@ COUNTS = (
 ``replaced`` counts characters. ``lost_unknown`` counts losses of an unknown number of documents.
 """
 
+COMPOSED = "composed"
+"""Entry of ``made_by`` of a shard that was composed: the measures whose columns were copied."""
 
 SHA256_BYTES = 32
 """Size of a file's SHA-256, in bytes."""
@@ -203,6 +205,8 @@ def _describe_maker(made_by: Mapping[str, str]) -> str:
     reduced = made_by.get("reduced", "none")
     if device == "cuda" and reduced != "none":
         words += f", reduced precision in {reduced}"
+    if COMPOSED in made_by:
+        words += ", composed of stored columns"
     return words
 
 

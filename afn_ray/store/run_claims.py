@@ -13,12 +13,12 @@ from typing import Any
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import StoreError
-from afn_ray.measure import Measure
+from afn_ray.measure import Measure, base_of
 from afn_ray.schema import CLASSES_VERSION, SCHEMA_VERSION
-from afn_ray.store import epochs, manifest, parquet, plans, storage, uris
+from afn_ray.store import epochs, manifest, measures, parquet, plans, storage, uris
 from afn_ray.store.checksums import checksummed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences
-from afn_ray.store.layout import HEX, LATEST, STAMP
+from afn_ray.store.layout import LATEST, STAMP
 from afn_ray.store.plans import Plan
 
 
@@ -39,14 +39,14 @@ def find_begun(
     """The store's newest run if it has this ``plan``, else None; and the newest run's name or "".
 
     The run may be complete or not. A condemned run, or a complete run with quarantined shards, is
-    not returned. Writes nothing. Raises ``StoreError`` if the store holds another measure and the
-    config does not allow a second one, or if the plan of an incomplete run is damaged.
+    not returned. Writes nothing. Raises ``StoreError`` if the store holds other tokens than those
+    of ``measure`` and the config does not allow it, or if the plan of an incomplete run is damaged.
     """
     store = config.store
-    stored = storage.list_names(uris.join(store, "shards"))
-    measures = [name for name in stored if HEX.fullmatch(name)]
     names = manifest.run_names(store)
-    if measures and measure.id not in measures and not config.allow_another_measure:
+    stored = measures.ids(store)
+    is_new = stored and measure.id not in stored and not config.allow_another_measure
+    if is_new and all(other.base != measure.base for other in measures.known(store)):
         raise StoreError(_other_measure(config, names, measure))
     newest = next((name for name in reversed(names) if _is_begun(store, name)), "")
     if newest.endswith(plans.request_id(measure.id, plan.shards, config, frozen)):
@@ -155,13 +155,13 @@ def _stamp(moment: datetime) -> str:
 
 
 def _other_measure(config: RunConfig, runs: Sequence[str], measure: Measure) -> str:
-    """The error of a store without results of ``measure``: what differs, and what to do."""
+    """The error of a store without the tokens of ``measure``: what differs, and what to do."""
     store = config.store
     message = f"store {store} holds another measure; results of two measures cannot be compared. "
     for name in reversed(runs):
         plan = plans.read_plan(store, name)
         if plan is not None:
-            theirs, ours = plan[1].get("measure", {}), measure.as_dict()
+            theirs, ours = base_of(plan[1].get("measure", {})), measure.base
             goes_on = ""
             of_one_kind = theirs.get("labels") == measure.labels  # else no --language goes on
             if of_one_kind and measure.detected != (theirs.get("languages") is not None):

@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import Interrupted, StoreError, Unavailable
 from afn_ray.schema import SCHEMA_VERSION
-from afn_ray.store import blocks, storage, uris
+from afn_ray.store import blocks, parquet, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     AHEAD,
@@ -28,6 +30,7 @@ from afn_ray.store.checksums import (
 )
 from afn_ray.store.commits import Commit, Commits
 from afn_ray.store.layout import NEURON_TABLES, TABLES, VECTORS, commit_name, generation_of
+from afn_ray.store.readers import RangeFile
 
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
@@ -177,6 +180,49 @@ def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) ->
     return data
 
 
+class StoredShard:
+    """A committed shard whose tables are read in part; what is read is checked block by block."""
+
+    def __init__(
+        self, store: str, measure_id: str, commit: Commit, blocks_of: Mapping[str, Blocks]
+    ) -> None:
+        self.measure_id, self.commit = measure_id, commit
+        self._folder = shard_uri(store, measure_id, commit.shard)
+        self._blocks = blocks_of
+
+    @classmethod
+    def find(cls, store: str, measure_id: str, shard: str) -> StoredShard:
+        """The result of ``shard`` under the measure, of any generation.
+
+        Raises ``StoreError`` if there is none that can be read.
+        """
+        for generation in _generations(store, measure_id, shard):
+            commit = read_commit(store, measure_id, shard, generation)
+            if commit is not None:
+                found = committed_blocks(store, measure_id, shard, generation)
+                return cls(store, measure_id, commit, found)
+        raise StoreError(f"{shard_uri(store, measure_id, shard)} has no commit any more")
+
+    def open(self, table: str) -> pq.ParquetFile:
+        """The file of ``table``; to read a damaged block of it raises ``StoreError``."""
+        name = str(self.commit.files[table]["name"])
+        uri, of_file = uris.join(self._folder, name), self._blocks[name]
+
+        def read_raw(start: int, end: int) -> bytes:
+            return storage.read_bytes(uri, start, end)
+
+        def read(start: int, end: int) -> bytes:
+            data = of_file.read(start, end, read_raw)
+            if data is None:
+                raise StoreError(
+                    f"{uri} is damaged: a checksum is not the one in commit.json; delete "
+                    f"{self._folder} and give 'afn run' again"
+                )
+            return data
+
+        return parquet.open_file(RangeFile(read, of_file.num_bytes, SimpleNamespace()))
+
+
 def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
     """One table of a committed shard. Raises ``StoreError`` if it does not match the commit."""
     entry = commit.files[table]
@@ -213,6 +259,8 @@ class Attempt:
     """Time of the measurement."""
     made_by: dict[str, str]
     """Device and versions."""
+    composed_of: tuple[Mapping[str, str], ...] = ()
+    """Measure and attempt of each stored result whose columns were copied; empty: none were."""
 
 
 def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Commit:
@@ -239,7 +287,10 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
         storage.delete(uploaded)
         raise
     commit = Commit(shard.id, attempt.id, files, attempt.counts, attempt.seconds, attempt.made_by)
-    winner = _commit_once(store, measure_id, shard, commit, crc32)
+    more: dict[str, Any] = {"crc32": crc32}
+    if attempt.composed_of:
+        more["composed_of"] = list(attempt.composed_of)
+    winner = _commit_once(store, measure_id, shard, commit, more)
     if winner.attempt != attempt.id:
         storage.delete(uploaded)
         # The forward tokens include padding, which depends on the batches.
@@ -252,11 +303,12 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
 
 
 def _commit_once(
-    store: str, measure_id: str, shard: Shard, commit: Commit, crc32: dict[str, str]
+    store: str, measure_id: str, shard: Shard, commit: Commit, more: Mapping[str, Any]
 ) -> Commit:
     """Write ``commit``, unless the shard has one; return the commit that the shard has then.
 
-    ``crc32`` are the checksums of the blocks of each table's file. The files stay after an error,
+    ``more`` stands in commit.json beside it: ``crc32``, the checksums of the blocks of each table's
+    file, and where its columns were copied from. The files stay after an error,
     because the commit may exist nevertheless; only a full disk without a commit loses them.
     """
     folder = shard_uri(store, measure_id, shard.id)
@@ -265,7 +317,7 @@ def _commit_once(
         "schema_version": SCHEMA_VERSION,
         "measure": measure_id,
         **asdict(commit),
-        "crc32": crc32,
+        **more,
         "slices": [asdict(s) for s in shard.slices],
         "options": shard.options.as_dict(),
         "committed_at": datetime.now(UTC).isoformat(),

@@ -740,7 +740,9 @@ def test_rows_do_not_depend_on_the_order_of_shards(
     monkeypatch.setattr(
         cluster,
         "process_shards",
-        lambda config, task, shards, call: forward(config, task, shards[::-1], call),
+        lambda config, task, shards, call, composed: forward(
+            config, task, shards[::-1], call, composed
+        ),
     )
     with afn_ray.run(make_config(corpus=(str(corpus),))) as run:
         assert (all_rows(run, "tokens"), pq.read_table(f"{run.uri}/vocabulary.parquet")) == expected
@@ -970,13 +972,13 @@ def test_a_store_of_another_measure_is_refused_and_the_difference_named(
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:20]])
     afn_ray.run(make_config(corpus=(str(corpus),))).close()
-    other = {"corpus": (str(corpus),), "layers": "1"}
+    other = {"corpus": (str(corpus),), "window_tokens": 32}
     with pytest.raises(
-        StoreError, match=r"another measure.*layers: the store has \[2\], this run asks for \[1\]"
+        StoreError, match=r"another measure.*window_tokens: the store has 64, this run asks for 32"
     ):
         afn_ray.run(make_config(**other))
     with afn_ray.run(make_config(**other, allow_another_measure=True)) as run:
-        assert run.info["layers"] == [1]
+        assert run.info["measure"]["window_tokens"] == 32
 
 
 @pytest.mark.parametrize(

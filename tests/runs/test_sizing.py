@@ -562,7 +562,7 @@ def test_what_the_page_tells_to_do_works(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another measure": ({"layers": "1"}, "holds another measure"),
+    "another measure": ({"window_tokens": 32}, "holds another measure"),
     "no such layer": ({"layers": "9"}, "layer 9 does not exist"),
     "no such signal": ({"signals": "shfit"}, "shfit"),
     "no such column": ({"text_column": "body"}, "no column 'body'"),

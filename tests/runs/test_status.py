@@ -501,7 +501,7 @@ def test_a_quiet_run_still_warns(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def notice(config: Any, task: Any, shards: Any, on_progress: Any) -> State:
+    def notice(config: Any, task: Any, shards: Any, on_progress: Any, composed: Any) -> State:
         failures = {shards[0].id: "it failed"}
         on_progress(
             Progress(len(shards), failures=tuple(failures.items()), notices=("be careful",))

@@ -480,10 +480,8 @@ def test_another_measure_is_refused_and_the_difference_is_named(
     with pytest.raises(StoreError) as caught:
         _begin(config, other)
     message = str(caught.value)
-    assert 'dtype: the store has "float32", this run asks for "bfloat16"; ' in message
-    assert (
-        "layers: the store has [8], this run asks for [0, 1, " in message and "model" not in message
-    )
+    assert 'dtype: the store has "float32", this run asks for "bfloat16". ' in message
+    assert "layers" not in message and "model" not in message  # other layers would be no hindrance
     assert "Use another --store, or --allow-another-measure" in message and len(message) < 500
     files = {"config.json": "c" * 64, "model.safetensors": "a" * 64}
     theirs, ours = (

@@ -18,6 +18,7 @@ from afn_ray.runs.cluster.connection import address, check_own, joined
 from afn_ray.runs.cluster.metrics import Published
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.cluster.pool import RayPool
+from afn_ray.runs.composition import Group
 from afn_ray.runs.dispatch import Dispatcher, OnProgress, State, Tolerance
 from afn_ray.runs.inline import InlinePool
 from afn_ray.runs.pool import Pool
@@ -35,17 +36,24 @@ A local Ray takes 5 seconds and 0.5 GB to start.
 
 
 def process_shards(
-    config: RunConfig, task: Task, shards: Sequence[Shard], on_progress: OnProgress
+    config: RunConfig,
+    task: Task,
+    shards: Sequence[Shard],
+    on_progress: OnProgress,
+    composed: Sequence[Group] = (),
 ) -> State:
-    """Process ``shards`` by the rules of ``Dispatcher``; return the final state.
+    """Process the shards ``composed``, then ``shards``, by the rules of ``Dispatcher``.
 
-    The state holds the commits and the quarantined shards. Raises at once for an error that
-    concerns all shards: a model that does not load, a full disk, no capacity.
+    Returns the final state, with the commits and the quarantined shards. A shard that cannot be
+    composed is processed with ``shards``. Raises at once for an error that concerns all shards: a
+    model that does not load, a full disk, no capacity.
     """
+    groups = [*composed, Group(task, tuple(shards))]
+    todo = [shard for group in groups for shard in group.shards]
     try:
-        if runs_inline(config, shards):
+        if runs_inline(config, todo):
             notices = list(placement.place_inline(config).notices)
-            return _dispatch(InlinePool(task), config, shards, on_progress, notices)
+            return _dispatch(lambda of: (InlinePool(of), notices), config, groups, on_progress)
         with joined(config):
             published = Published(task.run)
 
@@ -53,9 +61,12 @@ def process_shards(
                 published.publish(progress)
                 on_progress(progress)
 
+            def start(of: Task) -> tuple[Pool, list[str]]:
+                pool = RayPool(of, config)
+                return pool, pool.notices
+
             try:
-                pool = RayPool(task, config)
-                return _dispatch(pool, config, shards, publish, pool.notices)
+                return _dispatch(start, config, groups, publish)
             finally:
                 published.close()
     finally:
@@ -79,17 +90,27 @@ def check(config: RunConfig, todo: Sequence[Shard], planned: Sequence[Shard]) ->
 
 
 def _dispatch(
-    pool: Pool,
+    start: Callable[[Task], tuple[Pool, list[str]]],
     config: RunConfig,
-    shards: Sequence[Shard],
+    groups: Sequence[Group],
     on_progress: OnProgress,
-    notices: list[str],
 ) -> State:
-    """Run a ``Dispatcher`` of ``shards`` on ``pool``, which may append to ``notices``."""
+    """Run a ``Dispatcher`` for each of ``groups``; the last one takes what cannot be composed.
+
+    ``start`` starts a pool of a task; the pool may append to the notices beside it.
+    """
     tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)
-    dispatcher = Dispatcher(pool, shards, on_progress, tolerance)
-    dispatcher.state.notices = notices
-    return dispatcher.run()
+    state = State.of([shard for group in groups for shard in group.shards])
+    for group in groups:
+        last = state.not_composed if group is groups[-1] else ()
+        shards = [*group.shards, *last]
+        if not shards or state.stopped:
+            continue
+        pool, notices = start(group.task)
+        notices[:] = [*state.notices, *(n for n in notices if n not in state.notices)]
+        state.notices = notices
+        Dispatcher(pool, shards, on_progress, tolerance, state=state).run()
+    return state
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:

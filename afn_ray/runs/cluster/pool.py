@@ -21,6 +21,7 @@ from afn_ray.runs.cluster.connection import (
     needs,
     start_error,
 )
+from afn_ray.runs.composer import Composer
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, total
@@ -48,7 +49,7 @@ class _Worker:
         try:
             if task.device == "cuda" and task.config.workers_per_gpu > 1:
                 model.limit_memory(task.config.workers_per_gpu)
-            self._processor = Processor(task)
+            self._processor = Composer(task) if task.composition else Processor(task)
         except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
             self._error = error
 

@@ -1,0 +1,157 @@
+"""A store that has some columns of a run: the rest is measured, and the run is one from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import afn_ray
+from afn_ray.config import RunConfig
+from afn_ray.model import engine
+from afn_ray.store import manifest, plans, shard_files
+from conftest import config_of, write_jsonl
+
+Ask = dict[str, Any]
+"""Fields of a config that decide what is recorded."""
+FEW: Ask = {"layers": "1", "signals": "strength"}
+SIGNALS = "strength,shift,attention,trimmed,centred_mean,neurons"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, verses: list[str]) -> Path:
+    """Three shards, with an empty document and one of several windows."""
+    folder = tmp_path_factory.mktemp("columns") / "corpus"
+    folder.mkdir()
+    texts = [*verses[:14], "", " ".join(verses[20:26]), *verses[30:40]]
+    write_jsonl(folder / "c.jsonl", [{"text": text} for text in texts])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_in(
+    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, corpus: Path
+) -> Callable[[Path, Ask], manifest.RunFolder]:
+    """A function that gives the run of an ask in a store."""
+
+    def run(store: Path, ask: Ask) -> manifest.RunFolder:
+        afn_ray.run(config_in(tiny_bert, corpus, store, ask)).close()
+        return manifest.find_run(str(store))
+
+    return run
+
+
+def config_in(model: Path, corpus: Path, store: Path, ask: Ask) -> RunConfig:
+    return config_of(model, corpus, store, shard_bytes=1500, screen=3, **ask)
+
+
+@pytest.fixture(scope="module")
+def from_scratch(
+    tmp_path_factory: pytest.TempPathFactory, run_in: Callable[[Path, Ask], manifest.RunFolder]
+) -> Callable[[Ask], dict[str, pa.Table]]:
+    """A function that gives all tables of a run in a store of its own."""
+    known: dict[str, dict[str, pa.Table]] = {}
+
+    def tables(ask: Ask) -> dict[str, pa.Table]:
+        if str(ask) not in known:
+            store = tmp_path_factory.mktemp("scratch")
+            known[str(ask)] = tables_of(run_in(store, ask))
+        return known[str(ask)]
+
+    return tables
+
+
+def tables_of(run: manifest.RunFolder) -> dict[str, pa.Table]:
+    """All tables of ``run`` and of its shards, without what names attempts."""
+    found: dict[str, pa.Table] = {}
+    for name in run.info["tables"]:
+        if name not in ("plan", "shards"):
+            found[name] = manifest.read_table(run, name)
+    measure_id = run.info["measure"]["id"]
+    shards, _ = plans.read_shards(run)
+    assert len(shards) == 3
+    for at, shard in enumerate(shards):
+        commit = shard_files.read_commit(run.store, measure_id, shard.id)
+        assert commit is not None
+        for table in commit.files:
+            rows = shard_files.read_shard_table(run.store, measure_id, commit, table)
+            found[f"{table} of shard {at}"] = rows.replace_schema_metadata(None)
+        found[f"counts of shard {at}"] = pa.table(
+            {k: [v] for k, v in commit.counts.items() if k != "forward_tokens"}
+        )
+    return found
+
+
+def check_same(found: dict[str, pa.Table], expected: dict[str, pa.Table]) -> None:
+    assert list(found) == list(expected)
+    for name, table in expected.items():
+        assert plain(found[name]).equals(plain(table)), name
+
+
+def plain(table: pa.Table) -> pa.Table:
+    """``table`` whose repeated strings have one dictionary each."""
+    return table.unify_dictionaries().combine_chunks()
+
+
+@pytest.fixture
+def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of blocks that each forward pass has run."""
+    found: list[int] = []
+    submit = engine.Model.submit
+
+    def spied(self: engine.Model, *args: Any, **named: Any) -> Any:
+        pending = submit(self, *args, **named)
+        found.append(self._pass.calls)
+        return pending
+
+    monkeypatch.setattr(engine.Model, "submit", spied)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "num_blocks"),
+    [
+        pytest.param([FEW], {"layers": "1,3"}, 3, id="a deeper layer"),
+        pytest.param([{"layers": "3"}], {"layers": "1,3"}, 1, id="a lower layer"),
+        pytest.param([{"layers": "1,3"}], FEW, 0, id="fewer layers"),
+        pytest.param([FEW, {"layers": "3"}], {"layers": "1,3"}, 0, id="two runs together"),
+        pytest.param([FEW], {"layers": "1", "signals": "shift,attention"}, 1, id="more signals"),
+        pytest.param(
+            [{"layers": "1", "signals": "shift,attention"}, {"layers": "2"}],
+            {"layers": "1,2", "signals": "attention,shift"},
+            2,
+            id="signals at another layer",
+        ),
+        pytest.param(
+            [{"layers": "2", "signals": SIGNALS, "mean_vectors": 9, "language": "auto"}],
+            {"layers": "0,2", "signals": SIGNALS, "mean_vectors": 9, "language": "auto"},
+            1,
+            id="all that is recorded, the embeddings added",
+        ),
+        pytest.param(
+            [{"layers": "0,2", "signals": SIGNALS, "mean_vectors": 9}],
+            {"layers": "2", "signals": "neurons", "mean_vectors": 9},
+            0,
+            id="fewer of all",
+        ),
+    ],
+)
+def test_a_run_has_the_bits_of_one_from_scratch_in_every_order_of_asking(
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    blocks_run: list[int],
+    stored: list[Ask],
+    asked: Ask,
+    num_blocks: int,
+) -> None:
+    expected = from_scratch(asked)
+    for ask in stored:
+        run_in(tmp_path, ask)
+    blocks_run.clear()
+    run = run_in(tmp_path, asked)
+    assert max(blocks_run, default=0) == num_blocks
+    check_same(tables_of(run), expected)
