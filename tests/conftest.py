@@ -455,6 +455,24 @@ def afn(
     )
 
 
+def benchmark(
+    main: Callable[[Sequence[str]], NoReturn], folder: Path, *words: str
+) -> tuple[dict[str, Any], str, str]:
+    """The figures of ``afn bench`` or ``jobs/benchmark.py`` (its ``main``) with ``words``.
+
+    The figures are from its JSON in ``folder``. They come with the printed table and the notes.
+    """
+    out, err, figures = io.StringIO(), io.StringIO(), folder / "figures.json"
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as end,
+    ):
+        main([*words, "--json", str(figures)])
+    assert end.value.code in (None, 0), err.getvalue()
+    return json.loads(figures.read_text("utf-8")), out.getvalue(), err.getvalue()
+
+
 def command_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
     from afn_ray.cli import grammar

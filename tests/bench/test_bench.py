@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
 import simulated
+import warm_workers
 from afn_ray import bench, model
 from afn_ray.bench import (
     contest,
@@ -32,35 +33,38 @@ from afn_ray.bench import (
 )
 from afn_ray.bench import worker as bench_worker
 from afn_ray.bench.figures import TOLERANCE, compare
+from afn_ray.cli import commands as cli
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import Received
 from afn_ray.runs import worker
 from afn_ray.runs.cluster import connection
 from afn_ray.runs.measurer import Measurer
-from conftest import config_of, find_model, printed, write_jsonl
+from conftest import benchmark, config_of, find_model, printed, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tiny_result(tiny_bert: Path) -> dict[str, Any]:
+def tiny_result(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The result of one repetition over the tiny BERT, with one process per variant."""
-    notes: list[str] = []
-    options = contest.Options(str(tiny_bert), workers=1, tokens=2000, repeat=1)
-    result = contest.measure(
-        options, ["short", "mixed"], ["loop", "tuned", "engine", "job"], notes.append
-    )
+    words = "bench engine --profiles short,mixed --variants loop,tuned,engine,job --workers 1"
+    with mock.patch.object(sys, "executable", warm_workers.choose(has_faults=False)):
+        result, printed_table, notes = benchmark(
+            cli.main,
+            tmp_path_factory.mktemp("bench"),
+            *words.split(),
+            *("--model", str(tiny_bert), "--tokens", "2000", "--repeat", "1"),
+        )
+    assert "layer 2 of 3" in printed_table
     # The variants take turns.
-    assert [n.split(":")[0] for n in notes[1:3]] == ["short 1/1 loop", "short 1/1 tuned"]
+    turns = [line.split(":")[0] for line in notes.splitlines()]
+    assert turns[1:3] == ["short 1/1 loop", "short 1/1 tuned"]
     return result
 
 
-def test_the_figures_have_their_keys_and_hang_together(
-    tiny_result: dict[str, Any], tmp_path: Path
-) -> None:
-    bench.write_json(tmp_path / "figures.json", tiny_result)
-    result = json.loads((tmp_path / "figures.json").read_text())
+def test_the_figures_have_their_keys_and_hang_together(tiny_result: dict[str, Any]) -> None:
+    result = tiny_result
     assert result["gemm_peak_tflops"] > 0 and result["skipped"] == {} and result["layer"] == 2
     assert list(result["profiles"]) == ["short", "mixed"]
     for profile, variants in result["profiles"].items():
@@ -76,7 +80,7 @@ def test_the_figures_have_their_keys_and_hang_together(
         for f in variants.values():
             assert f["tokens_per_s"] == pytest.approx(f["tokens"] / f["seconds"][0])
             assert f["low"] <= f["tokens_per_s"] <= f["high"]
-            assert f["mfu"] > 0 and 0 <= f["padding"] < 1 and f["peak_bytes"] > 10 << 20
+            assert f["mfu"] > 0 and 0 <= f["padding"] < 1 and f["peak_bytes"] > 0
             # The stages of each thread; the threads run at the same time.
             for of_thread in (("read_s",), ("tokenize_s",), ("wait_s", "model_s"), ("write_s",)):
                 assert (
@@ -380,9 +384,9 @@ def test_a_peer_that_is_not_installed_is_skipped_with_a_note(
 @pytest.mark.ray
 def test_ray_data_runs_the_tuned_pipeline_in_its_actors(tiny_bert: Path) -> None:
     options = contest.Options(str(tiny_bert), workers=2, tokens=1200, repeat=1)
-    figures = contest.measure(options, ["short"], ["tuned", "ray_data"], lambda note: None)[
-        "profiles"
-    ]["short"]
+    with mock.patch.object(sys, "executable", warm_workers.choose(has_faults=False)):
+        result = contest.measure(options, ["short"], ["tuned", "ray_data"], lambda note: None)
+    figures = result["profiles"]["short"]
     assert (
         figures["ray_data"]["difference"] < 1e-3
         and figures["ray_data"]["padding"] == figures["tuned"]["padding"]
@@ -443,8 +447,9 @@ def test_the_made_up_model_is_one_that_transformers_knows(tmp_path: Path) -> Non
     assert len(ids) == 64 and tokenizer.unk_token_id not in ids and ids[0] == tokenizer.cls_token_id
 
 
-def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
-    result = monitor.measure(str(tiny_bert), "2/3", 3, "cpu")
+def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path, tmp_path: Path) -> None:
+    words = ("bench", "monitor", "--texts", "3", "--model", str(tiny_bert))
+    result, table, _ = benchmark(cli.main, tmp_path, *words)
     lengths = result["models"][str(tiny_bert)]["lengths"]
     assert list(lengths) == ["16", "64"] and "distilled_speedup" not in result
     for found in lengths.values():
@@ -454,7 +459,7 @@ def test_the_monitor_measures_every_length_that_fits(tiny_bert: Path) -> None:
             found["overheads"].keys() == monitor.PLAIN.keys()
             and min(found["overheads"].values()) > -1
         )
-    assert "strength, shift, attention" in printed(monitor.render, result)
+    assert "strength, shift, attention" in table
 
 
 @pytest.mark.parametrize("name", ["tiny_bert", "tiny_llama", "tiny_mpnet"])
@@ -496,16 +501,17 @@ def test_every_way_of_the_monitor_records_what_the_engine_does(
 
 def test_the_feed_is_measured_stage_by_stage_and_whole(tiny_bert: Path, tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "the lord is my shepherd"}] * 40)
-    notes: list[str] = []
-    result = feed.measure(str(tiny_bert), [str(corpus)], [0, 1], 2000, 1, notes.append)
+    words = ["bench", "feed", "--model", str(tiny_bert), "--corpus", str(corpus)]
+    words += ["--processes", "0,1", "--tokens", "2000", "--repeat", "1"]
+    result, table, said = benchmark(cli.main, tmp_path, *words)
+    notes = said.splitlines()
     assert list(result["stages"]) == list(feed.STAGES)
     assert all(len(values) == 1 and values[0] > 0 for values in result["stages"].values())
     assert list(result["workers"]) == ["0", "1"] and result["tokens"] > 1000
     for found in result["workers"].values():
         assert found["tokens_per_s"][0] > 0 and found["own_us"][0] > 0
     assert "stages 1/1" in notes[0] and len(notes) == 1 + 2 * 2  # with a warm-up of each worker
-    text = printed(feed.render, result)
-    assert all(stage in text for stage in feed.STAGES) and "tokenizer processes" in text
+    assert all(stage in table for stage in feed.STAGES) and "tokenizer processes" in table
 
 
 def test_the_feed_of_made_up_texts_has_about_the_tokens_that_were_asked_for() -> None:
@@ -522,10 +528,10 @@ def test_numbers_of_processes_are_whole() -> None:
 
 
 def test_the_watch_tells_whose_work_it_is() -> None:
-    burn = "import time\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    burn = "import time\nx = b'1' * (32 << 20)\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
     with subprocess.Popen([sys.executable, "-c", burn]) as own, machine.Watch([own.pid]) as watch:
         own.wait()
-    assert watch.peak_bytes > 1 << 20
+    assert watch.peak_bytes > 32 << 20
     with subprocess.Popen([sys.executable, "-c", burn]) as other, machine.Watch([]) as stranger:
         other.wait()
     # Other processes may run on this machine, so this is a lower bound.

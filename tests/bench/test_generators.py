@@ -17,7 +17,7 @@ from afn_ray.errors import AfnError, ConfigError
 from afn_ray.query.database import open_run
 from bench import commands, demo, groups, reduce, sql
 from bench import signals as bench_signals
-from conftest import printed
+from conftest import benchmark, printed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "jobs" / "benchmark.py"
@@ -59,10 +59,10 @@ def test_what_is_asked_wrongly_is_refused(words: str, message: str) -> None:
 
 
 def test_what_signals_cost_is_measured_on_the_same_shards(
-    tiny_bert: Path, tiny_mpnet: Path
+    tiny_bert: Path, tiny_mpnet: Path, tmp_path: Path
 ) -> None:
-    notes: list[str] = []
-    result = bench_signals.measure(str(tiny_bert), "2/3", 600, "cpu", 2, notes.append)
+    words = ("signals", "--model", str(tiny_bert), "--tokens", "600", "--repeat", "2")
+    result, table, _ = benchmark(commands.main, tmp_path, *words)
     found = result["variants"]
     assert list(found) == [
         "strength",
@@ -82,7 +82,8 @@ def test_what_signals_cost_is_measured_on_the_same_shards(
     assert found["+ neurons"]["bytes_per_token"].keys() - found["strength"][
         "bytes_per_token"
     ].keys() == {"neurons", "pairs"}
-    assert "A sweep of all layers costs" in printed(bench_signals.render, result)
+    assert "A sweep of all layers costs" in table
+    notes: list[str] = []
     padded = bench_signals.measure(str(tiny_mpnet), "2/3", 200, "cpu", 1, notes.append)
     assert "+ attention" not in padded["variants"] and any(
         "+ attention is left out" in n for n in notes

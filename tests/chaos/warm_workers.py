@@ -4,9 +4,10 @@ A worker spends 8 of its 9 CPU seconds before its first shard on the imports of 
 transformers, and the tests start about a hundred workers. ``WarmPython`` makes an executable that
 replaces ``sys.executable`` where a Ray starts. When raylet runs Ray's ``setup_worker.py`` with it,
 a template process forks, and the fork runs Ray's own scripts; raylet's child, a small process,
-waits for the fork's end. The scripts of jobs/ run in forks too. Every other program runs in the
-real Python, and so does a worker that loads the faults of tests/chaos/plugin where the template
-does not, or the reverse.
+waits for the fork's end. The scripts of jobs/ and the processes of benchmarks run in forks too, and
+so do the workers of a Ray that a fork starts. Every other program runs in the real Python, and so
+does a worker that loads the faults of tests/chaos/plugin where the template does not, or the
+reverse.
 
 A fork has a process group of its own, as raylet's children have, but the session of the template,
 which is its parent; the kernel kills it when raylet's child dies. What the C library reads as a
@@ -47,6 +48,8 @@ IMPORTS = (
 """Modules that take seconds to import. Ray is not among them: it reads its settings from the
 environment as it is imported.
 """
+FORKED = '*/setup_worker.py\\ * | */jobs/*.py\\ * | "-m afn_ray.bench.worker"'
+"""Programs that run in forks, by the first two arguments, as a pattern of the shell."""
 FAULTS = "AFN_CHAOS"
 """Environment variable of processes that load the faults of tests/chaos/plugin."""
 PYTHON_PATH = os.pathsep.join(
@@ -71,8 +74,7 @@ class WarmPython:
         python = shlex.quote(sys.executable)
         ask = shlex.join([sys.executable, "-I", "-S", __file__, address])
         self.executable.write_text(
-            f'#!/bin/sh\ncase "$1" in */setup_worker.py | */jobs/*.py) exec {ask} "$@";; esac\n'
-            f'exec {python} "$@"\n'
+            f'#!/bin/sh\ncase "$1 $2" in {FORKED}) exec {ask} "$@";; esac\nexec {python} "$@"\n'
         )
         self.executable.chmod(0o700)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -188,6 +190,7 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
     has_faults = FAULTS in os.environ
     os.environ.clear()
     os.environ.update(environment)
+    sys.executable = choose(has_faults)
     execute = os.execvp
 
     def go_on(program: str, args: list[str]) -> NoReturn:
@@ -206,7 +209,11 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    """Run a script as ``__main__``, with its arguments."""
+    """Run a script or ``-m MODULE`` as ``__main__``, with its arguments."""
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return
     sys.argv = arguments
     sys.path[0] = str(Path(arguments[0]).parent)
     runpy.run_path(arguments[0], run_name="__main__")
