@@ -18,7 +18,7 @@ from afn_ray.schema import STRENGTH
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "format": ("auto", "txt", "jsonl", "csv", "parquet", "conllu"),
+    "format": ("auto", "txt", "jsonl", "csv", "parquet", "conllu", "warc"),
     "txt_documents": ("file", "line"),
     "csv_escape": ("auto", "doubled", "backslash"),
     "device": ("auto", "cpu", "cuda"),

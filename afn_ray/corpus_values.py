@@ -10,13 +10,15 @@ from afn_ray.fingerprints import fingerprint
 
 UPOS, XPOS = "upos", "xpos"
 """Tag columns of CoNLL-U: Universal Dependencies' parts of speech, and the language's own."""
+WARC = "warc"
+"""The format of WARC; that of a slice is followed by its extractor."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
     """Options that turn bytes into documents; part of a shard's identity."""
 
-    format: str  # "auto", "txt", "jsonl", "csv", "parquet" or "conllu"
+    format: str  # "auto", "txt", "jsonl", "csv", "parquet", "conllu" or "warc"
     text_column: str
     id_column: str | None
     txt_documents: str  # "file" or "line"
@@ -47,6 +49,8 @@ class ReadOptions:
             return [self.txt_documents, self.max_document_bytes, *kept]
         if format == "conllu":
             return [self.labels_in(format), self.max_document_bytes, *kept]
+        if format.startswith(WARC):
+            return [self.id_column, self.max_document_bytes, *kept]
         more: list[object] = [self.labels] if self.labels else []
         if format == "csv" and self.csv_escape != "auto":
             more = [self.csv_escape]
@@ -77,7 +81,7 @@ class FileSlice:
     uri: str
     size: int  # bytes of the file
     version: str  # version of the file, as in FileInfo
-    format: str  # "txt", "jsonl", "csv", "parquet" or "conllu"
+    format: str  # "txt", "jsonl", "csv", "parquet", "conllu" or, with its extractor, "warc"
     compression: str  # "", "gz", "bz2", "xz" or "zst"
     start: int  # bytes; row groups for Parquet
     end: int  # exclusive

@@ -221,7 +221,7 @@ def why_missing(names: Sequence[str], options: ReadOptions) -> str:
                 f"its fields are separated by {name}, expected commas: write it anew, as with "
                 "duckdb -c \"COPY (FROM read_csv('FILE')) TO 'corpus.parquet'\""
             )
-    if any(name.strip(" \ufeff") == options.text_column for name in names):
+    if any(name.strip(" \ufeff") == options.text_column != name for name in names):
         return (
             f"a name in its header has spaces or a byte order mark around {options.text_column!r}: "
             "remove them"

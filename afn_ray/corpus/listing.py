@@ -9,15 +9,15 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 
 from afn_ray import kept
-from afn_ray.corpus import documents, lakehouse, nested, reading, row_groups, streams
-from afn_ray.corpus_values import UPOS, XPOS, Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.corpus import documents, lakehouse, nested, reading, row_groups, streams, warc
+from afn_ray.corpus_values import UPOS, WARC, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import corpus_files, uris
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import count, nearest
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
-           "conllu": "conllu"}  # fmt: skip
+           "conllu": "conllu", "warc": WARC, "wet": WARC}  # fmt: skip
 """File name ending -> format."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings allowed for all formats except Parquet."""
@@ -178,6 +178,11 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
     return [_cut_whole(file, format, compression, num_documents)]
 
 
+def is_outdated(slices: Sequence[FileSlice], options: ReadOptions) -> bool:
+    """Whether remembered ``slices`` of a file would be read in another way today."""
+    return any((piece.format, piece.compression) != _kind(piece.uri, options) for piece in slices)
+
+
 def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) -> list[Document]:
     """At most ``max_documents`` readable documents from up to 8 files, evenly spaced in ``files``.
 
@@ -202,6 +207,8 @@ def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
         format = FORMATS.get((stem if compression else name).rpartition(".")[2], "")
         if format == "parquet" and compression:
             return "", ""
+    if format == WARC:
+        format = warc.format_name()
     return format, "" if format == "parquet" else compression
 
 
@@ -219,7 +226,7 @@ def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadO
 
 def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
     what = f"labels is {options.labels!r}, but {file.uri} is {format}, which has"
-    if options.labels is not None and format in ("txt", "csv"):
+    if options.labels is not None and (format in ("txt", "csv") or format.startswith(WARC)):
         raise CorpusError(f"{what} no column of tags; JSONL, Parquet and CoNLL-U have")
     if options.labels not in (None, UPOS, XPOS) and format == "conllu":
         raise CorpusError(f"{what} {UPOS} and {XPOS}")

@@ -7,10 +7,11 @@ with a ``problem``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from afn_ray.corpus import nested, streams
+from afn_ray.corpus import nested, streams, warc
 from afn_ray.corpus.conllu import conllu_documents
 from afn_ray.corpus.csv_rows import csv_documents, read_rows
 from afn_ray.corpus.documents import (
@@ -32,7 +33,7 @@ from afn_ray.corpus.row_groups import (
 )
 from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
 from afn_ray.corpus.txt import whole_document
-from afn_ray.corpus_values import Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.corpus_values import WARC, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
 from afn_ray.store import corpus_files, parquet
 
@@ -76,7 +77,7 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
 
 def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     with Source(slice.uri, slice.start, slice.end) as source:
-        stream = Stream(source, slice.compression, options.encoding)
+        stream = _stream(source, slice, options)
         num_documents = offset = done = 0
         share = _Share(source.size)
         try:
@@ -190,7 +191,7 @@ def peek_columns(
             with contextlib.suppress(*UNREADABLE):
                 return nested.names_in(parquet.open_file(source).schema_arrow, columns_of(options))
             return None
-        stream = Stream(source, slice.compression, options.encoding)
+        stream = _stream(source, slice, options)
         names: dict[str, None] = {}
         with contextlib.suppress(DamagedStream):
             if slice.format == "csv":
@@ -198,6 +199,11 @@ def peek_columns(
                 names.update(dict.fromkeys(header.fields if header else []))
             elif slice.format == "jsonl":
                 _add_json_columns(names, stream, options, wanted)
+            elif slice.format.startswith(WARC):
+                for of_page in itertools.islice(
+                    warc.columns_of(stream, options, columns_of(options)), PEEK_DOCUMENTS
+                ):
+                    names.update(dict.fromkeys(of_page))
         return list(names) or None
 
 
@@ -236,7 +242,7 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
         if slice.format == "parquet":
             found = parquet_documents(source, slice, options)
         else:
-            found = _documents(Stream(source, slice.compression, options.encoding), slice, options)
+            found = _documents(_stream(source, slice, options), slice, options)
         if max_documents <= 0:
             return documents
         num_bytes = 0
@@ -252,7 +258,7 @@ def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[D
 def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list[Document]:
     head = bytearray()
     with contextlib.suppress(DamagedStream):
-        for block in Stream(source, slice.compression, options.encoding):
+        for block in _stream(source, slice, options):
             head += block
             if len(head) >= SAMPLE_BYTES:
                 break
@@ -264,6 +270,12 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
 # --- formats
 
 
+def _stream(source: Source, slice: FileSlice, options: ReadOptions) -> Stream:
+    # Each page of WARC has an encoding of its own.
+    encoding = "" if slice.format.startswith(WARC) else options.encoding
+    return Stream(source, slice.compression, encoding)
+
+
 def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     """Yield the documents of ``slice`` from the bytes of ``stream``.
 
@@ -273,6 +285,8 @@ def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterat
         return csv_documents(stream, slice, options)
     if slice.format == "conllu":
         return conllu_documents(stream, slice, options)
+    if slice.format.startswith(WARC):
+        return warc.warc_documents(stream, slice, options)
     if is_lines(slice.format, options):
         return _line_documents(stream, slice, options)
     return whole_document(stream, slice, options)
@@ -295,3 +309,8 @@ def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> I
 def is_lines(format: str, options: ReadOptions) -> bool:
     """Whether every line is a document."""
     return format == "jsonl" or (format == "txt" and options.txt_documents == "line")
+
+
+def is_stream(format: str, options: ReadOptions) -> bool:
+    """Whether documents follow each other, so that the beginning of a file has some."""
+    return format in ("csv", "conllu") or format.startswith(WARC) or is_lines(format, options)

@@ -46,7 +46,9 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     check_group_by(config.group_by, kept.parse(options.keep), uris, config.language)
     shard_bytes = config.shard_bytes or listing.choose_shard_bytes(files)
     known = _remembered(config, shard_bytes)
-    missing = [file for file in files if file not in known]
+    missing = [
+        file for file in files if file not in known or listing.is_outdated(known[file], options)
+    ]
     with ThreadPoolExecutor(IO_THREADS) as pool:
         cuts = pool.map(lambda file: listing.cut(file, options, shard_bytes), missing)
         for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):

@@ -260,9 +260,7 @@ class _Reader:
         texts: list[str] = []
         num_bytes = 0
         read, share = piece, 1.0
-        is_stream = piece.format in ("csv", "conllu") or reading.is_lines(
-            piece.format, self._options
-        )
+        is_stream = reading.is_stream(piece.format, self._options)
         if is_stream and piece.num_bytes > self._most_bytes:
             read = _part_of(piece, piece.start, piece.start + self._most_bytes)
             share = self._most_bytes / piece.num_bytes

@@ -1,0 +1,278 @@
+"""Responses of WARC become texts with their headers as columns; what cannot be read is counted."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib.metadata
+import json
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import afn_ray
+from afn_ray.corpus import html, listing, reading, streams, warc
+from afn_ray.corpus_values import Document, ReadOptions, Shard
+from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.kept import parse
+from afn_ray.runs import plan
+from conftest import config_of
+
+PAGES = ReadOptions("auto", "text", "WARC-Record-ID", "file", 1 << 20)
+HTML_HEAD = b"Content-Type: text/html; charset=utf-8\r\n"
+
+
+def record(
+    number: int,
+    content: bytes,
+    kind: str = "response",
+    of: str = "application/http",
+    length: int = -1,
+) -> bytes:
+    """A record of WARC."""
+    head = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:{number}>\r\nWARC-Date: 2026-11-01T10:00:0"
+        f"{number % 10}Z\r\nWARC-Target-URI: http://a.test/{number}\r\nContent-Type: {of}\r\nContent-Length: "
+        f"{length if length >= 0 else len(content)}\r\n\r\n"
+    )
+    return head.encode() + content + b"\r\n\r\n"
+
+
+def response(number: int, body: bytes, head: bytes = HTML_HEAD) -> bytes:
+    return record(number, b"HTTP/1.1 200 OK\r\n" + head + b"\r\n" + body)
+
+
+def page(number: int) -> bytes:
+    body = (
+        f"<html><head><title>t</title></head><body><p>Page {number} é &amp; more.</p></body></html>"
+    )
+    return response(number, body.encode())
+
+
+def read(
+    folder: Path, data: bytes, options: ReadOptions = PAGES, name: str = "c.warc"
+) -> list[Document]:
+    (folder / name).write_bytes(data)
+    files, _ = listing.list_files([str(folder / name)], options)
+    listing.check_columns(files, options)
+    (piece,) = listing.cut(files[0], options, 1)
+    documents = list(reading.read(piece, options))
+    assert sum(d.lost_bytes for d in documents) <= len(data)
+    return documents
+
+
+# --- records
+
+
+@pytest.mark.parametrize(
+    ("ending", "pack"),
+    [
+        ("warc", lambda data: data),
+        ("warc.gz", gzip.compress),
+        ("warc.bz2", bz2.compress),
+        ("warc.wet.gz", gzip.compress),
+    ],
+)
+def test_bodies_of_responses_are_texts_in_order(
+    ending: str, pack: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    records = [
+        record(0, b"software: x\r\n", "warcinfo", "application/warc-fields"),
+        page(1),
+        record(2, b"GET / HTTP/1.1\r\n\r\n", "request", "application/http; msgtype=request"),
+        response(3, "naïve <b>text</b>".encode("cp1252"), b"Content-Type: text/plain; charset=latin-1\r\n"),
+        record(4, b"already a text", "conversion", "text/plain"),
+        page(5),
+    ]  # fmt: skip
+    documents = read(tmp_path, b"".join(map(pack, records)), name=f"c.{ending}")
+    assert [(d.doc_id, d.text) for d in documents] == [
+        ("<urn:1>", "Page 1 é & more."),
+        ("<urn:3>", "naïve <b>text</b>"),
+        ("<urn:4>", "already a text"),
+        ("<urn:5>", "Page 5 é & more."),
+    ]
+    places = [len(b"".join(records[:at])) for at in (1, 3, 4, 5)]
+    assert [d.offset for d in documents] == (places if ending == "warc" else [1, 3, 4, 5])
+
+
+def test_headers_are_columns_in_any_case(tmp_path: Path) -> None:
+    keep = "Content-Type,WARC-Date:timestamp,http-status:int64,warc-target-uri,x-twice"
+    head = HTML_HEAD + b"X-Twice: a\r\nX-Twice: b\r\n"
+    (document,) = read(tmp_path, response(1, b"<p>a</p>", head), replace(PAGES, keep=keep))
+    names = [column.path for column in parse(keep)]
+    kept = dict(zip(names, document.kept, strict=True))
+    assert kept.pop("WARC-Date").isoformat() == "2026-11-01T10:00:01"  # type: ignore[attr-defined]
+    assert kept == {
+        "Content-Type": "text/html; charset=utf-8",
+        "http-status": 200,
+        "warc-target-uri": "http://a.test/1",
+        "x-twice": "a, b",
+    }
+    for wrong in (replace(PAGES, keep="WARC-Dat"), replace(PAGES, id_column="WARC-Dat")):
+        with pytest.raises(CorpusError, match=r"no column 'WARC-Dat'.*did you mean WARC-Date"):
+            read(tmp_path, page(1), wrong)
+    with pytest.raises(CorpusError, match="no column of tags"):
+        read(tmp_path, page(1), replace(PAGES, labels="tags"))
+
+
+@pytest.mark.parametrize(
+    ("damaged", "reason"),
+    [
+        (b"xx garbage\r\n\r\n", "begins no record"),
+        (b"WARC/1.0\r\nWARC-Type: response\r\n\r\nabc\r\n\r\n", "no header with Content-Length"),
+        (record(9, b"HTTP/1.1 200 OK\r\n\r\nab", length=10), "has no empty line after them"),
+        (record(9, b"HTTP/1.1 200 OK\r\n\r\nab", length=200), "has no empty line after them"),
+        (record(9, b"x", length=10**16), "is over the limit of"),
+        (record(9, b"no response"), "expected HTML or text"),
+        (response(9, b"\x89PNG", b"Content-Type: image/png\r\n"), "body is image/png, expected"),
+        (response(9, b"<p>a</p>", b""), "body is of no stated type"),
+        (response(9, b"zz", HTML_HEAD + b"Content-Encoding: gzip\r\n"), "record cannot be read"),
+        (response(9, b"zz", HTML_HEAD + b"Transfer-Encoding: chunked\r\n"), "record cannot be read"),
+        (response(9, b"zz", HTML_HEAD + b"Content-Encoding: x\r\n"), "record cannot be read"),
+        (response(9, b"a", b"Content-Type: text/plain; charset=klingon\r\n"), "'klingon' is unknown"),
+        (record(9, b"abc", "continuation"), "continues another one"),
+        (b"WARC/1.0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", "no header with Content-Length"),
+    ],
+)  # fmt: skip
+def test_damage_costs_its_record_and_is_counted(
+    damaged: bytes, reason: str, tmp_path: Path
+) -> None:
+    first, *lost, last = read(tmp_path, page(1) + damaged + page(2), replace(PAGES, id_column=None))
+    assert first.text.startswith("Page 1")
+    if reason.startswith("is over"):  # nobody knows where such a record ends
+        lost, last = [last], first
+    assert last.text.startswith("Page ") and len(lost) == 1
+    assert reason in str(lost[0].problem)
+    assert lost[0].lost_bytes in (len(damaged), len(damaged + page(2)))
+
+
+@pytest.mark.parametrize("cut", [1, 5, 60, 250, 300])
+def test_a_file_that_was_cut_keeps_its_whole_records(cut: int, tmp_path: Path) -> None:
+    data = page(1) + page(2)
+    documents = read(tmp_path, data[:-cut])
+    assert documents[0].text.startswith("Page 1")
+    if cut <= 4:
+        assert documents[1].text.startswith("Page 2") and len(documents) == 2
+    elif cut < len(page(2)):
+        assert documents[1].lost_bytes == len(page(2)) - cut and len(documents) == 2
+    first, second = gzip.compress(page(1)), gzip.compress(page(2))
+    documents = read(tmp_path, (first + second)[: -min(cut, 200)], name="c.warc.gz")
+    assert documents[0].text.startswith("Page 1")
+    assert "truncated or corrupt gz stream" in str(documents[-1].problem)
+    if len(documents) == 2:  # else the text was whole, but not its checksum
+        assert documents[1].lost_bytes == len(second) - min(cut, 200)
+
+
+def test_a_damaged_archive_never_raises_and_never_loses_a_byte_uncounted(tmp_path: Path) -> None:
+    chance = random.Random(7)
+    good = [page(i) for i in range(6)] + [
+        response(6, zlib.compress(b"<p>deflated</p>"), HTML_HEAD + b"Content-Encoding: deflate\r\n")
+    ]
+    data = b"".join(good)
+    for _ in range(150):
+        bad = bytearray(data)
+        for _ in range(chance.randint(1, 6)):
+            at = chance.randrange(len(bad))
+            bad[at : at + chance.randint(0, 40)] = chance.randbytes(chance.randint(0, 20))
+        (tmp_path / "c.warc").write_bytes(bad)
+        options = replace(PAGES, id_column=None)
+        (file,) = listing.list_files([str(tmp_path / "c.warc")], options)[0]
+        (piece,) = listing.cut(file, options, 1)
+        assert len(list(reading.read(piece, options))) <= 20
+
+
+# --- pages
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "cp1251", "shift-jis", "utf-16"])
+def test_a_page_states_its_charset_itself_or_it_is_detected(charset: str) -> None:
+    text = "吾輩は猫である。" * 20 if charset == "shift-jis" else "Привет, прекрасный мир! " * 20
+    body = f"<html><body><p>{text}</p></body></html>"
+    assert html.html_text(body.encode(charset), charset) == text.strip()
+    assert html.html_text(body.encode(charset), "") == text.strip()
+    meta = f'<html><head><meta charset="{charset}"></head><body><p>{text}</p></body></html>'
+    if charset != "utf-16":
+        assert html.html_text(meta.encode(charset), "") == text.strip()
+
+
+def test_invalid_bytes_of_a_page_are_replaced_and_counted(tmp_path: Path) -> None:
+    (document,) = read(tmp_path, response(1, b"<p>caf\xe9 and a long text around it</p>"))
+    assert (document.num_replaced, document.text) == (1, "caf\ufffd and a long text around it")
+
+
+def test_the_main_content_is_the_text() -> None:
+    body = (
+        "<html><head><script>var a = '<p>no</p>'</script></head><body><nav><a href=/>Menu</a></nav>"
+        "<main><h1>Title</h1><p>First.</p></main><footer>Imprint</footer></body>"
+    )
+    text = html.html_text(body.encode(), "utf-8")
+    assert [line for line in text.split("\n") if line] == ["Title", "First."]
+
+
+def test_pages_made_to_take_long_or_much_are_quarantined(tmp_path: Path) -> None:
+    bomb = zlib.compressobj(9, wbits=31)
+    packed = bomb.compress(bytes(streams.LINE_BYTES + 10)) + bomb.flush()
+    for body, head, reason in (
+        (b"<div>" * 3000, b"", "page nests 3000 elements, over the limit of 2000"),
+        (b"<b><i><u>" * 1000 + b"</b>x" * 1000, b"", "page nests 3000 elements"),
+        (b"<div><table></div>" * 3000, b"", "page nests 3001 elements"),
+        (b"<p>a</p>" * 600_000, b"", "page of 4800000 bytes is over the limit of 4194304"),
+        (packed, b"Content-Encoding: gzip\r\n", "body is over the limit of 67108864 bytes"),
+    ):
+        (document,) = read(tmp_path, response(1, body, HTML_HEAD + head))
+        assert reason in str(document.problem)
+    list_items = "<ul>" + "<li>x<p>y" * 5000 + "</ul>"
+    assert html.nesting(list_items) == 1
+
+
+# --- plans and runs
+
+
+def test_texts_of_another_extractor_are_other_shards_and_planned_anew(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.warc.gz").write_bytes(b"".join(gzip.compress(page(i)) for i in range(9)))
+    config = config_of(
+        tiny_bert, tmp_path / "c.warc.gz", tmp_path / "s", id_column="WARC-Target-URI",
+        keep_columns="WARC-Date:timestamp",
+    )  # fmt: skip
+    with afn_ray.run(config) as run:
+        found = run.sql('SELECT doc_id, "WARC-Date" FROM documents ORDER BY 1').fetchall()
+        assert [doc_id for doc_id, _ in found] == [f"http://a.test/{i}" for i in range(9)]
+        assert all(day is not None for _, day in found)
+    assert not afn_ray.verify_store(str(tmp_path / "s")).findings
+    before = plan.make_plan(config)
+    monkeypatch.setattr(warc, "format_name", lambda: "warc resiliparse 9.9.9")
+    after = plan.make_plan(config)
+    assert {shard.id for shard in before.shards}.isdisjoint(shard.id for shard in after.shards)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"planned with warc resiliparse 9\.9\.9, but here is"):
+        list(reading.read(after.shards[0].slices[0], config.read_options))
+
+
+def test_without_the_extra_the_message_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    warc.format_name.cache_clear()
+    with pytest.raises(
+        ConfigError, match=r'needs the package fastwarc; pip install "afn-ray\[warc\]"'
+    ):
+        read(tmp_path, page(1))
+
+
+def test_the_text_column_is_none_of_the_identity_of_warc() -> None:
+    kinds = [replace(PAGES, text_column=name) for name in ("text", "body")]
+    assert len({json.dumps(kind.identity("warc x")) for kind in kinds}) == 1
+    assert (
+        len({json.dumps(o.identity("warc x")) for o in (PAGES, replace(PAGES, id_column=None))})
+        == 2
+    )
+    assert Shard.of([], PAGES).options == PAGES
