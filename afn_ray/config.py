@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, NamedTuple, get_type_hints
 
-from afn_ray import kept, text_encodings
+from afn_ray import conditions, kept, samples, text_encodings
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
 from afn_ray.schema import LANGUAGE as LANGUAGE_COLUMN
@@ -100,6 +100,7 @@ NOT_EMPTY = {
     "labels": "name the column that holds the tags, or leave it out",
     "keep_columns": "name a column, or leave it out",
     "encoding": "name one, or leave it out",
+    "where": "write a condition, or leave it out",
 }
 """Keys whose text must not be empty, and what to do about one that is."""
 FORMS = {
@@ -112,13 +113,14 @@ FORMS = {
         f"source, {LANGUAGE_COLUMN}, one of keep_columns, or a key of the path: letters, digits, _ and "
         "-, at most 63",
     ),
+    "sample": Form(samples.SHARE, samples.EXPECTED),
     "language": Form(LANGUAGE, "auto, or a code of ISO 639, such as en, pt-BR or yue"),
 }
 """Forms of texts, by key."""
 LEAST = {
     "window_tokens": 8, "overlap_tokens": 0, "workers": 1, "workers_per_gpu": 1, "batch_tokens": 16,
     "tokenizer_workers": 0, "allow_quarantined": 0, "screen": 0, "top_neurons": 1, "shard_bytes": 1024,
-    "max_document_bytes": 1, "near_duplicates": 0.5, "mean_vectors": 0,
+    "max_document_bytes": 1, "near_duplicates": 0.5, "mean_vectors": 0, "limit": 1,
 }  # fmt: skip
 """Smallest values of numbers, by key."""
 MOST = {
@@ -242,6 +244,19 @@ class RunConfig:
         "encoding of the files (all but Parquet): latin-1, cp1251, shift-jis, gb18030 ...; default: "
         "UTF-8, or UTF-16 and UTF-32 with their byte order mark",
     )
+    limit: int | None = _option(
+        None, "number of documents to measure: the first ones of the corpus, or of those selected"
+    )
+    sample: str | None = _option(
+        None,
+        "share of the documents to measure, 1% or 0.01, drawn by their ids: the same ones in every "
+        "run",
+    )
+    where: str | None = _option(
+        None,
+        "condition on keep_columns that documents to measure meet, as in SQL: lang = 'de' AND year "
+        ">= 2020",
+    )
     offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
     language: str = _option(
         AUTO_LANGUAGE,
@@ -358,6 +373,7 @@ class RunConfig:
         object.__setattr__(self, "signals", ",".join(signal_names(self.signals)))
         self._check_kept()
         self._check_encoding()
+        self._check_selection()
         for need in NEEDS:
             is_default = getattr(self, need.key) == DEFAULTS[need.key]
             if not is_default and not need.is_met_by(getattr(self, need.other)):
@@ -390,12 +406,22 @@ class RunConfig:
             ) from error
         object.__setattr__(self, "encoding", name or None)
 
+    def _check_selection(self) -> None:
+        """Raise ``ConfigError`` for a selection that cannot be; write it in canonical form."""
+        if self.sample is not None:
+            object.__setattr__(self, "sample", samples.canonical(self.sample))
+        if self.where is not None:
+            condition = conditions.parse(self.where, kept.parse(self.keep_columns or ""))
+            object.__setattr__(self, "where", str(condition))
+
     @classmethod
     def of_stored(cls, values: Mapping[str, Any]) -> RunConfig:
         """The config of a stored run, whose kept columns may have ``kept.NEWLY_RESERVED`` names."""
-        config = cls(**{**values, "corpus": tuple(values["corpus"]), "keep_columns": None})
+        without = {"keep_columns": None, "where": None}
+        config = cls(**{**values, "corpus": tuple(values["corpus"]), **without})
         if (spec := values.get("keep_columns")) is not None:
             object.__setattr__(config, "keep_columns", kept.canonical(kept.parse(spec)))
+        object.__setattr__(config, "where", values.get("where"))
         return config
 
     @property
@@ -411,6 +437,8 @@ class RunConfig:
             self.csv_escape,
             self.keep_columns or "",
             self.encoding or "",
+            self.sample or "",
+            self.where or "",
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 from afn_ray.fingerprints import fingerprint
@@ -29,11 +29,22 @@ class ReadOptions:
     csv_escape: str = "auto"
     keep: str = ""  # kept columns, as ``kept.canonical`` writes them
     encoding: str = ""  # of all formats but Parquet, as Python names it; "": UTF-8, or by its mark
+    sample: str = ""  # share of the documents to select, as ``samples.canonical`` writes it
+    where: str = ""  # condition on kept columns, as ``conditions`` writes it
 
     def as_dict(self) -> dict[str, object]:
-        """The options as plans and commits store them; ``keep`` and ``encoding`` only where given."""
-        newer = ("keep", "encoding")
+        """The options as plans and commits store them; those of later versions only where given."""
+        newer = ("keep", "encoding", "sample", "where")
         return {k: v for k, v in asdict(self).items() if v or k not in newer}
+
+    @property
+    def selects(self) -> bool:
+        """Whether not all documents may be selected."""
+        return bool(self.sample or self.where)
+
+    def of_all(self) -> ReadOptions:
+        """The options with all documents selected."""
+        return replace(self, sample="", where="")
 
     def labels_in(self, format: str) -> str | None:
         """Column of the tags in a file of ``format``; None: the file has no tags."""
@@ -45,6 +56,8 @@ class ReadOptions:
         kept: list[object] = [{"keep": self.keep}] if self.keep else []
         if self.encoding and format != "parquet":
             kept.append({"encoding": self.encoding})
+        if self.selects:
+            kept.append({"sample": self.sample, "where": self.where})
         if format == "txt":
             return [self.txt_documents, self.max_document_bytes, *kept]
         if format == "conllu":
@@ -75,6 +88,19 @@ class FileInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Unread:
+    """The end of a corpus, after the documents that a limit asks for."""
+
+    num_files: int = 0  # of which nothing is read
+    num_bytes: int = 0  # in these files, and in the rest of the last one that is read
+    first: str = ""  # URI of the first of these files; empty without any
+
+
+NOTHING_UNREAD = Unread()
+"""The end of a corpus that is read as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
 class FileSlice:
     """Part of one file: lines of a byte range, a range of Parquet row groups, or the whole file."""
 
@@ -88,11 +114,13 @@ class FileSlice:
     num_bytes: int  # bytes to read
     num_documents: int  # exact for Parquet and uncompressed lines, else -1
     sha256: str  # SHA-256 of the bytes read, in hex
+    limit: int = -1  # documents to read, selected or not; -1: all
 
     @property
     def identity(self) -> list[object]:
         """The inputs of the slice's documents."""
-        return [self.uri, self.format, self.compression, self.start, self.end, self.sha256]
+        all_bytes = [self.uri, self.format, self.compression, self.start, self.end, self.sha256]
+        return all_bytes if self.limit < 0 else [*all_bytes, self.limit]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +167,4 @@ class Document:
     lost_documents: int | None = None  # documents that the row stands for; None: unknown
     kept: tuple[object, ...] = ()  # values of the kept columns; empty: the row has none
     refused: tuple[tuple[str, str], ...] = ()  # kept column and why its value is left out
+    selected: bool | None = True  # None: a null makes the condition unknown, so it is not selected

@@ -156,7 +156,7 @@ def values_of(
         value = None
         if found is not None:
             try:
-                value = _CONVERT[column.kind](found)
+                value = convert(found, column.kind)
             except ValueError as error:
                 refused.append((column.name, str(error)))
         values.append(value)
@@ -291,6 +291,11 @@ _CONVERT: dict[str, Callable[[object], Any]] = {
     "timestamp": _timestamp,
 }
 """Conversion of a value to each of ``KINDS``; raises ``ValueError`` with the reason."""
+
+
+def convert(found: object, kind: str) -> Any:
+    """``found`` as a value of ``kind``. Raises ``ValueError`` with the reason if it is none."""
+    return _CONVERT[kind](found)
 
 
 def columns_of(documents: Sequence[Document], names: Sequence[str]) -> dict[str, list[Any]]:

@@ -52,6 +52,8 @@ def strength_column(layer: int) -> str:
     return Series(STRENGTH, layer).name
 
 
+HASH_ID_CHARS = 16
+"""Hex digits of the SHA-256 of its text that are the id of a document without one."""
 MOST_NEURONS = 1 << 16
 """Largest number of neurons in an MLP; neuron numbers are recorded as uint16."""
 
@@ -346,6 +348,7 @@ PLAN_SCHEMA = _schema(
     "version, format, compression: string",
     "start, end, num_bytes, num_documents: int64",
     "sha256: string",
+    "limit: int64",  # documents to read; -1: all
 )
 """A run's plan: one row per slice, in order."""
 

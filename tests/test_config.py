@@ -55,6 +55,10 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["cp1251", "gb18030"])
     if name == "group_by":
         return st.sampled_from(["source", "lang"])
+    if name == "sample":
+        return st.sampled_from(["1%", "0.05%"])
+    if name == "where":
+        return st.sampled_from(["lang = 'de'", "lang IS NULL"])
     if name == "series":
         return st.from_regex(SERIES, fullmatch=True)
     if name == "language":
@@ -77,6 +81,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
 def _has_what_it_needs(request: dict[str, Any]) -> bool:
     """Whether no value asks for others beside it."""
     if request.get("mean_vectors") and request.get("duplicates", "keep") != "keep":
+        return False
+    if "where" in request and "keep_columns" not in request:
         return False
     return request.get("neurons_of") != "high"
 

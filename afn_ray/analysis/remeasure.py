@@ -57,7 +57,9 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
     Raises ``ModelError`` when the model here differs from the run's, naming the differences.
     """
     recorded = run.info["measure"]
-    config = config_from({**run.info["config"], "keep_columns": None})  # a text has none
+    config = config_from(
+        {**run.info["config"], "keep_columns": None, "where": None}
+    )  # a text has none
     for flag, asked, given in (
         ("trust_remote_code", config.trust_remote_code, local.trust_remote_code),
         ("allow_pickle", config.allow_pickle, local.allow_pickle),

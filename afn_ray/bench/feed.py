@@ -217,7 +217,8 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
     tokenizer = Tokenizer.from_str(measuring.preparer.recipe.tokenizer)
     options = processor.task.config.read_options
     with clock("read"):
-        documents = [d for piece in shard.slices for d in reading.read(piece, options)]
+        read = (d for piece in shard.slices for d in reading.read(piece, options))
+        documents = [document for document in read if document.selected]
     of_corpus = records.CorpusColumns(
         measure.tagged, kept.fields_of(options.keep), measure.detected
     )

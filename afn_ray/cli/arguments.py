@@ -68,9 +68,9 @@ def local_file(text: str) -> Path:
 
 
 def help_of(name: str) -> str:
-    """Help of the config key ``name``, with its default."""
+    """Help of the config key ``name`` for argparse, with its default."""
     field = next(f for f in fields(RunConfig) if f.name == name)
-    text = str(field.metadata["help"])
+    text = str(field.metadata["help"]).replace("%", "%%")
     if field.default is MISSING or field.default is None or isinstance(field.default, bool):
         return text
     return f"{text} (default: {field.default})"

@@ -32,6 +32,7 @@ def print_estimate(e: Estimate, console: Console) -> None:
             "corpus",
             f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files",
         ),
+        *_selected(e),
         (
             "shards",
             f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do",
@@ -59,6 +60,14 @@ def print_estimate(e: Estimate, console: Console) -> None:
     if skipped := losses.describe_skipped(e.skipped):
         console.print(f"skipped  {printable(skipped)}", markup=False, soft_wrap=True)
     console.print("nothing was done (--dry-run)", markup=False)
+
+
+def _selected(e: Estimate) -> Iterator[tuple[str, str]]:
+    """The selection, and what it leaves unread."""
+    from afn_ray.reduce import selected
+
+    if e.selection:
+        yield "selected", "; ".join(filter(None, [e.selection, selected.describe_unread(e.unread)]))
 
 
 def _tokens(e: Estimate) -> str:

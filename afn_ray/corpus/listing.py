@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pyarrow.parquet as pq
@@ -161,21 +161,41 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
     Any other file is one slice. So is an unreadable Parquet file, which ``reading`` quarantines.
     Raises ``CorpusError`` if a CSV or Parquet file lacks a column, or if a file cannot be read.
     """
+    return list(parts(file, options, shard_bytes)) or [_cut_whole(uncut(file, options))]
+
+
+def parts(file: FileInfo, options: ReadOptions, shard_bytes: int) -> Iterator[FileSlice]:
+    """Yield the slices of ``cut``, each once it is read; none where ``file`` cannot be cut."""
     format, compression = _kind(file.uri, options)
     if format == "parquet":
-        return _cut_parquet(file, options, shard_bytes)
-    is_lines = reading.is_lines(format, options)
-    if is_lines and not compression:
-        slices = _cut_lines(file, format, shard_bytes)
-        if slices:
-            return slices
-    if format == "csv":
-        _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
-    if format == "txt" and not is_lines:
-        num_documents = -1 if compression else 1
+        yield from _cut_parquet(file, options, shard_bytes)
+    elif reading.is_lines(format, options) and not compression:
+        yield from _cut_lines(file, format, shard_bytes)
+
+
+def uncut(file: FileInfo, options: ReadOptions) -> FileSlice:
+    """All of a file that cannot be cut as one slice, without its hash.
+
+    Raises ``CorpusError`` if it is CSV and lacks a column.
+    """
+    whole = _whole(file, options)
+    if whole.format == "csv":
+        _require_columns(file, reading.peek_columns(whole, options), options)
+    if whole.format == "txt" and not reading.is_lines(whole.format, options):
+        num_documents = -1 if whole.compression else 1
     else:
-        num_documents = -1 if file.size or compression else 0
-    return [_cut_whole(file, format, compression, num_documents)]
+        num_documents = -1 if file.size or whole.compression else 0
+    return replace(whole, num_documents=num_documents)
+
+
+def rest_bytes(file: FileInfo, options: ReadOptions, piece: FileSlice) -> int:
+    """Bytes of ``file`` after its slice ``piece``; of Parquet, of the columns that are read."""
+    if piece.format != "parquet" or piece.num_documents < 0:
+        return file.size - piece.end
+    with streams.Source(file.uri, 0, file.size) as source:
+        paths = row_groups.chunk_paths(pq.ParquetFile(source), documents.columns_of(options))
+        groups = row_groups.column_chunks(source, paths)
+        return sum(size for group in groups[piece.end :] for _, size in group)
 
 
 def is_outdated(slices: Sequence[FileSlice], options: ReadOptions) -> bool:
@@ -256,37 +276,33 @@ def _unhashed(file: FileInfo, format: str, compression: str) -> FileSlice:
     )
 
 
-def _cut_whole(file: FileInfo, format: str, compression: str, num_documents: int) -> FileSlice:
-    with streams.Source(file.uri, 0, file.size) as source:
+def _cut_whole(whole: FileSlice) -> FileSlice:
+    with streams.Source(whole.uri, 0, whole.size) as source:
         source.drain()
-        sha256 = source.sha256.hexdigest()
-    return replace(_unhashed(file, format, compression), num_documents=num_documents, sha256=sha256)
+        return replace(whole, sha256=source.sha256.hexdigest())
 
 
-def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]:
+def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> Iterator[FileSlice]:
     """Slices of lines; none for UTF-16 and UTF-32, where a newline is more than one byte."""
     whole = _unhashed(file, format, "")
-    slices: list[FileSlice] = []
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
     is_started = False  # the current line has a character that is not white space
 
-    def append_slice(num_documents: int) -> None:
-        slices.append(
-            replace(
-                whole,
-                start=start,
-                end=end,
-                num_bytes=end - start,
-                num_documents=num_documents,
-                sha256=sha256.hexdigest(),
-            )
+    def ended_slice(num_documents: int) -> FileSlice:
+        return replace(
+            whole,
+            start=start,
+            end=end,
+            num_bytes=end - start,
+            num_documents=num_documents,
+            sha256=sha256.hexdigest(),
         )
 
     with streams.Source(file.uri, 0, file.size) as source:
         while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
             if end == 0 and streams.encoding_of(block):
-                return []
+                return
             block_start = end
             while end < block_start + len(block):
                 at = end - block_start
@@ -301,14 +317,13 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> list[FileSlice]
                 is_started = is_started or bool(last.strip())
                 end += len(piece)
                 if newline >= 0:
-                    append_slice(num_documents)
+                    yield ended_slice(num_documents)
                     start, num_documents, sha256 = end, 0, hashlib.sha256()
-    if start < end or not slices:
-        append_slice(num_documents + is_started)
-    return slices
+    if start < end or not end:
+        yield ended_slice(num_documents + is_started)
 
 
-def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
+def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> Iterator[FileSlice]:
     columns = documents.columns_of(options)
     with streams.Source(file.uri, 0, file.size) as source:
         try:
@@ -316,13 +331,13 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             schema, metadata = opened.schema_arrow, opened.metadata
             groups = row_groups.column_chunks(source, row_groups.chunk_paths(opened, columns))
         except row_groups.UNREADABLE:
-            return [_cut_whole(file, "parquet", "", -1)]
+            yield _cut_whole(_unhashed(file, "parquet", ""))
+            return
         _require_columns(file, nested.names_in(schema, columns), options)
         row_groups.check_id_type(opened, file.uri, options)
         row_groups.check_kept_types(opened, file.uri, options)
         whole = _unhashed(file, "parquet", "")
         hashed = row_groups.hashed_names(schema, options)
-        slices: list[FileSlice] = []
         start = num_bytes = num_documents = 0
         sizes = [sum(size for _, size in chunks) for chunks in groups]
         for end, size in enumerate(sizes, 1):
@@ -330,18 +345,15 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list
             num_documents += metadata.row_group(end - 1).num_rows
             if end < len(sizes) and num_bytes + sizes[end] <= shard_bytes:
                 continue
-            slices.append(
-                replace(
-                    whole,
-                    start=start,
-                    end=end,
-                    num_bytes=num_bytes,
-                    num_documents=num_documents,
-                    sha256=row_groups.hash_chunks(source, hashed, groups[start:end]),
-                )
+            yield replace(
+                whole,
+                start=start,
+                end=end,
+                num_bytes=num_bytes,
+                num_documents=num_documents,
+                sha256=row_groups.hash_chunks(source, hashed, groups[start:end]),
             )
             start, num_bytes, num_documents = end, 0, 0
-        if slices:
-            return slices
-        empty = row_groups.hash_chunks(source, hashed, [])
-        return [replace(whole, end=0, num_bytes=0, num_documents=0, sha256=empty)]
+        if not sizes:
+            empty = row_groups.hash_chunks(source, hashed, [])
+            yield replace(whole, end=0, num_bytes=0, num_documents=0, sha256=empty)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from afn_ray.corpus import nested, streams, warc
+from afn_ray.corpus import nested, selection, streams, warc
 from afn_ray.corpus.conllu import conllu_documents
 from afn_ray.corpus.csv_rows import csv_documents, read_rows
 from afn_ray.corpus.documents import (
@@ -46,12 +46,13 @@ SAMPLE_BYTES = 1 << 20
 # --- reading
 
 
-def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+def read(slice: FileSlice, options: ReadOptions) -> Generator[Document, None, None]:
     """Yield the documents of ``slice`` in order, streamed in bounded memory.
 
-    Bad content is yielded as a ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly
-    after the last document, if the slice's bytes are not the planned ones; ``ShardError`` if the
-    disk or the network fails; ``Unavailable`` if it does not answer.
+    Documents that ``options`` do not select come too, marked. Bad content is yielded as a
+    ``Document`` with a ``problem``. Raises ``CorpusChanged``, possibly after the last document, if
+    the slice's bytes are not the planned ones; ``ShardError`` if the disk or the network fails;
+    ``Unavailable`` if it does not answer.
 
     A plan fixes bytes, not files. A file that was touched or rewritten with the same content is
     read, and so is a slice of lines or row groups whose bytes are unchanged in a file that grew.
@@ -61,7 +62,8 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
         if slice.format == "parquet":
             share = _Share(slice.num_bytes)
             with Source(slice.uri, 0, now.size) as source:
-                yield from map(share.bound, parquet_documents(source, slice, options))
+                found = map(share.bound, parquet_documents(source, slice, options))
+                yield from selection.mark(_limited(found, slice), options)
             # The pages were read out of order and not hashed, so check the file again.
             _check(slice, options, trusted="etag:")
         else:
@@ -77,25 +79,54 @@ def read(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
 
 def _read_bytes(slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
     with Source(slice.uri, slice.start, slice.end) as source:
-        stream = _stream(source, slice, options)
-        num_documents = offset = done = 0
-        share = _Share(source.size)
-        try:
-            for found in _documents(stream, slice, options):
-                yield share.bound(found)
-                num_documents += 1
-                offset, done = found.offset + 1, stream.done
-        except DamagedStream as damage:
-            what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
-            is_one = slice.format == "txt" and not is_lines(slice.format, options)
-            rest = problem(
-                Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
-                f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
-            )
-            yield share.bound(rest)
+        yield from selection.mark(_limited(_of_stream(source, slice, options), slice), options)
         source.drain()
         if source.sha256.hexdigest() != slice.sha256:
             raise _changed(slice, corpus_files.stat(slice.uri), source.sha256.hexdigest())
+
+
+def _limited(documents: Iterable[Document], slice: FileSlice) -> Iterator[Document]:
+    """The first of ``documents``, up to the limit of their ``slice``."""
+    return itertools.islice(documents, slice.limit if slice.limit >= 0 else None)
+
+
+def _of_stream(source: Source, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
+    """Yield the documents in ``source``, and one for the rest where the stream is damaged."""
+    stream = _stream(source, slice, options)
+    num_documents = offset = done = 0
+    share = _Share(source.size)
+    try:
+        for found in _documents(stream, slice, options):
+            yield share.bound(found)
+            num_documents += 1
+            offset, done = found.offset + 1, stream.done
+    except DamagedStream as damage:
+        what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
+        is_one = slice.format == "txt" and not is_lines(slice.format, options)
+        rest = problem(
+            Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
+            f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
+        )
+        yield share.bound(rest)
+
+
+def beginning(whole: FileSlice, options: ReadOptions, limit: int) -> tuple[FileSlice, int]:
+    """The beginning of a file with its first ``limit`` selected documents, and their number.
+
+    ``whole`` is the file as a slice that must be read from its start. No more is read than these
+    documents need, and the one after them; the number is smaller where the file has no more.
+    """
+    with Source(whole.uri, whole.start, whole.end) as source:
+        documents = selection.mark(_of_stream(source, whole, options), options)
+        first = selection.first_of(documents, limit)
+        if first.following is None:
+            source.drain()
+            known = whole
+        else:
+            end = source.tell()
+            known = replace(whole, end=end, num_bytes=end, limit=first.documents)
+            known = replace(known, num_documents=first.documents)
+        return replace(known, sha256=source.sha256.hexdigest()), first.selected
 
 
 class _Share:

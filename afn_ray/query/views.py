@@ -20,6 +20,7 @@ from afn_ray.query.expressions import (
 from afn_ray.query.kwic import document_text_macro, kwic_macro
 from afn_ray.query.words import words_view
 from afn_ray.schema import (
+    HASH_ID_CHARS,
     LANGUAGE,
     NOT_KEPT,
     REPLACED,
@@ -218,7 +219,7 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
             joined += f" LEFT JOIN (SELECT doc, {name} FROM read_parquet({path})) USING (doc)"  # noqa: S608
     others = ", ".join(columns)
     return f"""
-        SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), 16)) AS doc_id, source, "offset",
+        SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), {HASH_ID_CHARS})) AS doc_id, source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
             lower(hex(text_sha256)) AS text_sha256, status, {others}{means}{kept}
         FROM {source} AS r{joined}"""  # noqa: S608

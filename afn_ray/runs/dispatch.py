@@ -542,9 +542,11 @@ class Dispatcher:
 
 
 def _num_documents(shards: Iterable[Shard]) -> int | None:
-    """Documents of ``shards``; None where a slice does not state their number."""
+    """Documents of ``shards``; None where a slice does not state their number, or not all count."""
     total = 0
     for shard in shards:
+        if shard.options.selects:
+            return None
         for piece in shard.slices:
             if piece.num_documents < 0:
                 return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
-from afn_ray.corpus_values import Document, FileInfo, Shard
+from afn_ray.corpus_values import Document, FileInfo, Shard, Unread
 from afn_ray.errors import CorpusError
 from afn_ray.measure import Measure
 from afn_ray.runs import cluster, precheck
@@ -22,7 +22,7 @@ from afn_ray.runs.prices import Cost, Prices, bill, read_prices
 from afn_ray.runs.rates import Rate, read_rate, speed_of
 from afn_ray.runs.results import Preparation
 from afn_ray.runs.task import Task
-from afn_ray.store import probes, readers
+from afn_ray.store import probes, readers, series
 from afn_ray.store.commits import Commits
 from afn_ray.tokens import counting
 
@@ -68,6 +68,8 @@ class Estimate:
     num_documents: int
     documents_exact: bool
     num_bytes: int
+    selection: str  # what the config selects, in words; empty: all
+    unread: Unread  # the end of the corpus, beyond a limit
     num_shards: int
     num_shards_done: int  # already in the store
     tokens: int  # special tokens included, as a run counts them
@@ -154,11 +156,13 @@ def dry_run(
     puts, gets = _num_requests(work.todo, measure)
     costs, monthly = bill(money, times.worker_hours, times.hours, puts, gets, store_bytes)
     return Estimate(
-        num_files=len(asked.plan.files),
+        num_files=asked.plan.num_files,
         skipped=asked.plan.skipped,
         num_documents=work.there.documents + work.lacking.documents,
         documents_exact=work.lacking.num_documents_exact,
         num_bytes=asked.plan.num_bytes,
+        selection=series.selection_of(asdict(config)),
+        unread=asked.plan.unread,
         num_shards=len(asked.plan.shards),
         num_shards_done=len(asked.plan.shards) - len(work.todo),
         tokens=work.tokens,

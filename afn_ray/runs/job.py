@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,6 +24,7 @@ from afn_ray.reduce import (
     losses,
     near_duplicates,
     screen,
+    selected,
 )
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
@@ -42,6 +43,7 @@ from afn_ray.store import (
     plans,
     probes,
     run_claims,
+    series,
     shard_files,
     storage,
 )
@@ -205,7 +207,7 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     commits |= state.commits
     results = collect(plan, commits, state.failures)
     if not results.counts.get("tokens"):
-        raise CorpusError(_no_tokens(config.store, measure.id, results.commits))
+        raise CorpusError(_no_tokens(config, measure.id, results.commits))
     on_event(events.Reducing())
     encoder = measurer.text_encoder(asked.files)
     texts = TokenTexts(*encoder.texts())
@@ -262,7 +264,7 @@ def _report_plan(
     num_shards = len(plan.shards)
     num_stored = num_shards - num_todo
     message = (
-        f"{count(len(plan.files), 'file')}, {count(plan.num_bytes, 'byte')}, "
+        f"{count(plan.num_files, 'file')}, {count(plan.num_bytes, 'byte')}, "
         f"{count(num_shards, 'shard')}: {num_stored:,} in the store, {num_todo:,} to do"
     )
     if work.composed:
@@ -361,6 +363,8 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     skipped = losses.describe_skipped(losses.skipped_files(files))
     if skipped:
         on_event(events.Complete(f"skipped: {skipped}"))
+    if selection := selected.describe(run.info):
+        on_event(events.Complete(f"selected: {selection}"))
     replaced = losses.describe_replaced(found)
     if replaced:
         on_event(events.Complete(f"replaced: {replaced}"))
@@ -462,11 +466,11 @@ def _lacking(config: RunConfig, measure_id: str, plan: plans.Plan, num_there: in
     )
 
 
-def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
+def _no_tokens(config: RunConfig, measure_id: str, commits: Sequence[Commit]) -> str:
     """Message for a corpus without tokens, with reasons of quarantined documents."""
     reasons: list[str] = []
     for commit in commits:
-        table = shard_files.read_shard_table(store, measure_id, commit, "documents")
+        table = shard_files.read_shard_table(config.store, measure_id, commit, "documents")
         sources = table["source"].to_pylist()
         statuses = table["status"].to_pylist()
         for source, status in zip(sources, statuses, strict=True):
@@ -476,7 +480,10 @@ def _no_tokens(store: str, measure_id: str, commits: Sequence[Commit]) -> str:
             break
     lines = "".join(f"\n  {reason}" for reason in reasons[:MOST_DOCUMENTS])
     totals = Counter(total_counts(commits))  # no commits: 0 of each
+    none_of = ""
+    if selection := series.selection_of(asdict(config)):
+        none_of = f" of what is selected ({selection}; {totals['unselected']:,} documents are not)"
     return (
-        f"the corpus has no token to measure: {totals['documents']} documents, {totals['empty']} "
-        f"empty, {totals['quarantined']} quarantined{':' if lines else ''}{lines}"
+        f"the corpus has no token to measure{none_of}: {totals['documents']} documents, "
+        f"{totals['empty']} empty, {totals['quarantined']} quarantined{':' if lines else ''}{lines}"
     )

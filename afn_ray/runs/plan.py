@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 from afn_ray import kept
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
+from afn_ray.corpus.first import cut_first
 from afn_ray.corpus_values import FileInfo, FileSlice, Shard
 from afn_ray.reduce.groups import check_group_by
 from afn_ray.store import uris
@@ -49,6 +50,10 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     missing = [
         file for file in files if file not in known or listing.is_outdated(known[file], options)
     ]
+    if config.limit is not None:
+        for file in known.keys() & {*missing}:
+            del known[file]
+        return _first(config, files, skipped, known, shard_bytes)
     with ThreadPoolExecutor(IO_THREADS) as pool:
         cuts = pool.map(lambda file: listing.cut(file, options, shard_bytes), missing)
         for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
@@ -63,6 +68,32 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
         skipped=tuple(skipped),
         num_hashed=len(missing),
         shard_bytes=shard_bytes,
+    )
+
+
+def _first(
+    config: RunConfig,
+    files: Sequence[FileInfo],
+    skipped: Sequence[FileInfo],
+    known: Mapping[FileInfo, list[FileSlice]],
+    shard_bytes: int,
+) -> Plan:
+    """The plan of the first documents of ``files``, of which some slices are ``known``."""
+    options = config.read_options
+    assert config.limit is not None
+
+    def cut(file: FileInfo) -> Iterator[FileSlice]:
+        return iter(known[file]) if file in known else listing.parts(file, options, shard_bytes)
+
+    found = cut_first(files, config.limit, options, cut)
+    groups = group_slices(found.slices, shard_bytes)
+    return Plan(
+        shards=tuple(Shard.of(group, options) for group in groups),
+        files=tuple(files),
+        skipped=tuple(skipped),
+        num_hashed=sum(file not in known for file in found.files),
+        shard_bytes=shard_bytes,
+        unread=found.unread,
     )
 
 

@@ -85,11 +85,14 @@ def facts_of(
         "config": asdict(config),
         "function_words": lexicon.SOURCE,
         "corpus": {
-            "files": len(plan.files),
+            "files": plan.num_files,
             "bytes": plan.num_bytes,
             "skipped": len(plan.skipped),
             "skipped_bytes": sum(file.size for file in plan.skipped),
+            "unread": plan.unread.num_files,
+            "unread_bytes": plan.unread.num_bytes,
         },
+        **({"unread_from": plan.unread.first} if plan.unread.first else {}),
         "precision": asked.decided.to_json(),
         "counts": {
             "shards": len(results.commits),

@@ -32,7 +32,7 @@ from typing import Any
 
 from afn_ray import kept, logs, model
 from afn_ray.config import TOP_NEURONS, RunConfig, resolve_layers
-from afn_ray.corpus import reading
+from afn_ray.corpus import reading, selection
 from afn_ray.corpus_values import Document, Shard
 from afn_ray.errors import AfnError, ConfigError, DeviceFault, ModelError, OutOfMemory, ShardError
 from afn_ray.measure import Measure
@@ -324,11 +324,15 @@ class Processor:
         self, shard: Shard, oom_retries: int, folder: Path, name: str
     ) -> shard_files.Attempt:
         measure, options = self.task.measure, self.task.config.read_options
-        documents = (d for piece in shard.slices for d in reading.read(piece, options))
+        unselected = selection.Unselected()
+        read = (d for piece in shard.slices for d in reading.read(piece, options))
+        documents = selection.selected(read, unselected)
         with shard_tables(self.task, shard, folder, name) as files:
             recorder = Recorder(measure, files)
             seconds = self._measure_and_record(documents, oom_retries, recorder)
             recorder.finish()
+        if options.selects:
+            recorder.counts |= unselected.counts()
         return shard_files.Attempt(
             name,
             files.tables(),

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from afn_ray.reduce import duplicates, losses, near_duplicates
+from afn_ray.reduce import duplicates, losses, near_duplicates, selected
 from afn_ray.runs import precision
 from afn_ray.show import provenance
 from afn_ray.show.figures import figure
@@ -55,6 +55,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
             f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} "
             f"empty + {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
+        *([("selected", selection)] if (selection := selected.describe(info)) else []),
         *_copies(info),
         ("lost", losses.describe(summary.losses) or "nothing"),
         *(

@@ -17,6 +17,11 @@ COUNTS = (
 
 ``replaced`` counts characters. ``lost_unknown`` counts losses of an unknown number of documents.
 """
+UNSELECTED = ("unselected", "unselected_bytes", "unselected_unknown")
+"""Names of further counts where a run selects documents: what it leaves out of the files that it reads.
+
+They are documents, bytes of text, and documents whose condition a null makes unknown.
+"""
 
 COMPOSED = "composed"
 """Entry of ``made_by`` of a shard that was composed: the measures whose columns were copied."""

@@ -105,7 +105,9 @@ def _is_time(value: Any) -> bool:
 def _is_config(value: Any) -> bool:
     if not isinstance(value.get("model", ""), str):
         return False
-    if not isinstance(value.get("series"), str | None):
+    if not all(isinstance(value.get(key), str | None) for key in ("series", "sample", "where")):
+        return False
+    if not isinstance(value.get("limit"), int | None):
         return False
     return all(isinstance(pattern, str) for pattern in value.get("corpus", []))
 
@@ -153,6 +155,7 @@ _INFO_IS: dict[str, Callable[[Any], bool]] = {
     "seconds": _is_duration,
     "quarantined": _are_quarantined,
     "provenance": _is_provenance,
+    "unread_from": lambda value: isinstance(value, str),
 }
 """Checks of the values in run.json that are shown or added up; the file may have been edited."""
 

@@ -12,7 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray.config import RunConfig
-from afn_ray.corpus_values import FileInfo, FileSlice, ReadOptions, Shard
+from afn_ray.corpus_values import (
+    NOTHING_UNREAD,
+    FileInfo,
+    FileSlice,
+    ReadOptions,
+    Shard,
+    Unread,
+)
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
 from afn_ray.schema import CLASSES_VERSION, PLAN_SCHEMA, SCHEMA_VERSION
@@ -32,10 +39,17 @@ class Plan:
     """Number of files read for the plan; the hashes of the others were remembered."""
     shard_bytes: int = 0
     """Target size of a shard, in bytes, at which the files were cut."""
+    unread: Unread = NOTHING_UNREAD
+    """Files of the corpus that are beyond the limit of documents; ``files`` has them, too."""
 
     @property
     def num_bytes(self) -> int:
         return sum(s.num_bytes for s in self.shards)
+
+    @property
+    def num_files(self) -> int:
+        """Number of files that are read."""
+        return len(self.files) - self.unread.num_files
 
     @property
     def labels(self) -> str | None:
@@ -67,8 +81,8 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
 
 
 def cuts_id(config: RunConfig, shard_bytes: int) -> str:
-    """Fingerprint of everything that decides where files are cut."""
-    return fingerprint([SCHEMA_VERSION, config.read_options.as_dict(), shard_bytes])
+    """Fingerprint of everything that decides where files are cut; a limit ends the cutting early."""
+    return fingerprint([SCHEMA_VERSION, config.read_options.of_all().as_dict(), shard_bytes])
 
 
 def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
@@ -140,6 +154,8 @@ def request_id(
         ask["thresholds_by"] = config.thresholds_by
     if config.duplicates != "keep":
         ask["duplicates"] = config.duplicates
+    if config.limit is not None:
+        ask["limit"] = config.limit
     if config.near_duplicates is not None:
         ask["near_duplicates"] = float(config.near_duplicates)
     if config.series is not None:

@@ -123,7 +123,8 @@ def _new_run(
         created = begun + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
     header = {
-        "cuts": plans.cuts_id(config, plan.shard_bytes),
+        # A limited plan does not have all of its files' slices for later plans.
+        "cuts": plans.cuts_id(config, plan.shard_bytes) if config.limit is None else None,
         "shard_bytes": plan.shard_bytes,
         "begun_ns": begun_ns,
         "created_at": created.isoformat(timespec="seconds"),

@@ -57,8 +57,9 @@ def _in_place(match: re.Match[str]) -> str:
 def name_of(store: str, config: Mapping[str, Any]) -> str:
     """The name of the series of a run in ``store`` with the recorded ``config``.
 
-    It is the config's ``series``. Without one it is derived from the store's name and the corpus
-    patterns with their dates replaced. A derived name has a colon, which a given one cannot have.
+    It is the config's ``series``. Without one it is derived from the store's name, the corpus
+    patterns with their dates replaced, and the selection: a first look is no night of a series of
+    whole corpora. A derived name has a colon, which a given one cannot have.
     """
     given: str | None = config.get("series")
     if given is not None:
@@ -70,7 +71,21 @@ def name_of(store: str, config: Mapping[str, Any]) -> str:
         name += f" and {len(patterns) - 1:,} more"
     if patterns != [first]:
         name += f" ({fingerprint(patterns)[:12]})"
+    if selection := selection_of(config):
+        name += f", {selection}"
     return name
+
+
+def selection_of(config: Mapping[str, Any]) -> str:
+    """The documents that a run with the recorded ``config`` selects, in words; empty: all."""
+    parts: list[str] = []
+    if (limit := config.get("limit")) is not None:
+        parts.append(f"the first {limit:,}")
+    if (sample := config.get("sample")) is not None:
+        parts.append(f"a sample of {sample}")
+    if (where := config.get("where")) is not None:
+        parts.append(f"where {where}")
+    return ", ".join(parts)
 
 
 def matched_names(

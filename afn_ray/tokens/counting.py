@@ -6,6 +6,9 @@ the same chance, however long files and documents are. The text around a place g
 byte. Their mean times the bytes of the stratum estimates the stratum's tokens. The spread of the
 places gives the variance, the degrees of freedom are those of Welch and Satterthwaite, and
 Student's t gives the interval (Cochran, Sampling Techniques, 1977, 5.4 and 9A).
+
+Documents that a condition does not select have no tokens. A sample by ids has its share of the
+tokens, and its size adds to the variance.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
-from afn_ray.corpus import reading
+from afn_ray import samples
+from afn_ray.corpus import reading, selection
 from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 from afn_ray.fingerprints import fingerprint
 from afn_ray.store import storage
@@ -83,7 +88,8 @@ def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncode
         found = _count_all(slices, options, encoder)
         if found is not None:
             return found
-    return _estimate(slices, options, encoder)
+    found = _estimate(slices, replace(options, sample=""), encoder)
+    return _sampled(found, samples.share_of(options.sample)) if options.sample else found
 
 
 def _count_all(
@@ -91,7 +97,8 @@ def _count_all(
 ) -> Count | None:
     """Count all tokens; None where the text exceeds ``EXACT_TEXT_BYTES``."""
     num_tokens = num_documents = num_bytes = 0
-    documents = (d for piece in slices for d in reading.read(piece, options))
+    read = (d for piece in slices for d in reading.read(piece, options))
+    documents = selection.selected(read, selection.Unselected())
     while batch := list(itertools.islice(documents, 256)):
         num_bytes += sum(len(d.text) for d in batch)
         if num_bytes > EXACT_TEXT_BYTES:
@@ -132,22 +139,48 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
         size = end - begin
         tokens += size * statistics.fmean(d.tokens for d in found)
         unknown += size * statistics.fmean(
-            d.documents if slices[i].num_documents < 0 else 0.0
+            d.documents if _is_unknown(slices[i], options) else 0.0
             for i, d in zip(group, found, strict=True)
         )
         variances.append(
             (size**2 * statistics.variance(d.tokens for d in found) / len(found), len(found) - 1)
         )
     half = _student(variances) * math.sqrt(sum(v for v, _ in variances))
-    known = [piece.num_documents for piece in slices]
+    known = [0 if _is_unknown(piece, options) else piece.num_documents for piece in slices]
     return Count(
         round(tokens),
         max(0, round(tokens - half)),
         round(tokens + half),
-        sum(max(0, n) for n in known) + round(unknown),
+        sum(known) + round(unknown),
         False,
-        min(known) >= 0,
+        not any(_is_unknown(piece, options) for piece in slices),
         reader.num_beginnings,
+    )
+
+
+def _is_unknown(piece: FileSlice, options: ReadOptions) -> bool:
+    """Whether nobody knows how many documents of ``piece`` are selected."""
+    return piece.num_documents < 0 or bool(options.where)
+
+
+def _sampled(found: Count, share: Fraction) -> Count:
+    """``found`` of all documents, for a sample of ``share`` of them.
+
+    A document's tokens are taken to spread as widely as their mean, as those of web pages do.
+    """
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    tokens, documents = float(found.tokens * share), float(found.documents * share)
+    half = max(found.high - found.tokens, found.tokens - found.low) * float(share)
+    of_sample = z * tokens * math.sqrt(2 * float(1 - share) / max(documents, 1))
+    half = math.hypot(half, of_sample)
+    return Count(
+        round(tokens),
+        max(0, round(tokens - half)),
+        round(tokens + half),
+        round(documents),
+        False,
+        False,
+        found.num_beginnings,
     )
 
 
@@ -229,7 +262,9 @@ class _Reader:
         starts = [first, *(d.offset for d in documents[1:]), last]
         counts = self._count(documents)
         tokens = num = 0.0
-        for n, (a, b) in zip(counts, itertools.pairwise(starts), strict=True):
+        for d, n, (a, b) in zip(documents, counts, itertools.pairwise(starts), strict=True):
+            if not d.selected:
+                continue
             share = max(0, min(b, end) - max(a, begin)) / (b - a)
             tokens, num = tokens + share * n, num + share
         return _Density(tokens / (end - begin), num / (end - begin))
@@ -264,11 +299,12 @@ class _Reader:
         if is_stream and piece.num_bytes > self._most_bytes:
             read = _part_of(piece, piece.start, piece.start + self._most_bytes)
             share = self._most_bytes / piece.num_bytes
-        for document in reading.read(read, self._options):
-            texts.append(document.text)
+        for num_read, document in enumerate(reading.read(read, self._options), 1):
             num_bytes += len(document.text)
-            if num_bytes > self._most_bytes and len(texts) < piece.num_documents:
-                share = len(texts) / piece.num_documents
+            if document.selected:
+                texts.append(document.text)
+            if num_bytes > self._most_bytes and num_read < piece.num_documents:
+                share = num_read / piece.num_documents
                 break
         if share < 1.0:
             self.num_beginnings += 1
@@ -307,7 +343,13 @@ def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
     """The bytes ``begin`` to ``end`` of the file of ``piece``, as a slice of their own."""
     sha256 = hashlib.sha256(storage.read_bytes(piece.uri, begin, end)).hexdigest()
     return replace(
-        piece, start=begin, end=end, num_bytes=end - begin, num_documents=-1, sha256=sha256
+        piece,
+        start=begin,
+        end=end,
+        num_bytes=end - begin,
+        num_documents=-1,
+        sha256=sha256,
+        limit=-1,
     )
 
 

@@ -35,14 +35,18 @@ from nights import strictly, validator_of
 NEEDED = {"corpus": "a.txt", "model": "m", "store": "s"}
 VALUES: list[Any] = [
     "", " ", "x", "a b", "1st", "all", "8", "2/3", "0,4,8", "-5", "0.5,", "strength,shift", "neurons",
-    "year:int64", "x:y", "x:", "é", "cp1251", "a" * 64, True, False, 0, 1, -1, 7, 8, 15, 16, 48, 49, 257, 1023, 1024,
+    "year:int64", "x:y", "x:", "é", "cp1251", "a" * 64, "1%",
+    "lang = 'de'", True, False, 0, 1, -1, 7, 8, 15, 16, 48, 49, 257, 1023, 1024,
     5001, 10**12, 0.5, 1.5, -0.5, float("inf"), [], ["a"], [""], [1], ["a", "b"], {"a": 1},
     *(choice for choices in CHOICES.values() for choice in choices),
 ]  # fmt: skip
 ONLY_THE_PARSER_KNOWS = {
     "layers": ["-5"],
     "encoding": [v for v in VALUES if isinstance(v, str) and v not in ("", "cp1251")],
+    "where": [v for v in VALUES if isinstance(v, str) and v not in ("", "lang = 'de'")],
     "keep_columns": [
+        "1%",
+        "lang = 'de'",
         " ",
         "a b",
         "1st",
@@ -57,7 +61,7 @@ ONLY_THE_PARSER_KNOWS = {
         "text",
     ],
 }
-"""Values that a schema of one key cannot refuse: names that are taken, and layers of no model."""
+"""Values that a schema of one key cannot refuse: names that are taken, layers of no model, SQL."""
 
 
 def toml_of(values: dict[str, Any]) -> str:
@@ -104,6 +108,8 @@ def test_schema_and_parser_take_the_same_values_of_each_key_of_a_run(
         around = {} if key in ("signals", "thresholds", "group_by", "screen") else {
             "signals": "neurons", "thresholds": "t", "group_by": "source", "screen": 9
         }  # fmt: skip
+        if key == "where":
+            around["keep_columns"] = "lang"
         values = {**NEEDED, **around, key: value}
         refused = refusal_of_run(values, tmp_path)
         is_loose = value in ONLY_THE_PARSER_KNOWS.get(key, [])
