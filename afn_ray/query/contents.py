@@ -19,6 +19,7 @@ from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.own_labels import own_q3, own_tables
+from afn_ray.query.shard_views import ShardViews
 from afn_ray.query.views import NeuronFiles, statements
 from afn_ray.query.word_classes import class_tables
 from afn_ray.reduce.compare import compare
@@ -88,6 +89,8 @@ class Contents:
     """Sizes of these files in bytes, by their path below the store."""
     statements: Sequence[str]
     """SQL that creates the views and macros over the tables and files."""
+    shard_views: ShardViews
+    """The views that grow with the corpus, shard by shard."""
 
 
 def read_contents(
@@ -103,9 +106,11 @@ def read_contents(
         files = _shard_files(folder, tables["shards"])
         named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
         read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
-        made = _statements(folder, tables, files, before, read)
+        made = _shard_views(folder, tables, files, before, read)
     sizes = {name: num_bytes for name, (_, num_bytes) in named.items()}
-    return Contents(tables, read, sizes, made)
+    tokens, documents = made.files["tokens"], made.files["documents"]
+    created = statements(tokens, documents, made.neurons, made.recorded)
+    return Contents(tables, read, sizes, created, made)
 
 
 def _small_tables(
@@ -172,14 +177,14 @@ def _without_dictionary(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _statements(
+def _shard_views(
     folder: manifest.RunFolder,
     tables: Mapping[str, pa.Table],
     files: Mapping[str, Sequence[_TableFile]],
     before: str,
     read: ReadOnlyFiles,
-) -> list[str]:
-    """SQL of the run's views and macros over its ``tables``.
+) -> ShardViews:
+    """The run's views over its ``files``, which its ``tables`` describe.
 
     ``before`` is the SQL that precedes a file's name. ``read`` opens files to find their columns.
     Raises ``StoreError`` for a damaged run.
@@ -204,7 +209,7 @@ def _statements(
     of_corpus = [field.name for field in _kept_fields(folder)]
     own = None
     if labels_by_group(folder):
-        own = own_q3(folder, rows_of(paths["documents"]), layers)
+        own = partial(own_q3, folder, layers=layers)
     copies, near_copies, word_table, mean_vectors = (
         paths[table][0].path if table in paths else None for table in WHOLE_RUN_FILES
     )
@@ -216,7 +221,7 @@ def _statements(
         has_offsets,
         is_tagged,
         of_corpus,
-        own_q3=own,
+        own_q3=None if own is None else own(rows_of(paths["documents"])),
         copies=copies,
         near_copies=near_copies,
         word_table=word_table,
@@ -227,7 +232,7 @@ def _statements(
     if "neurons" in paths:
         neuron_layers = _neuron_layers(_columns(read, files["neurons"][0].name))
         neurons = NeuronFiles(neuron_layers, paths["neurons"], paths["neuron_types"][0].path)
-    return statements(paths["tokens"], paths["documents"], neurons, recorded)
+    return ShardViews(paths, recorded, neurons, own)
 
 
 def _neuron_layers(columns: Sequence[str]) -> list[int]:

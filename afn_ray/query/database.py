@@ -17,6 +17,7 @@ from afn_ray.query.backend import Backend
 from afn_ray.query.contents import AFN, read_contents
 from afn_ray.query.no_rows import why_no_rows
 from afn_ray.query.result import Result
+from afn_ray.query.shard_views import ShardViews
 from afn_ray.query.views import VIEWS
 from afn_ray.reduce import history
 from afn_ray.store import manifest
@@ -93,6 +94,7 @@ class Run:
             timeout_s,
         )
         self.uri, self.id, self.info = folder.uri, folder.id, folder.info
+        self.baseline = None if baseline is None else baseline.id
         self._folder = folder
         self._contents = read_contents(folder, baseline, AFN)
         self._backend = Backend(self._contents, limits)
@@ -144,6 +146,11 @@ class Run:
         """The columns of each view."""
         views = {name: Result(self._backend, ((f"FROM {name}", None, {}),)) for name in VIEWS}
         return {name: view.columns for name, view in views.items()}
+
+    @property
+    def shard_views(self) -> ShardViews:
+        """SQL of the views that grow with the corpus, over some of the run's shards."""
+        return self._contents.shard_views
 
     def why_empty(self, query: str) -> list[str]:
         """Possible reasons why ``query`` has no rows, found from its text."""

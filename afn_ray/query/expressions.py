@@ -22,6 +22,8 @@ class ShardFile(NamedTuple):
 
     None for queries in the package's own process.
     """
+    docs: tuple[int, int] | None = None
+    """First document to read and the one after the last, numbered in the shard; None: all."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +70,18 @@ class RecordedColumns:
 
 
 def rows_of(files: Sequence[ShardFile]) -> str:
-    """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``."""
+    """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``.
+
+    One file can be read in part, by its ``docs``; then it is the only one.
+    """
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     numbered = (
         f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], "  # noqa: S608
         f"{PLAIN})"
     )
+    if files[0].docs is not None:  # a filter here skips row groups
+        begin, end = files[0].docs
+        numbered += f" WHERE doc >= {begin} AND doc < {end}"
     if files[0].folder is not None:
         folders = ", ".join(f"'{f.folder}'" for f in files)
         numbered = (

@@ -72,11 +72,10 @@ def _words(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     pieces = f"CASE {lengths} END::BIGINT AS pieces"
     short = ", ".join(_short_columns(recorded))
     long = ", ".join(_long_columns(recorded))
-    types = f"(SELECT token_id, text, {WORD} AS spelling FROM internal.types)"  # noqa: S608
+    # Lists, and no join of the types: DuckDB would build its table from few words, each with the lists.
     return f"""
-        SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long)
-        LEFT JOIN {types} USING (token_id), (
-            SELECT list(coalesce(text, '') ORDER BY id) AS texts
+        SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long), (
+            SELECT list(text ORDER BY id) AS texts, list({WORD} ORDER BY id) AS spellings
             FROM (SELECT unnest(range((SELECT max(token_id) + 1 FROM internal.types))) AS id)
             LEFT JOIN internal.types ON token_id = id
         )
@@ -138,14 +137,14 @@ def _placed_tokens(tokens: str) -> str:
 
 def _short_columns(recorded: RecordedColumns) -> list[str]:
     """SQL of the columns of words of up to ``PIECES`` tokens; their first token has the values."""
-    texts = ["text"]
-    texts += [f"texts[{_piece('token_id', j)} + 1]" for j in LENGTHS[:-1]]
+    texts = ["texts[token_id + 1]"]
+    texts += [f"coalesce(texts[{_piece('token_id', j)} + 1], '')" for j in LENGTHS[:-1]]
     text = _by_length(lambda length: " || ".join(texts[:length]))
     columns = [
         "doc",
         "word",
         f"coalesce(surface, {text}) AS text",
-        "CASE WHEN pieces = 1 AND surface IS NULL THEN spelling END AS of_type",
+        "CASE WHEN pieces = 1 AND surface IS NULL THEN spellings[token_id + 1] END AS of_type",
         "pieces AS n_tokens",
         "position",
     ]
