@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from afn_ray.analysis.nights import Night
     from afn_ray.analysis.policy import Policy, read_policy
     from afn_ray.analysis.verify import Verification, verify_store
+    from afn_ray.exports.export import Exported, export
+    from afn_ray.exports.request import IcebergTable
     from afn_ray.query.catalog import write_catalog
     from afn_ray.query.database import Run, open_run
     from afn_ray.reduce.compare import Comparison
@@ -45,8 +47,10 @@ __all__ = [
     "CorpusError",
     "Damaged",
     "Estimate",
+    "Exported",
     "Finding",
     "Garbage",
+    "IcebergTable",
     "IncompleteRun",
     "Interrupted",
     "LayerComparison",
@@ -65,6 +69,7 @@ __all__ = [
     "compare_runs",
     "config_from",
     "dry_run",
+    "export",
     "open_run",
     "read_policy",
     "run",
@@ -78,8 +83,10 @@ _LAZY = {
     "Audit": "analysis.audit",
     "Comparison": "reduce.compare",
     "Estimate": "runs.estimate",
+    "Exported": "exports.export",
     "Finding": "analysis.findings",
     "Garbage": "store.garbage",
+    "IcebergTable": "exports.request",
     "LayerComparison": "analysis.layers",
     "Night": "analysis.nights",
     "Policy": "analysis.policy",
@@ -90,6 +97,7 @@ _LAZY = {
     "compare_runs": "reduce.compare:compare",
     "config_from": "store.settings",
     "dry_run": "runs.estimate",
+    "export": "exports.export",
     "open_run": "query.database",
     "read_policy": "analysis.policy",
     "run": "runs.job",

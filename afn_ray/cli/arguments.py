@@ -55,6 +55,17 @@ def memory_size(text: str) -> str:
     return text
 
 
+def byte_size(text: str) -> int:
+    """A number of bytes, as in 64MiB or 1GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
+    if found is None or not (size := float(found[1])):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; expected a number of bytes such as 256MiB or 1GB"
+        )
+    unit = 1024 if found[3] else 1000
+    return int(size * unit ** " KMGT".index(found[2].upper() or " "))
+
+
 def local_file(text: str) -> Path:
     """A path on this machine."""
     if "://" in text:
@@ -129,6 +140,13 @@ def add_memory_limit(command: argparse.ArgumentParser) -> None:
         default="2GB",
         help="memory that DuckDB may use: a size, or a percentage of this machine's memory "
         "(default: 2GB)",
+    )
+
+
+def add_threads(command: argparse.ArgumentParser) -> None:
+    """Add ``--threads``."""
+    command.add_argument(
+        "--threads", type=int, help="number of threads of DuckDB (default: one per core)"
     )
 
 

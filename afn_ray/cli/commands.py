@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rich.console import Console
 
 from afn_ray import logs
-from afn_ray.cli import audits, comparisons, grammar, questions, terminal
+from afn_ray.cli import audits, comparisons, export, grammar, questions, terminal
 from afn_ray.cli.audits import AUDIT_FAILED
 from afn_ray.cli.estimates import print_estimate
 from afn_ray.cli.progress import ToStderr, json_lines, log_as, now_and_then, shown_progress
@@ -110,7 +110,7 @@ def _call(args: argparse.Namespace, calls: Calls) -> int:
             code = calls[args.command](args) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
-        resumable = is_audit or args.command in ("run", "demo", "gc")
+        resumable = is_audit or args.command in ("run", "demo", "gc", "export")
         code = failure(Interrupted.exit_code if resumable else 130)
         hint = "; the same command resumes" if resumable else ""
         _report_end("stopped", f"stopped{hint}", code)
@@ -348,6 +348,7 @@ COMMANDS: Calls = {
     "history": comparisons.call_history,
     "schema": _schema,
     "sql": questions.call_sql,
+    "export": export.call_export,
     "explain": questions.call_explain,
     "report": questions.call_report,
     "verify": _verify,

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from afn_ray import __version__, bench
 from afn_ray.analysis import json_schema
-from afn_ray.cli import arguments, comparisons, questions
+from afn_ray.cli import arguments, comparisons, export, questions
 from afn_ray.cli.arguments import EPILOG, Commands, help_of, positive
 from afn_ray.config import CHOICES, HINTS, RunConfig
 from afn_ray.errors import ConfigError
@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     comparisons.add_history(commands)
     _add_schema(commands)
     questions.add_sql(commands)
+    export.add_export(commands)
     questions.add_explain(commands)
     questions.add_report(commands)
     _add_verify(commands)

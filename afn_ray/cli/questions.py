@@ -137,9 +137,7 @@ def add_sql(commands: Commands) -> None:
     _add_sql_output(sql)
     arguments.add_query_timeout(sql, default_s=60.0)
     arguments.add_memory_limit(sql)
-    sql.add_argument(
-        "--threads", type=int, help="number of threads of DuckDB (default: one per core)"
-    )
+    arguments.add_threads(sql)
 
 
 def _add_sql_output(sql: argparse.ArgumentParser) -> None:

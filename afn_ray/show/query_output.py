@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import io
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -100,24 +101,35 @@ class _Terminal(io.RawIOBase):
 
 
 def _write_csv(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
+    with csv_rows(reader.schema, out) as write:
+        for batch in reader:
+            write(batch)
+
+
+@contextlib.contextmanager
+def csv_rows(schema: pa.Schema, out: IO[bytes]) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """A function that writes batches of ``schema`` to ``out`` as CSV, after the columns' names."""
     fields = []
-    for field in reader.schema:
+    for field in schema:
         kind = field.type if _is_flat(field.type) else pa.string()
         fields.append(pa.field(field.name, kind))
-    schema = pa.schema(fields)
-    with pa.csv.CSVWriter(out, schema) as writer:
-        for batch in reader:
+    text_schema = pa.schema(fields)
+    with pa.csv.CSVWriter(out, text_schema) as writer:
+
+        def write(batch: pa.RecordBatch) -> None:
             columns = []
             for column in batch.columns:
                 if not _is_flat(column.type):
                     texts = map(_as_text, _values(column))
                     column = pa.array(texts, pa.string())
                 columns.append(column)
-            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=text_schema))
+
+        yield write
 
 
 def _write_json(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
-    names = _unique(reader.schema.names)
+    names = unique_names(reader.schema.names)
     before = "["
     for batch in reader:
         for row in zip(*map(_values, batch.columns), strict=True):
@@ -129,7 +141,7 @@ def _write_json(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
 
 
 def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
-    names = _unique(reader.schema.names)
+    names = unique_names(reader.schema.names)
     fields = [field.with_name(name) for field, name in zip(reader.schema, names, strict=True)]
     schema = pa.schema(fields)
     with parquet.writer(out, schema) as writer:
@@ -148,7 +160,7 @@ def _is_flat(kind: pa.DataType) -> bool:
     )
 
 
-def _unique(names: Iterable[str]) -> list[str]:
+def unique_names(names: Iterable[str]) -> list[str]:
     """``names``, repeated ones numbered _1, _2, ...: JSON and Parquet need distinct names."""
     taken: list[str] = []
     for name in names:

@@ -227,6 +227,14 @@ def write_over(uri: str, data: bytes, retry_for_s: float | None = 0) -> None:
         with_retries(write, f"writing {uri}", local=local, retry_for_s=retry_for_s)
 
 
+def make_folder(uri: str) -> None:
+    """Make the local folder ``uri`` with its parents. Object stores have no folders."""
+    fs, path = uris.open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        with named_errors("making", uri, StoreError):
+            Path(path).mkdir(parents=True, exist_ok=True)
+
+
 def upload(local: Path, uri: str) -> None:
     """Copy the finished file ``local`` to ``uri``, which appears whole or not at all."""
     fs, path = uris.open_filesystem(uri)

@@ -1,0 +1,86 @@
+"""The README.md of an export: what its rows are, where they come from, how to read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from afn_ray.exports.formats import CSV_RULES, READERS
+from afn_ray.exports.request import ExportRequest
+from afn_ray.exports.writing import ExportFile
+from afn_ray.query.views import VIEWS
+from afn_ray.show import provenance, run_facts
+from afn_ray.show.summary import summarise
+from afn_ray.store import manifest
+from afn_ray.text import count, printable
+
+
+def readme(
+    folder: manifest.RunFolder,
+    request: ExportRequest,
+    schema: pa.Schema,
+    files: Sequence[ExportFile],
+) -> str:
+    """The card of an export, as Markdown; the front matter makes it a dataset of the Hub."""
+    summary = summarise(folder)
+    num_rows = sum(file.rows for file in files)
+    of = "the result of a query" if request.table is None else f"the table `{request.table}`"
+    parts = [
+        _front_matter(request) if request.format == "hf-dataset" else "",
+        f"# {request.title} of an afn-ray run",
+        f"{count(num_rows, 'row')} in {count(len(files), 'file')}: {of} of the run `{request.run}`.",
+        "afn-ray measures the activation strength of every token of a corpus. A token is HIGH if "
+        "its strength is at or above Q3 of the run's thresholds.",
+    ]
+    if request.table is not None:
+        parts.append(f"A row is: {VIEWS[request.table]}.")
+    else:
+        parts.append(_fenced(str(request.sql)))
+    if request.baseline is not None:
+        parts.append(f"The baseline is the run `{request.baseline}`.")
+    parts += ["## Read it", _fenced("\n".join(READERS[request.format]))]
+    if request.format == "csv":
+        parts.append(CSV_RULES)
+    parts += ["## Columns", _columns(schema), "## The run"]
+    parts.append(_table(("", ""), run_facts.facts(summary)))
+    parts.append(_fenced(provenance.command_line(folder.info["config"])))
+    parts += ["## Know its limits"]
+    parts.append("\n".join(f"- {_inline(line.strip())}" for line in run_facts.cautions(summary)))
+    return "\n".join(f"{part}\n" for part in parts if part)
+
+
+def _front_matter(request: ExportRequest) -> str:
+    """YAML for the Hub; a string of JSON is one of YAML."""
+    name = json.dumps(f"{request.title} of the afn-ray run {request.run}")
+    return (
+        f"---\npretty_name: {name}\ntags:\n- afn-ray\nconfigs:\n- config_name: default\n"
+        "  data_files:\n  - split: train\n    path: data/*.parquet\n---"
+    )
+
+
+def _columns(schema: pa.Schema) -> str:
+    rows = []
+    for field in schema:
+        comment = (field.metadata or {}).get(b"doc", b"").decode()
+        rows.append((field.name, str(field.type), comment))
+    return _table(("column", "type", "comment"), rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_inline(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _inline(text: str) -> str:
+    """Third-party text for a line of Markdown: shown as it is, whatever is in it."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", printable(text))
+
+
+def _fenced(text: str) -> str:
+    """Third-party text as a block of code, which no text can end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{printable(text, keep=chr(10))}\n{fence}"

@@ -1,0 +1,160 @@
+"""The only door to pyiceberg: make a table, and commit files to it once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from afn_ray.errors import ConfigError
+from afn_ray.exports.request import ExportRequest, IcebergTable
+from afn_ray.exports.writing import ExportFile
+from afn_ray.store import storage, uris
+
+if TYPE_CHECKING:
+    from pyiceberg.catalog import Catalog
+    from pyiceberg.table import Table
+    from pyiceberg.table.snapshots import Snapshot
+
+CATALOG = "afn"
+"""Name of a catalog that is given by its URI; one in SQL keeps the tables of each name apart."""
+EXPORT = "afn.export"
+"""Property of the table and of its snapshot: the identity of the export."""
+NO_RETRIES = "commit.retry.num-retries"
+"""Property of the table until the commit: a second writer then fails, where a retry would append
+the rows twice.
+"""
+
+
+def check(table: IcebergTable, target: str) -> None:
+    """Raise ``ConfigError`` if the catalog of ``table`` cannot be used; one in ``target`` can."""
+    namespace, _, name = table.name.rpartition(".")
+    if not namespace or not name:
+        raise ConfigError(
+            f"the Iceberg table is named {table.name!r}; expected a namespace and a name, as in "
+            "afn.tokens"
+        )
+    if table.catalog is None and uris.is_local(target):
+        _load_catalog()
+        return
+    with _named_errors(table):
+        _catalog(table.catalog, target).list_namespaces()
+
+
+class CommittedTable:
+    """The Iceberg table of one export: empty until all files are committed, in one snapshot."""
+
+    def __init__(self, request: ExportRequest, target: str, schema: pa.Schema) -> None:
+        """Make the table in its catalog, or find it there.
+
+        Raises ``ConfigError`` if the catalog cannot be used, or has another table of that name.
+        """
+        assert request.iceberg is not None
+        self._id, self._asked = request.id, request.iceberg
+        location = target if "://" in target else f"file://{target}"
+        self._data = uris.join(location, "data")
+        storage.make_folder(target)
+        with _named_errors(self._asked):
+            catalog = _catalog(request.iceberg.catalog, target)
+            namespace = request.iceberg.name.rpartition(".")[0]
+            catalog.create_namespace_if_not_exists(namespace)
+            properties = {EXPORT: self._id, NO_RETRIES: "0"}
+            self._table: Table = catalog.create_table_if_not_exists(
+                request.iceberg.name, schema, location, properties=properties
+            )
+        if self._table.properties.get(EXPORT) != self._id:
+            raise ConfigError(
+                f"{_words(self._asked)} is there and not of this export; name another table"
+            )
+        columns: pa.Schema = self._table.schema().as_arrow()
+        self.schema = columns.with_metadata(schema.metadata)
+        """The Arrow schema of the files, with the field ids of the table."""
+
+    def files(self) -> list[ExportFile] | None:
+        """The files that are committed; None if none are."""
+        snapshot = self._snapshot()
+        if snapshot is None:
+            return None
+        with _named_errors(self._asked):
+            tasks = self._table.scan(snapshot_id=snapshot.snapshot_id).plan_files()
+            found = [task.file for task in tasks]
+        return [
+            ExportFile(f.file_path.rpartition("/")[2], f.record_count, f.file_size_in_bytes)
+            for f in sorted(found, key=lambda f: f.file_path)
+        ]
+
+    def commit(self, files: Sequence[ExportFile]) -> list[ExportFile]:
+        """Commit ``files``; return these, or those that another process committed first."""
+        paths = [uris.join(self._data, file.name) for file in files if file.rows]
+        with _named_errors(self._asked):
+            try:
+                with self._table.transaction() as transaction:
+                    transaction.remove_properties(NO_RETRIES)
+                    transaction.add_files(paths, snapshot_properties={EXPORT: self._id})
+            except Exception:  # another process was first, or only the answer was lost
+                self._table.refresh()
+                if self._snapshot() is None:
+                    raise
+        committed = self.files()
+        assert committed is not None
+        return committed
+
+    def _snapshot(self) -> Snapshot | None:
+        """The snapshot of the export, whatever was committed after it."""
+        for snapshot in self._table.snapshots():
+            if snapshot.summary and snapshot.summary.additional_properties.get(EXPORT) == self._id:
+                return snapshot
+        return None
+
+
+def _words(table: IcebergTable) -> str:
+    return f"table {table.name} of the catalog {table.catalog or 'in the folder'}"
+
+
+@contextlib.contextmanager
+def _named_errors(table: IcebergTable) -> Iterator[None]:
+    """Raise errors of pyiceberg, its catalogs and their clients as ``ConfigError``."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{_words(table)}: {type(error).__name__}: {error}") from error
+
+
+def _load_catalog() -> Any:
+    """pyiceberg's function of that name. Raises ``ConfigError`` if the package is missing."""
+    try:
+        from pyiceberg.catalog import load_catalog
+    except ImportError as error:
+        raise ConfigError(
+            'Iceberg needs a package that is missing: pip install "afn-ray[iceberg]"'
+        ) from error
+    return load_catalog
+
+
+def _catalog(given: str | None, target: str) -> Catalog:
+    """The catalog ``given`` by its URI or name; a local ``target`` has one in itself."""
+    load_catalog = _load_catalog()
+    if given is None:
+        if not uris.is_local(target):
+            raise ConfigError(
+                f"an Iceberg table in {target} needs a catalog: give its URI, or the name that it "
+                "has in pyiceberg's configuration"
+            )
+        given = f"sqlite:///{target}/catalog.db"
+    if "://" not in given:
+        named: Catalog = load_catalog(given)
+        return named
+    if uris.URL_SECRET.search(given):
+        raise ConfigError(
+            "the catalog's URI holds credentials, which would end up in the export; put it into "
+            "pyiceberg's configuration, and give its name there"
+        )
+    options = {"uri": given}
+    if not uris.is_local(target):  # finds a bucket as the rest of the package does
+        options["py-io-impl"] = "pyiceberg.io.fsspec.FsspecFileIO"
+    catalog: Catalog = load_catalog(CATALOG, **options)
+    return catalog

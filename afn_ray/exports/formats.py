@@ -1,0 +1,35 @@
+"""The formats of an export, and how each is read."""
+
+from __future__ import annotations
+
+FORMATS = {"parquet": "parquet", "iceberg": "parquet", "hf-dataset": "parquet", "csv": "csv"}
+"""Endings of the files, by format."""
+READERS = {
+    "parquet": (
+        "DuckDB: FROM 'data/*.parquet'",
+        'Polars: pl.scan_parquet("data/*.parquet")',
+        'pandas: pd.read_parquet("data")',
+        'Spark:  spark.read.parquet("data")',
+    ),
+    "iceberg": (
+        'pyiceberg: load_catalog("afn", uri="CATALOG").load_table("TABLE")',
+        "DuckDB:    FROM iceberg_scan('metadata/NEWEST.metadata.json')",
+        'Polars:    pl.scan_iceberg("metadata/NEWEST.metadata.json")',
+    ),
+    "hf-dataset": (
+        'datasets: load_dataset("THIS FOLDER", split="train")',
+        "DuckDB:   FROM 'data/*.parquet'",
+    ),
+    "csv": (
+        "DuckDB: FROM read_csv('data/*.csv', allow_quoted_nulls = false)",
+        'Polars: pl.scan_csv("data/*.csv")',
+    ),
+}
+"""Lines that read an export in its folder, by format."""
+CSV_RULES = (
+    "Each file begins with the names of the columns. There is a comma between fields, and a line feed "
+    'after a row. Null is an empty field, and empty text is `""`. Text with a comma, a quote or a '
+    "line break is in quotes, and a quote inside is doubled. Bytes are hex, dates ISO 8601, lists and "
+    "structs JSON. The text is UTF-8."
+)
+"""The form of CSV, in words."""

@@ -1,0 +1,154 @@
+"""The folder of an export: what it is asked for, what it has, and its end.
+
+::
+
+    <target>/README.md             what the rows are, for people
+    <target>/export.json           written once, last: the request and the files that count
+    <target>/data/part-*           the files
+    <target>/plan.json             written once, first: the request and the parts of the shards
+    <target>/written/<file>.json   of a part that is whole; removed at the end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from afn_ray.errors import ConfigError, StoreError
+from afn_ray.exports.request import ExportRequest
+from afn_ray.exports.writing import ExportFile
+from afn_ray.query.shard_views import ShardRange
+from afn_ray.store import storage, uris
+
+VERSION = 1
+"""Version of ``plan.json`` and ``export.json``."""
+OURS = re.compile(r"\.?part-\d{5,}(-[0-9a-f]{8})?\.(parquet|csv)(-\d+)?")
+"""Names of files that an export writes, unfinished ones too."""
+
+
+class Target:
+    """The folder of one export, on a disk or in a bucket."""
+
+    def __init__(self, uri: str, request: ExportRequest) -> None:
+        self.uri = uris.absolute(uri).rstrip("/")
+        self.data = uris.join(self.uri, "data")
+        self._request = request
+        self._export = uris.join(self.uri, "export.json")
+        self._plan = uris.join(self.uri, "plan.json")
+        self._written = uris.join(self.uri, "written")
+
+    # --- request and parts
+
+    def finished(self) -> list[ExportFile] | None:
+        """The files of the finished export; None if it is not.
+
+        Raises ``ConfigError`` if the folder holds anything else.
+        """
+        if (found := self._read(self._export)) is not None:
+            return [ExportFile(**file) for file in found["files"]]
+        return None
+
+    def planned(self) -> list[ShardRange] | None:
+        """The parts of an export that was begun; None if none was.
+
+        Raises ``ConfigError`` if the folder holds anything else.
+        """
+        if (found := self._read(self._plan)) is not None:
+            return _parts(found)
+        if others := [n for n in storage.list_names(self.uri) if not n.startswith(".")]:
+            raise ConfigError(
+                f"{self.uri} holds {others[0]!r} and no export; give an empty folder, or one that "
+                "does not exist"
+            )
+        return None
+
+    def plan(self, parts: Sequence[ShardRange]) -> list[ShardRange]:
+        """Write the request and its ``parts``; return them, or those of a process that was first."""
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(self._plan, self._body(parts=parts))
+        storage.make_folder(self.data)
+        found = self._read(self._plan)
+        assert found is not None
+        return _parts(found)
+
+    def _read(self, uri: str) -> dict[str, Any] | None:
+        data = storage.read_if_there(uri)
+        if data is None:
+            return None
+        try:
+            found: dict[str, Any] = json.loads(data)
+            there = found["request"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"{uri} is not what 'afn export' writes; give another folder"
+            ) from error
+        if found.get("version") != VERSION or there != self._request.to_json():
+            raise ConfigError(
+                f"{self.uri} holds another export{self._difference(there)}; give another folder, or "
+                "remove that one"
+            )
+        return found
+
+    def _difference(self, there: dict[str, Any]) -> str:
+        here = self._request.to_json()
+        for key, value in here.items():
+            if there.get(key) != value:
+                return f": its {key} is {str(there.get(key))[:200]}, here it is {str(value)[:200]}"
+        return ""
+
+    def _body(self, **more: Any) -> bytes:
+        body = {"version": VERSION, "request": self._request.to_json(), **more}
+        return json.dumps(body, ensure_ascii=False, indent=1).encode()
+
+    # --- files
+
+    def name_of(self, part: int) -> str:
+        return f"part-{part:05d}.{self._request.ending}"
+
+    def written(self) -> dict[str, ExportFile]:
+        """The files of parts that are whole, by name."""
+        names = {*storage.list_names(self.data)}
+        notes = [n.removesuffix(".json") for n in storage.list_names(self._written)]
+        found = {}
+        for name in notes:
+            if name in names:
+                body = json.loads(storage.read_bytes(uris.join(self._written, f"{name}.json")))
+                found[name] = ExportFile(**body)
+        return found
+
+    def note(self, file: ExportFile) -> None:
+        """Record that the ``file`` of a part is whole."""
+        uri = uris.join(self._written, f"{file.name}.json")
+        storage.write_over(uri, json.dumps(asdict(file)).encode(), retry_for_s=None)
+
+    def finish(self, files: Sequence[ExportFile], readme: str) -> list[ExportFile]:
+        """End the export with ``files``; return these, or those of a process that was first."""
+        readme_uri = uris.join(self.uri, "README.md")
+        storage.write_over(readme_uri, readme.encode(), retry_for_s=None)
+        entries = [asdict(file) for file in files]
+        with contextlib.suppress(storage.AlreadyWritten):
+            storage.write_once(self._export, self._body(files=entries))
+        finished = self.finished()
+        if finished is None:
+            raise StoreError(f"{self._export} was written and is not there")
+        return finished
+
+    def clean(self, files: Sequence[ExportFile]) -> None:
+        """Remove what earlier attempts left beside ``files``, and the notes on parts."""
+        names = {file.name for file in files}
+        left = [n for n in storage.list_names(self.data) if OURS.fullmatch(n) and n not in names]
+        notes = storage.list_names(self._written)
+        storage.delete([uris.join(self.data, name) for name in left])
+        storage.delete([uris.join(self._written, name) for name in notes])
+        storage.remove_if_empty(self._written)
+
+
+def _parts(found: dict[str, Any]) -> list[ShardRange]:
+    parts = []
+    for first, end, docs in found["parts"]:
+        parts.append(ShardRange(first, end, None if docs is None else tuple(docs)))
+    return parts
