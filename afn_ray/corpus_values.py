@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from afn_ray.fingerprints import fingerprint
 
 UPOS, XPOS = "upos", "xpos"
 """Tag columns of CoNLL-U: Universal Dependencies' parts of speech, and the language's own."""
+REST = "rest"
+"""The format of what cannot be listed of a damaged archive."""
 WARC = "warc"
 """The format of WARC; that of a slice is followed by its extractor."""
 
@@ -85,6 +87,7 @@ class FileInfo:
     uri: str
     size: int  # bytes
     version: str  # etag where the filesystem has one, else the modification time
+    compression: str = field(default="", compare=False)  # of a member in its archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class FileSlice:
     size: int  # bytes of the file
     version: str  # version of the file, as in FileInfo
     format: str  # "txt", "jsonl", "csv", "parquet", "conllu" or, with its extractor, "warc"
-    compression: str  # "", "gz", "bz2", "xz" or "zst"
+    compression: str  # "", "gz", "bz2", "xz", "zst" or "deflate"
     start: int  # bytes; row groups for Parquet
     end: int  # exclusive
     num_bytes: int  # bytes to read

@@ -24,6 +24,8 @@ MARK = re.compile(
 
 A check of the folder then shows whether it is one.
 """
+IN_ARCHIVE = re.compile(r"(^|/)(_delta_log|\.hoodie|_spark_metadata)/")
+"""Path of a member of an archive that is in the log of a table."""
 ROOT = re.compile(r"[a-z0-9+.-]+://[^/]*")
 """The root of a bucket."""
 HTTP = ("http://", "https://")
@@ -74,14 +76,21 @@ def refuse_tables(patterns: Iterable[str], listed: Iterable[str]) -> None:
     local: set[str] = set()
     folders: set[str] = set()
     for uri in listed:
-        if "://" not in uri:
+        if (parts := uris.split_member(uri)) is not None:
+            if IN_ARCHIVE.search(parts[1]):
+                raise CorpusError(
+                    f"{parts[0]} has a table of a lakehouse ({parts[1]}), whose log alone says which "
+                    "of its files count; export the table's current version and name that"
+                )
+        elif "://" not in uri:
             local.add(uri.rpartition("/")[0])
         elif not uri.startswith(HTTP):
             folders.update(uri[: mark.start()] for mark in MARK.finditer(uri))
     for folder in local:
         folders.update(_above(folder))
     for pattern in patterns:
-        root = uris.absolute(GLOB.split(pattern)[0]).rstrip("/")
+        archive, _ = uris.split_member(pattern) or (pattern, "")
+        root = uris.absolute(GLOB.split(archive)[0]).rstrip("/")
         if "://" in root and not root.startswith(HTTP) and not ROOT.fullmatch(root):
             folders.update(_above(root.rpartition("/")[0]))
     ordered = sorted(folders)

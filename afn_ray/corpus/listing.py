@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from afn_ray import kept
 from afn_ray.corpus import documents, lakehouse, nested, reading, row_groups, streams, warc
-from afn_ray.corpus_values import UPOS, WARC, XPOS, Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.corpus_values import REST, UPOS, WARC, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import corpus_files, uris
 from afn_ray.store.layout import is_store_file
@@ -22,7 +22,9 @@ FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "par
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings allowed for all formats except Parquet."""
 
-WITHOUT_COLUMNS = {"txt", "conllu"}
+MEMBER_COMPRESSIONS = ("deflate", "bz2", "zst")
+"""Compressions of members of zip archives."""
+WITHOUT_COLUMNS = {"txt", "conllu", REST}
 """Formats whose files have no columns to keep."""
 SAMPLE_FILES = 8
 """Most files in a sample."""
@@ -56,8 +58,7 @@ def list_files(
     def is_left_out(uri: str) -> bool:
         if is_store_file(uri) or in_store(uri.rpartition("/")[0]):
             return True
-        format, _ = _kind(uri, options)
-        return not format
+        return not _format(uri, options)
 
     others: set[str] = set()
     found: dict[str, FileInfo] = {}
@@ -67,10 +68,23 @@ def list_files(
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):
         (skipped if is_left_out(uri) else files).append(file)
+    skipped = _with_whole_archives(skipped, files)
     if not files:
         raise CorpusError(_why_empty(skipped))
     lakehouse.refuse_tables(patterns, found.keys() | others)
     return files, skipped
+
+
+def _with_whole_archives(skipped: Sequence[FileInfo], files: Sequence[FileInfo]) -> list[FileInfo]:
+    """``skipped`` with an archive in place of its members, if none of them is in ``files``."""
+    read = {parts[0] for file in files if (parts := uris.split_member(file.uri))}
+    whole: dict[str, FileInfo] = {}
+    for file in skipped:
+        archive, _ = uris.split_member(file.uri) or (file.uri, "")
+        uri = file.uri if archive in read else archive
+        if uri not in whole:
+            whole[uri] = file if uri == file.uri else corpus_files.stat(uri)
+    return list(whole.values())
 
 
 def _why_empty(skipped: Sequence[FileInfo]) -> str:
@@ -112,7 +126,7 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
     first: dict[str, FileInfo] = {}
     for file in files:
         if file.size:
-            first.setdefault(_kind(file.uri, options)[0], file)
+            first.setdefault(_kind(file, options)[0], file)
     for format, file in first.items():
         _check_labels(file, format, options)
         _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
@@ -127,7 +141,7 @@ def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
     missing = [column.path for column in kept.parse(options.keep)]
     if not missing or not files:
         return
-    formats = {_kind(file.uri, options)[0] for file in files}
+    formats = {_kind(file, options)[0] for file in files}
     if formats <= WITHOUT_COLUMNS:
         raise CorpusError(
             f"keep_columns names {missing[0]!r}, but the files are {', '.join(sorted(formats))}, "
@@ -166,7 +180,7 @@ def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlic
 
 def parts(file: FileInfo, options: ReadOptions, shard_bytes: int) -> Iterator[FileSlice]:
     """Yield the slices of ``cut``, each once it is read; none where ``file`` cannot be cut."""
-    format, compression = _kind(file.uri, options)
+    format, compression = _kind(file, options)
     if format == "parquet":
         yield from _cut_parquet(file, options, shard_bytes)
     elif reading.is_lines(format, options) and not compression:
@@ -181,7 +195,9 @@ def uncut(file: FileInfo, options: ReadOptions) -> FileSlice:
     whole = _whole(file, options)
     if whole.format == "csv":
         _require_columns(file, reading.peek_columns(whole, options), options)
-    if whole.format == "txt" and not reading.is_lines(whole.format, options):
+    if whole.format == REST:
+        num_documents = 1
+    elif whole.format == "txt" and not reading.is_lines(whole.format, options):
         num_documents = -1 if whole.compression else 1
     else:
         num_documents = -1 if file.size or whole.compression else 0
@@ -200,7 +216,7 @@ def rest_bytes(file: FileInfo, options: ReadOptions, piece: FileSlice) -> int:
 
 def is_outdated(slices: Sequence[FileSlice], options: ReadOptions) -> bool:
     """Whether remembered ``slices`` of a file would be read in another way today."""
-    return any((piece.format, piece.compression) != _kind(piece.uri, options) for piece in slices)
+    return any(piece.format != _format(piece.uri, options) for piece in slices)
 
 
 def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) -> list[Document]:
@@ -217,19 +233,38 @@ def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) 
     return documents
 
 
-def _kind(uri: str, options: ReadOptions) -> tuple[str, str]:
-    """Format and compression of ``uri``; the format is empty if it is unknown."""
+def _kind(file: FileInfo, options: ReadOptions) -> tuple[str, str]:
+    """Format and compression of ``file``. Raises ``CorpusError`` for a member that cannot be read."""
+    format = _format(file.uri, options)
+    _, _, ending = file.uri.lower().rpartition(".")
+    compression = ending if ending in COMPRESSIONS and format not in ("parquet", REST) else ""
+    if not file.compression:
+        return format, compression
+    if file.compression not in MEMBER_COMPRESSIONS:
+        why = f"is {file.compression} in its archive"
+    elif compression or format == "parquet":
+        why = f"is compressed once more in its archive ({file.compression})"
+    else:
+        return format, file.compression
+    raise CorpusError(
+        f"{file.uri} {why}, so it cannot be read there; unpack the archive, write it anew without that "
+        "(zip -0), or name other members, as in x.zip::*.jsonl"
+    )
+
+
+def _format(uri: str, options: ReadOptions) -> str:
+    """Format of the file ``uri``; empty if it is unknown."""
+    if uris.split_member(uri) is not None and uri.endswith(uris.MEMBER_MARK):
+        return REST
     name = uri.lower()
     stem, _, ending = name.rpartition(".")
-    compression = ending if ending in COMPRESSIONS else ""
+    is_compressed = ending in COMPRESSIONS
     format = options.format
     if format == "auto":
-        format = FORMATS.get((stem if compression else name).rpartition(".")[2], "")
-        if format == "parquet" and compression:
-            return "", ""
-    if format == WARC:
-        format = warc.format_name()
-    return format, "" if format == "parquet" else compression
+        format = FORMATS.get((stem if is_compressed else name).rpartition(".")[2], "")
+        if format == "parquet" and is_compressed:
+            return ""
+    return warc.format_name() if format == WARC else format
 
 
 def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadOptions) -> None:
@@ -257,7 +292,7 @@ def _check_labels(file: FileInfo, format: str, options: ReadOptions) -> None:
 
 def _whole(file: FileInfo, options: ReadOptions) -> FileSlice:
     """All of ``file`` as a slice without hash, for samples and checks."""
-    return _unhashed(file, *_kind(file.uri, options))
+    return _unhashed(file, *_kind(file, options))
 
 
 def _unhashed(file: FileInfo, format: str, compression: str) -> FileSlice:

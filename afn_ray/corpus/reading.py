@@ -33,9 +33,9 @@ from afn_ray.corpus.row_groups import (
 )
 from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
 from afn_ray.corpus.txt import whole_document
-from afn_ray.corpus_values import WARC, Document, FileInfo, FileSlice, ReadOptions
+from afn_ray.corpus_values import REST, WARC, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
-from afn_ray.store import corpus_files, parquet
+from afn_ray.store import corpus_files, parquet, uris
 
 PEEK_DOCUMENTS = 20
 """Most documents read to find the columns."""
@@ -312,6 +312,8 @@ def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterat
 
     Raises ``DamagedStream`` if the stream ends too early.
     """
+    if slice.format == REST:
+        return _rest_documents(slice)
     if slice.format == "csv":
         return csv_documents(stream, slice, options)
     if slice.format == "conllu":
@@ -321,6 +323,14 @@ def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterat
     if is_lines(slice.format, options):
         return _line_documents(stream, slice, options)
     return whole_document(stream, slice, options)
+
+
+def _rest_documents(slice: FileSlice) -> Iterator[Document]:
+    """Yield the one document that stands for the damaged rest of an archive."""
+    parts = uris.split_member(slice.uri)
+    assert parts is not None
+    _, member = corpus_files.find_member(*parts)
+    yield problem(Origin(slice.uri, 0, max(slice.num_bytes, 1), None), member.problem)
 
 
 def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:

@@ -87,6 +87,7 @@ class Source:
 
     def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
         self._file = readers.open_read(uri)
+        self.crc32: int | None = getattr(self._file, "crc32", None)
         self._uri, self._budget = uri, budget
         self.start, self.size = start, end - start
         self._at = 0
@@ -220,11 +221,11 @@ class _Decoder(Protocol):
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-class _Gzip:
-    """A decoder of one gzip member."""
+class _Zlib:
+    """A decoder of one stream of zlib: a gzip member, or deflate without header."""
 
-    def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(wbits=31)
+    def __init__(self, wbits: int) -> None:
+        self._zlib = zlib.decompressobj(wbits)
         self.needs_input = True
 
     @property
@@ -243,7 +244,9 @@ class _Gzip:
 
 def _decoder(compression: str) -> _Decoder:
     if compression == "gz":
-        return _Gzip()
+        return _Zlib(31)
+    if compression == "deflate":
+        return _Zlib(-15)
     if compression == "bz2":
         return bz2.BZ2Decompressor()
     return lzma.LZMADecompressor(lzma.FORMAT_XZ)
@@ -425,19 +428,22 @@ class Stream:
             while block := self._source.read(BLOCK_BYTES):
                 yield block
             return
-        given = 0
+        given = crc32 = 0
         is_zst = self._compression == "zst"
         blocks = _Zst(self._pieces) if is_zst else _streams(self._pieces, self._compression)
         for block in blocks:
             if self._pieces.start > self._start[0]:
                 self._start = self._pieces.start, self.num_bytes
             given += len(block)
+            crc32 = zlib.crc32(block, crc32)
             if given > max(EXPANSION_FROM_BYTES, EXPANSION * self._pieces.at):
                 raise Bomb(
                     f"{self._pieces.at} bytes gave {given}, over {EXPANSION} times as many; "
                     "decompress the file if that is intended"
                 )
             yield block
+        if self._source.crc32 not in (None, crc32):
+            raise DamagedStream("its checksum is another; what came of it may be altered")
 
 
 def _raising(damage: DamagedStream) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from fsspec.utils import glob_translate
 
 from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import CorpusError
-from afn_ray.store import uris
+from afn_ray.store import archives, readers, uris
 from afn_ray.store.fs_calls import call_with_retries, find_entry, named_errors
 
 WILDCARDS = "*?["
@@ -50,6 +50,8 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
 
 def stat(uri: str) -> FileInfo:
     """Current size and version of one file. Raises ``CorpusError`` if it is gone or unreadable."""
+    if (parts := uris.split_member(uri)) is not None:
+        return _member_info(*find_member(*parts))
     fs, path = uris.open_filesystem(uri)
 
     def examine() -> FileInfo:
@@ -58,13 +60,48 @@ def stat(uri: str) -> FileInfo:
     return call_with_retries(fs, "examining", uri, CorpusError, examine)
 
 
+def find_member(archive_uri: str, name: str) -> tuple[FileInfo, archives.Member]:
+    """The archive as it is now, and its member ``name``. Raises ``CorpusError`` if it is gone."""
+    archive = stat(archive_uri)
+    member = archives.members(archive, readers.open_read).get(name)
+    if member is None:
+        what = f"{archive_uri} has no member {name!r}"
+        raise CorpusError(what) from FileNotFoundError(what)
+    return archive, member
+
+
+def _member_info(archive: FileInfo, member: archives.Member) -> FileInfo:
+    uri = uris.MEMBER_MARK.join([archive.uri, member.name])
+    return FileInfo(uri, member.size, archive.version, member.compression)
+
+
+def _members(archive: FileInfo, pattern: str, left_out: set[str] | None) -> list[FileInfo]:
+    """The members of ``archive`` that the glob or name ``pattern`` matches; an empty one matches all.
+
+    Without a ``pattern``, hidden ones are left out. The damaged rest always matches.
+    """
+    found: list[FileInfo] = []
+    matches = re.compile(glob_translate(pattern)).match
+    for name, member in archives.members(archive, readers.open_read).items():
+        info = _member_info(archive, member)
+        is_hidden = any(_is_hidden(part) and part != ".." for part in name.split("/"))
+        if not name or name == pattern or (matches(name) if pattern else not is_hidden):
+            found.append(info)
+        elif left_out is not None:
+            left_out.add(info.uri)
+    return found
+
+
 def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]:
     """Files that ``pattern`` names, sorted by URI: a file, all files below a folder, or a glob.
+
+    An archive is its members, or those that a name or glob after ``::`` names.
 
     Hidden files and folders (``.x``, ``_x``) below a folder are left out, as in Spark and Hive.
     Links are followed. Raises ``CorpusError`` if no file matches, or if something cannot be listed.
     ``left_out`` collects the other files and folders of a remote listing.
     """
+    pattern, members = uris.split_member(pattern) or (pattern, "")
     fs, path = uris.open_filesystem(pattern)
     others: list[str] = []
 
@@ -76,8 +113,13 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
         for name in others:
             uri = str(fs.unstrip_protocol(name))
             left_out.add(uri.rstrip("/"))
+    archived = [file for file in found if archives.is_archive(file.uri)]
+    found = [] if members else [file for file in found if file not in archived]
+    for archive in archived:
+        found += _members(archive, members, left_out)
     if not found:
-        raise CorpusError(f"{pattern}: no files match")
+        what = f"{pattern}{uris.MEMBER_MARK}{members}" if members else pattern
+        raise CorpusError(f"{what}: no files match")
     for file in found:
         if not _is_utf8(file.uri):
             raise CorpusError(

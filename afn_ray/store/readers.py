@@ -10,8 +10,9 @@ from typing import IO, Any, cast
 
 from fsspec.implementations.local import LocalFileSystem
 
+from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import CorpusError
-from afn_ray.store import corpus_files, uris
+from afn_ray.store import archives, corpus_files, uris
 from afn_ray.store.fs_calls import call_with_retries
 
 READ_AHEAD_BYTES = 4 << 20
@@ -21,8 +22,11 @@ READ_AHEAD_BYTES = 4 << 20
 def open_read(uri: str) -> IO[bytes]:
     """A seekable binary reader of ``uri``.
 
-    On a remote filesystem it reads ahead and keeps no connection open.
+    On a remote filesystem it reads ahead and keeps no connection open. That of a member of an archive
+    has the ``crc32`` of its content, if it is compressed there.
     """
+    if (parts := uris.split_member(uri)) is not None:
+        return _open_member(*corpus_files.find_member(*parts))
     fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
         file = call_with_retries(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb"))
@@ -38,6 +42,24 @@ def open_read(uri: str) -> IO[bytes]:
     ranges = RangeFile(read, size, SimpleNamespace())
     buffer_bytes = max(1, min(READ_AHEAD_BYTES, size))
     return io.BufferedReader(ranges, buffer_bytes)
+
+
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """The bytes ``start`` to ``end`` of ``uri``."""
+    with open_read(uri) as file:
+        file.seek(start)
+        return file.read(end - start)
+
+
+def _open_member(archive: FileInfo, member: archives.Member) -> IO[bytes]:
+    """A reader of the stored bytes of ``member``."""
+    file = open_read(archive.uri)
+    try:
+        first = archives.data_start(archive, member, file)
+    except BaseException:
+        file.close()
+        raise
+    return cast(IO[bytes], MemberFile(file, first, member))
 
 
 class RangeFile(io.RawIOBase):
@@ -78,3 +100,20 @@ class RangeFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class MemberFile(RangeFile):
+    """The stored bytes of a member of an archive, which is open as ``file``."""
+
+    def __init__(self, file: IO[bytes], first: int, member: archives.Member) -> None:
+        def read(start: int, end: int) -> bytes:
+            file.seek(first + start)
+            return file.read(end - start)
+
+        super().__init__(read, member.size, SimpleNamespace())
+        self._file = file
+        self.crc32 = member.crc32
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -27,12 +28,26 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gs": {"requests_timeout": 120},  # for a whole request
     "az": {"connection_timeout": 5, "read_timeout": 30},
 }  # fmt: skip
+MEMBER_MARK = "::"
+"""Mark between an archive and its member."""
+MEMBER = re.compile(r"(.+?\.(?:zip|tar))::(.*)", re.IGNORECASE | re.DOTALL)
 # Azure names a container `container@account`, and an ARN has colons; neither is a secret.
 URL_SECRET = re.compile(
     r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
     r"|[?&][^=&/]*(?:secret|token|passw|signature|credential|key|sig)[^=&/]*=",
     re.IGNORECASE,
 )
+
+
+def split_member(uri: str) -> tuple[str, str] | None:
+    """The archive and the member, or glob of members, that ``uri`` names; None if it is no member.
+
+    A local file of that name is none.
+    """
+    found = MEMBER.fullmatch(uri)
+    if found is None or ("://" not in uri and Path(path_in(uri)).exists()):
+        return None
+    return found[1], found[2]
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -80,7 +95,8 @@ def join(uri: str, *parts: str) -> str:
 
 def is_local(uri: str) -> bool:
     """Whether ``uri`` is on a local or mounted disk."""
-    return isinstance(open_filesystem(uri)[0], LocalFileSystem)
+    archive, _ = split_member(uri) or (uri, "")
+    return isinstance(open_filesystem(archive)[0], LocalFileSystem)
 
 
 def is_process_memory(uri: str) -> bool:
@@ -90,6 +106,8 @@ def is_process_memory(uri: str) -> bool:
 
 def absolute(uri: str) -> str:
     """Canonical form of ``uri``: absolute, with its protocol unless local."""
+    if (parts := split_member(uri)) is not None:
+        return MEMBER_MARK.join([absolute(parts[0]), parts[1]])
     fs, path = open_filesystem(uri)
     return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
 

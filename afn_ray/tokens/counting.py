@@ -30,7 +30,7 @@ from afn_ray import samples
 from afn_ray.corpus import reading, selection
 from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 from afn_ray.fingerprints import fingerprint
-from afn_ray.store import storage
+from afn_ray.store import readers
 from afn_ray.tokens.encode import TextEncoder
 
 EXACT_BYTES = 2 << 20
@@ -341,7 +341,7 @@ def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) ->
 
 def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
     """The bytes ``begin`` to ``end`` of the file of ``piece``, as a slice of their own."""
-    sha256 = hashlib.sha256(storage.read_bytes(piece.uri, begin, end)).hexdigest()
+    sha256 = hashlib.sha256(readers.read_range(piece.uri, begin, end)).hexdigest()
     return replace(
         piece,
         start=begin,
@@ -358,7 +358,7 @@ def _line_start(piece: FileSlice, at: int) -> int:
     step = BLOCK_BYTES
     while at > piece.start:
         begin = max(piece.start, at - step)
-        newline = storage.read_bytes(piece.uri, begin, at).rfind(b"\n")
+        newline = readers.read_range(piece.uri, begin, at).rfind(b"\n")
         if newline >= 0:
             return begin + newline + 1
         at, step = begin, 2 * step
@@ -370,7 +370,7 @@ def _line_end(piece: FileSlice, at: int) -> int:
     step, at = BLOCK_BYTES, at - 1
     while at < piece.end:
         end = min(piece.end, at + step)
-        newline = storage.read_bytes(piece.uri, at, end).find(b"\n")
+        newline = readers.read_range(piece.uri, at, end).find(b"\n")
         if newline >= 0:
             return at + newline + 1
         at, step = end, 2 * step

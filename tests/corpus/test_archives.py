@@ -1,0 +1,253 @@
+"""Members of zip and tar archives are files of the corpus, with identities of their own."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import random
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import afn_ray
+from afn_ray.corpus import listing, reading
+from afn_ray.corpus_values import Document, FileSlice, ReadOptions
+from afn_ray.errors import CorpusChanged, CorpusError
+from afn_ray.runs import plan
+from afn_ray.store import storage
+from conftest import config_of
+from test_corpus import jsonl
+
+OPTIONS = ReadOptions("auto", "text", None, "line", 1 << 20)
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+def tarred(members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> bytes:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w", format=format) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return data.getvalue()
+
+
+PACK: dict[str, Callable[[dict[str, bytes]], bytes]] = {
+    "zip": zipped,
+    "stored.zip": lambda members: zipped(members, zipfile.ZIP_STORED),
+    "bz2.zip": lambda members: zipped(members, zipfile.ZIP_BZIP2),
+    "tar": tarred,
+    "gnu.tar": lambda members: tarred(members, tarfile.GNU_FORMAT),
+}
+
+
+def slices_of(place: str | Path, options: ReadOptions = OPTIONS) -> list[FileSlice]:
+    files, _ = listing.list_files([str(place)], options)
+    listing.check_columns(files, options)
+    return [piece for file in files for piece in listing.cut(file, options, 40)]
+
+
+def read(place: str | Path, options: ReadOptions = OPTIONS) -> dict[str, list[Document]]:
+    """Documents by member."""
+    found: dict[str, list[Document]] = {}
+    for piece in slices_of(place, options):
+        documents = list(reading.read(piece, options))
+        assert piece.num_documents in (-1, len(documents))
+        found.setdefault(piece.uri.partition("::")[2], []).extend(documents)
+    return found
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_members_are_read_as_the_files_that_they_are(kind: str, tmp_path: Path) -> None:
+    texts = [f"text {i} é" for i in range(20)]
+    lines = jsonl(*({"text": text} for text in texts))
+    members = {
+        "deep/a.jsonl": lines,
+        "../b.txt": "\n".join(texts).encode(),
+        "/abs/c.csv": b"text\n" + "\n".join(texts).encode(),
+        "n" * 150 + "/d.txt": "\n".join(texts).encode(),
+        "e.pdf": b"no corpus",
+        "__MACOSX/._a.jsonl": b"\0\1\2",
+        ".hidden.txt": b"hidden",
+    }
+    if "stored" in kind or "tar" in kind:
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.table({"text": texts}), sink)
+        members |= {"f.parquet": sink.getvalue().to_pybytes(), "g.jsonl.gz": gzip.compress(lines)}
+    path = tmp_path / f"x.{kind}"
+    path.write_bytes(PACK[kind](members))
+    found = read(path)
+    assert sorted(found) == sorted(set(members) - {"e.pdf", "__MACOSX/._a.jsonl", ".hidden.txt"})
+    for name, documents in found.items():
+        assert [d.text for d in documents] == texts, name
+        assert {d.source for d in documents} == {f"{path}::{name}"}
+    if "stored" in kind or "tar" in kind:  # members that are not compressed are cut
+        assert len(slices_of(f"{path}::deep/a.jsonl")) > 1
+
+
+def test_a_name_or_a_glob_after_the_mark_names_members(tmp_path: Path) -> None:
+    for name in ("x.zip", "y.zip"):
+        (tmp_path / name).write_bytes(
+            zipped({"a/1.txt": b"1", "a/b/2.txt": b"2", "3.txt": b"3", ".h.txt": b"4"})
+        )
+    assert [*read(f"{tmp_path}/x.zip::a/1.txt")] == ["a/1.txt"]
+    assert [*read(f"{tmp_path}/x.zip::*.txt")] == [".h.txt", "3.txt"]
+    assert [*read(f"{tmp_path}/x.zip::**/*.txt")] == [".h.txt", "3.txt", "a/1.txt", "a/b/2.txt"]
+    files, _ = listing.list_files([f"{tmp_path}/*.zip::a/*.txt"], OPTIONS)
+    assert [Path(file.uri).parts[-2:] for file in files] == [
+        ("x.zip::a", "1.txt"),
+        ("y.zip::a", "1.txt"),
+    ]
+    with pytest.raises(CorpusError, match=r"x\.zip::\*\.csv: no files match"):
+        read(f"{tmp_path}/x.zip::*.csv")
+    named = tmp_path / "z.zip::a.txt"
+    named.write_bytes(b"a local file of that name")
+    assert [d.text for d in read(named)["a.txt"]] == ["a local file of that name"]
+
+
+def test_an_archive_without_a_known_member_is_skipped_as_one_file(tmp_path: Path) -> None:
+    (tmp_path / "x.zip").write_bytes(zipped({f"{i}.png": b"x" for i in range(5)}))
+    (tmp_path / "y.zip").write_bytes(zipped({"a.png": b"x", "b.txt": b"text"}))
+    files, skipped = listing.list_files([str(tmp_path)], OPTIONS)
+    assert [file.uri for file in files] == [f"{tmp_path}/y.zip::b.txt"]
+    assert sorted(file.uri for file in skipped) == [f"{tmp_path}/x.zip", f"{tmp_path}/y.zip::a.png"]
+
+
+def test_a_member_keeps_its_identity_while_its_archive_changes(
+    tiny_bert: Path, tmp_path: Path
+) -> None:
+    texts = {f"{i}.jsonl": jsonl({"text": f"in the beginning {i}"}) for i in range(4)}
+    config = config_of(tiny_bert, tmp_path / "c.zip", tmp_path / "s")
+    identities = []
+    for members in (texts, {"0.txt": b"more"} | texts):
+        (tmp_path / "c.zip").write_bytes(zipped(members))
+        slices = [piece for shard in plan.make_plan(config).shards for piece in shard.slices]
+        identities.append({json.dumps(piece.identity) for piece in slices})
+    assert identities[0] < identities[1]
+    with afn_ray.run(config) as run:
+        assert run.sql("SELECT count(*) FROM documents").fetchall() == [(5,)]
+    assert not afn_ray.verify_store(str(tmp_path / "s")).findings
+    (tmp_path / "c.zip").write_bytes(zipped(texts))
+    gone = next(piece for piece in slices if piece.uri.endswith("::0.txt"))
+    for piece in slices:
+        if piece is not gone:
+            assert len(list(reading.read(piece, config.read_options))) == 1
+    with pytest.raises(CorpusChanged, match=r"c\.zip::0\.txt is gone"):
+        list(reading.read(gone, config.read_options))
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("kind", ["zip", "stored.zip", "tar"])
+def test_a_damaged_archive_is_quarantined_and_counted(kind: str, tmp_path: Path) -> None:
+    chance = random.Random(3)
+    members = {f"{i}.txt": b"%d\n" % i * 400 for i in range(5)}
+    data = PACK[kind](members)
+    path = tmp_path / f"x.{kind}"
+    for cut in (1, 30, 600, 1500, len(data) // 2, len(data) - 5, len(data)):
+        left = max(0, len(data) - cut)
+        path.write_bytes(data[:left])
+        found = read(path)
+        if "zip" in kind:  # the directory is at the end
+            (document,) = found.pop("")
+            assert "not a readable zip archive" in str(document.problem) and not found
+            assert document.lost_bytes == max(1, left)
+        elif "" in found:
+            (document,) = found.pop("")
+            assert "not a readable tar archive from byte" in str(document.problem)
+            read_bytes = sum(512 + -(-len(members[name]) // 512) * 512 for name in found)
+            assert document.lost_bytes == max(1, left - read_bytes)
+        assert all(d.problem is None for documents in found.values() for d in documents)
+    for _ in range(60):
+        bad = bytearray(data)
+        at = chance.randrange(len(bad))
+        bad[at : at + 9] = chance.randbytes(9)
+        path.write_bytes(bad)
+        try:
+            read(path)
+        except CorpusError as error:
+            assert str(path) in str(error)
+
+
+def test_a_changed_bit_in_a_compressed_member_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    data = bytearray(zipped({"a.txt": bytes(range(32, 127)) * 40 + b"\n"}))
+    path.write_bytes(data)
+    assert read(path)["a.txt"][-1].problem is None
+    data[data.index(b"PK\1\2") + 16] ^= 1  # the checksum in the directory
+    path.write_bytes(data)
+    *_, last = read(path)["a.txt"]
+    assert "its checksum is another; what came of it may be altered" in str(last.problem)
+
+
+def test_archives_made_to_fill_memory_or_time_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    path.write_bytes(zipped({"a.txt": bytes(200 << 20), "b.txt": b"fine"}))
+    found = read(path)
+    assert "over 200 times as many" in str(found["a.txt"][-1].problem)
+    assert [d.text for d in found["b.txt"]] == ["fine"]
+    # Two members that share their bytes: the trick of zip bombs.
+    data = bytearray(zipped({"a.txt": b"x" * 5000, "b.txt": b"x" * 5000}))
+    second = data.rindex(b"PK\1\2")
+    data[second + 42 : second + 46] = bytes(4)
+    path.write_bytes(data)
+    (document,) = read(path)[""]
+    assert "overlaps another one" in str(document.problem)
+    huge = tarfile.TarInfo("a.txt")
+    huge.size, huge.type = 1 << 40, tarfile.XHDTYPE
+    (tmp_path / "x.tar").write_bytes(huge.tobuf(tarfile.GNU_FORMAT) + bytes(5000))
+    (document,) = read(tmp_path / "x.tar")[""]
+    assert "is over the limit of" in str(document.problem)
+
+
+def test_members_that_cannot_be_read_are_refused_with_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    lines = jsonl({"text": "a" * 100})
+    for members, why in (
+        ({"a.jsonl.gz": gzip.compress(lines)}, "is compressed once more in its archive"),
+        ({"a.parquet": lines * 9}, "is compressed once more in its archive"),
+    ):
+        path.write_bytes(zipped(members))
+        with pytest.raises(CorpusError, match=rf"x\.zip::a\..* {why}"):
+            read(path)
+    data = bytearray(zipped({"a.txt": b"secret"}))
+    for place in (data.index(b"PK\3\4") + 6, data.index(b"PK\1\2") + 8):
+        data[place] |= 1
+    path.write_bytes(data)
+    with pytest.raises(CorpusError, match=r"a\.txt is encrypted in its archive"):
+        read(path)
+    with pytest.warns(UserWarning, match="Duplicate name"):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            archive.writestr("a.txt", "1")
+            archive.writestr("a.txt", "2")
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(CorpusError, match=r"has two members named 'a\.txt'"):
+        read(path)
+    path.write_bytes(zipped({"t/_delta_log/0.json": b"{}", "t/a.parquet": b"x"}))
+    with pytest.raises(CorpusError, match="has a table of a lakehouse"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["stored.zip", "tar", "zip"])
+def test_members_in_a_bucket_are_read_by_ranges(kind: str, memory: str) -> None:
+    texts = [f"text {i}" for i in range(9)]
+    data = PACK[kind]({"a.jsonl": jsonl(*({"text": text} for text in texts)), "b.txt": b"b"})
+    storage.write_once(f"{memory}/c/x.{kind}", data)
+    for place in (f"{memory}/c", f"{memory}/c/x.{kind}", f"{memory}/c/*.{kind}::*"):
+        found = read(place)
+        assert [d.text for d in found["a.jsonl"]] == texts and len(found) == 2
