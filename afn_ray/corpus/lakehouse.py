@@ -26,8 +26,8 @@ A check of the folder then shows whether it is one.
 """
 IN_ARCHIVE = re.compile(r"(^|/)(_delta_log|\.hoodie|_spark_metadata)/")
 """Path of a member of an archive that is in the log of a table."""
-ROOT = re.compile(r"[a-z0-9+.-]+://[^/]*")
-"""The root of a bucket."""
+ROOT = re.compile(r"hf://[a-z]+/[^/]+/[^/]+|[a-z0-9+.-]+://[^/]*")
+"""The root of a bucket, or of a dataset of the Hub."""
 HTTP = ("http://", "https://")
 """Web servers are not checked: their answers for missing files are unreliable."""
 

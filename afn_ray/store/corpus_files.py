@@ -25,7 +25,7 @@ WILDCARDS = "*?["
 
 
 def _version(info: dict[str, Any]) -> str:
-    for key in ("ETag", "etag", "md5Hash", "content_md5"):
+    for key in ("ETag", "etag", "md5Hash", "content_md5", "blob_id"):
         if info.get(key):
             tag = str(info[key]).strip('"')
             return f"etag:{tag}"
@@ -54,8 +54,11 @@ def stat(uri: str) -> FileInfo:
         return _member_info(*find_member(*parts))
     fs, path = uris.open_filesystem(uri)
 
+    # The Hub's filesystem keeps listings, and from them alone it would not see a change.
+    now = {"refresh": True, "expand_info": True} if fs.protocol == "hf" else {}
+
     def examine() -> FileInfo:
-        return _file_info(fs, fs.info(path))
+        return _file_info(fs, fs.info(path, **now))
 
     return call_with_retries(fs, "examining", uri, CorpusError, examine)
 
@@ -104,6 +107,7 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
     pattern, members = uris.split_member(pattern) or (pattern, "")
     fs, path = uris.open_filesystem(pattern)
     others: list[str] = []
+    fs.invalidate_cache()
 
     def match() -> list[FileInfo]:
         return _match(fs, path, pattern, others)

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, ConfigError, Interrupted
 from afn_ray.store import disk
-from afn_ray.store.retry import with_retries
+from afn_ray.store.retry import OFFLINE, http_status, with_retries
 
 T = TypeVar("T")
 # Class names of errors of botocore, google.auth and azure.core. The packages are optional.
@@ -25,6 +25,8 @@ NO_CREDENTIALS = frozenset({
 })  # fmt: skip
 UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
 """Errors of filesystems that do not support a call."""
+NO_DATASET = frozenset({"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"})
+"""Class names of errors of the Hub for a dataset that is not there, or not for everyone."""
 NO_BUCKET = "bucket does not exist"
 """Text in the error of a missing bucket."""
 
@@ -40,7 +42,7 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
                 f"no space left while {action} {uri}; make room and run the same command again: it "
                 "resumes"
             ) from error
-        raise kind(f"{action} {uri}: {_reason(error)}") from error
+        raise kind(f"{action} {uri}: {_reason(error, uri)}") from error
     except Exception as error:
         names = {cls.__name__ for cls in type(error).__mro__}
         if not names.isdisjoint(NO_CREDENTIALS):
@@ -58,8 +60,10 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
         raise
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError, uri: str) -> str:
     """Message: the event, and the remedy where it is known."""
+    if uri.startswith("hf://") and (reason := _hub_reason(error)):
+        return reason
     if isinstance(error, FileNotFoundError):
         return "no such bucket" if NO_BUCKET in str(error) else "no such file or folder"
     if isinstance(error, PermissionError):
@@ -71,6 +75,19 @@ def _reason(error: OSError) -> str:
             "another filesystem"
         )
     return str(error.strerror or error)
+
+
+def _hub_reason(error: OSError) -> str:
+    """Message of an error of the Hugging Face Hub; empty for others."""
+    status = http_status(error)
+    if type(error).__name__ == OFFLINE:
+        return "HF_HUB_OFFLINE is set; unset it to read a dataset of the Hub"
+    if status in (401, 403, 404):
+        return (
+            "the Hub has no such dataset, revision or file, or it is private or gated (status "
+            f"{status}); check the name, accept the dataset's terms, and set HF_TOKEN to a token that may read it"
+        )
+    return f"the Hub answered with status {status}" if status else ""
 
 
 def call_with_retries(
@@ -95,5 +112,7 @@ def find_entry(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | Non
     """
     try:
         return cast(dict[str, Any], fs.info(path))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if type(error.__cause__).__name__ in NO_DATASET:
+            raise
         return None

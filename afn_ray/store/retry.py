@@ -53,6 +53,9 @@ DEFINITE = (
 )  # fmt: skip
 """Errors that another try does not change."""
 
+OFFLINE = "OfflineModeIsEnabled"
+"""Class name of the Hub's error where HF_HUB_OFFLINE is set, which is a ``ConnectionError``."""
+
 # Class names of transient errors of botocore, aiohttp, requests, gcsfs, google.auth and azure.core.
 # They are names because the packages are optional.
 TRANSIENT_NAMES = frozenset({
@@ -137,7 +140,7 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
     chain = list(_causes(error))
     if any(_s3_code(e) in TRANSIENT_CODES for e in chain):
         return True
-    if isinstance(error, DEFINITE):
+    if isinstance(error, DEFINITE) or type(error).__name__ == OFFLINE:
         return False
     if any(isinstance(e, ssl.SSLCertVerificationError) for e in chain):
         return False
@@ -162,7 +165,8 @@ def _status(error: BaseException) -> int:
     if isinstance(answer, dict):
         found = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:
-        values = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+        values = [getattr(error, name, None) for name in ("status", "status_code", "code")]
+        values.append(getattr(answer, "status_code", None))  # of httpx, in errors of the Hub
         found = next(filter(None, values), None)
     return int(found) if isinstance(found, int | str) and str(found).isdigit() else 0
 
