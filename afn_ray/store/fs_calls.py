@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, ConfigError, Interrupted
 from afn_ray.store import disk
-from afn_ray.store.retry import OFFLINE, http_status, with_retries
+from afn_ray.store.retry import OFFLINE, http_status, short_message, with_retries
 
 T = TypeVar("T")
 # Class names of errors of botocore, google.auth and azure.core. The packages are optional.
@@ -28,7 +28,7 @@ UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EN
 NO_DATASET = frozenset({"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"})
 """Class names of errors of the Hub for a dataset that is not there, or not for everyone."""
 NO_BUCKET = "bucket does not exist"
-"""Text in the error of a missing bucket."""
+"""Text in S3's error of a missing bucket."""
 
 
 @contextlib.contextmanager
@@ -42,13 +42,13 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
                 f"no space left while {action} {uri}; make room and run the same command again: it "
                 "resumes"
             ) from error
-        raise kind(f"{action} {uri}: {_reason(error, uri)}") from error
+        raise kind(f"{action} {uri}: {_reason(error, action, uri)}") from error
     except Exception as error:
         names = {cls.__name__ for cls in type(error).__mro__}
         if not names.isdisjoint(NO_CREDENTIALS):
             raise kind(
-                f"{action} {uri}: {error}; give credentials in the environment, as for the store's "
-                "own tools"
+                f"{action} {uri}: {short_message(error)}; give credentials in the environment, as for "
+                "the store's own tools"
             ) from error
         # botocore raises ValueError for a malformed endpoint in the environment.
         if isinstance(error, ValueError) and "endpoint" in str(error):
@@ -56,16 +56,18 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
                 f"{action} {uri}: {error}; AWS_ENDPOINT_URL must have the form http://host:port"
             ) from error
         if not names.isdisjoint(FOREIGN_ERRORS):
-            raise kind(f"{action} {uri}: {error}") from error
+            raise kind(f"{action} {uri}: {short_message(error)}") from error
         raise
 
 
-def _reason(error: OSError, uri: str) -> str:
+def _reason(error: OSError, action: str, uri: str) -> str:
     """Message: the event, and the remedy where it is known."""
     if uri.startswith("hf://") and (reason := _hub_reason(error)):
         return reason
     if isinstance(error, FileNotFoundError):
-        return "no such bucket" if NO_BUCKET in str(error) else "no such file or folder"
+        is_new_object = action == "writing" and "://" in uri  # its bucket alone can be missing
+        is_bucket = is_new_object or NO_BUCKET in str(error)
+        return "no such bucket" if is_bucket else "no such file or folder"
     if isinstance(error, PermissionError):
         detail = f" ({error})" if error.errno is None and str(error) else ""
         return f"permission denied; check owner, mode or credentials{detail}"

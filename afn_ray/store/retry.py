@@ -6,6 +6,7 @@ import errno
 import itertools
 import logging
 import random
+import re
 import socket
 import ssl
 import time
@@ -100,14 +101,14 @@ def with_retries(
                     what,
                     now - began,
                     type(error).__name__,
-                    error,
+                    short_message(error),
                     left,
                 )
             if left <= 0:
                 raise Unavailable(
                     f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, last "
-                    f"error {type(error).__name__}: {error}; check the store and the network, then "
-                    "run the same command again"
+                    f"error {type(error).__name__}: {short_message(error)}; check the store and the "
+                    "network, then run the same command again"
                 ) from error
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
             time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311
@@ -153,6 +154,11 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
         if not names.isdisjoint(TRANSIENT_NAMES):
             return True
     return any(isinstance(e, OSError) and e.errno in REMOTE_ERRNOS for e in chain)
+
+
+def short_message(error: BaseException) -> str:
+    """The message of ``error`` without the whole answer, or all tries, that Azure's appends."""
+    return re.split(r"\n(?:RequestId:|Attempted credentials:)", str(error))[0]
 
 
 def http_status(error: BaseException) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -31,6 +32,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 MEMBER_MARK = "::"
 """Mark between an archive and its member."""
 MEMBER = re.compile(r"(.+?\.(?:zip|tar))::(.*)", re.IGNORECASE | re.DOTALL)
+# Without a handler Python prints what these log, with tracebacks: the errors that we raise.
+for _name in ("azure", "gcsfs"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+# gcsfs would ask for each bucket's layout: one more permission, and one more protocol (gRPC), for
+# appends, which a store has not.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Azure names a container `container@account`, and an ARN has colons; neither is a secret.
 URL_SECRET = re.compile(
     r"^(?!abfss?://[^/:@]*@)(?:[^/]*::)?[^:/]+://(?!arn:)(?:[^/?#@]*@|[^/?#@:]+:(?!\d+/)[^@]*@)"
