@@ -20,6 +20,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 from unittest import mock
@@ -46,12 +47,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from afn_ray.bench import PIPED_COLUMNS
 from afn_ray.config import RunConfig
-from afn_ray.corpus_values import Shard
+from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.query import processes
 from afn_ray.runs import demo
 from afn_ray.schema import strengths
-from afn_ray.store import blocks, checksums, storage, uris
+from afn_ray.store import blocks, checksums, layout, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 
 if TYPE_CHECKING:
@@ -443,6 +444,32 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
         commit["crc32"][table] = blocks.checksums(data)
 
     edit_checksummed(f"{folder}/commit.json", edit)
+
+
+def race_attempts(store: str, folder: Path, options: ReadOptions, rounds: int) -> None:
+    """Two attempts at one shard commit at once: one wins, and the other reads the winner's commit
+    and deletes its own files. ``folder``: a scratch folder.
+    """
+    tables = {}
+    for table in layout.TABLES:
+        tables[table] = (folder / table, 1)
+        tables[table][0].write_bytes(table.encode() * 10)
+    barrier = threading.Barrier(2)
+    counts = dict.fromkeys(("documents", "tokens", "forward_tokens"), 1)
+
+    def publish(shard: Shard) -> tuple[str, Commit]:
+        attempt = shard_files.Attempt(uuid.uuid4().hex[:16], tables, counts, 1.0, {})
+        barrier.wait()
+        return attempt.id, shard_files.publish(store, "m", shard, attempt)
+
+    for i in range(rounds):
+        shard = Shard(f"{i:032x}", (), options)
+        with ThreadPoolExecutor(2) as pool:
+            (a, by_a), (b, by_b) = pool.map(publish, [shard, shard])
+        assert by_a == by_b and by_a.attempt in (a, b)
+        shard_folder = shard_files.shard_uri(store, "m", shard.id)
+        names = {str(f["name"]) for f in by_a.files.values()} | {"commit.json"}
+        assert set(storage.list_names(shard_folder)) == names
 
 
 def afn(

@@ -13,11 +13,9 @@ import random
 import shutil
 import signal
 import subprocess
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
@@ -30,13 +28,11 @@ import pytest
 import afn_ray
 import faults
 from afn_ray.analysis import verify
-from afn_ray.corpus_values import Shard
 from afn_ray.errors import IncompleteRun, Interrupted
 from afn_ray.runs.cluster import connection
 from afn_ray.runs.events import Event, Planned, Starting
-from afn_ray.store import layout, manifest, shard_files, storage, uris
-from afn_ray.store.commits import Commit
-from conftest import recorded
+from afn_ray.store import manifest, shard_files, uris
+from conftest import race_attempts, recorded
 from drivers import Drivers
 from ground import NUM_SHARDS, Ground
 from hosts import Chaos, wait_until
@@ -252,27 +248,7 @@ def test_two_drivers_on_the_same_run_at_once(
 
 def test_two_attempts_at_one_shard_race_a_hundred_times(ground: Ground, tmp_path: Path) -> None:
     store = ground.store()
-    paths = {}
-    for table in layout.TABLES:
-        paths[table] = (tmp_path / table, 1)
-        paths[table][0].write_bytes(table.encode() * 10)
-    barrier = threading.Barrier(2)
-    counts = dict.fromkeys(("documents", "tokens", "forward_tokens"), 1)
-    options = ground.config(store).read_options
-
-    def publish(shard: Shard) -> tuple[str, Commit]:
-        attempt = shard_files.Attempt(uuid.uuid4().hex[:16], paths, counts, 1.0, {})
-        barrier.wait()
-        return attempt.id, shard_files.publish(store, "m", shard, attempt)
-
-    for i in range(100):
-        shard = Shard(f"{i:032x}", (), options)
-        with ThreadPoolExecutor(2) as pool:
-            (a, by_a), (b, by_b) = pool.map(publish, [shard, shard])
-        assert by_a == by_b and by_a.attempt in (a, b)
-        folder = shard_files.shard_uri(store, "m", shard.id)
-        names = {str(f["name"]) for f in by_a.files.values()} | {"commit.json"}
-        assert set(storage.list_names(folder)) == names  # the loser's files are gone
+    race_attempts(store, tmp_path, ground.config(store).read_options, rounds=100)
 
 
 def test_collections_runs_and_cleaning_beside_each_other_are_killed(
