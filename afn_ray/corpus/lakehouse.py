@@ -41,6 +41,8 @@ class _TableKind(NamedTuple):
     """Name of a folder directly below the table's."""
     export: str
     """Command that exports the current version of the table at ``{0}``."""
+    instead: str = ""
+    """What may be named in place of an export."""
 
 
 DELTA = _TableKind(
@@ -62,6 +64,7 @@ ICEBERG = _TableKind(
     "an Iceberg table",
     "metadata",
     """duckdb -c "COPY (FROM iceberg_scan('{0}')) TO 'corpus.parquet'\"""",
+    " Or name its current metadata file, which its catalog knows as metadata_location",
 )
 KINDS = (DELTA, HUDI, SINK, ICEBERG)
 
@@ -101,7 +104,7 @@ def refuse_tables(patterns: Iterable[str], listed: Iterable[str]) -> None:
                     f"{folder} is {kind.name} (it has {kind.mark}): its log alone says which of "
                     "its files count, and files of deleted and replaced rows stay beside them. "
                     "Export its current version and name that, as with: "
-                    f"{kind.export.format(folder)}"
+                    f"{kind.export.format(folder)}{kind.instead and '.'}{kind.instead}"
                 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 
 from afn_ray import kept
-from afn_ray.corpus import documents, lakehouse, nested, reading, row_groups, streams, warc
+from afn_ray.corpus import documents, iceberg, lakehouse, nested, reading, row_groups, streams, warc
 from afn_ray.corpus_values import REST, UPOS, WARC, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import corpus_files, uris
@@ -62,8 +62,22 @@ def list_files(
 
     others: set[str] = set()
     found: dict[str, FileInfo] = {}
+    plain: list[str] = []
+    of_tables: dict[str, FileInfo] = {}
     for pattern in patterns:
-        found.update((file.uri, file) for file in corpus_files.find_files(pattern, others))
+        metadata = iceberg.find_metadata(pattern)
+        if metadata is None:
+            plain.append(pattern)
+            found.update((file.uri, file) for file in corpus_files.find_files(pattern, others))
+        elif options.format in ("auto", "parquet"):
+            of_table = iceberg.data_files(metadata, documents.columns_of(options))
+            of_tables.update((file.uri, file) for file in of_table)
+        else:
+            raise CorpusError(
+                f"{metadata} is a table of Iceberg, but format is {options.format!r}; expected auto"
+            )
+    listed = found.keys() | others
+    found |= of_tables
     files: list[FileInfo] = []
     skipped: list[FileInfo] = []
     for uri, file in sorted(found.items()):
@@ -71,7 +85,7 @@ def list_files(
     skipped = _with_whole_archives(skipped, files)
     if not files:
         raise CorpusError(_why_empty(skipped))
-    lakehouse.refuse_tables(patterns, found.keys() | others)
+    lakehouse.refuse_tables(plain, listed)
     return files, skipped
 
 

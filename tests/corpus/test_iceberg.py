@@ -1,0 +1,206 @@
+"""The files of one version of an Iceberg table are a corpus; rows that differ from it are refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+import afn_ray
+from afn_ray.config import RunConfig
+from afn_ray.corpus import iceberg, listing, reading
+from afn_ray.corpus_values import ReadOptions
+from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.runs import plan
+from conftest import config_of
+
+OPTIONS = ReadOptions("auto", "text", None, "file", 1 << 20)
+KEPT = ReadOptions("auto", "text", None, "file", 1 << 20, keep="lang")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Any]:
+    from pyiceberg.catalog.sql import SqlCatalog
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = SqlCatalog("c", uri="sqlite:///:memory:", warehouse=f"file://{tmp_path}/lake")
+        found.create_namespace("ns")
+        yield found
+        found.close()
+
+
+def rows(*texts: str, lang: str = "en") -> pa.Table:
+    return pa.table({"text": [*texts], "lang": [lang] * len(texts)})
+
+
+def made(catalog: Any) -> Any:
+    table = catalog.create_table("ns.texts", rows("a").schema)
+    table.append(rows("a", "b"))
+    table.append(rows("c", lang="de"))
+    return table
+
+
+def place(table: Any) -> str:
+    return str(table.metadata_location).removeprefix("file://")
+
+
+def read(where: str, options: ReadOptions = OPTIONS) -> list[tuple[str, Any]]:
+    files, _ = listing.list_files([where], options)
+    listing.check_columns(files, options)
+    slices = [piece for file in files for piece in listing.cut(file, options, 1 << 20)]
+    documents = [document for piece in slices for document in reading.read(piece, options)]
+    return sorted(
+        (document.text, document.kept[0] if document.kept else None) for document in documents
+    )
+
+
+def test_a_metadata_file_names_the_rows_of_its_version_for_ever(catalog: Any) -> None:
+    table = made(catalog)
+    first = place(table)
+    assert read(first, KEPT) == [("a", "en"), ("b", "en"), ("c", "de")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        table.delete("text == 'a'")  # the file is written anew without the row
+    table.append(rows("d"))
+    assert [text for text, _ in read(place(table))] == ["b", "c", "d"]
+    assert [text for text, _ in read(first)] == ["a", "b", "c"]
+
+
+def test_a_table_without_a_catalog_is_named_by_its_folder(catalog: Any) -> None:
+    table = made(catalog)
+    folder = Path(place(table)).parent
+    with pytest.raises(CorpusError, match=r"is an Iceberg table.*name its current metadata file"):
+        read(str(folder.parent))
+    (folder / "v7.metadata.json").write_bytes(Path(place(table)).read_bytes())
+    (folder / "version-hint.text").write_text("7\n")
+    assert [text for text, _ in read(str(folder.parent))] == ["a", "b", "c"]
+    (folder / "version-hint.text").write_text("../../../etc/passwd")
+    with pytest.raises(CorpusError, match="expected a number"):
+        read(str(folder.parent))
+    with pytest.raises(CorpusError, match="is an Iceberg table"):
+        read(f"{folder.parent}/data/*.parquet")
+
+
+def test_renamed_columns_and_partitions_outside_the_files_are_refused(catalog: Any) -> None:
+    table = made(catalog)
+    from pyiceberg.types import StringType
+
+    with table.update_schema() as update:
+        update.rename_column("lang", "language")
+        update.add_column("more", StringType())
+    table.append(pa.table({"text": ["d"], "language": ["fr"], "more": ["m"]}))
+    assert len(read(place(table))) == 4  # the column is not read
+    options = ReadOptions("auto", "text", None, "file", 1 << 20, keep="language")
+    with pytest.raises(CorpusError, match=r"lacks column 'language' of its table \(field 2\)"):
+        read(place(table), options)
+    options = ReadOptions("auto", "text", None, "file", 1 << 20, keep="more")
+    assert [value for _, value in read(place(table), options)] == [None, None, None, "m"]
+
+
+def test_deleted_rows_are_refused(catalog: Any, tmp_path: Path) -> None:
+    table = made(catalog)
+    with_deletes = tmp_path / "deletes.metadata.json"
+    with_deletes.write_text(json.dumps(_with_deletes(table, tmp_path)))
+    with pytest.raises(
+        CorpusError, match=r"rows of .*\.parquet are deleted in other files; rewrite"
+    ):
+        read(str(with_deletes))
+
+
+def _with_deletes(table: Any, folder: Path) -> dict[str, Any]:
+    """The metadata of ``table`` with a file of deleted positions, as Spark's merge-on-read writes it."""
+    from pyiceberg import manifest
+    from pyiceberg.manifest import (
+        DataFile,
+        DataFileContent,
+        FileFormat,
+        ManifestContent,
+        ManifestEntry,
+        ManifestEntryStatus,
+        ManifestWriterV2,
+    )
+    from pyiceberg.typedef import Record
+
+    class Deletes(ManifestWriterV2):
+        def content(self) -> ManifestContent:
+            return ManifestContent.DELETES
+
+    snapshot = table.current_snapshot()
+    data = str(folder / "deletes.parquet")
+    file = DataFile.from_args(
+        content=DataFileContent.POSITION_DELETES, file_path=data, file_format=FileFormat.PARQUET,
+        partition=Record(), record_count=1, file_size_in_bytes=1, column_sizes={}, value_counts={},
+        null_value_counts={}, nan_value_counts={}, lower_bounds={}, upper_bounds={}, split_offsets=[],
+        equality_ids=None, sort_order_id=None, spec_id=0,
+    )  # fmt: skip
+    io = table.io
+    output = io.new_output(str(folder / "deletes.avro"))
+    with Deletes(table.spec(), table.schema(), output, snapshot.snapshot_id, "null") as writer:
+        entry = ManifestEntry.from_args(
+            status=ManifestEntryStatus.ADDED, snapshot_id=snapshot.snapshot_id, data_file=file
+        )
+        writer.add_entry(entry)
+    manifests = [*snapshot.manifests(io), writer.to_manifest_file()]
+    listed = io.new_output(str(folder / "list.avro"))
+    with manifest.write_manifest_list(
+        2, listed, snapshot.snapshot_id, None, snapshot.sequence_number, "null"
+    ) as lists:
+        lists.add_manifests(manifests)
+    metadata: dict[str, Any] = json.loads(Path(place(table)).read_text())
+    for each in metadata["snapshots"]:
+        if each["snapshot-id"] == snapshot.snapshot_id:
+            each["manifest-list"] = str(folder / "list.avro")
+    return metadata
+
+
+def test_metadata_of_strangers_imports_nothing_and_reads_no_other_filesystem(
+    catalog: Any, tmp_path: Path
+) -> None:
+    table = made(catalog)
+    metadata = json.loads(Path(place(table)).read_text())
+    metadata["properties"]["py-io-impl"] = "no_such_module.Evil"
+    (tmp_path / "evil.metadata.json").write_text(json.dumps(metadata))
+    assert len(read(f"{tmp_path}/evil.metadata.json")) == 3
+    for broken in (b"{}", b"\0", b"[" * 100_000, b'{"format-version": 2}'):
+        (tmp_path / "x.metadata.json").write_bytes(broken)
+        with pytest.raises(CorpusError, match="cannot be read as a table of Iceberg"):
+            read(f"{tmp_path}/x.metadata.json")
+    with pytest.raises(CorpusError, match="no such file"):
+        read(f"{tmp_path}/y.metadata.json")
+    with pytest.raises(CorpusError, match="expected auto"):
+        read(place(table), ReadOptions("jsonl", "text", None, "file", 1 << 20))
+    assert (
+        iceberg._protocol("s3a://a/b") == iceberg._protocol("s3://a/b") != iceberg._protocol("/a/b")
+    )
+
+
+def test_a_run_over_a_table_resumes_with_the_files_of_its_version(
+    catalog: Any, tiny_bert: Path, tmp_path: Path
+) -> None:
+    table = made(catalog)
+    config: RunConfig = config_of(tiny_bert, place(table), tmp_path / "s", keep_columns="lang")
+    before = plan.make_plan(config)
+    table.append(rows("more"))
+    assert plan.make_plan(config).shards == before.shards
+    with afn_ray.run(config) as run:
+        found = run.sql("SELECT lang, count(*) FROM documents GROUP BY ALL ORDER BY 1").fetchall()
+        assert found == [("de", 1), ("en", 2)]
+    assert not afn_ray.verify_store(str(tmp_path / "s")).findings
+
+
+def test_without_the_extra_the_message_names_it(
+    catalog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(metadata: str) -> Any:
+        raise ImportError
+
+    table = made(catalog)
+    monkeypatch.setattr(iceberg, "_load", missing)
+    with pytest.raises(ConfigError, match=r'pip install "afn-ray\[iceberg\]"'):
+        read(place(table))
