@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from afn_ray.corpus import listing, reading, selection
 from afn_ray.corpus_values import NOTHING_UNREAD, FileInfo, FileSlice, ReadOptions, Unread
-from afn_ray.store import storage
+from afn_ray.store import readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def _beginning_of_part(part: FileSlice, options: ReadOptions, limit: int) -> tup
         return found, first.selected
     # A line ends where the next one begins.
     end = first.following.offset
-    data = storage.read_bytes(part.uri, part.start, end)
+    data = readers.read_range(part.uri, part.start, end)
     sha256 = hashlib.sha256(data).hexdigest()
     found = replace(found, end=end, num_bytes=len(data), sha256=sha256, limit=-1)
     return found, first.selected

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import afn_ray
-from afn_ray.corpus import listing, reading
+from afn_ray.corpus import first, listing, reading
 from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 from afn_ray.errors import CorpusChanged, CorpusError
 from afn_ray.runs import plan
@@ -149,6 +149,18 @@ def test_a_member_keeps_its_identity_while_its_archive_changes(
         list(reading.read(gone, config.read_options))
 
 
+@pytest.mark.parametrize("kind", PACK)
+def test_a_limit_takes_the_first_documents_of_members(kind: str, tmp_path: Path) -> None:
+    lines = [f"text {i}\n" for i in range(10)]
+    path = tmp_path / f"x.{kind}"
+    path.write_bytes(PACK[kind]({f"{i}.txt": "".join(lines).encode() for i in range(3)}))
+    files, _ = listing.list_files([str(path)], OPTIONS)
+    found = first.cut_first(files, 17, OPTIONS, lambda file: listing.parts(file, OPTIONS, 40))
+    texts = [d.text for piece in found.slices for d in reading.read(piece, OPTIONS)]
+    assert texts == [line.strip() for line in [*lines, *lines[:7]]]
+    assert found.unread.first == f"{path}::2.txt"
+
+
 # --- damage
 
 
@@ -172,7 +184,7 @@ def test_a_damaged_archive_is_quarantined_and_counted(kind: str, tmp_path: Path)
             read_bytes = sum(512 + -(-len(members[name]) // 512) * 512 for name in found)
             assert document.lost_bytes == max(1, left - read_bytes)
         assert all(d.problem is None for documents in found.values() for d in documents)
-    for _ in range(60):
+    for _ in range(25):
         bad = bytearray(data)
         at = chance.randrange(len(bad))
         bad[at : at + 9] = chance.randbytes(9)

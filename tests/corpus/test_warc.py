@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import afn_ray
-from afn_ray.corpus import html, listing, reading, streams, warc
+from afn_ray.corpus import first, html, listing, reading, streams, warc
 from afn_ray.corpus_values import Document, ReadOptions, Shard
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.kept import parse
@@ -141,10 +141,12 @@ def test_headers_are_columns_in_any_case(tmp_path: Path) -> None:
 def test_damage_costs_its_record_and_is_counted(
     damaged: bytes, reason: str, tmp_path: Path
 ) -> None:
-    first, *lost, last = read(tmp_path, page(1) + damaged + page(2), replace(PAGES, id_column=None))
-    assert first.text.startswith("Page 1")
+    before, *lost, last = read(
+        tmp_path, page(1) + damaged + page(2), replace(PAGES, id_column=None)
+    )
+    assert before.text.startswith("Page 1")
     if reason.startswith("is over"):  # nobody knows where such a record ends
-        lost, last = [last], first
+        lost, last = [last], before
     assert last.text.startswith("Page ") and len(lost) == 1
     assert reason in str(lost[0].problem)
     assert lost[0].lost_bytes in (len(damaged), len(damaged + page(2)))
@@ -159,8 +161,8 @@ def test_a_file_that_was_cut_keeps_its_whole_records(cut: int, tmp_path: Path) -
         assert documents[1].text.startswith("Page 2") and len(documents) == 2
     elif cut < len(page(2)):
         assert documents[1].lost_bytes == len(page(2)) - cut and len(documents) == 2
-    first, second = gzip.compress(page(1)), gzip.compress(page(2))
-    documents = read(tmp_path, (first + second)[: -min(cut, 200)], name="c.warc.gz")
+    whole, second = gzip.compress(page(1)), gzip.compress(page(2))
+    documents = read(tmp_path, (whole + second)[: -min(cut, 200)], name="c.warc.gz")
     assert documents[0].text.startswith("Page 1")
     assert "truncated or corrupt gz stream" in str(documents[-1].problem)
     if len(documents) == 2:  # else the text was whole, but not its checksum
@@ -183,6 +185,18 @@ def test_a_damaged_archive_never_raises_and_never_loses_a_byte_uncounted(tmp_pat
         (file,) = listing.list_files([str(tmp_path / "c.warc")], options)[0]
         (piece,) = listing.cut(file, options, 1)
         assert len(list(reading.read(piece, options))) <= 20
+
+
+@pytest.mark.parametrize("ending", ["warc", "warc.gz"])
+def test_a_limit_takes_the_first_pages(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"c.{ending}"
+    pages = [page(i) for i in range(9)]
+    path.write_bytes(b"".join(map(gzip.compress, pages) if ending == "warc.gz" else pages))
+    files, _ = listing.list_files([str(path)], PAGES)
+    found = first.cut_first(files, 4, PAGES, lambda file: listing.parts(file, PAGES, 40))
+    documents = [d for piece in found.slices for d in reading.read(piece, PAGES)]
+    assert [d.doc_id for d in documents] == [f"<urn:{i}>" for i in range(4)]
+    assert not any(d.problem for d in documents)
 
 
 # --- pages
