@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from afn_ray import cgroup
+from afn_ray import cgroup, notebook
 from afn_ray.errors import QueryError
 from afn_ray.query import sandbox
 from afn_ray.query.backend import Backend
@@ -166,6 +166,19 @@ class Run:
         return printable(
             f"<Run {self.id}: {model}, layers {layers}, {tokens:,} tokens, {self.uri}>"
         )
+
+    def _repr_html_(self) -> str:
+        counts = self.info.get("counts", {})
+        named = {
+            "run": self.id,
+            "model": self.info.get("model", {}).get("name"),
+            "layers": ", ".join(map(str, self.info["layers"])),
+            "documents": f"{counts.get('documents', 0):,}",
+            "tokens": f"{counts.get('tokens', 0):,}",
+            "measure": self.info["measure"].get("id"),
+            "place": self.uri,
+        }
+        return notebook.facts("Run", named)
 
     def __enter__(self) -> Run:
         return self

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
+from afn_ray import notebook
 from afn_ray.errors import QueryError
 from afn_ray.query.backend import Backend
 from afn_ray.query.protocol import Answer, Made, Steps
@@ -136,6 +137,28 @@ class Result:
 
     def __repr__(self) -> str:
         return self._text(None)
+
+    def _repr_html_(self) -> str:
+        """The first rows as an HTML table; the query computes no more than these."""
+        reader = self.to_arrow_reader(notebook.MAX_ROWS + 1)
+        taken: list[pa.RecordBatch] = []
+        num_rows = 0
+        for batch in reader:
+            taken.append(batch)
+            num_rows += batch.num_rows
+            if num_rows > notebook.MAX_ROWS:
+                break
+        first = pa.Table.from_batches(taken, reader.schema)
+        return notebook.table("", first, more=num_rows > notebook.MAX_ROWS)
+
+    def _repr_mimebundle_(
+        self, include: Container[str] | None = None, exclude: Container[str] | None = None
+    ) -> dict[str, str]:
+        """The rows for a notebook as HTML, and elsewhere as text, so that a query runs once."""
+        if include is not None and "text/html" not in include:
+            return {"text/plain": repr(self)}
+        columns = printable(", ".join(self.columns))
+        return {"text/html": self._repr_html_(), "text/plain": f"<Result: {columns}>"}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):

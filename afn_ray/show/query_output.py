@@ -6,12 +6,8 @@ import codecs
 import contextlib
 import io
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import date
-from datetime import time as time_of_day
-from decimal import Decimal
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO, Any
 
 import pyarrow as pa
@@ -21,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from afn_ray.cells import as_text, cell_text, is_number, listed, plain
 from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
 from afn_ray.query.result import Result
@@ -28,8 +25,6 @@ from afn_ray.store import parquet
 from afn_ray.text import count, printable
 
 FORMATS = ("table", "csv", "json", "parquet")
-MAX_CELL = 300
-"""Largest length of a table cell, in characters; the number left out is shown."""
 TEXT_WIDTH = 24
 """Least width of text columns, in characters, before columns are left out of a table."""
 BATCH_ROWS = 1 << 14
@@ -120,7 +115,7 @@ def csv_rows(schema: pa.Schema, out: IO[bytes]) -> Iterator[Callable[[pa.RecordB
             columns = []
             for column in batch.columns:
                 if not _is_flat(column.type):
-                    texts = map(_as_text, _values(column))
+                    texts = map(as_text, _values(column))
                     column = pa.array(texts, pa.string())
                 columns.append(column)
             writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=text_schema))
@@ -179,63 +174,11 @@ def _values(column: pa.Array) -> list[Any]:
     """
     if pa.types.is_float32(column.type):
         texts = column.cast(pa.string()).to_pylist()
-        return [None if text is None else _plain(float(text)) for text in texts]
-    values = _listed(column)
+        return [None if text is None else plain(float(text)) for text in texts]
+    values = listed(column)
     if _is_flat(column.type) and not pa.types.is_floating(column.type):
         return values
-    return [_plain(value) for value in values]
-
-
-def _listed(column: pa.Array) -> list[Any]:
-    """The column's values; dates outside Python's range, such as the year 20000, become text."""
-    try:
-        values: list[Any] = column.to_pylist()
-        return values
-    except (ArithmeticError, ValueError):
-        return [_value(scalar) for scalar in column]
-
-
-def _value(scalar: pa.Scalar) -> Any:
-    try:
-        return scalar.as_py()
-    except (ArithmeticError, ValueError):
-        pass
-    kind = scalar.type
-    if pa.types.is_struct(kind):
-        return {name: _value(part) for name, part in scalar.items()}
-    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
-        return [_value(part) for part in scalar.values]
-    most = 2**31 - 1 if pa.types.is_date32(kind) else 2**63 - 1
-    if getattr(scalar, "value", None) in (most, -most):
-        return "infinity" if scalar.value > 0 else "-infinity"
-    try:
-        return scalar.cast(pa.string()).as_py()
-    except (pa.ArrowException, ArithmeticError, ValueError):
-        return str(scalar.value) if hasattr(scalar, "value") else repr(scalar)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, date | time_of_day):
-        return value.isoformat()
-    if isinstance(value, Mapping):
-        return {str(key): _plain(element) for key, element in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(element) for element in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
-
-
-def _as_text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False)
+    return [plain(value) for value in values]
 
 
 def _print_table(result: Result, out: IO[bytes] | None, max_rows: int | None) -> int:
@@ -261,7 +204,7 @@ def _first_rows(
     """The first ``max_rows`` rows, and whether there are more; the rest is not computed."""
     rows: list[tuple[Any, ...]] = []
     for batch in reader:
-        rows += zip(*map(_listed, batch.columns), strict=True)
+        rows += zip(*map(listed, batch.columns), strict=True)
         if max_rows is not None and len(rows) > max_rows:
             return rows[:max_rows], True
     return rows, False
@@ -269,12 +212,12 @@ def _first_rows(
 
 def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more: bool) -> None:
     names = [printable(name) for name in schema.names]
-    is_number = [_is_number(kind) for kind in schema.types]
+    numeric = [is_number(kind) for kind in schema.types]
     columns = [[_cell(row[i]) for row in rows] for i in range(len(names))]
     least = []
     for at, name in enumerate(names):
         width = max(len(name), *(cell.cell_len for cell in columns[at]), 0)
-        least.append(width if is_number[at] else min(width, TEXT_WIDTH))
+        least.append(width if numeric[at] else min(width, TEXT_WIDTH))
     shown = _fitting(least, console.width)
     cut = len(shown) < len(names)
     middle = (len(shown) + 1) // 2
@@ -284,8 +227,8 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
             table.add_column("…")
         table.add_column(
             Text(names[at]),
-            justify="right" if is_number[at] else "left",
-            no_wrap=is_number[at],
+            justify="right" if numeric[at] else "left",
+            no_wrap=numeric[at],
             overflow="fold",
         )
     for r in range(len(rows)):
@@ -316,21 +259,5 @@ def _fitting(widths: list[int], room: int) -> list[int]:
     return shown
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-    )
-
-
 def _cell(value: Any) -> Text:
-    if value is None:
-        return Text("NULL", style="dim italic")
-    if isinstance(value, float):
-        return Text(f"{value:.6g}")
-    if isinstance(value, bool):
-        return Text("true" if value else "false")
-    text = printable(_as_text(_plain(value)) or "")
-    num_left_out = len(text) - MAX_CELL
-    if num_left_out > 0:
-        text = f"{text[:MAX_CELL]}… (+{num_left_out:,} characters)"
-    return Text(text)
+    return Text("NULL", style="dim italic") if value is None else Text(cell_text(value))
