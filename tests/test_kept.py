@@ -19,6 +19,7 @@ import pytest
 import afn_ray
 from afn_ray import kept
 from afn_ray.analysis import remeasure, verify
+from afn_ray.analysis.local_model import LocalModel
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing, reading
 from afn_ray.corpus_values import Document, ReadOptions, Shard
@@ -396,7 +397,7 @@ def test_an_older_run_with_a_column_of_a_name_reserved_since_is_read_and_proved(
     assert groups == [(None if value is None else str(value),) for value in values]
     folder = manifest.find_run(uri)
     assert group_drift.grouping_column(folder) == kept.KeptColumn(LANGUAGE, kind)
-    task = remeasure.recorded_task(folder, remeasure.LocalModel())
+    task = remeasure.recorded_task(folder, LocalModel())
     assert task.measure.id == folder.info["measure"]["id"]
 
 

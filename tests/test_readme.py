@@ -22,7 +22,7 @@ from bench import commands as bench_commands
 from conftest import command_parsers, fenced, flags_of, stop_after, write_jsonl
 
 ROOT = Path(__file__).parent.parent
-GUIDE = ("questions", "signals", "audit", "engine", "store", "export")
+GUIDE = ("questions", "python", "signals", "audit", "engine", "store", "export")
 PAGES = (ROOT / "README.md", *(ROOT / "infra" / "guide" / f"{name}.md" for name in GUIDE))
 """In the order in which their commands can be given: those of one stand on what those before it
 made.

@@ -19,8 +19,13 @@ import pytest
 
 import afn_ray
 from afn_ray import schema
+from afn_ray.analysis import audit, claims, explanation, neuron_questions
 from afn_ray.config import HINTS, RunConfig
+from afn_ray.exports import export
 from afn_ray.query import views
+from afn_ray.runs import status
+from afn_ray.show import beyond, card, doctor, summary
+from afn_ray.store import garbage
 from conftest import command_parsers
 
 FROZEN = Path(__file__).parent / "frozen"
@@ -45,6 +50,28 @@ def test_public_names() -> None:
     assert all(getattr(afn_ray, name) is not None for name in afn_ray.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         afn_ray.nothing  # noqa: B018
+
+
+def test_tables_of_the_python_api() -> None:
+    """Columns of the Arrow tables that results have and no store has."""
+    tables = {
+        "Audit.table": audit.RULES,
+        "Card.table": card.LAYER_FIGURES,
+        "Claims.table": claims.FIGURES,
+        "Diagnosis.table": doctor.CHECKS,
+        "Explanation.table": explanation.TOKENS,
+        "Explanation.word_table": explanation.WORDS,
+        "Exported.table": export.FILES,
+        "Garbage.table": garbage.FOLDERS,
+        "NeuronUses.table": neuron_questions.CONTEXT_COLUMNS,
+        "Rankings.table": beyond.RANKED,
+        "RunSummary.classes": summary.CLASS_SHARES,
+        "RunSummary.table": summary.LAYERS,
+        "SelectiveNeurons.table": neuron_questions.NEURON_COLUMNS,
+        "Statuses.table": status.TABLE,
+        "WordNeurons.table": neuron_questions.WORD_COLUMNS,
+    }
+    check("tables", {name: columns(arrow) for name, arrow in tables.items()})
 
 
 def test_arrow_schemas() -> None:

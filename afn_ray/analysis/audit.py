@@ -9,8 +9,10 @@ from datetime import date
 from functools import partial
 from typing import Annotated, TypedDict
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import notebook
 from afn_ray.analysis import baselines, copies, parts, past, verdict
 from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.copies import CopiesJson
@@ -36,6 +38,18 @@ JSON_VERSION = 3
 """Version of audit.json's layout; raised when an entry goes or changes its meaning."""
 ANSWERS = {HELD: "the policy holds", BROKEN: "the policy is broken", NOT_JUDGED: "not judged"}
 """Words for each state in the last line of the output."""
+
+
+RULES = pa.schema(
+    [
+        ("limit", pa.string()),
+        ("state", pa.string()),
+        ("value", pa.float64()),
+        ("where", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+"""Columns of ``Audit.table``; the fields of ``Rule`` say what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,19 @@ class Audit:
     def reason(self) -> str | None:
         """Limits that were not judged, with the causes; None if all were judged."""
         return "; ".join(verdict.reasons(self.rules)) or None
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each limit of the policy, with the columns of ``RULES``."""
+        rows = [
+            {"limit": rule.key, "state": rule.state, "value": rule.value, "where": rule.where}
+            | {"reason": rule.reason}
+            for rule in in_order(self.rules)
+        ]
+        return pa.Table.from_pylist(rows, RULES)
+
+    def _repr_html_(self) -> str:
+        return notebook.table(f"Audit: {self.state}", self.table) + notebook.text(self.notes)
 
 
 @series_runs.read_once()

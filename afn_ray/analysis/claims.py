@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from afn_ray import notebook
 from afn_ray.analysis.bootstrap import Drawn, Figure, Quantity, Sample, combined, fixed
 from afn_ray.analysis.explained import MODELS, deviance_by_rank, explained
+from afn_ray.analysis.local_model import LocalModel
 from afn_ray.analysis.token_pass import (
     KINDS,
     RIVALS,
@@ -31,12 +35,32 @@ from afn_ray.analysis.token_pass import (
     Variable,
     read_sums,
 )
-from afn_ray.query.database import Run
+from afn_ray.query.database import Run, opened
 from afn_ray.reduce.stats import Float64s, auc
+from afn_ray.runs import precheck
 from afn_ray.text import count
 
 MAX_TOKENS = 5_000_000
 """Default of ``max_tokens``; enough for intervals of a thousandth within an acceptable wait."""
+TIMEOUT_S = 600.0
+"""Default time limit of each query, in seconds."""
+
+
+FIGURES = pa.schema(
+    [
+        ("claim", pa.string()),
+        ("what", pa.string()),
+        ("of", pa.string()),
+        ("layer", pa.int64()),
+        ("value", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+        ("n", pa.int64()),
+        ("n_docs", pa.int64()),
+        ("is_control", pa.bool_()),
+    ]
+)
+"""Columns of ``Claims.table``; the fields of ``Figure`` say what they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +70,19 @@ class Claims:
     run: str  # URI
     notes: tuple[str, ...]
     figures: tuple[Figure, ...]
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each figure, with the columns of ``FIGURES``; a missing bound is NaN."""
+        return pa.Table.from_pylist([asdict(figure) for figure in self.figures], FIGURES)
+
+    def _repr_html_(self) -> str:
+        parts = []
+        for claim, question in CLAIMS.items():
+            here = self.table.filter(pc.field("claim") == claim).drop_columns(["claim"])
+            if here.num_rows:
+                parts.append(notebook.table(question, here))
+        return "".join(parts) + notebook.text(self.notes)
 
 
 CLAIMS = {
@@ -82,15 +119,45 @@ NO_ATTENTION = (
 )
 
 
-def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -> Claims:
-    """Compute every figure that the signals of ``run`` allow.
+def claims(
+    run: str | Run,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    max_s: float = math.inf,
+    masked_documents: int = 0,
+    local: LocalModel = LocalModel(),  # noqa: B008 - frozen
+    timeout_s: float = TIMEOUT_S,
+) -> Claims:
+    """Compute every figure that the signals of a run allow, each beside its control.
 
-    A run of more than ``max_tokens`` is sampled down to about that many tokens, in documents chosen
-    by their hash, at least about ``GROUPS``.
+    ``run`` is a run's URI, a store's URI for its latest complete run, or an open run. A run of more
+    than ``max_tokens`` is sampled down to about that many tokens, in documents chosen by their
+    hash, at least about ``GROUPS``. ``timeout_s`` is the time limit of each query, in seconds, of a
+    run that is not open yet. With ``masked_documents`` the model, which may be ``local``, also
+    measures that many documents in this process, with and without their HIGH tokens
+    (``analysis.masking``).
 
-    Raises ``QueryError`` for a query that takes too long (raise its limit with ``open_run(...,
-    timeout_s=...)``), once ``max_s`` seconds have passed, and for a run without a token.
+    Raises ``QueryError`` for a query that takes too long, once ``max_s`` seconds have passed, and
+    for a run without a token. Raises what ``open_run`` raises and, with ``masked_documents``, what
+    ``masking.check`` raises.
     """
+    if masked_documents:  # the model may be missing here, which is known before any figure
+        precheck.check_question(run if isinstance(run, str) else run.uri, local.name)
+    with opened(run, timeout_s=timeout_s) as tables:
+        masked: list[Figure] = []
+        note = ""
+        if masked_documents:
+            from afn_ray.analysis import masking  # loads torch
+
+            masked, note = masking.check(tables, masked_documents, local)
+        notes, figures = _figures(tables, max_tokens, max_s)
+        if note:
+            notes.append(note)
+        return Claims(tables.uri, tuple(notes), (*figures, *masked))
+
+
+def _figures(run: Run, max_tokens: int, max_s: float) -> tuple[list[str], list[Figure]]:
+    """Notes and figures on the tokens that ``run`` recorded."""
     sample = Sample(run, max_tokens, max_s)
     layers: list[int] = list(run.info["layers"])
     recorded = set(run.sql("FROM tokens LIMIT 0").columns)
@@ -110,7 +177,7 @@ def claims(run: Run, *, max_tokens: int = MAX_TOKENS, max_s: float = math.inf) -
     notes = [*sample.notes, *DEFINITIONS]
     if not any(figure.claim == "attention" for figure in figures):
         notes.append(NO_ATTENTION)
-    return Claims(run.uri, tuple(notes), tuple(figures))
+    return notes, figures
 
 
 @dataclass(frozen=True, slots=True)

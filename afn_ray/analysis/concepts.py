@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from rich import box
-from rich.console import Console, JustifyMethod
-from rich.table import Table
-from rich.text import Text
 
 from afn_ray.errors import ConfigError
 from afn_ray.query.database import Run
 from afn_ray.query.expressions import lower_word
-from afn_ray.text import printable
 
 LEAST_N = 20
 """Least number of tokens with a neuron for it to be ranked; fewer have much in common by chance."""
@@ -27,7 +20,6 @@ CONTEXTS = 10
 WORDS_BESIDE = 6
 TOKENS_BESIDE = 40
 """Number of tokens read on each side of a token, to form the words around it."""
-SHOWN_TYPES = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,120 +218,3 @@ def _context(run: Run, doc: int, position: int, value: float) -> Context:
     left = words[max(0, at - WORDS_BESIDE) : at]
     right = words[at + 1 : at + 1 + WORDS_BESIDE]
     return Context(doc, position, value, " ".join(left), words[at], " ".join(right))
-
-
-# --- output
-
-
-def layer_text(run: Run, layer: int) -> str:
-    """Heading of every view: the layer, other recorded layers, and a note on HIGH-only neurons."""
-    measure = run.info["measure"]
-    heading = f"Layer {layer}"
-    others = [str(k) for k in measure["neuron_layers"] if k != layer]
-    if others:
-        heading += f" (--layer: {', '.join(others)})"
-    if "neurons_above" in measure:
-        heading += "; neurons of HIGH tokens alone were recorded: all figures are of these"
-    return heading
-
-
-def render_selective(found: Sequence[Neuron], console: Console) -> None:
-    """Print the most selective neurons of a layer."""
-    table = _headed_table("neuron", "n", "share", "mean", "largest", "bits", "answers to")
-    for x in found:
-        figures = (
-            f"{x.n:,}",
-            f"{x.share:.2%}",
-            f"{x.mean:.2f}",
-            f"{x.largest:.2f}",
-            f"{x.selectivity:.1f}",
-        )
-        table.add_row(str(x.neuron), *figures, _types(x))
-    console.print(table)
-    _legend(
-        console,
-        "n: tokens that have the neuron among their neurons. bits: how far its tokens' types are "
-        "from all tokens' types, which is more by chance where n is small. answers to: types that "
-        f"make most of these bits. Neurons met less than {LEAST_N} times are left out.",
-    )
-
-
-def render_word(word: str, found: Sequence[Concept], occurrences: int, console: Console) -> None:
-    """Print the neurons of a word."""
-    limit = ", the early ones" if occurrences == MOST_OCCURRENCES else ""
-    console.print(Text(f"{printable(word)}: {occurrences:,} occurrences{limit}", "bold"))
-    if not found:
-        console.print(
-            "no neuron that was recorded of its tokens is met more often in it than elsewhere"
-        )
-        return
-    table = _headed_table("neuron", "in the word", "elsewhere", "lift", "mean", "answers to")
-    for x in found:
-        table.add_row(
-            str(x.neuron.neuron),
-            f"{x.share:.1%}",
-            f"{x.elsewhere:.2%}",
-            _shown_lift(x.lift),
-            f"{x.mean:.2f}",
-            _types(x.neuron),
-        )
-    console.print(table)
-    _legend(
-        console,
-        "in the word: share of its tokens that have the neuron among their neurons. lift: times "
-        "as often as in all other tokens. mean: its value in the word.",
-    )
-
-
-def _shown_lift(lift: float | None) -> str:
-    if lift is None:
-        return "only here"
-    return f"{lift:,.0f}" if lift >= 10 else f"{lift:.1f}"
-
-
-def render_neuron(neuron: Neuron, found: Sequence[Context], console: Console) -> None:
-    """Print one neuron: its types, and the tokens with its largest absolute values."""
-    console.print(Text(f"Layer {neuron.layer}, neuron {neuron.neuron}", "bold"))
-    console.print(
-        f"among the neurons of {neuron.n:,} tokens ({neuron.share:.2%}) of {neuron.n_types:,} "
-        f"types; mean {neuron.mean:.2f}, largest {neuron.largest:.2f}, selectivity "
-        f"{neuron.selectivity:.1f} bits"
-    )
-    table = _headed_table("type", "n", "lift")
-    for text, n, lift in neuron.types:
-        table.add_row(Text(printable(text)), f"{n:,}", f"{lift:,.1f}")
-    console.print(table)
-    _legend(
-        console,
-        "largest: with its sign, as the mean. selectivity: how far its tokens' types are from all "
-        "tokens' types. Types come by their part in that, n of their tokens with the neuron, and "
-        "lift: times as often as by chance. Below, tokens in which it is furthest from 0.",
-    )
-    lines = Table(box=None, show_header=False, pad_edge=False)
-    sides: tuple[JustifyMethod, ...] = ("right", "right", "left")
-    for justify in sides:
-        lines.add_column(justify=justify, overflow="fold")
-    for c in found:
-        lines.add_row(
-            f"{c.value:.2f}",
-            Text(printable(c.left)),
-            Text.assemble((printable(c.word), "bold underline"), f" {printable(c.right)}"),
-        )
-    console.print(lines)
-
-
-def _headed_table(*heads: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in heads:
-        is_text = head in ("type", "answers to")
-        justify: JustifyMethod = "left" if is_text else "right"
-        table.add_column(head, justify=justify, overflow="fold", no_wrap=not is_text)
-    return table
-
-
-def _types(neuron: Neuron) -> Text:
-    return Text(", ".join(printable(text) for text, _, _ in neuron.types[:SHOWN_TYPES]))
-
-
-def _legend(console: Console, text: str) -> None:
-    console.print(Text(text, "dim"))

@@ -1,11 +1,10 @@
-"""One text compared with a run: its tokens' measurements, and the inputs of a decision."""
+"""Compare one text with a run: measure its tokens, and attribute a classifier's decision to them."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,184 +12,75 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import model
-from afn_ray.analysis.remeasure import LocalModel, measure_text, notes_on, recorded_task
-from afn_ray.analysis.word_readings import (
-    ExplainedWord,
-    TextWord,
-    Usual,
-    explained_words,
-    words_of,
+from afn_ray.analysis.explanation import (
+    TOP,
+    Cell,
+    Decision,
+    ExplainedToken,
+    Explanation,
+    Label,
+    NeuronPart,
+    Question,
+    Reading,
+    Thresholds,
+    Value,
+    index_of,
 )
+from afn_ray.analysis.local_model import LocalModel
+from afn_ray.analysis.remeasure import measure_text, notes_on, recorded_task
+from afn_ray.analysis.word_readings import TextWord, Usual, explained_words, words_of
 from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
+from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.stats import spearman
 from afn_ray.runs import worker
 from afn_ray.runs.measurer import find_model
 from afn_ray.runs.task import Task
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
 from afn_ray.store import label_thresholds, manifest
+from afn_ray.store.manifest import RunFolder
 from afn_ray.tokens.encode import Encoded
-
-TOP = 10
-"""Number of tokens and neurons that a decision lists, and of labels that it shows."""
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One token's value of a signal other than strength, at one layer."""
-
-    signal: str  # column name without the layer
-    value: float
-    quartile: (
-        int | None
-    )  # by the run's thresholds; None where it did not record the signal, and for special tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """One token at one layer, compared with the run."""
-
-    layer: int
-    strength: float
-    quartile: int | None  # 1 to 4 by the run's thresholds; None for special tokens
-    high: bool | None  # at or above Q3
-    rank: float | None  # share of the run's non-special tokens at or below ``strength``
-    usual: Usual | None  # None: the type is not in the run
-    signals: tuple[Value, ...] = ()  # the requested ones that the layer has
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One token at one layer, compared within this text alone."""
-
-    layer: int
-    strength: float
-    rank: float | None  # share of the text's non-special tokens at or below ``strength``
-    decile: int | None  # 0 to 9 by ``rank``; both are None for special tokens
-    quartile: int | None  # by the run's thresholds; None where it did not record the layer
-
-
-@dataclass(frozen=True, slots=True)
-class ExplainedToken:
-    """One token of the text."""
-
-    text: str  # as in the text; empty for special tokens
-    piece: str  # as in the tokenizer's vocabulary
-    token_id: int
-    start: int  # start and end: character offsets into the text
-    end: int
-    special: bool
-    word_start: bool
-    readings: tuple[Reading, ...]  # in the order of ``Explanation.layers``
-    cells: tuple[Cell, ...] = ()  # in the order of ``Explanation.sweep``
-
-
-@dataclass(frozen=True, slots=True)
-class Thresholds:
-    """The run's quartiles of one layer, over all its tokens except special ones."""
-
-    layer: int
-    n: int
-    q1: float
-    q2: float
-    q3: float
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """One label of the classifier."""
-
-    name: str
-    value: float  # probability; for a regression the value
-
-
-@dataclass(frozen=True, slots=True)
-class NeuronPart:
-    """A neuron of the layer's MLP and its part in a decision."""
-
-    neuron: int
-    attribution: float  # sum over all tokens
-    token: int  # index of the token with its largest absolute attribution
-    attribution_there: float
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The classifier's output for the text and its attributions, as in ``model.Decided``."""
-
-    layer: int
-    kind: str  # "one" of the labels, "any" of them, or a "value"
-    labels: tuple[Label, ...]
-    chosen: int  # index of the label that the attributions explain
-    attributions: tuple[float, ...]  # by token
-    neurons: tuple[NeuronPart, ...]  # the ``TOP`` largest by absolute attribution; empty at layer 0
-    spearman: (
-        float | None
-    )  # of strength and absolute attribution, without special tokens; None where either is constant
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """A text's tokens compared with a run."""
-
-    run: str  # URI
-    model: str
-    dtype: str
-    device: str  # device on which the text was measured
-    text: str
-    layers: tuple[int, ...]  # ascending
-    thresholds: tuple[Thresholds, ...]  # in the order of ``layers``
-    tokens: tuple[ExplainedToken, ...]
-    notes: tuple[str, ...]  # reasons why figures may differ from the run's in their last digits
-    sweep: tuple[int, ...] = ()  # layers of the heat map, ascending
-    decision: Decision | None = None
-    words: tuple[ExplainedWord, ...] = ()  # of several tokens; empty if the run counted no words
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """Question about a text, beside its strengths at the recorded layers."""
-
-    signals: str = STRENGTH  # also measured, recorded or not
-    layers: str | None = None  # layers of a heat map, recorded or not; same syntax as in a config
-    task: bool = False  # run the model's own sequence classifier, and attribute its output
-    layer: int | None = None  # of the attributions; None: the deepest recorded layer
-
-
 def explain(
-    run_uri: str,
+    run: str | RunFolder | Run,
     text: str,
-    question: Question = Question(),
+    question: Question = Question(),  # noqa: B008 - frozen
     local: LocalModel = LocalModel(),  # noqa: B008 - frozen
 ) -> Explanation:
-    """Measure ``text`` as the run at ``run_uri`` measured its corpus, in this process, and compare.
+    """Measure ``text`` as ``run`` measured its corpus, in this process, and compare.
+
+    ``run`` is a run's URI, a store's URI for its latest complete run, or a run. ``question`` says
+    what to measure beside the strengths at the recorded layers. ``local`` is the model, if it has
+    moved since the run, and what it may do here. Each call loads the model.
 
     Raises ``StoreError`` where there is no such run, and ``ConfigError`` for a text without tokens,
     a layer that was not recorded or an unknown signal. Raises ``ModelError`` when the model here
     differs from the run's (the message names the differences), cannot give a signal or has no
     classifier.
     """
-    run = manifest.find_run(run_uri)
-    plan = recorded_task(run, local)
+    folder = folder_of(run)
+    sweep: tuple[int, ...] = ()
+    if question.layers is not None:
+        sweep = resolve_layers(question.layers, folder.info["model"]["depth"])
+    plan = recorded_task(folder, local)
     layer = plan.measure.layers[index_of(plan.measure.layers, question.layer)]
-    plan = _with_signals(plan, question.signals, run.uri)
+    plan = _with_signals(plan, question.signals, folder.uri)
     cleaned = SURROGATES.sub("\ufffd", text)  # no surrogates, as in the corpus
     measured, pieces = measure_text(plan, cleaned, cleaned != text)
     encoded = measured.encoded
     by_series = dict(zip(plan.measure.series, measured.values, strict=True))
     is_special = (encoded.flags & SPECIAL) > 0
     words = words_of(cleaned, encoded)
-    tables = _tables(run, encoded.token_ids, words)
+    tables = _tables(folder, encoded.token_ids, words)
     thresholds, readings = _compare(tables, encoded.token_ids, is_special, by_series)
     strengths = {k: by_series[Series(STRENGTH, k)] for k in plan.measure.layers}
     q3 = {limits.layer: limits.q3 for limits in thresholds}
     explained = explained_words(words, strengths, q3, tables.get("word_vocabulary"))
-    sweep: tuple[int, ...] = ()
-    if question.layers is not None:
-        sweep = resolve_layers(question.layers, run.info["model"]["depth"])
+    if sweep:
         by_series |= _measure_elsewhere(plan, sweep, cleaned, cleaned != text)
     cells = []
     for k in sweep:
@@ -199,11 +89,11 @@ def explain(
     tokens = _tokens(cleaned, encoded, pieces, list(readings.values()), cells)
     decision = None
     if question.task:
-        _check_window(len(tokens), run.info["measure"]["window_tokens"])
+        _check_window(len(tokens), folder.info["measure"]["window_tokens"])
         strengths = by_series[Series(STRENGTH, layer)]
         decision = _decide(plan, layer, encoded.token_ids, strengths, is_special)
     return Explanation(
-        run=run.uri,
+        run=folder.uri,
         model=plan.config.model,
         dtype=plan.measure.dtype,
         device=plan.device,
@@ -211,7 +101,7 @@ def explain(
         layers=plan.measure.layers,
         thresholds=tuple(thresholds),
         tokens=tokens,
-        notes=notes_on(run.info["made_by"], plan.device, plan.measure.dtype),
+        notes=notes_on(folder.info["made_by"], plan.device, plan.measure.dtype),
         sweep=sweep,
         decision=decision,
         words=explained,
@@ -278,9 +168,7 @@ def _with_signals(task: Task, signals: str, run_uri: str) -> Task:
     return task
 
 
-def _tables(
-    run: manifest.RunFolder, token_ids: Any, words: Sequence[TextWord]
-) -> dict[str, pa.Table]:
+def _tables(run: RunFolder, token_ids: Any, words: Sequence[TextWord]) -> dict[str, pa.Table]:
     """Tables of ``run`` that a text is compared with; ``labels`` are the thresholds that label.
 
     Those of types and words have the rows of the text's own.
@@ -452,19 +340,3 @@ def _usual(vocabulary: pa.Table) -> dict[tuple[int, bool], Usual]:
         is_special = row["class"] == "special"
         usual[row["token_id"], is_special] = Usual(row["n"], row["q2"], row["share_high"])
     return usual
-
-
-def index_of(layers: tuple[int, ...], layer: int | None) -> int:
-    """Index of ``layer`` among the recorded ``layers``; None means the deepest."""
-    if layer is None:
-        return len(layers) - 1
-    if layer not in layers:
-        recorded = ", ".join(map(str, layers))
-        raise ConfigError(f"layer {layer} was not recorded; the run has {recorded}")
-    return layers.index(layer)
-
-
-def to_json(explanation: Explanation) -> dict[str, Any]:
-    """``explanation`` as plain values, equal to what ``json.loads`` returns."""
-    value: dict[str, Any] = json.loads(json.dumps(asdict(explanation), allow_nan=False))
-    return value

@@ -17,6 +17,7 @@ from afn_ray import config
 from afn_ray.analysis import learned, limits, policy
 from afn_ray.analysis.limits import PART_LIMITS, WHOLE_LIMITS, Limit
 from afn_ray.config import DEFAULTS, HINTS, RunConfig
+from afn_ray.errors import ConfigError
 
 Schema = dict[str, Any]
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
@@ -82,6 +83,16 @@ SCHEMAS: dict[str, Callable[[], Schema]] = {
     "audit": audit_schema,
 }
 """Schemas by the name of what they describe."""
+
+
+def schema_of(name: str) -> Schema:
+    """The JSON Schema (draft 2020-12) of ``name``: run (run.toml), policy (policy.toml) or audit.
+
+    Raises ``ConfigError`` for any other name.
+    """
+    if name not in SCHEMAS:
+        raise ConfigError(f"there is no schema of {name!r}; there are {', '.join(SCHEMAS)}")
+    return SCHEMAS[name]()
 
 
 # --- run.toml

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import notebook
 from afn_ray.analysis import matched_words
 from afn_ray.analysis.matched_words import MatchedWords, Overlap, Texts
 from afn_ray.config import resolve_layers
@@ -84,6 +85,11 @@ class LayerComparison:
         """Correlation of the ranks of the words of both sides; None where there are too few."""
         ranks = [self.in_both[f"rank_{side}"].to_numpy() for side in "ab"]
         return spearman(*ranks) if len(ranks[0]) else None
+
+    def _repr_html_(self) -> str:
+        title = f"Words at layers {self.a.layer} (a) and {self.b.layer} (b)"
+        parts = [notebook.table(title, self.words), notebook.table("Classes", self.classes)]
+        return "".join(parts) + notebook.text(self.notes)
 
 
 def compare_layers(

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from afn_ray.analysis.bootstrap import SEED, Drawn, Draws, Figure, Quantity
-from afn_ray.analysis.remeasure import LocalModel, recorded_task
+from afn_ray.analysis.local_model import LocalModel
+from afn_ray.analysis.remeasure import recorded_task
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run

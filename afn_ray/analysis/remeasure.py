@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from afn_ray import model
+from afn_ray.analysis.local_model import LocalModel
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.measurer import Measured, Measurer, find_model
@@ -36,19 +37,6 @@ def measure_text(plan: Task, text: str, replaced: bool) -> tuple[Measured, list[
                 "would quarantine it"
             )
     return measured, pieces
-
-
-@dataclass(frozen=True, slots=True)
-class LocalModel:
-    """The model of a run on this machine, and what it may do here.
-
-    A store may come from a third party, so code and pickles that its run names are used only where
-    the caller allows them too.
-    """
-
-    name: str | None = None  # path of the model, if it differs from the run's
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
 
 
 def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
+import pyarrow as pa
+
+from afn_ray import notebook
 from afn_ray.analysis.findings import Finding, without_uri
 from afn_ray.analysis.run_check import RunCheck
 from afn_ray.analysis.shard_check import CheckedShard, check_shard
@@ -53,6 +56,17 @@ class Verification:
     seconds: float
     # What measured the shards of a run, by its URI; only runs whose shards differ in it. No damage.
     mixed: Mapping[str, Mapping[str, int]]
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each finding; ``kind``, ``uri`` and ``message`` are those of ``Finding``."""
+        names = pa.schema([(field.name, pa.string()) for field in fields(Finding)])
+        return pa.Table.from_pylist([asdict(finding) for finding in self.findings], names)
+
+    def _repr_html_(self) -> str:
+        checked = f"{count(self.num_files, 'file')}, {count(self.num_shards, 'shard')}"
+        state = "damaged" if self.findings else "as it was committed"
+        return notebook.table(f"{checked}: {state}", self.table)
 
 
 def verify_store(

@@ -83,14 +83,11 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _accept(args: argparse.Namespace) -> int:
     """Record that a broken night may be a baseline."""
-    from afn_ray.store import manifest, uris, verdicts
+    from afn_ray.store import verdicts
 
     if args.config is not None or args.policy is not None or args.why is None:
         raise ConfigError('--accept stands alone with --why: afn audit --accept RUN --why "..."')
-    run = manifest.find_run(args.accept)
-    if run.uri != uris.absolute(args.accept).rstrip("/"):
-        raise ConfigError(f"--accept {args.accept} is a store; name one of its runs, {run.uri} say")
-    verdicts.accept(run, args.why)
+    run = verdicts.accept_run(args.accept, args.why)
     print_lines([f"accepted: run {run.uri} may be a baseline"])
     return 0
 

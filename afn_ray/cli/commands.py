@@ -231,16 +231,17 @@ def _status(args: argparse.Namespace) -> int:
 def _schema(args: argparse.Namespace) -> None:
     from afn_ray.analysis import json_schema
 
-    print(json.dumps(json_schema.SCHEMAS[args.of](), indent=1))
+    print(json.dumps(json_schema.schema_of(args.of), indent=1))
 
 
 def _doctor(args: argparse.Namespace) -> None:
     from afn_ray.show import doctor
 
-    checks = doctor.check(args.model, args.store, args.address)
-    doctor.render(checks, Console(highlight=False))
-    if failed := [c.name for c in checks if c.ok is False]:
-        raise ConfigError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+    found = doctor.check(args.model, args.store, args.address)
+    doctor.render(found, Console(highlight=False))
+    if found.failed:
+        names = ", ".join(found.failed)
+        raise ConfigError(f"{len(found.failed)} of {len(found.checks)} checks failed: {names}")
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -6,10 +6,8 @@ import argparse
 import contextlib
 import json
 import shlex
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -21,7 +19,7 @@ from afn_ray.store import disk, storage, uris
 from afn_ray.text import printable
 
 if TYPE_CHECKING:
-    from afn_ray.analysis.remeasure import LocalModel
+    from afn_ray.analysis.local_model import LocalModel
 
 
 def add_show(commands: Commands) -> None:
@@ -247,45 +245,35 @@ SAMPLE = 200
 def call_show(args: argparse.Namespace) -> None:
     from afn_ray.show import beyond, card, card_tables, overview
     from afn_ray.show.summary import summarise, to_json
-    from afn_ray.store import manifest
 
-    run = manifest.find_run(args.run)
     if args.card:
-        of_run = card.card_of(run)
+        of_run = card.card_of(args.run)
         if args.json:
             print(json.dumps(card.to_json(of_run), indent=1))
         else:
             card_tables.render(of_run, Console(highlight=False))
         return
-    summary = summarise(run)
+    summary = summarise(args.run)
     if args.json:
         print(json.dumps(to_json(summary), indent=1))
     else:
         console = Console(highlight=False)
         overview.render(summary, console)
-        beyond.render_rankings(run, summary.layers[-1].layer, console)
+        beyond.render_rankings(summary.uri, summary.layers[-1].layer, console)
 
 
 def call_claims(args: argparse.Namespace) -> None:
     from afn_ray.analysis import claims, claims_text
-    from afn_ray.query import database
 
     if args.sample is not None and not args.masking:
         raise ConfigError("--sample needs --masking: add it, or leave out --sample")
-    if args.masking:
-        from afn_ray.runs import precheck
-
-        precheck.check_question(args.run, args.model)
-    with database.open_run(args.run, timeout_s=args.timeout) as run:
-        notes: list[str] = []
-        figures: list[Any] = []
-        if args.masking:  # first, because the model may be missing here
-            from afn_ray.analysis import masking
-
-            figures, note = masking.check(run, args.sample or SAMPLE, _local_model(args))
-            notes = [note]
-        found = claims.claims(run, max_tokens=args.max_tokens)
-    found = claims.Claims(found.run, (*found.notes, *notes), (*found.figures, *figures))
+    found = claims.claims(
+        args.run,
+        max_tokens=args.max_tokens,
+        masked_documents=(args.sample or SAMPLE) if args.masking else 0,
+        local=_local_model(args),
+        timeout_s=args.timeout,
+    )
     if args.json:
         print(json.dumps(claims_text.to_json(found), indent=1))
     else:
@@ -293,37 +281,21 @@ def call_claims(args: argparse.Namespace) -> None:
 
 
 def call_neurons(args: argparse.Namespace) -> None:
-    from afn_ray.analysis import concepts
-    from afn_ray.query import database
+    from afn_ray.analysis import neuron_questions as questions
+    from afn_ray.show import neuron_tables
 
-    console = Console(highlight=False)
-    found: Any
-    with database.open_run(args.run, timeout_s=args.timeout) as run:
-        layer = concepts.layer_of(run, args.layer)
-        if args.word is not None:
-            found, occurrences = concepts.neurons_of_word(run, args.word, layer, args.top)
-            value = {
-                "word": args.word,
-                "layer": layer,
-                "occurrences": occurrences,
-                "neurons": [{**asdict(c), "lift": c.lift} for c in found],
-            }
-            render = partial(concepts.render_word, args.word, found, occurrences)
-        elif args.neuron is not None:
-            neuron = concepts.find_neuron(run, layer, args.neuron)
-            found = concepts.contexts(run, layer, args.neuron)
-            value = {**asdict(neuron), "contexts": [asdict(c) for c in found]}
-            render = partial(concepts.render_neuron, neuron, found)
-        else:
-            found = concepts.selective_neurons(run, layer, args.top)
-            value = {"layer": layer, "neurons": [asdict(n) for n in found]}
-            render = partial(concepts.render_selective, found)
-        head = concepts.layer_text(run, layer)
-    if args.json:
-        print(json.dumps(value, indent=1))
+    found: questions.SelectiveNeurons | questions.WordNeurons | questions.NeuronUses
+    options = {"layer": args.layer, "timeout_s": args.timeout}
+    if args.word is not None:
+        found = questions.word_neurons(args.run, args.word, top=args.top, **options)
+    elif args.neuron is not None:
+        found = questions.neuron_uses(args.run, args.neuron, **options)
     else:
-        console.print(head, markup=False)
-        render(console)
+        found = questions.neurons(args.run, top=args.top, **options)
+    if args.json:
+        print(json.dumps(questions.to_json(found), indent=1))
+    else:
+        neuron_tables.render(found, Console(highlight=False))
 
 
 def call_sql(args: argparse.Namespace) -> None:
@@ -381,7 +353,7 @@ def _format_of(asked: str | None, out: str | None) -> str:
 
 
 def _local_model(args: argparse.Namespace) -> LocalModel:
-    from afn_ray.analysis.remeasure import LocalModel
+    from afn_ray.analysis.local_model import LocalModel
 
     return LocalModel(args.model, args.trust_remote_code, args.allow_pickle)
 
@@ -393,17 +365,17 @@ def call_explain(args: argparse.Namespace) -> None:
     precheck.check_question(
         args.run, args.model, signals=args.signals, layers=args.layers, layer=args.layer
     )
-    from afn_ray.analysis import explain
+    from afn_ray.analysis import explain, explanation
     from afn_ray.show import explanation_page, explanation_terminal
 
-    question = explain.Question(args.signals, args.layers, args.task, args.layer)
+    question = explanation.Question(args.signals, args.layers, args.task, args.layer)
     result = explain.explain(args.run, text, question, _local_model(args))
     if args.html:
         with disk.write_local(args.html) as file:
             file.write(explanation_page.render_html(result).encode())
         print(f"{args.html} is written; open it in a browser")
     elif args.json:
-        print(json.dumps(explain.to_json(result), indent=1))
+        print(json.dumps(explanation.to_json(result), indent=1))
     else:
         explanation_terminal.render_terminal(
             result, args.layer, Console(highlight=False), show_all=args.all

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
+from afn_ray import notebook
 from afn_ray.exports import card, catalogs, parts, writing
 from afn_ray.exports.request import (
     BATCH_ROWS,
@@ -29,6 +30,9 @@ FILE_BYTES = 256 << 20
 """Default size of a file, in bytes."""
 TIMEOUT_S = 3600.0
 """Time limit for each batch of rows, in seconds, where no open run brings another."""
+
+FILES = pa.schema([("name", pa.string()), ("rows", pa.int64()), ("bytes", pa.int64())])
+"""Columns of ``Exported.table``, the fields of ``ExportFile``."""
 
 OnFile = Callable[[ExportFile, int | None], None]
 """Called with each file that was written, and the number of files of the export if it is known."""
@@ -52,6 +56,14 @@ class Exported:
     @property
     def num_bytes(self) -> int:
         return sum(file.bytes for file in self.files)
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each file, with the columns of ``FILES``."""
+        return pa.Table.from_pylist([asdict(file) for file in self.files], FILES)
+
+    def _repr_html_(self) -> str:
+        return notebook.table(f"{self.num_rows:,} rows as {self.format}", self.table)
 
 
 def export(

@@ -1,9 +1,12 @@
 """The only door to transformers: find a model, load and self-check it, and read its layers."""
 
 import gc
+import warnings
 
 _collects = gc.isenabled()
 gc.disable()  # of transformers' 600,000 objects none is garbage: looking at them is a fifth of the import
+# In a notebook without ipywidgets tqdm, which transformers imports, warns that it cannot draw.
+warnings.filterwarnings("ignore", "IProgress not found")
 try:
     from afn_ray.model.device import limit_memory
     from afn_ray.model.engine import Model

@@ -30,7 +30,7 @@ def write_catalog(uri: str, path: Path, *, baseline: str | None = None) -> None:
     folder = manifest.find_run(uri)
     against = None if baseline is None else manifest.find_run(baseline)
     contents = read_contents(folder, against, "store() || ")
-    contents.tables["history"] = history.of_run(folder).rows
+    contents.tables["history"] = history.of_run(folder).table
     place = folder.store.rstrip("/").replace("'", "''")
     try:
         with disk.unfinished(path) as unfinished:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -60,6 +61,26 @@ def open_run(
         threads=threads,
         timeout_s=timeout_s,
     )
+
+
+@contextlib.contextmanager
+def opened(run: str | Run, *, timeout_s: float) -> Iterator[Run]:
+    """``run`` itself, with its own limits, or the run at this URI, open with this time limit."""
+    if isinstance(run, Run):
+        yield run
+        return
+    with open_run(run, timeout_s=timeout_s) as found:
+        yield found
+
+
+def folder_of(run: str | manifest.RunFolder | Run) -> manifest.RunFolder:
+    """The folder of ``run``: its URI, a store's URI for its latest complete run, or a run.
+
+    Raises ``StoreError`` if there is no such run, or if it is not complete.
+    """
+    if isinstance(run, Run):
+        return run._folder
+    return manifest.find_run(run) if isinstance(run, str) else run
 
 
 class Run:
@@ -194,7 +215,7 @@ class Run:
     @cached_property
     def _history(self) -> pa.Table:
         """Rows of the view ``history``: read on demand, as they are from many runs."""
-        return history.of_run(self._folder).rows
+        return history.of_run(self._folder).table
 
     def _own(self, name: str, table: Any) -> pa.Table:
         """The caller's ``table`` as Arrow.

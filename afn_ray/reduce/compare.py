@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import notebook
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce import duplicates, losses
 from afn_ray.reduce.drift import (
@@ -90,6 +91,17 @@ class Comparison:
     def kind(self) -> str:
         """Kind of ``movers_to_read``: word or type."""
         return "word" if self.word_movers.num_rows else "type"
+
+    def _repr_html_(self) -> str:
+        whole = self.drift.filter(pc.is_null(self.drift["source"])).drop_columns(["source"])
+        deepest = max(whole["layer"].to_pylist())
+        movers = _at(self.movers_to_read, deepest).drop_columns(["layer"])
+        parts = [
+            notebook.table("Strengths of all tokens", whole),
+            notebook.table(f"Classes of {self.kind}s", _at(self.classes_to_read, deepest)),
+            notebook.table(f"How {self.kind}s moved at layer {deepest}", movers),
+        ]
+        return "".join(parts) + notebook.text(self.notes)
 
 
 def compare(

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
+from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import notebook
 from afn_ray.errors import ConfigError
 from afn_ray.reduce.drift import (
     SourceStrengths,
@@ -37,24 +39,41 @@ RUNS_AT_ONCE = 4
 """Number of runs whose tables are read at the same time."""
 MOST_NAMES = 20
 """Number of series that an error names."""
+SHOWN = (
+    "began_at", "partition", "layer", "n_tokens", "n_documents", "n_quarantined", "q3", "share_high",
+    "psi", "ks", "state",
+)  # fmt: skip
+"""Columns of ``HISTORY_SCHEMA`` that a notebook shows."""
 Place = tuple[int, str | None, str | None]
 """A row of a run: its layer, how the run is grouped (None: all tokens), and the group."""
 
 
-class History(NamedTuple):
-    """The nights of one series."""
+@dataclass(frozen=True, slots=True)
+class History:
+    """The nights of one series.
+
+    ``table`` (``HISTORY_SCHEMA``) has one row for each run and layer, in the order of the nights;
+    ``group_by`` is null there. For a run by groups it has one more for each group at each layer.
+    """
 
     series: str
-    rows: pa.Table  # ``HISTORY_SCHEMA``
+    table: pa.Table
     num_runs: int  # complete runs of the series, shown or not
     others: tuple[str, ...]  # names of the other series of the store
+
+    def _repr_html_(self) -> str:
+        nights = self.table.filter(pc.is_null(self.table["group_by"])).select(list(SHOWN))
+        newest_first = nights.take(list(range(nights.num_rows))[::-1])
+        return notebook.table(f"Series {self.series}, the newest first", newest_first)
 
 
 @series_runs.read_once()
 def of_store(store: str, series: str | None = None, last: int | None = None) -> History:
     """The ``last`` runs, or all, of a series of ``store``; by default that of its latest run.
 
-    Raises ``ConfigError`` for a series that the store does not have.
+    Distances from a run's baseline (``psi``, ``ks``, ``js``) are those that its audit kept; those of
+    a run without a verdict are from the night before it. Raises ``StoreError`` for a store without
+    a complete run, and ``ConfigError`` for a series that it does not have.
     """
     latest = manifest.find_run(store)
     by_series: dict[str, list[RunFolder]] = {}

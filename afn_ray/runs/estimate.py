@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from afn_ray import notebook
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard, Unread
@@ -106,6 +107,20 @@ class Estimate:
     prices: Prices | None
     costs: tuple[Cost, ...]  # costs of the run; empty without prices or hours
     monthly: Cost | None  # monthly cost of the run's data in the store
+
+    def _repr_html_(self) -> str:
+        hours = None if self.worker_hours is None else f"{self.worker_hours:,.2f}"
+        seconds = None if self.seconds is None else f"{self.seconds:,.0f}"
+        named = {
+            "documents": f"{self.num_documents:,}",
+            "shards": f"{self.num_shards:,}, of them {self.num_shards_done:,} in the store",
+            "tokens": f"{self.tokens:,} ({self.tokens_low:,} to {self.tokens_high:,})",
+            "workers": self.num_workers,
+            "seconds": seconds,
+            "hours of all workers": hours,
+            "bytes in the store": f"{self.store_bytes:,}",
+        }
+        return notebook.facts("Estimate of a run", named)
 
 
 def dry_run(

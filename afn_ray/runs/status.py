@@ -12,8 +12,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
+import pyarrow as pa
+
+from afn_ray import notebook
 from afn_ray.errors import StoreError
 from afn_ray.store import checksums, manifest, probes, storage, uris
 from afn_ray.store.layout import PLANNING, STATUS
@@ -49,13 +52,38 @@ MOST_BYTES = 1 << 20
 """Largest status that is read, in bytes; it lists ``MOST_LISTED`` failures."""
 
 
+TABLE = pa.schema(
+    [
+        ("state", pa.string()),
+        ("run", pa.string()),
+        ("began_at", pa.string()),
+        ("written_at", pa.string()),
+        ("shards_planned", pa.int64()),
+        ("shards_done", pa.int64()),
+        ("shards_reused", pa.int64()),
+        ("shards_quarantined", pa.int64()),
+        ("tokens", pa.int64()),
+        ("documents", pa.int64()),
+        ("documents_quarantined", pa.int64()),
+        ("bytes_lost", pa.int64()),
+        ("tokens_per_s", pa.float64()),
+        ("left_s", pa.float64()),
+        ("uri", pa.string()),
+    ]
+)
+"""Columns of ``Statuses.table``; a figure that the driver did not write is null."""
+MOST_INT = 1 << 62
+"""Absolute value from which on a number of a status is none: anyone may write to a store."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """Status of a run as a reader sees it.
 
-    ``state`` is the run's phase, or one of two more. "silent": the driver has not written for
-    ``SILENT_S``. "begun": no status was ever written, since the driver was killed at once, or is of
-    an afn-ray without statuses.
+    ``state`` is the run's phase ("planning", "pilot", "starting", "working", "reducing",
+    "screening", "complete", "failed", "stopped"), or one of two more. "silent": the driver has not
+    written for ``SILENT_S``. "begun": no status was ever written, since the driver was killed at
+    once, or is of an afn-ray without statuses.
     """
 
     uri: str
@@ -65,9 +93,58 @@ class Status:
     body: dict[str, Any]  # as the driver wrote it; for a complete run, from its run.json
 
     @property
+    def run(self) -> str:
+        """Name of the run; empty while it has none."""
+        return str(self.body.get("run", ""))
+
+    @property
     def last_write(self) -> str:
         """Time of the driver's last write, ISO 8601, UTC; empty where it never wrote."""
         return str(self.body.get("written_at", ""))
+
+    @property
+    def num_shards(self) -> int | None:
+        """Number of planned shards; None where it is not known yet."""
+        return self._number("shards_planned")
+
+    @property
+    def num_done(self) -> int | None:
+        """Number of shards in the store; None where it is not known yet."""
+        return self._number("shards_done")
+
+    @property
+    def tokens(self) -> int | None:
+        """Number of tokens measured, special ones included; None where it is not known yet."""
+        return self._number("tokens")
+
+    @property
+    def documents(self) -> int | None:
+        """Number of documents read; None where it is not known yet."""
+        return self._number("documents")
+
+    @property
+    def left_s(self) -> float | None:
+        """Time left in seconds by the driver's estimate; None without one."""
+        value = self.body.get("left_s")
+        return None if value is None else float(value)
+
+    def _number(self, column: str) -> int | None:
+        """The value of a column of ``TABLE`` that is a whole number."""
+        if column.startswith("shards_"):
+            value = self.body.get("shards", {}).get(column.removeprefix("shards_"))
+        else:
+            value = self.body.get(column)
+        return value if type(value) is int and abs(value) < MOST_INT else None
+
+    def _row(self) -> dict[str, Any]:
+        """The row of ``TABLE``."""
+        row: dict[str, Any] = {"state": self.state, "run": self.run, "uri": self.uri}
+        row |= {"began_at": self.body.get("began_at"), "written_at": self.last_write}
+        row |= {"tokens_per_s": self.body.get("tokens_per_s"), "left_s": self.left_s}
+        for field in TABLE:
+            if pa.types.is_integer(field.type):
+                row[field.name] = self._number(field.name)
+        return row
 
     @property
     def exit_code(self) -> int:
@@ -77,17 +154,45 @@ class Status:
         return EXIT_CODES.get(self.state, UNDER_WAY)
 
 
-def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
+@dataclass(frozen=True, slots=True)
+class Statuses(Sequence[Status]):
+    """Statuses of runs, newest first; a sequence of them."""
+
+    runs: tuple[Status, ...]
+
+    @overload
+    def __getitem__(self, at: int) -> Status: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Status, ...]: ...
+    def __getitem__(self, at: int | slice) -> Status | tuple[Status, ...]:
+        return self.runs[at]
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each run, with the columns of ``TABLE``; times are ISO 8601, in UTC."""
+        return pa.Table.from_pylist([status._row() for status in self.runs], TABLE)
+
+    def _repr_html_(self) -> str:
+        return notebook.table("Runs", self.table)
+
+
+def read_status(uri: str, last: int = 20) -> Statuses:
     """Status of the run at ``uri``, or of the ``last`` runs of a store, newest first.
 
-    A run that has no name yet comes first. Raises ``StoreError`` where ``uri`` is neither, and
+    The driver of a run writes it into the store every ten seconds, so this works from any machine
+    that reads the store. A run that has no name yet comes first. Raises ``StoreError`` where ``uri`` is neither, and
     ``Interrupted`` when the store does not answer.
     """
     uri = uris.absolute(uri).rstrip("/")
     store, name = manifest.split_uri(uri)
     if name and {"plan.parquet", "run.json"} & set(storage.list_names(uri)):
         found = _StatusReader(store).status_of_run(name)
-        return () if found is None else (found,)
+        if found is None:
+            raise StoreError(f"run {uri} was removed by 'afn gc'")
+        return Statuses((found,))
     newest_first = manifest.run_names(uri)[::-1]
     names = newest_first[:last]
     planning = uris.join(uri, PLANNING)
@@ -106,7 +211,7 @@ def read_status(uri: str, last: int = 20) -> tuple[Status, ...]:
         # status.
         if is_newest or not has_ended:
             runs.insert(0, unnamed)
-    return tuple(runs)
+    return Statuses(tuple(runs))
 
 
 def _read(uri: str) -> dict[str, Any] | None:

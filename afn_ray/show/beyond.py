@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 from rich.text import Text
 
+from afn_ray import notebook
+from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.stats import wilson
 from afn_ray.schema import CLASSES, RESERVED, upos_classes
 from afn_ray.show.terminal_tables import print_whole, titled_table
@@ -57,20 +61,55 @@ class RankedWord(NamedTuple):
     high: float
 
 
-class Rankings(NamedTuple):
+RANKED = pa.schema(
+    [
+        ("ranking", pa.string()),
+        ("word", pa.string()),
+        ("n", pa.int64()),
+        ("share_high", pa.float64()),
+        ("expected", pa.float64()),
+        ("beyond", pa.float64()),
+        ("beyond_low", pa.float64()),
+        ("beyond_high", pa.float64()),
+    ]
+)
+"""Columns of ``Rankings.table``: those of the view ``word_salience``, and ``ranking``.
+
+``ranking`` is "salient" (by HIGH share) or "beyond" (by HIGH share beyond frequency).
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rankings:
     """The first words by the lower ends of two intervals, both clustered by document."""
 
-    salient: list[RankedWord]  # of the HIGH share
-    beyond: list[RankedWord]  # of the difference from what is expected
+    salient: Sequence[RankedWord]  # of the HIGH share
+    beyond: Sequence[RankedWord]  # of the difference from what is expected
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each word of each ranking, with the columns of ``RANKED``."""
+        rows = [("salient", *word) for word in self.salient]
+        rows += [("beyond", *word) for word in self.beyond]
+        named = [dict(zip(RANKED.names, row, strict=True)) for row in rows]
+        return pa.Table.from_pylist(named, RANKED)
+
+    def _repr_html_(self) -> str:
+        return notebook.table("Salient words, and those beyond their frequency", self.table)
 
 
-def rankings(run: manifest.RunFolder, layer: int) -> Rankings | None:
+def rankings(run: str | manifest.RunFolder | Run, layer: int | None = None) -> Rankings | None:
     """The most salient open-class words of ``run`` at ``layer``; None for a run without salience.
 
-    Reads one table. A word has the form ``WORD_FORM``.
+    ``run`` is a run's URI, a store's URI for its latest complete run, or a run. ``layer`` None is
+    the deepest. Reads one table. A word has the form ``WORD_FORM``. Raises ``StoreError`` if there
+    is no such run.
     """
+    run = folder_of(run)
     if "word_vocabulary" not in run.info["tables"]:
         return None
+    if layer is None:
+        layer = run.info["layers"][-1]
     is_shown = (pc.field("layer") == layer) & (pc.field("n") >= LEAST_N)
     is_shown &= pc.field("word").is_valid()
     words = manifest.read_table(run, "word_vocabulary", COLUMNS, is_shown)
@@ -116,7 +155,7 @@ def _first(rows: Iterable[tuple[float, dict[str, Any]]]) -> list[RankedWord]:
     ]
 
 
-def render_rankings(run: manifest.RunFolder, layer: int, console: Console) -> None:
+def render_rankings(run: str | manifest.RunFolder, layer: int, console: Console) -> None:
     """Print both rankings and what their difference means; nothing for a run without salience."""
     found = rankings(run, layer)
     if found is None:
@@ -138,7 +177,7 @@ def render_rankings(run: manifest.RunFolder, layer: int, console: Console) -> No
         "beyond",
     )
     table.columns[4].justify = "left"
-    for by_share, by_difference in zip(*found, strict=True):
+    for by_share, by_difference in zip(found.salient, found.beyond, strict=True):
         table.add_row(*_cells(by_share), *_cells(by_difference), f"{by_difference.beyond:+.0%}")
     print_whole(table, console)
     console.print(MEANING, markup=False, soft_wrap=True)

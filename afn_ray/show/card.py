@@ -6,8 +6,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import notebook
+from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.mean_vectors import flat
 from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, summarise
 from afn_ray.store import checksums, manifest
@@ -16,6 +19,21 @@ TRIMMED = "strength_trimmed"
 """Column with the strength without the layer's outlier dimensions."""
 CENTRED = "strength_centred_mean"
 """Column with the distance from the layer's mean state."""
+LAYER_FIGURES = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("n", pa.int64()),
+        ("median", pa.float32()),
+        ("cv", pa.float64()),
+        ("max", pa.float32()),
+        ("special_max", pa.float32()),
+        ("n_sinks", pa.int64()),
+        ("outlier_dimensions", pa.list_(pa.int32())),
+        ("outlier_share", pa.float64()),
+        ("centred", pa.float32()),
+    ]
+)
+"""Columns of ``Card.table``, fields of ``LayerCard``; ``centred`` is the median distance."""
 
 
 class Distances(NamedTuple):
@@ -75,15 +93,30 @@ class Card:
     thresholds: str | None  # where the thresholds that decide HIGH come from; None: this run's own
     layers: tuple[LayerCard, ...]
 
+    @property
+    def table(self) -> pa.Table:
+        """One row for each layer, with the columns of ``LAYER_FIGURES``."""
+        rows = []
+        for layer in self.layers:
+            centred = layer.centred
+            row = asdict(layer) | {"centred": None if centred is None else centred.median}
+            rows.append({name: row[name] for name in LAYER_FIGURES.names})
+        return pa.Table.from_pylist(rows, LAYER_FIGURES)
 
-def card_of(run: manifest.RunFolder) -> Card:
+    def _repr_html_(self) -> str:
+        return notebook.table("Model card of the measure", self.table)
+
+
+def card_of(run: str | manifest.RunFolder | Run) -> Card:
     """The card of a complete run; reads only its small tables.
 
-    Raises ``StoreError`` for a damaged run.
+    ``run`` is a run's URI, a store's URI for its latest complete run, or a run. Raises
+    ``StoreError`` if there is no such run, or if it is damaged.
     """
-    summary = summarise(run)
-    with checksums.named_damage(run.uri):
-        return _card(run, summary)
+    folder = folder_of(run)
+    summary = summarise(folder)
+    with checksums.named_damage(folder.uri):
+        return _card(folder, summary)
 
 
 def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow as pa
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich import box
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray import cgroup, nvidia
+from afn_ray import cgroup, notebook, nvidia
 from afn_ray.errors import AfnError, ConfigError
 from afn_ray.runs.address import check as check_address
 from afn_ray.runs.address import of_cluster
@@ -45,6 +46,12 @@ RATE_TOKENS = 131_072
 """About the number of tokens that a GPU measures at a time."""
 
 
+CHECKS = pa.schema(
+    [("name", pa.string()), ("ok", pa.bool_()), ("found", pa.string()), ("advice", pa.string())]
+)
+"""Columns of ``Diagnosis.table``, the fields of ``Check``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """Result of one check."""
@@ -55,7 +62,30 @@ class Check:
     advice: str = ""  # what to do; empty where nothing is wrong
 
 
-def check(model: str | None, store: str | None, address: str | None) -> list[Check]:
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Results of all checks of an installation, in the order of their use by a run."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the checks that failed."""
+        return tuple(check.name for check in self.checks if check.ok is False)
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each check; ``ok`` null: a warning, or not tried."""
+        rows = [asdict(check) for check in self.checks]
+        return pa.Table.from_pylist(rows, CHECKS)
+
+    def _repr_html_(self) -> str:
+        return notebook.table("Checks of this installation", self.table)
+
+
+def check(
+    model: str | None = None, store: str | None = None, address: str | None = None
+) -> Diagnosis:
     """Check everything that a run needs, in the order of its use; takes about 20 s.
 
     Each GPU that torch sees has a check of its own.
@@ -101,7 +131,7 @@ def check(model: str | None, store: str | None, address: str | None) -> list[Che
                     name, False, f"{type(error).__name__}: {error}", advice or "please report this"
                 )
             )
-    return checks
+    return Diagnosis(tuple(checks))
 
 
 def _install(package: str) -> str:
@@ -476,21 +506,21 @@ MARKS = {
 }
 
 
-def render(checks: list[Check], console: Console) -> None:
-    """Print ``checks`` as a table; each mark has a word as well as a colour."""
+def render(found: Diagnosis, console: Console) -> None:
+    """Print the checks as a table; each mark has a word as well as a colour."""
     table = Table(box=box.SIMPLE_HEAD)
     for head in ("", "check", "found"):
         table.add_column(head, no_wrap=head != "found", overflow="fold")
-    for c in checks:
-        found = Text(printable(c.found, keep="\n"))
+    for c in found.checks:
+        text = Text(printable(c.found, keep="\n"))
         if c.advice:
-            found.append("\n-> " + printable(c.advice, keep="\n"), "bold")
-        table.add_row(Text(*MARKS[c.ok]), Text(c.name), found)
+            text.append("\n-> " + printable(c.advice, keep="\n"), "bold")
+        table.add_row(Text(*MARKS[c.ok]), Text(c.name), text)
     console.print(table)
-    failed = sum(c.ok is False for c in checks)
-    warned = sum(c.ok is None for c in checks)
+    num_failed = len(found.failed)
+    num_warned = sum(c.ok is None for c in found.checks)
     console.print(
-        f"  {len(checks)} checks: {failed} failed, {warned} warnings"
-        if failed or warned
+        f"  {len(found.checks)} checks: {num_failed} failed, {num_warned} warnings"
+        if num_failed or num_warned
         else "  all good"
     )

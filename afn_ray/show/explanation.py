@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
-from afn_ray.analysis.explain import (
+from afn_ray.analysis.explanation import (
     TOP,
     Cell,
     Decision,
@@ -18,30 +17,6 @@ from afn_ray.schema import STRENGTH
 from afn_ray.text import visible
 
 QUARTILES = {1: "1", 2: "2", 3: "3", 4: "4 HIGH"}
-
-
-def running_text(explanation: Explanation) -> Iterator[tuple[str, ExplainedToken | None]]:
-    """The text in order, cut into tokens and the parts between them (None); each character once.
-
-    White space before a token's first letter counts as between. Where tokens share a character
-    (byte-level pieces), the first one shows it.
-    """
-    text, cursor = explanation.text, 0
-    for token in explanation.tokens:
-        body = text[max(cursor, token.start) : token.end]
-        if token.special or not body:
-            continue
-        begin = token.end - len(body.lstrip() or body)
-        if cursor < begin:
-            yield _shown(text[cursor:begin]), None
-        yield _shown(text[begin : token.end]), token
-        cursor = token.end
-    if cursor < len(text):
-        yield _shown(text[cursor:]), None
-
-
-def _shown(text: str) -> str:
-    return visible(text.replace("\r\n", "\n"), keep="\n\t")
 
 
 def token_name(token: ExplainedToken) -> str:

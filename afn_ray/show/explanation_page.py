@@ -7,10 +7,11 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from afn_ray.analysis.explain import (
+from afn_ray.analysis.explanation import (
     Decision,
     ExplainedToken,
     Explanation,
+    running_text,
 )
 from afn_ray.show.colours import DARK, DARK_HEAT, LIGHT, LIGHT_HEAT
 from afn_ray.show.explanation import (
@@ -28,7 +29,6 @@ from afn_ray.show.explanation import (
     limits_of,
     neuron_rows,
     reading_cells,
-    running_text,
     signal_rows,
     token_name,
     word_cells,

@@ -9,10 +9,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from afn_ray.analysis.explain import (
+from afn_ray.analysis.explanation import (
     Decision,
     Explanation,
     index_of,
+    running_text,
 )
 from afn_ray.show.colours import LIGHT_HEAT
 from afn_ray.show.explanation import (
@@ -30,7 +31,6 @@ from afn_ray.show.explanation import (
     limits_of,
     neuron_rows,
     reading_cells,
-    running_text,
     signal_rows,
     token_name,
     word_cells,

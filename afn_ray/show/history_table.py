@@ -27,7 +27,7 @@ def lines(found: History, layer: int | None = None) -> Iterator[str]:
 
     ``layer`` None is the deepest. Raises ``ConfigError`` for a layer that no night has.
     """
-    rows = found.rows.filter(pc.is_null(found.rows["group_by"])).to_pylist()
+    rows = found.table.filter(pc.is_null(found.table["group_by"])).to_pylist()
     layers = sorted({row["layer"] for row in rows})
     shown = max(layers, default=None) if layer is None else layer
     if shown not in layers:
@@ -110,7 +110,7 @@ def _cut(text: str) -> str:
 
 def to_json(found: History) -> dict[str, Any]:
     """All rows of ``found`` as plain values; times and dates are ISO 8601, in UTC."""
-    rows = found.rows.to_pylist()
+    rows = found.table.to_pylist()
     for row in rows:
         row["began_at"] = row["began_at"].isoformat(timespec="milliseconds") + "Z"
         if row["partition"] is not None:

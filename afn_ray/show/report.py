@@ -17,6 +17,7 @@ from afn_ray.analysis import claims
 from afn_ray.analysis.audit import Audit, to_keep
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query import database
+from afn_ray.query.database import Run
 from afn_ray.reduce import compare, history
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.schema import FEATURES, HISTORY_SCHEMA
@@ -62,7 +63,7 @@ PACKAGES = {"jinja2": "Jinja2", "vl_convert": "vl-convert-python"}
 
 
 def write_report(
-    run: str | manifest.RunFolder,
+    run: str | manifest.RunFolder | Run,
     out: Path | None = None,
     *,
     baseline: str | manifest.RunFolder | None = None,
@@ -72,14 +73,14 @@ def write_report(
     """Write the page of ``run`` to ``out`` atomically, and return its path.
 
     ``out`` None is ``report-<run id>.html`` in the working directory. ``run`` and ``baseline`` are
-    a run's URI, a store's URI for its latest complete run, or a folder. With a baseline the page
+    a run's URI, a store's URI for its latest complete run, or a run. With a baseline the page
     shows the changes since it; ``ranks_only`` is that of ``compare``. Leaving out the claims
     (``with_claims`` false) saves most of the time.
 
     Raises ``ConfigError`` without the packages of ``afn-ray[report]`` or where ``out`` cannot be
     written, and ``StoreError`` without such a run.
     """
-    folder = manifest.find_run(run) if isinstance(run, str) else run
+    folder = database.folder_of(run)
     path = Path(f"report-{folder.id}.html") if out is None else out
     comparison = (
         None if baseline is None else compare.compare(baseline, folder, ranks_only=ranks_only)
@@ -88,6 +89,39 @@ def write_report(
     with disk.write_local(path) as file:
         file.write(page.encode())
     return path
+
+
+def run_charts(
+    run: str | manifest.RunFolder | Run,
+    *,
+    baseline: str | manifest.RunFolder | None = None,
+    ranks_only: bool = False,
+) -> dict[str, Chart]:
+    """The charts of ``run`` by name: those of the page that need no script.
+
+    They are "histogram-<layer>" for each layer, "classes", with several layers also
+    "layers-classes" and "layers-spread", and with a baseline "movers". The arguments are those of
+    ``write_report``. A notebook shows a chart as a picture if ``afn-ray[report]`` is installed,
+    else as a table; ``Chart.png`` writes it. Raises ``StoreError`` without such a run.
+    """
+    folder = database.folder_of(run)
+    comparison = None
+    if baseline is not None:
+        comparison = compare.compare(baseline, folder, ranks_only=ranks_only)
+    with checksums.named_damage(folder.uri):
+        summary = summarise(folder)
+        sections = _charts(folder, summary, comparison, _words_of_charts(folder))
+    return {chart.name: chart for section in sections.values() for chart in section}
+
+
+def _words_of_charts(run: manifest.RunFolder) -> pa.Table:
+    """Words at the last layer, or its types where the run has no words."""
+    deepest = run.info["layers"][-1]
+    words = table_by_layer(run, "word_vocabulary", ("word", *OF_TYPES))
+    if deepest in words:
+        return words[deepest]
+    types = manifest.read_table(run, "vocabulary", ("layer", *OF_TYPES))
+    return by_layer(types, [deepest])[deepest]
 
 
 def render(
@@ -295,7 +329,7 @@ def _history(run: manifest.RunFolder, audit: Audit | None) -> pa.Table | str:
     """Rows of the nights up to ``run``, or why they are unknown: another run may be damaged."""
     tonight = None if audit is None else to_keep(audit)
     try:
-        return history.of_run(run, tonight, history_charts.MOST_NIGHTS).rows
+        return history.of_run(run, tonight, history_charts.MOST_NIGHTS).table
     except StoreError as error:
         return str(error)
 
@@ -344,6 +378,7 @@ def _rankings(run: manifest.RunFolder, layer: int) -> tuple[Table, ...] | None:
     if not found.salient:
         return ()
     heads = ("word", "n", "HIGH (exp.)", "beyond")  # a table of more than four is stacked
+    captions = {"Salient": found.salient, "Salient beyond frequency": found.beyond}
     return tuple(
         Table(
             caption,
@@ -358,7 +393,7 @@ def _rankings(run: manifest.RunFolder, layer: int) -> tuple[Table, ...] | None:
                 for w in words
             ),
         )
-        for caption, words in zip(("Salient", "Salient beyond frequency"), found, strict=True)
+        for caption, words in captions.items()
     )
 
 

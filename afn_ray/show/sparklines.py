@@ -101,7 +101,7 @@ def earlier_nights(found: Audit, history: pa.Table) -> list[NightFigures]:
 
 def usual_ranges(found: Audit) -> dict[str, UsualRange]:
     """The usual ranges of the limits of ``found`` by name, as far as earlier nights tell."""
-    rows = history.of_run(found.run, to_keep(found), MOST_NIGHTS).rows
+    rows = history.of_run(found.run, to_keep(found), MOST_NIGHTS).table
     nights = earlier_nights(found, rows)
     ranges = {rule.key: usual_of(rule, nights) for rule in found.rules}
     return {key: usual for key, usual in ranges.items() if usual is not None}

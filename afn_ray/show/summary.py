@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import notebook
+from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce import language_uses, losses
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.reduce.losses import Losses
@@ -19,6 +21,38 @@ from afn_ray.store import checksums, label_thresholds, manifest
 
 MAX_CLASSES = 24
 """Number of classes that a table or chart shows, the most frequent; a corpus may have more tags."""
+
+LAYERS = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("n", pa.int64()),
+        ("q1", pa.float32()),
+        ("q2", pa.float32()),
+        ("q3", pa.float32()),
+        ("max", pa.float32()),
+        ("mean", pa.float64()),
+        ("n_sinks", pa.int64()),
+        ("cv", pa.float64()),
+        ("q3_over_q2", pa.float64()),
+        ("idf_auc", pa.float64()),
+    ]
+)
+"""Columns of ``RunSummary.table``, over all tokens except special ones.
+
+``q1`` to ``q3``, ``max`` and ``mean`` are strengths; ``LayerFacts`` says what the last three are.
+"""
+CLASS_SHARES = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("name", pa.string()),
+        ("n", pa.int64()),
+        ("n_high", pa.int64()),
+        ("share", pa.float64()),
+        ("low", pa.float64()),
+        ("high", pa.float64()),
+    ]
+)
+"""Columns of ``RunSummary.classes``, the fields of ``ClassShare``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +114,40 @@ class RunSummary:
     layers: tuple[LayerFacts, ...]
     languages: str  # detected ones and their shares, in words; empty: they were not detected
 
+    @property
+    def table(self) -> pa.Table:
+        """One row for each layer, with the columns of ``LAYERS``."""
+        rows = []
+        for facts in self.layers:
+            row = {name: facts.thresholds["tokens"][name] for name in LAYERS.names[1:8]}
+            row |= {"layer": facts.layer, "cv": facts.cv, "q3_over_q2": facts.q3_over_q2}
+            rows.append(row | {"idf_auc": facts.idf_auc})
+        return pa.Table.from_pylist(rows, LAYERS)
 
-def summarise(run: manifest.RunFolder) -> RunSummary:
-    """The summary of a complete run; reads only its small tables."""
-    with checksums.named_damage(run.uri):
-        return _summarise(run)
+    @property
+    def classes(self) -> pa.Table:
+        """One row for each class at each layer, with the columns of ``CLASS_SHARES``.
+
+        They are classes of words if the run counted words, else of tokens.
+        """
+        rows = [asdict(share) for facts in self.layers for share in facts.shown_classes]
+        return pa.Table.from_pylist(rows, CLASS_SHARES)
+
+    def _repr_html_(self) -> str:
+        thresholds = notebook.table("Thresholds (a token at or above Q3 is HIGH)", self.table)
+        title = f"Which classes of {self.layers[-1].unit}s are HIGH (share, 95 % interval)"
+        return thresholds + notebook.table(title, self.classes)
+
+
+def summarise(run: str | manifest.RunFolder | Run) -> RunSummary:
+    """The summary of a complete run; reads only its small tables.
+
+    ``run`` is a run's URI, a store's URI for its latest complete run, or a run. Raises
+    ``StoreError`` if there is no such run, or if it is damaged.
+    """
+    folder = folder_of(run)
+    with checksums.named_damage(folder.uri):
+        return _summarise(folder)
 
 
 def _summarise(run: manifest.RunFolder) -> RunSummary:

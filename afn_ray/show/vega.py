@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
+import pyarrow as pa
+
+from afn_ray import notebook
 from afn_ray.schema import CLASSES
+from afn_ray.show import pictures
 from afn_ray.show.page_tables import Table
 
 VegaSpec = dict[str, Any]
@@ -14,12 +19,33 @@ VegaSpec = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A Vega-Lite ``spec`` with the name that the page uses for it, and its figures as a table."""
+    """A Vega-Lite ``spec`` with the name that the page uses for it, and its figures as a table.
+
+    Colours in ``spec`` are CSS variables of the page; ``png`` draws it without a page.
+    """
 
     name: str
     title: str
     spec: VegaSpec
     table: Table
+
+    def png(self, scale: float = 2.0) -> bytes:
+        """The chart as a PNG picture, ``scale`` times its size.
+
+        Raises ``ConfigError`` without the package ``vl-convert-python`` of ``afn-ray[report]``.
+        """
+        return pictures.png(self.spec, scale)
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture for a notebook; None: ``_repr_html_`` shows the figures instead."""
+        return self.png(scale=1) if find_spec("vl_convert") else None
+
+    def _repr_html_(self) -> str | None:
+        if find_spec("vl_convert"):
+            return None
+        columns = zip(*self.table.rows, strict=True)
+        figures = dict(zip(self.table.heads, map(list, columns), strict=True))
+        return notebook.table(self.table.caption, pa.table(figures))
 
 
 INK = "var(--ink)"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import pyarrow as pa
+
+from afn_ray import notebook
 from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_files, storage, uris
 from afn_ray.store.layout import ShardKey
@@ -43,6 +46,17 @@ class Folder:
         return cls(uri, len(files), sum(file.size for file in files))
 
 
+FOLDERS = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("uri", pa.string()),
+        ("num_files", pa.int64()),
+        ("num_bytes", pa.int64()),
+    ]
+)
+"""Columns of ``Garbage.table``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Garbage:
     """Objects that no kept run of a store refers to: deleted, or those that ``delete`` would delete."""
@@ -67,6 +81,17 @@ class Garbage:
     @property
     def num_bytes(self) -> int:
         return sum(folder.num_bytes for folder in (*self.runs, *self.shards))
+
+    @property
+    def table(self) -> pa.Table:
+        """One row for each folder: ``kind`` ("run" or "shard"), ``uri``, ``num_files``, ``num_bytes``."""
+        rows = [{"kind": "run"} | asdict(folder) for folder in self.runs]
+        rows += [{"kind": "shard"} | asdict(folder) for folder in self.shards]
+        return pa.Table.from_pylist(rows, FOLDERS)
+
+    def _repr_html_(self) -> str:
+        state = "deleted" if self.deleted else "not needed by a kept run"
+        return notebook.table(f"{self.num_bytes:,} bytes {state}", self.table)
 
 
 def collect_garbage(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from afn_ray.errors import ConfigError
 from afn_ray.fingerprints import fingerprint
 from afn_ray.schema import SCHEMA_VERSION
-from afn_ray.store import checksums, series_runs, storage, uris
+from afn_ray.store import checksums, manifest, series_runs, storage, uris
 from afn_ray.store.checksums import checksummed, read_json
 from afn_ray.store.manifest import RunFolder
 
@@ -177,6 +177,19 @@ def read_figures_file(run: RunFolder, name: str) -> dict[str, float | None] | No
         if body["run"] != run.id:  # copied with a folder
             return None
         return {_text(key): _number(value) for key, value in body["figures"].items()}
+
+
+def accept_run(uri: str, why: str) -> RunFolder:
+    """Record that the broken night of the run at ``uri`` may be a baseline, and ``why``.
+
+    Returns the run. Raises ``ConfigError`` if ``uri`` is that of a store, and what ``accept``
+    raises.
+    """
+    run = manifest.find_run(uri)
+    if run.uri != uris.absolute(uri).rstrip("/"):
+        raise ConfigError(f"{uri} is a store; name one of its runs, {run.uri} say")
+    accept(run, why)
+    return run
 
 
 def accept(run: RunFolder, why: str) -> None:

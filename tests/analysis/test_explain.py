@@ -26,8 +26,10 @@ from rich.console import Console
 import afn_ray
 from afn_ray import model
 from afn_ray.analysis import explain as module
-from afn_ray.analysis.explain import Explanation, Question, explain, to_json
-from afn_ray.analysis.remeasure import LocalModel, notes_on
+from afn_ray.analysis.explain import explain
+from afn_ray.analysis.explanation import TOP, Explanation, Question, running_text, to_json
+from afn_ray.analysis.local_model import LocalModel
+from afn_ray.analysis.remeasure import notes_on
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
@@ -36,7 +38,7 @@ from afn_ray.runs import job, worker
 from afn_ray.schema import SPECIAL
 from afn_ray.show import explanation_terminal
 from afn_ray.show.colours import DARK, DARK_HEAT, LIGHT, LIGHT_HEAT
-from afn_ray.show.explanation import QUARTILES, decision_rows, running_text
+from afn_ray.show.explanation import QUARTILES, decision_rows
 from afn_ray.show.explanation_page import render_html
 from afn_ray.show.explanation_terminal import render_terminal
 from afn_ray.store import label_thresholds, manifest
@@ -733,7 +735,7 @@ def test_a_decision_s_attributions_are_plain_autograd_s(
         assert decision.neurons == ()
         return
     total = for_neurons.sum(0).numpy()
-    order = np.argsort(-np.abs(total))[: module.TOP]
+    order = np.argsort(-np.abs(total))[:TOP]
     assert [n.neuron for n in decision.neurons] == order.tolist()
     np.testing.assert_allclose(
         [n.attribution for n in decision.neurons], total[order], rtol=1e-3, atol=1e-6
@@ -753,10 +755,8 @@ def test_the_two_rankings_and_their_correlation(whole: Explanation) -> None:
     ]
     assert decision.spearman == pytest.approx(spearmanr(*zip(*plain_ones, strict=True)).statistic)
     rows = decision_rows(whole, decision)
-    assert len(rows) == module.TOP < len(plain_ones)
-    assert [r[2] for r in rows] == [
-        f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[: module.TOP]
-    ]
+    assert len(rows) == TOP < len(plain_ones)
+    assert [r[2] for r in rows] == [f"{s:.4f}" for s, _ in sorted(plain_ones, reverse=True)[:TOP]]
     sizes = [abs(float(r[4])) for r in rows]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == pytest.approx(
         max(a for _, a in plain_ones), abs=1e-4

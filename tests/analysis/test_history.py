@@ -122,8 +122,8 @@ def slow_figures(of_b: pd.DataFrame, of_a: pd.DataFrame | None, layer: int) -> d
 
 def test_history_equals_pandas_and_scipy_over_the_recorded_rows(store: str) -> None:
     found = history.of_store(store)
-    assert found.rows.schema == HISTORY_SCHEMA and found.num_runs == 5 and not found.others
-    rows = found.rows.to_pylist()
+    assert found.table.schema == HISTORY_SCHEMA and found.num_runs == 5 and not found.others
+    rows = found.table.to_pylist()
     assert len(rows) == 5 * 2 * (1 + 3)
     frames = {run.id: frame_of(run) for run in runs_of(store)}
     days = dict(zip(frames, VERSES, strict=True))
@@ -152,7 +152,7 @@ def of_lang(frame: pd.DataFrame, group: str | None) -> pd.Series[bool]:
 
 def test_history_has_the_verdict_of_each_night_and_the_baseline_of_each(store: str) -> None:
     ids = [run.id for run in runs_of(store)]
-    rows = history.of_store(store).rows.to_pylist()
+    rows = history.of_store(store).table.to_pylist()
     of_night = {(r["run"], r["baseline"], r["state"], *r["broken"]) for r in rows}
     assert of_night == {
         (ids[0], None, "held"),
@@ -170,12 +170,12 @@ def test_the_verdict_outlives_its_baseline_and_is_recomputed_without_it(
     store: str, tmp_path: Path
 ) -> None:
     copied = copy_of(store, tmp_path)
-    kept = history.of_store(copied).rows
+    kept = history.of_store(copied).table
     *_, third, fourth, fifth = runs_of(copied)
     Path(fifth.uri, "verdict.json").unlink()
     for run in (third, fourth):  # the night before is now the second, as in the audit
         Path(run.uri, "run.json").unlink()
-    recomputed = history.of_run(fifth, last=1).rows
+    recomputed = history.of_run(fifth, last=1).table
     for name in ("psi", "ks", "js", "baseline"):
         assert recomputed[name].to_pylist() == kept[name].to_pylist()[-len(recomputed) :], name
     assert recomputed["state"].null_count == len(recomputed)
@@ -184,7 +184,7 @@ def test_the_verdict_outlives_its_baseline_and_is_recomputed_without_it(
     copied = copy_of(store, tmp_path)
     for run in runs_of(copied)[:-1]:
         shutil.rmtree(run.uri)
-    left = history.of_store(copied).rows
+    left = history.of_store(copied).table
     assert left.equals(kept.slice(len(kept) - len(left)))
 
 
@@ -322,7 +322,7 @@ def policy_of(folder: Path) -> Path:
 def test_the_view_is_the_table_and_only_queries_that_name_it_read_other_runs(
     store: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = history.of_store(store).rows
+    expected = history.of_store(store).table
     with afn_ray.open_run(runs_of(store)[1].uri) as run:
         with monkeypatch.context() as patch:
             patch.setattr(history, "of_run", None)
@@ -356,7 +356,7 @@ def test_the_command_has_a_line_for_each_night(
     states = [line.split(maxsplit=8 - (n == 0) * 2)[-1] for n, line in enumerate(nights[:5])]
     assert states == ["held", "held", "broken", "no audit", "held"]
     assert nights[5:] == ["2026-11-03 broke empty_documents"]
-    psi = history.of_store(store).rows.filter(pa.compute.field("layer") == 2)["psi"].to_pylist()
+    psi = history.of_store(store).table.filter(pa.compute.field("layer") == 2)["psi"].to_pylist()
     assert nights[1].split()[6] == f"{psi[4]:.4f}"
     two = history_of(capsys, store, "--last=2", "--layer=0").splitlines()
     assert [line[:10] for line in two if line.startswith("2026")] == ["2026-11-04", "2026-11-05"]
@@ -364,7 +364,7 @@ def test_the_command_has_a_line_for_each_night(
 
 def test_the_command_gives_all_rows_as_json(store: str, capsys: pytest.CaptureFixture[str]) -> None:
     body = json.loads(history_of(capsys, store, "--json"))
-    rows = history.of_store(store).rows
+    rows = history.of_store(store).table
     assert body["num_runs"] == 5 and body["series"].startswith("store: ")
     assert [r["psi"] for r in body["nights"]] == rows["psi"].to_pylist()
     assert body["nights"][0]["partition"] == "2026-11-01"

@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gpu_check(model: Path, gpu: simulated.Gpu, **options: Any) -> Check:
     with simulated.device(gpu, **options):
-        checks = doctor.check(str(model), None, None)
+        checks = doctor.check(str(model)).checks
     (found,) = [c for c in checks if c.name.startswith("GPU")]
     assert [c.name for c in checks].index("GPU 0") == 5  # after the model's
     return found

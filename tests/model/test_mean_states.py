@@ -17,6 +17,7 @@ import pytest
 import afn_ray
 from afn_ray import model
 from afn_ray.analysis import remeasure, vector_check, verify
+from afn_ray.analysis.local_model import LocalModel
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.mean_texts import from_text, to_text
@@ -184,7 +185,7 @@ def test_verify_proves_it_and_knows_distances_that_no_state_has(made: RunConfig)
 
 def test_a_text_is_measured_with_the_runs_mean(made: RunConfig, verses: list[str]) -> None:
     run = manifest.find_run(made.store)
-    task = remeasure.recorded_task(run, remeasure.LocalModel())
+    task = remeasure.recorded_task(run, LocalModel())
     measured, _ = remeasure.measure_text(task, verses[0], False)
     with afn_ray.open_run(made.store) as opened:
         rows = opened.sql(

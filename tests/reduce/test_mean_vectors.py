@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import afn_ray
 from afn_ray.analysis import remeasure, verify
+from afn_ray.analysis.local_model import LocalModel
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ShardError
 from afn_ray.measure import Measure
@@ -362,7 +363,7 @@ def test_verify_finds_sums_that_its_tokens_cannot_have(made: RunConfig, tmp_path
 
 def test_a_text_is_measured_as_such_a_run_measured_its_corpus(made: RunConfig) -> None:
     run = manifest.find_run(made.store)
-    task = remeasure.recorded_task(run, remeasure.LocalModel())
+    task = remeasure.recorded_task(run, LocalModel())
     recorded = Measure.of_dict(run.info["measure"])
     assert recorded.mean_types and task.measure == replace(recorded, mean_types=(), languages=None)
     alone = worker.with_signals(replace(task, measure=recorded))

@@ -22,6 +22,7 @@ import transformers
 
 import afn_ray
 from afn_ray.analysis import concepts, explain, verify
+from afn_ray.analysis.explanation import Question
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
@@ -545,11 +546,11 @@ def test_a_text_is_explained_against_a_run_with_neurons(made: RunConfig, tmp_pat
     ) as base:
         high = replace(made, neurons_of="high", thresholds=base.uri, store=str(tmp_path / "high"))
         afn_ray.run(high).close()
-        plain = explain.explain(base.uri, "In the beginning", explain.Question(signals="shift"))
+        plain = explain.explain(base.uri, "In the beginning", Question(signals="shift"))
         for store in (made.store, high.store):
             assert (
-                explain.explain(store, "In the beginning", explain.Question(signals="shift")).tokens
+                explain.explain(store, "In the beginning", Question(signals="shift")).tokens
                 == plain.tokens
             )
     with pytest.raises(ConfigError, match="neurons, which is no number a token"):
-        explain.explain(made.store, "In the beginning", explain.Question(signals="neurons"))
+        explain.explain(made.store, "In the beginning", Question(signals="neurons"))

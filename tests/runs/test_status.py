@@ -283,7 +283,7 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
         and first.endswith("/20.jsonl")
         and f"{found[0].body['tokens']:,}" in first
     )
-    assert status.read_status(found[1].uri) == (found[1],)
+    assert status.read_status(found[1].uri).runs == (found[1],)
     checked = verify.verify_store(config.store)
     assert not checked.findings and not checked.orphans and not checked.foreign
     left = garbage.collect_garbage(config.store, keep=1, min_age_h=0, delete=True)

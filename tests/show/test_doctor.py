@@ -27,15 +27,15 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs.cluster import access, connection, session
 from afn_ray.show import doctor
-from afn_ray.show.doctor import Check, check, render
+from afn_ray.show.doctor import Check, Diagnosis, check, render
 
 NAMES = ["Python", "packages", "torch", "Ray", "model", "scratch space", "store"]
 
 
-def by_name(checks: list[Check]) -> dict[str, Check]:
-    assert [c.name for c in checks] == NAMES
-    assert all(c.advice for c in checks if c.ok is not True)
-    return {c.name: c for c in checks}
+def by_name(found: Diagnosis) -> dict[str, Check]:
+    assert [c.name for c in found.checks] == NAMES
+    assert all(c.advice for c in found.checks if c.ok is not True)
+    return {c.name: c for c in found.checks}
 
 
 def completed(code: int, out: str = "", err: str = "") -> subprocess.CompletedProcess[str]:
@@ -67,11 +67,11 @@ def test_all_is_good_here_and_nothing_stays_running(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """``afn doctor`` whole, and its checks one by one."""
-    found: list[Check] = []
+    found: list[Diagnosis] = []
 
-    def check_and_keep(*words: Any) -> list[Check]:
-        found.extend(check(*words))
-        return found
+    def check_and_keep(*words: Any) -> Diagnosis:
+        found.append(check(*words))
+        return found[0]
 
     monkeypatch.setattr(doctor, "check", check_and_keep)
     mark = uuid.uuid4().hex
@@ -85,7 +85,7 @@ def test_all_is_good_here_and_nothing_stays_running(
     with pytest.raises(SystemExit) as end:
         commands.main(words)
     assert not end.value.code and "ran a task of afn-ray" in capsys.readouterr().out
-    checks = by_name(found)
+    checks = by_name(found[0])
     needed = [checks[name] for name in ("Python", "packages", "Ray", "model")]
     assert [c for c in needed if c.ok is not True] == []
     assert all(c.ok is not False for c in checks.values())  # a full disk or an unused GPU may warn
@@ -360,13 +360,13 @@ def test_the_probe_s_process_says_what_is_wrong_in_its_last_line(
 
 
 def test_marks_are_words_and_findings_are_literal() -> None:
-    checks = [
+    checks = (
         Check("Python", True, "3.11"),
         Check("model", None, "not [bold]tried[/bold]", "name one"),
         Check("store", False, "\x1b[31mno", "make room"),
-    ]
+    )
     console = Console(file=io.StringIO(), width=80)
-    render(checks, console)
+    render(Diagnosis(checks), console)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     assert [
