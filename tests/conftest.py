@@ -74,6 +74,7 @@ SLOW = (
     "test_object_store",
     "test_cli",
     "test_report",
+    "test_tour",
     "test_memory",
     "test_status",
     "test_screen",
