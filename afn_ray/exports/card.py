@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -18,14 +19,26 @@ from afn_ray.store import manifest
 from afn_ray.text import count, printable
 
 
+class AboutRun(NamedTuple):
+    """What a card says of the run."""
+
+    facts: Sequence[tuple[str, str]]
+    command: str
+    cautions: Sequence[str]
+
+
+def about(run_uri: str) -> AboutRun:
+    """What a card says of the run. Raises ``StoreError`` if the run is damaged."""
+    folder = manifest.find_run(run_uri)
+    summary = summarise(folder)
+    command = provenance.command_line(folder.info["config"])
+    return AboutRun(run_facts.facts(summary), command, run_facts.cautions(summary))
+
+
 def readme(
-    folder: manifest.RunFolder,
-    request: ExportRequest,
-    schema: pa.Schema,
-    files: Sequence[ExportFile],
+    run: AboutRun, request: ExportRequest, schema: pa.Schema, files: Sequence[ExportFile]
 ) -> str:
     """The card of an export, as Markdown; the front matter makes it a dataset of the Hub."""
-    summary = summarise(folder)
     num_rows = sum(file.rows for file in files)
     of = "the result of a query" if request.table is None else f"the table `{request.table}`"
     parts = [
@@ -45,10 +58,9 @@ def readme(
     if request.format == "csv":
         parts.append(CSV_RULES)
     parts += ["## Columns", _columns(schema), "## The run"]
-    parts.append(_table(("", ""), run_facts.facts(summary)))
-    parts.append(_fenced(provenance.command_line(folder.info["config"])))
+    parts += [_table(("", ""), run.facts), _fenced(run.command)]
     parts += ["## Know its limits"]
-    parts.append("\n".join(f"- {_inline(line.strip())}" for line in run_facts.cautions(summary)))
+    parts.append("\n".join(f"- {_inline(line.strip())}" for line in run.cautions))
     return "\n".join(f"{part}\n" for part in parts if part)
 
 

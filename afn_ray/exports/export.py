@@ -24,7 +24,7 @@ from afn_ray.exports.writing import ExportFile
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.shard_views import SHARD_VIEWS, ShardRange
 from afn_ray.show.query_output import unique_names
-from afn_ray.store import manifest, uris
+from afn_ray.store import uris
 
 FILE_BYTES = 256 << 20
 """Default size of a file, in bytes."""
@@ -109,8 +109,9 @@ def _finish(run: Run, uri: str, request: ExportRequest, on_file: OnFile | None) 
     if (finished := target.finished()) is not None:
         target.clean(finished)
         return Exported(target.uri, request.format, tuple(finished), num_new=0)
-    schema = arrow_schema(run, request)
     planned = target.planned()
+    about = card.about(run.uri)
+    schema = arrow_schema(run, request)
     if request.iceberg is not None:
         catalogs.check(request.iceberg, target.uri)
     if planned is None:
@@ -130,7 +131,7 @@ def _finish(run: Run, uri: str, request: ExportRequest, on_file: OnFile | None) 
                 on_file(file, len(planned) or None)
         if table is not None:
             files = table.commit(files)
-    files = target.finish(files, card.readme(manifest.find_run(run.uri), request, schema, files))
+    files = target.finish(files, card.readme(about, request, schema, files))
     target.clean(files)
     return Exported(target.uri, request.format, tuple(files), num_new)
 

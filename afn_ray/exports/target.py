@@ -23,6 +23,7 @@ from afn_ray.exports.request import ExportRequest
 from afn_ray.exports.writing import ExportFile
 from afn_ray.query.shard_views import ShardRange
 from afn_ray.store import storage, uris
+from afn_ray.text import printable
 
 VERSION = 1
 """Version of ``plan.json`` and ``export.json``."""
@@ -97,7 +98,8 @@ class Target:
         here = self._request.to_json()
         for key, value in here.items():
             if there.get(key) != value:
-                return f": its {key} is {str(there.get(key))[:200]}, here it is {str(value)[:200]}"
+                shown = (printable(str(v or "none"))[:200] for v in (there.get(key), value))
+                return f": its {key} is {', here it is '.join(shown)}"
         return ""
 
     def _body(self, **more: Any) -> bytes:

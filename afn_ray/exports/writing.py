@@ -59,8 +59,7 @@ class _RowGroups:
 def encoded(request: ExportRequest, schema: pa.Schema, sink: IO[bytes]) -> Iterator[Write]:
     """A function that writes batches to ``sink`` in the format asked for.
 
-    In CSV, null is an empty field, empty text is ``""``, and other text has quotes where it needs
-    them. Each file begins with the names of the columns.
+    ``formats.CSV_RULES`` says what CSV is.
     """
     if request.format == "csv":
         with csv_rows(schema, sink) as write:
