@@ -100,9 +100,9 @@ def run_charts(
     """The charts of ``run`` by name: those of the page that need no script.
 
     They are "histogram-<layer>" for each layer, "classes", with several layers also
-    "layers-classes" and "layers-spread", and with a baseline "movers". The arguments are those of
-    ``write_report``. A notebook shows a chart as a picture if ``afn-ray[report]`` is installed,
-    else as a table; ``Chart.png`` writes it. Raises ``StoreError`` without such a run.
+    "layers-classes" and "layers-spread", and "movers" if something moved since the baseline. The
+    arguments are those of ``write_report``. A notebook shows a chart as a picture if
+    ``afn-ray[report]`` is installed, else as a table. Raises ``StoreError`` without such a run.
     """
     folder = database.folder_of(run)
     comparison = None

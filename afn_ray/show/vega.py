@@ -13,6 +13,7 @@ from afn_ray import notebook
 from afn_ray.schema import CLASSES
 from afn_ray.show import pictures
 from afn_ray.show.page_tables import Table
+from afn_ray.text import printable
 
 VegaSpec = dict[str, Any]
 
@@ -28,6 +29,9 @@ class Chart:
     title: str
     spec: VegaSpec
     table: Table
+
+    def __repr__(self) -> str:
+        return f"<Chart {self.name}: {printable(self.title)}>"
 
     def png(self, scale: float = 2.0) -> bytes:
         """The chart as a PNG picture, ``scale`` times its size.
