@@ -61,8 +61,9 @@ class CommittedTable:
             namespace = request.iceberg.name.rpartition(".")[0]
             catalog.create_namespace_if_not_exists(namespace)
             properties = {EXPORT: self._id, NO_RETRIES: "0"}
+            signed = pa.schema([field.with_type(_signed(field.type)) for field in schema])
             self._table: Table = catalog.create_table_if_not_exists(
-                request.iceberg.name, schema, location, properties=properties
+                request.iceberg.name, signed, location, properties=properties
             )
         if self._table.properties.get(EXPORT) != self._id:
             raise ConfigError(
@@ -107,6 +108,15 @@ class CommittedTable:
             if snapshot.summary and snapshot.summary.additional_properties.get(EXPORT) == self._id:
                 return snapshot
         return None
+
+
+def _signed(kind: pa.DataType) -> pa.DataType:
+    """The type that holds all values of ``kind`` and that Iceberg has: no unsigned number, no enum."""
+    if pa.types.is_uint32(kind):
+        return pa.int64()
+    if pa.types.is_uint64(kind):
+        return pa.decimal128(20, 0)
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def _words(table: IcebergTable) -> str:

@@ -112,6 +112,7 @@ def _finish(run: Run, uri: str, request: ExportRequest, on_file: OnFile | None) 
     planned = target.planned()
     about = card.about(run.uri)
     schema = arrow_schema(run, request)
+    writing.check_types(request, schema)
     if request.iceberg is not None:
         catalogs.check(request.iceberg, target.uri)
     if planned is None:

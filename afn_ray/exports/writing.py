@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import uuid
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray.errors import ConfigError, Interrupted
+from afn_ray.errors import ConfigError, Interrupted, QueryError
 from afn_ray.exports.request import ExportRequest
 from afn_ray.show.query_output import csv_rows
 from afn_ray.store import disk, parquet, storage, uris
@@ -72,6 +73,24 @@ def encoded(request: ExportRequest, schema: pa.Schema, sink: IO[bytes]) -> Itera
         groups.flush()
 
 
+def check_types(request: ExportRequest, schema: pa.Schema) -> None:
+    """Raise ``QueryError`` for a type that the format lacks."""
+    with _named_types(request), encoded(request, schema, io.BytesIO()):
+        pass
+
+
+@contextlib.contextmanager
+def _named_types(request: ExportRequest) -> Iterator[None]:
+    """Raise errors of Arrow, which are of types and values, as ``QueryError``."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise QueryError(
+            f"a column does not fit into {request.format}: {error}; cast it in the query, as with "
+            "::VARCHAR"
+        ) from error
+
+
 def write_file(
     request: ExportRequest,
     schema: pa.Schema,
@@ -82,12 +101,13 @@ def write_file(
     """Write ``batches`` to the file ``uri``, which appears whole or not at all.
 
     It ends with the batch that makes it ``most_bytes`` long; later ones stay in ``batches``. Raises
-    ``Interrupted`` if a disk is full, and what ``storage.write_whole`` raises.
+    ``QueryError`` for a value that the format lacks, ``Interrupted`` if a disk is full, and what
+    ``storage.write_whole`` raises.
     """
     num_rows = 0
     try:
         with storage.write_whole(uri) as sink:
-            with encoded(request, schema, sink) as write:
+            with _named_types(request), encoded(request, schema, sink) as write:
                 for batch in batches:
                     write(batch)
                     num_rows += batch.num_rows

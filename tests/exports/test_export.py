@@ -20,7 +20,7 @@ import pytest
 
 import afn_ray
 from afn_ray.cli import commands
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, QueryError
 from afn_ray.exports import catalogs
 from afn_ray.exports.formats import FORMATS
 from afn_ray.query.database import Run
@@ -208,6 +208,17 @@ def test_a_query_is_exported_with_its_text_and_numbered_names(run: Run, tmp_path
     metadata = pq.read_metadata(tmp_path / "q" / "data" / done.files[0].name).metadata
     assert json.loads(metadata[b"afn.export"])["sql"] == sql
     assert f"```\n{sql}\n```" in (tmp_path / "q" / "README.md").read_text("utf-8")
+
+
+def test_types_that_a_format_lacks_are_widened_or_refused_at_once(run: Run, tmp_path: Path) -> None:
+    largest = {"a": 2**32 - 1, "b": 2**64 - 1, "c": "x"}
+    sql = f"SELECT {2**32 - 1}::UINTEGER AS a, {2**64 - 1}::UBIGINT AS b, 'x'::ENUM('x') AS c"
+    done = afn_ray.export(run, str(tmp_path / "wide"), sql=sql, format="iceberg")
+    (file,) = done.files
+    assert pq.read_table(tmp_path / "wide" / "data" / file.name).to_pylist() == [largest]
+    with pytest.raises(QueryError, match=r"does not fit into parquet: .*cast it in the query"):
+        afn_ray.export(run, str(tmp_path / "interval"), sql="SELECT INTERVAL 1 DAY AS i")
+    assert not (tmp_path / "interval").exists()
 
 
 def test_files_say_what_their_columns_hold_and_where_they_come_from(
