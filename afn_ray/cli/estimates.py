@@ -37,6 +37,7 @@ def print_estimate(e: Estimate, console: Console) -> None:
             "shards",
             f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do",
         ),
+        *([("columns", e.composed)] if e.composed else []),
         ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
         ("workers", e.workers),
@@ -73,10 +74,12 @@ def _selected(e: Estimate) -> Iterator[tuple[str, str]]:
 def _tokens(e: Estimate) -> str:
     """The number of tokens, and how it was obtained."""
     there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
+    known = e.tokens_there + e.tokens_composed
+    composed = f"{e.tokens_composed:,} in composed shards" if e.tokens_composed else ""
     if e.tokens_exact:
-        more = f"{e.tokens - e.tokens_there:,} counted" if e.tokens > e.tokens_there else ""
-        return f"{e.tokens:,}: {', '.join(filter(None, (there, more)))}"
-    parts = [there, "the rest from a sample" if there else "from a sample"]
+        more = f"{e.tokens - known:,} counted" if e.tokens > known else ""
+        return f"{e.tokens:,}: {', '.join(filter(None, (there, composed, more)))}"
+    parts = [there, composed, "the rest from a sample" if known else "from a sample"]
     if e.num_beginnings:
         parts.append(f"of {count(e.num_beginnings, 'large file')} the beginning alone")
     interval = f"{e.tokens_low:,} to {e.tokens_high:,} with 95 %"
@@ -88,9 +91,9 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
     if e.num_shards_done == e.num_shards and e.seconds is not None:
         yield "time", f"about {_duration(e.seconds)}: nothing is left to measure"
         return
-    if e.tokens_per_second is None:
+    if e.tokens_per_second is None and e.seconds is None:
         yield "rate", f"not known: {e.rate}"
-    else:
+    elif e.tokens_per_second is not None:
         yield "rate", f"{e.tokens_per_second:,.0f} tokens/s of one worker ({e.rate})"
     if e.seconds is None or e.load_s is None or e.worker_hours is None:
         yield "time", f"not known without a rate; {count(e.num_workers, 'worker')}"

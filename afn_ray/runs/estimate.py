@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard, Unread
 from afn_ray.errors import CorpusError
 from afn_ray.measure import Measure
-from afn_ray.runs import cluster, precheck
+from afn_ray.runs import cluster, composition, precheck
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.events import OnEvent
@@ -24,7 +24,7 @@ from afn_ray.runs.rates import Rate, read_rate, speed_of
 from afn_ray.runs.results import Preparation
 from afn_ray.runs.task import Task
 from afn_ray.store import probes, readers, series
-from afn_ray.store.commits import Commits
+from afn_ray.store.commits import Commit
 from afn_ray.tokens import counting
 
 SAMPLE_DOCUMENTS = 200
@@ -42,6 +42,8 @@ REDUCE_TOKENS_PER_S = 2.5e6
 
 It is between the measured speeds of 10,000 small shards and of 50 large ones.
 """
+COMPOSED_TOKENS_PER_S = 1.5e6
+"""Speed at which one core copies the columns of a series from one shard, in tokens per second."""
 SCREEN_TOKENS_PER_S = 1.2e6
 """Speed of the screening of all layers on one core, words counted, in tokens per second."""
 READ_BYTES = readers.READ_AHEAD_BYTES
@@ -73,11 +75,14 @@ class Estimate:
     unread: Unread  # the end of the corpus, beyond a limit
     num_shards: int
     num_shards_done: int  # already in the store
+    num_shards_composed: int  # of columns that the store has; some of others that are measured
+    composed: str  # how these come about, for people; empty if there are none
     tokens: int  # special tokens included, as a run counts them
     tokens_low: int  # bound of the 95 % interval; ``tokens`` where all are counted
     tokens_high: int
     tokens_exact: bool  # all tokens are counted, here or in commits
     tokens_there: int  # tokens already in the store
+    tokens_composed: int  # tokens of the shards that are composed
     num_beginnings: int  # large slices that could be sampled only at their beginning
     store_bytes: int  # exact for shards in the store, else estimated
     # from the first worker's start to the reduced tables; None: no rate is known
@@ -150,20 +155,21 @@ def dry_run(
         known.check(speed_of(asked.task), rate)
     work = _find_work(asked, on_event, reduce_only=reduce_only)
     sample: list[Document] = []
-    if work.todo:
+    if work.planned.needs_model:
         sample = listing.sample(asked.plan.files, config.read_options, SAMPLE_DOCUMENTS)
     timed = _time_sample(asked.task, [document.text for document in sample])
     here = cluster.local_device(asked.device)
-    if known is None and here == asked.device and work.todo:
+    if known is None and here == asked.device and work.planned.needs_model:
         known = timed.rate()
     where = "nothing is left to measure"
     if known is not None:
         where = known.where
-    elif work.todo:
+    elif work.planned.needs_model:
         where = _no_rate(asked.device, here)
     times = _times(asked, work, known)
     measure = asked.task.measure
-    store_bytes = work.there.num_bytes + work.lacking.tokens * bytes_per_token(
+    tokens_todo = work.tokens - work.there.tokens
+    store_bytes = work.there.num_bytes + tokens_todo * bytes_per_token(
         config, len(measure.series), len(measure.neuron_layers)
     )
     num_sums = len(measure.layers) * len(measure.mean_types) * asked.files.hidden_size
@@ -173,18 +179,21 @@ def dry_run(
     return Estimate(
         num_files=asked.plan.num_files,
         skipped=asked.plan.skipped,
-        num_documents=work.there.documents + work.lacking.documents,
+        num_documents=work.there.documents + work.composed.documents + work.lacking.documents,
         documents_exact=work.lacking.num_documents_exact,
         num_bytes=asked.plan.num_bytes,
         selection=series.selection_of(asdict(config)),
         unread=asked.plan.unread,
         num_shards=len(asked.plan.shards),
         num_shards_done=len(asked.plan.shards) - len(work.todo),
+        num_shards_composed=len(work.todo) - len(work.planned.measured),
+        composed=composition.describe(work.planned),
         tokens=work.tokens,
-        tokens_low=work.there.tokens + work.lacking.low,
-        tokens_high=work.there.tokens + work.lacking.high,
+        tokens_low=work.tokens - work.lacking.tokens + work.lacking.low,
+        tokens_high=work.tokens - work.lacking.tokens + work.lacking.high,
         tokens_exact=work.lacking.exact,
         tokens_there=work.there.tokens,
+        tokens_composed=work.composed.tokens,
         num_beginnings=work.lacking.num_beginnings,
         store_bytes=round(store_bytes),
         seconds=times.seconds,
@@ -231,14 +240,16 @@ class _Work:
     """Work of a run, and the part of it that the store has already."""
 
     todo: list[Shard]
+    planned: composition.Work  # how ``todo`` comes about
     there: _There
-    lacking: counting.Count  # tokens and documents of ``todo``
+    composed: _There  # of the shards that are composed, as their donors have them
+    lacking: counting.Count  # tokens and documents of the shards that are measured as a whole
     reduced: bool  # whether the run is complete
 
     @property
     def tokens(self) -> int:
         """Tokens of the whole run."""
-        return self.there.tokens + self.lacking.tokens
+        return self.there.tokens + self.composed.tokens + self.lacking.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,11 +279,14 @@ def _find_work(asked: Preparation, on_event: OnEvent, *, reduce_only: bool) -> _
     todo: list[Shard] = []
     if not reduce_only:
         todo = [shard for shard in asked.plan.shards if shard.id not in stock.commits]
+    planned = composition.plan(asked.task, todo)
     lacking = counting.NOTHING
-    if todo:
-        slices = [piece for shard in todo for piece in shard.slices]
+    if planned.measured:
+        slices = [piece for shard in planned.measured for piece in shard.slices]
         lacking = counting.count(slices, asked.config.read_options, text_encoder(asked.files))
-    work = _Work(todo, _what_is_there(stock.commits), lacking, stock.complete)
+    donated = [commit for group in planned.composed for commit in group.donated]
+    there = _what_is_there(stock.commits.values())
+    work = _Work(todo, planned, there, _what_is_there(donated), lacking, stock.complete)
     if lacking.exact and not work.tokens:
         raise CorpusError(
             "the corpus has no token to measure: all of its documents are empty or quarantined"
@@ -291,13 +305,27 @@ def _times(asked: Preparation, work: _Work, known: Rate | None) -> _Times:
         num_series = len(asked.task.measure.series)
         reduce_s = reduce_core_s(work.tokens, num_series, screened=config.screen > 0) / workers
     load_s: float | None = 0.0
-    if work.todo:
+    if work.planned.needs_model:
         load_s = None if known is None else known.load_s
     seconds = None if load_s is None else load_s + reduce_s
+    if seconds is not None:
+        seconds += work.composed.tokens / COMPOSED_TOKENS_PER_S / workers
     if known and seconds is not None and known.tokens_per_second:
         # The rate is of one worker that has its GPU alone. That several are faster is not assumed.
-        seconds += work.lacking.tokens / known.tokens_per_second / max(1.0, workers / per_gpu)
+        tokens = work.lacking.tokens + _in_part(asked, work.planned)
+        seconds += tokens / known.tokens_per_second / max(1.0, workers / per_gpu)
     return _Times(replace(placed, num_workers=workers), per_gpu, load_s, reduce_s, seconds)
+
+
+def _in_part(asked: Preparation, planned: composition.Work) -> float:
+    """Tokens of shards that are measured in part, each as the share of the blocks that run."""
+    deepest, tokens = max(1, *asked.task.measure.layers), 0.0
+    for group in planned.composed:
+        rest = None if group.task.composition is None else group.task.composition.rest
+        if rest is not None:
+            share = max(rest.measure.layers) / deepest
+            tokens += share * sum(commit.counts["tokens"] for commit in group.donated)
+    return tokens
 
 
 def _num_requests(shards: Sequence[Shard], measure: Measure) -> tuple[int, int]:
@@ -308,9 +336,9 @@ def _num_requests(shards: Sequence[Shard], measure: Measure) -> tuple[int, int]:
     return len(shards) * puts, gets
 
 
-def _what_is_there(commits: Commits) -> _There:
+def _what_is_there(commits: Iterable[Commit]) -> _There:
     tokens = documents = num_bytes = 0
-    for commit in commits.values():
+    for commit in commits:
         tokens += commit.counts["tokens"]
         documents += commit.counts["documents"]
         num_bytes += sum(file["bytes"] for file in commit.files.values())

@@ -12,7 +12,7 @@ from afn_ray.show import provenance
 from afn_ray.show.figures import figure
 from afn_ray.show.summary import RunSummary
 from afn_ray.store import checksums
-from afn_ray.store.commits import num_measured
+from afn_ray.store.commits import COMPOSED, num_measured
 
 GENERIC = re.compile(
     r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
@@ -47,6 +47,10 @@ def facts(summary: RunSummary) -> list[tuple[str, str]]:
 def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     info = summary.info
     counts, model, size = info["counts"], info["model"], summary.bytes_per_token
+    num_composed = 0  # copies of earlier columns, maybe beside measured ones
+    for kind in info.get("provenance", ()):
+        num_composed += kind["shards"] if COMPOSED in kind["made_by"] else 0
+    composed = f", {num_composed} composed of stored columns" if num_composed else ""
     rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),
@@ -99,7 +103,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         (
             "finished",
             f"{info['finished_at']}, {info['seconds']:,.0f} s, "
-            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new",
+            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new{composed}",
         ),
     ]
     if missing := info.get("quarantined"):

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 import afn_ray
+from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.model import engine
+from afn_ray.reduce import compare
+from afn_ray.runs.recorder import Part, Recorder
+from afn_ray.runs.values import Values
 from afn_ray.store import manifest, plans, shard_files
-from conftest import config_of, write_jsonl
+from afn_ray.store.commits import COMPOSED, Commit
+from afn_ray.tokens.feed import Chunk
+from conftest import config_of, recommit, write_jsonl
 
 Ask = dict[str, Any]
 """Fields of a config that decide what is recorded."""
@@ -91,6 +102,18 @@ def check_same(found: dict[str, pa.Table], expected: dict[str, pa.Table]) -> Non
         assert plain(found[name]).equals(plain(table)), name
 
 
+def folders_of(run: manifest.RunFolder) -> list[Path]:
+    """The folders of the shards of ``run``, in order."""
+    shards, _ = plans.read_shards(run)
+    measure_id = run.info["measure"]["id"]
+    return [Path(shard_files.shard_uri(run.store, measure_id, shard.id)) for shard in shards]
+
+
+def committed_file(folder: Path, table: str) -> Path:
+    entry = json.loads((folder / "commit.json").read_text())["files"][table]
+    return folder / str(entry["name"])
+
+
 def plain(table: pa.Table) -> pa.Table:
     """``table`` whose repeated strings have one dictionary each."""
     return table.unify_dictionaries().combine_chunks()
@@ -155,3 +178,95 @@ def test_a_run_has_the_bits_of_one_from_scratch_in_every_order_of_asking(
     run = run_in(tmp_path, asked)
     assert max(blocks_run, default=0) == num_blocks
     check_same(tables_of(run), expected)
+
+
+def test_what_does_not_fit_is_measured_as_a_whole(
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+) -> None:
+    """One shard's columns are damaged, another's are of other rows, and a third one's are gone."""
+    asked = {"layers": "1,3"}
+    expected = from_scratch(asked)
+    donor = run_in(tmp_path, FEW)
+    damaged, other, gone = folders_of(donor)
+    name = committed_file(damaged, "tokens")
+    data = bytearray(name.read_bytes())
+    data[len(data) // 2] ^= 1
+    name.write_bytes(data)
+    tokens = pq.read_table(committed_file(other, "tokens"))
+    at = tokens.schema.get_field_index("token_id")
+    ids = pc.add(tokens["token_id"], pa.scalar(1, pa.int32()))
+    wrong = tokens.set_column(at, tokens.schema.field(at), ids)
+    sink = pa.BufferOutputStream()
+    pq.write_table(wrong, sink)
+    recommit(str(other), "tokens", sink.getvalue().to_pybytes())
+    committed_file(gone, "tokens").unlink()
+    run = run_in(tmp_path, asked)
+    check_same(tables_of(run), expected)
+    assert not any(COMPOSED in kind["made_by"] for kind in run.info["provenance"])
+
+
+def test_a_document_that_one_layer_refuses_is_refused_by_a_run_over_both(
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its shard is measured as a whole, in either order; the others are composed."""
+    asked, make = {"layers": "1,3"}, Recorder.make
+    expected = from_scratch(FEW)
+
+    def refuse(self: Recorder, chunk: Chunk, values: Values, first: int) -> Part:
+        for at, one in enumerate(self._measure.series):
+            if one.layer == 3 and not first:  # the first document of each shard's first chunk
+                values.series[at, chunk.prepared.encoded.docs == 0] = np.nan
+        return make(self, chunk, values, first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "make", refuse)
+        whole = run_in(tmp_path / "whole", asked)
+        run_in(tmp_path / "parts", FEW)
+        run = run_in(tmp_path / "parts", asked)
+    assert whole.info["counts"]["quarantined"] == 3
+    check_same(tables_of(run), tables_of(whole))
+    check_same(tables_of(run_in(tmp_path / "whole", FEW)), expected)
+
+
+def test_a_run_killed_while_it_composes_goes_on_where_it_was(
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bert: Path,
+    corpus: Path,
+) -> None:
+    """A dry run tells what it composes; verify proves it; a comparison has the shared layer."""
+    asked = {"layers": "1,3"}
+    expected = from_scratch(asked)
+    donor = run_in(tmp_path, FEW)
+    estimate = afn_ray.dry_run(config_in(tiny_bert, corpus, tmp_path, asked))
+    assert (estimate.num_shards_composed, estimate.num_shards_done) == (3, 0)
+    assert estimate.composed == "3 shards measured for strength_3 alone" and estimate.tokens_exact
+    publish, one_by_one = shard_files.publish, threading.Lock()
+    done: list[Commit] = []
+
+    def killed(*args: Any) -> Any:
+        with one_by_one:
+            if done:
+                raise KeyboardInterrupt
+            done.append(publish(*args))
+            return done[0]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shard_files, "publish", killed)
+        run_in(tmp_path, asked)
+    run = run_in(tmp_path, asked)
+    assert run.info["counts"]["shards_reused"] == 1
+    check_same(tables_of(run), expected)
+    assert estimate.tokens == run.info["counts"]["tokens"]
+    assert sum(k["shards"] for k in run.info["provenance"] if COMPOSED in k["made_by"]) == 3
+    assert not verify.verify_store(str(tmp_path)).findings
+    found = compare.compare(donor, run)
+    assert found.drift["layer"].unique().to_pylist() == [1] and found.drift["psi"][0].as_py() == 0
+    assert any("layers 3 were not compared" in note for note in found.notes)
