@@ -761,6 +761,7 @@ _ARROW_TYPES["classes of a night"] = _list_of(
 
 HISTORY_SCHEMA = _schema(
     "run, measure: string",
+    "base: string  # of the measure without layers and signals: of one base strengths compare",
     "began_at: timestamp[us]  # UTC",
     "partition: date32[day] or null  # null: the corpus has no date",
     "layer: int16",

@@ -166,10 +166,10 @@ def complete(
     run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
     plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
     info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
-        "measure": {"id": measure},
+        "measure": {"id": measure, "model": {"config.json": measure}},
         "tables": {"plan": plan}
         | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
-        "config": {"corpus": list(corpus), **config},
+        "config": {"corpus": list(corpus), "layers": "0,2/3", **config},
     }
     return manifest.finish_run(run, info) if done else run
 

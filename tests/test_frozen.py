@@ -124,9 +124,9 @@ def test_what_cannot_be_taken_is_refused(
     nights: tuple[RunConfig, str, str], tmp_path: Path
 ) -> None:
     config, first, _ = nights
-    other = replace(config, store=str(tmp_path / "other"), layers="2", thresholds=first)
+    other = replace(config, store=str(tmp_path / "other"), layers="2,3", thresholds=first)
     with pytest.raises(
-        ConfigError, match=r"another measure.*layers: it has \[1, 2\], this run asks for \[2\]"
+        ConfigError, match=r"another measure.*layers: it has \[1, 2\], this run asks for \[2, 3\]"
     ):
         afn_ray.run(other)
     with pytest.raises(StoreError, match="neither a store nor a run"):

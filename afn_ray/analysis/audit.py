@@ -130,7 +130,7 @@ def run_audit(
     limits learn from, where they were not kept. With ``mark`` false the caller calls
     ``keep_verdict`` once it has reported the verdict.
 
-    The baseline is an earlier complete run of the same measure and series (``series.name_of``), by
+    The baseline is an earlier complete run of the same series (``series.name_of``) with a common layer, by
     kind one of:
 
     A broken night is none, unless it was accepted (``store.verdicts.accept``).
@@ -169,10 +169,10 @@ def run_audit(
     with job.run(config, on_event) as opened:
         run = manifest.find_run(opened.uri)
 
-    def baseline_of(run: RunFolder) -> Baseline:
+    def baseline_of(run: RunFolder, layer: int | None) -> Baseline:
         if named is not None:
             return Baseline(named)
-        return baselines.find(run, policy.baseline, policy.window)
+        return baselines.find(run, policy.baseline, policy.window, layer)
 
     found = _judge(policy, run, baseline_of, night)
     if mark:
@@ -189,13 +189,17 @@ def _named_baseline(baseline: str, window: str) -> RunFolder | None:
 
 
 def _judge(
-    policy: Policy, run: RunFolder, baseline_of: Callable[[RunFolder], Baseline], night: Night
+    policy: Policy,
+    run: RunFolder,
+    baseline_of: Callable[[RunFolder, int | None], Baseline],
+    night: Night,
 ) -> Audit:
     """The verdict on the complete ``run``, held against the baseline that ``baseline_of`` gives.
 
+    A layer that ``baseline_of`` is given is one that the baseline has.
     Earlier nights are judged again against their own, where limits learn from them.
     """
-    baseline = baseline_of(run)
+    baseline = baseline_of(run, policy.layer)
     begins = night.first_night and baseline.lacking is not None and not baseline.is_refused
     if begins:
         baseline = replace(baseline, lacking=f"first night: {baseline.lacking}")

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from afn_ray.analysis.policy import BASELINES, MEDIAN
-from afn_ray.config import RunConfig
+from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
 from afn_ray.runs import precheck
 from afn_ray.store import manifest, series, series_runs, storage, uris, verdicts
@@ -18,8 +18,8 @@ from afn_ray.text import count
 
 WEEK = timedelta(days=6.5)
 """Least age of a baseline of last week; under 7 days, as nights do not begin on the minute."""
-OF_MEASURE = ("model", "revision", "layers", "dtype", "window_tokens", "overlap_tokens")
-"""Config keys that two runs of one measure share; the model's files may still differ."""
+OF_BASE = ("model", "revision", "dtype", "window_tokens", "overlap_tokens")
+"""Config keys that two comparable runs share; the model's files may still differ."""
 KNOWN = "previous, week, weekday, median:N"
 """Kinds of baseline, for errors."""
 
@@ -60,15 +60,15 @@ def named(uri: str) -> RunFolder:
     return run
 
 
-def find(run: RunFolder, kind: str, window: str) -> Baseline:
+def find(run: RunFolder, kind: str, window: str, layer: int | None = None) -> Baseline:
     """The baseline of ``kind`` of the complete ``run``, as ``policy.check_kind`` allows it.
 
-    A broken night is none unless it was accepted.
+    It has ``layer``; None: any layer of ``run``. A broken night is none unless it was accepted.
     """
     if window == "new":
-        nights = series_runs.partitions_before(run, series_runs.alike(run))
+        nights = series_runs.partitions_before(run, series_runs.alike(run, layer=layer))
     else:
-        nights = series_runs.nights_before(run, series_runs.alike(run, before=run.id))
+        nights = series_runs.nights_before(run, series_runs.alike(run, run.id, layer))
     newest = next(nights, None)
     name = series_runs.series_of(run)
     if newest is None:
@@ -79,7 +79,7 @@ def find(run: RunFolder, kind: str, window: str) -> Baseline:
     if kind == "week":
         return _last_week(run, nights)
     if (median := MEDIAN.fullmatch(kind)) is not None:
-        return _median(list(nights), int(median[1]))
+        return _median(run, list(nights), int(median[1]))
     previous = series_runs.newest_audited(filter(verdicts.may_be_baseline, nights))
     lacking = f'every earlier night of the series "{name}" is broken, and none was accepted'
     return Baseline(previous, None if previous else lacking, is_refused=previous is None)
@@ -112,13 +112,25 @@ def begin_nights(config: RunConfig, window: str) -> None:
 
 
 def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
-    """Complete runs of this series and, by the config's keys, of its measure; newest first."""
+    """Complete runs of this series that are comparable by the config's keys; newest first.
+
+    They have all layers that ``config`` asks for.
+    """
     asked = asdict(precheck.normalised(config))
     name = series.name_of(asked["store"], asked)
     for run in series_runs.complete_runs(asked["store"]):
-        same_measure = all(run.info["config"].get(key) == asked[key] for key in OF_MEASURE)
-        if same_measure and series_runs.series_of(run) == name:
+        same_base = all(run.info["config"].get(key) == asked[key] for key in OF_BASE)
+        if same_base and series_runs.series_of(run) == name and _has_layers(run, config):
             yield run
+
+
+def _has_layers(run: RunFolder, config: RunConfig) -> bool:
+    """Whether ``run`` has the layers that ``config`` asks for of the same model."""
+    recorded = run.info["config"].get("layers")
+    if recorded == config.layers:
+        return True
+    layers = resolve_layers(config.layers, run.info["model"]["depth"])
+    return {*layers} <= {*run.info["layers"]}
 
 
 def _last_week(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
@@ -156,13 +168,17 @@ def _same_weekday(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
     return Baseline(None, lacking, is_refused=bool(broken))
 
 
-def _median(nights: list[RunFolder], num_nights: int) -> Baseline:
+def _median(run: RunFolder, nights: list[RunFolder], num_nights: int) -> Baseline:
     """The newest audited one of ``nights``, and the ``num_nights`` newest for the medians.
 
-    Broken nights that were not accepted are neither.
+    Broken nights that were not accepted are neither. Medians are of nights with the deepest layer
+    of ``run`` that the newest audited one has.
     """
     able = [night for night in nights if verdicts.may_be_baseline(night)]
     previous = series_runs.newest_audited(able)
+    if previous is not None:
+        judged = max({*run.info["layers"]} & {*previous.info["layers"]})
+        able = [night for night in able if judged in night.info["layers"]]
     if len(able) >= num_nights:
         return Baseline(previous, median_of=tuple(able[:num_nights]), is_median=True)
     broken = len(nights) - len(able)

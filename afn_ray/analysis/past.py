@@ -16,8 +16,8 @@ from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.store import series_runs, verdicts
 from afn_ray.store.manifest import RunFolder
 
-BaselineOf = Callable[[RunFolder], Baseline]
-"""Function that gives the baseline of an earlier night."""
+BaselineOf = Callable[[RunFolder, int | None], Baseline]
+"""Function that gives the baseline of an earlier night, which has a layer."""
 Gather = Callable[[RunFolder, Baseline], Evidence]
 """Function that gives the evidence on an earlier night, held against its baseline."""
 
@@ -68,11 +68,11 @@ def values_before(
     again = replace(policy, layer=layer, group_by=grouped_by(run))
     as_numbers = [replace(limit, fail=0.0, warn=None) for limit in learning]
     asked = {limit: terms(policy, limit, run, run) for limit in as_numbers}
-    nights = filter(verdicts.may_be_baseline, _nights_before(run, policy.window))
+    nights = filter(verdicts.may_be_baseline, _nights_before(run, policy.window, layer))
     for night in islice(nights, policy.nights):
         found, unknown = _kept(again, asked, night)
         if unknown:
-            found |= _found_again(again, unknown, night, baseline_of(night), gather)
+            found |= _found_again(again, unknown, night, baseline_of(night, layer), gather)
         for name, value in found.items():
             if value is not None:
                 values[name].append(value)
@@ -129,12 +129,12 @@ def _found_again(
     return found
 
 
-def _nights_before(run: RunFolder, window: str) -> Iterator[RunFolder]:
-    """The nights of the series before ``run``, audited or not, newest first."""
+def _nights_before(run: RunFolder, window: str, layer: int) -> Iterator[RunFolder]:
+    """The nights of the series with ``layer`` before ``run``, audited or not, newest first."""
     if window == "new":
-        yield from series_runs.partitions_before(run, series_runs.alike(run))
+        yield from series_runs.partitions_before(run, series_runs.alike(run, layer=layer))
         return
-    runs = list(series_runs.alike(run, before=run.id))
+    runs = list(series_runs.alike(run, run.id, layer))
     night = next(series_runs.nights_before(run, runs), None)
     while night is not None:
         yield night

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from afn_ray import notebook
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.measure import base_of
 from afn_ray.reduce import duplicates, losses
 from afn_ray.reduce.drift import (
     SourceStrengths,
@@ -114,18 +115,20 @@ def compare(
     layer's types in both runs. Tokens of one document are not independent draws. So z shows which
     types moved most, but not how certain that is. A type in both runs has its class of ``run_b``.
 
-    Runs of different measures have strengths that cannot be compared. For them this function
+    Runs are compared at the layers that both have. If their measures differ in more than layers and
+    signals, strengths cannot be compared. For such runs this function
     raises ``ConfigError`` unless ``ranks_only`` is set. With ``ranks_only``, quartiles, medians and
     distances are null and shares remain; types of different measures are matched by their piece.
     Also raises ``ConfigError`` for runs without a common layer, and ``StoreError`` for a run that
     is missing, incomplete or damaged.
     """
     a, b = (complete_run(run) for run in (run_a, run_b))
-    same_measure = a.info["measure"]["id"] == b.info["measure"]["id"]
-    if not same_measure and not ranks_only:
+    base_a, base_b = (base_of(run.info["measure"]) for run in (a, b))
+    same_base = base_a == base_b
+    if not same_base and not ranks_only:
         raise ConfigError(
             f"runs {a.uri} and {b.uri} are of different measures, so their strengths cannot be "
-            f"compared: {'; '.join(differences(a.info['measure'], b.info['measure']))}. 'afn "
+            f"compared: {'; '.join(differences(base_a, base_b))}. 'afn "
             "compare A B --ranks-only' compares shares alone"
         )
     layers = [k for k in a.info["layers"] if k in b.info["layers"]]
@@ -135,11 +138,11 @@ def compare(
             f"against {_listed(b.info['layers'])}"
         )
     with checksums.named_damage(f"{a.uri} or {b.uri}"):
-        return _compared(a, b, layers, ranks_only=ranks_only, same_measure=same_measure)
+        return _compared(a, b, layers, ranks_only=ranks_only, same_base=same_base)
 
 
 def _compared(
-    a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_measure: bool
+    a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_base: bool
 ) -> Comparison:
     tables = [_Tables.of(run) for run in (a, b)]
     drift: list[dict[str, Any]] = []
@@ -160,9 +163,7 @@ def _compared(
             )
             drift += _rows_by_source(layer, *matched_sources(*sources), ranks_only=ranks_only)
         classes += class_rows(layer, types_a, types_b)
-        movers.append(
-            movers_table(layer, types_a, types_b, by_id=same_measure, ranks_only=ranks_only)
-        )
+        movers.append(movers_table(layer, types_a, types_b, by_id=same_base, ranks_only=ranks_only))
         words = [of_run.word_vocabulary.get(layer) for of_run in tables]
         if words[0] is not None and words[1] is not None:
             word_classes += class_rows(layer, *words)
@@ -174,7 +175,7 @@ def _compared(
         pa.Table.from_pylist(classes, CLASS_DRIFT_SCHEMA),
         pa.concat_tables(movers),
         tuple(_notes(a, b, layers, ranks_only, rare)),
-        group_drift(a, b, layers, by_id=same_measure, ranks_only=ranks_only),
+        group_drift(a, b, layers, by_id=same_base, ranks_only=ranks_only),
         pa.concat_tables(of_words).combine_chunks(),
         pa.Table.from_pylist(word_classes, CLASS_DRIFT_SCHEMA),
     )
@@ -255,7 +256,7 @@ def _notes(
         yield "A and B are one run."
     if ranks_only:
         yield "Ranks only: quartiles, medians and distances are left out; shares remain."
-        if differing := differences(a.info["measure"], b.info["measure"]):
+        if differing := differences(base_of(a.info["measure"]), base_of(b.info["measure"])):
             yield (
                 "The measures differ, and types are matched by their piece: "
                 f"{'; '.join(differing)}."

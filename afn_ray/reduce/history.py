@@ -18,6 +18,8 @@ import pyarrow.compute as pc
 
 from afn_ray import notebook
 from afn_ray.errors import ConfigError
+from afn_ray.fingerprints import fingerprint
+from afn_ray.measure import base_of
 from afn_ray.reduce.drift import (
     SourceStrengths,
     drift_row,
@@ -150,6 +152,7 @@ def _rows(
     of_night: dict[str, Any] = {
         "run": run.id,
         "measure": run.info["measure"]["id"],
+        "base": fingerprint(base_of(run.info["measure"])),
         "began_at": began_at(run),
         "partition": series_runs.day_of(run),
         "baseline": None if baseline is None else baseline.rpartition("/")[2],
@@ -168,11 +171,11 @@ def _rows(
 
 
 def night_before(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
-    """The night of the same measure before ``run`` among ``runs``, which are newest first.
+    """The comparable night before ``run`` among ``runs``, which are newest first.
 
     It is that of the partition before, or of the run before where the corpus has no date.
     """
-    comparable = [other for other in runs if series_runs.is_same_measure(run, other)]
+    comparable = [other for other in runs if series_runs.is_comparable(run, other)]
     if series_runs.day_of(run) is not None:
         return next(series_runs.partitions_before(run, comparable), None)
     return next(series_runs.nights_before(run, comparable), None)

@@ -46,7 +46,7 @@ def lines(found: History, layer: int | None = None) -> Iterator[str]:
             yield _cut(f"{night_name(row)} was accepted: {row['accepted']}")
         if row["warned"]:
             yield _cut(f"{night_name(row)} warned of {', '.join(row['warned'])}")
-    num_other = sum(row["measure"] != nights[-1]["measure"] for row in nights)
+    num_other = sum(row["base"] != nights[-1]["base"] for row in nights)
     if num_other:
         yield f"{count(num_other, 'run')} of another measure: their strengths are no comparison"
     if found.others:

@@ -49,7 +49,7 @@ from afn_ray.show.sparklines import earlier_nights
 from afn_ray.show.summary import RunSummary, summarise
 from afn_ray.show.vega import Chart, VegaSpec
 from afn_ray.show.verdict_facts import verdict_facts
-from afn_ray.store import checksums, disk, manifest
+from afn_ray.store import checksums, disk, manifest, series_runs
 from afn_ray.text import printable
 
 MAX_CHARS = 10_000
@@ -307,9 +307,9 @@ def by_layer(table: pa.Table, layers: Sequence[int]) -> dict[int, pa.Table]:
 def _histograms(
     run: manifest.RunFolder, summary: RunSummary, comparison: compare.Comparison | None
 ) -> list[Chart]:
-    """One chart for each layer, with the baseline's line where both runs have the same measure."""
+    """One chart for each layer, with the baseline's line where strengths can be compared."""
     now, before, compared = manifest.read_table(run, "histogram"), None, set()
-    if comparison is not None and comparison.a.info["measure"]["id"] == run.info["measure"]["id"]:
+    if comparison is not None and series_runs.is_comparable(comparison.a, run):
         before, compared = (
             manifest.read_table(comparison.a, "histogram"),
             {r["layer"] for r in drift_of_all_tokens(comparison)},

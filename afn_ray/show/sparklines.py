@@ -16,6 +16,8 @@ from afn_ray.analysis.audit import Audit, to_keep
 from afn_ray.analysis.learned import Learned, UsualRange
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.verdict import BROKEN, WARNED, Rule
+from afn_ray.fingerprints import fingerprint
+from afn_ray.measure import base_of
 from afn_ray.reduce import history
 from afn_ray.show.history_charts import MOST_NIGHTS
 from afn_ray.show.history_table import night_name
@@ -74,12 +76,12 @@ class Sparkline:
 def earlier_nights(found: Audit, history: pa.Table) -> list[NightFigures]:
     """The audited nights of ``history`` before that of ``found``, the oldest first.
 
-    ``history`` has rows of ``HISTORY_SCHEMA``. Nights of another measure, judged layer or window
+    ``history`` has rows of ``HISTORY_SCHEMA``. Nights of another base, judged layer or window
     are left out, as their values are of another kind.
     """
     is_alike = pc.and_(
         pc.and_(pc.is_null(history["group_by"]), pc.equal(history["layer"], found.layer)),
-        pc.equal(history["measure"], found.run.info["measure"]["id"]),
+        pc.equal(history["base"], fingerprint(base_of(found.run.info["measure"]))),
     )
     rows = [row for row in history.filter(is_alike).to_pylist() if row["run"] != found.run.id]
 

@@ -33,12 +33,14 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[dict[str, Any]]:
     run = manifest.find_run(config.thresholds)
     theirs = _strength_keys(run.info["measure"])
     ours = _strength_keys(measure.as_dict())
+    if {*measure.layers} <= {*theirs["layers"]}:  # the thresholds of some of its layers
+        theirs["layers"] = ours["layers"]
     if theirs != ours:
         raise ConfigError(
             f"thresholds of {run.uri} are of another measure and cannot be used here: "
             f"{measure_differences(theirs, ours, 'it')}"
         )
-    return frozen_rows(run)
+    return [row for row in frozen_rows(run) if row["layer"] in measure.layers]
 
 
 def _strength_keys(measure: dict[str, Any]) -> dict[str, Any]:

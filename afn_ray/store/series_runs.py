@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from datetime import date
 
+import pyarrow as pa
+
+from afn_ray.measure import base_of
 from afn_ray.store import manifest, series
 from afn_ray.store.manifest import RunFolder
 
@@ -61,20 +64,27 @@ def day_of(run: RunFolder) -> date | None:
     return series.day_of(run.info["config"]["corpus"])
 
 
-def is_same_measure(run: RunFolder, other: RunFolder) -> bool:
-    """Whether the strengths of two complete runs can be compared."""
-    same: bool = run.info["measure"]["id"] == other.info["measure"]["id"]
-    return same
+def is_comparable(run: RunFolder, other: RunFolder, layer: int | None = None) -> bool:
+    """Whether the strengths of two complete runs can be compared, at ``layer`` or at any.
+
+    Their measures have one base: they may differ in layers and signals.
+    """
+    if base_of(run.info["measure"]) != base_of(other.info["measure"]):
+        return False
+    shared = {*run.info["layers"]} & {*other.info["layers"]}
+    return bool(shared) if layer is None else layer in shared
 
 
-def alike(run: RunFolder, before: str | None = None) -> Iterator[RunFolder]:
-    """Complete runs of the measure and the series of ``run``, newest first.
+def alike(
+    run: RunFolder, before: str | None = None, layer: int | None = None
+) -> Iterator[RunFolder]:
+    """Complete runs of the series of ``run`` that are comparable at ``layer``, newest first.
 
     ``before`` leaves out the run of that name and those that began after it.
     """
     name = series_of(run)
     for other in complete_runs(run.store, before):
-        if is_same_measure(run, other) and series_of(other) == name:
+        if is_comparable(run, other, layer) and series_of(other) == name:
             yield other
 
 
@@ -111,8 +121,13 @@ def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
     request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
 
     def is_same_night(earlier: RunFolder) -> bool:
-        same_request = earlier.id.endswith(f"-{request}")
-        return same_request or (shards is not None and _shards_sha256(earlier) == shards)
+        if earlier.id.endswith(f"-{request}"):
+            return True
+        if shards is None or _shards_sha256(earlier) is None:
+            return False
+        if earlier.info["measure"]["id"] == run.info["measure"]["id"]:
+            return _shards_sha256(earlier) == shards
+        return bool(_shards(earlier).equals(_shards(run)))  # in other files
 
     return is_same_night
 
@@ -140,6 +155,11 @@ def is_before(run: RunFolder, tonight: date | None) -> bool:
     """Whether ``run`` covers a partition before that of ``tonight``."""
     day = day_of(run)
     return day is not None and tonight is not None and day < tonight
+
+
+def _shards(run: RunFolder) -> pa.Table:
+    """The ids of the shards of ``run``, in order."""
+    return manifest.read_table(run, "shards", ["shard"])
 
 
 def _shards_sha256(run: RunFolder) -> str | None:

@@ -533,7 +533,7 @@ def test_on_a_first_night_nothing_can_have_been_learned(monkeypatch: pytest.Monk
 
     def state(baseline: Baseline, *, first_night: bool) -> str:
         night = Night(first_night=first_night)
-        return audit._judge(policy, alone.run, lambda run: baseline, night).state
+        return audit._judge(policy, alone.run, lambda *of: baseline, night).state
 
     lacking = Baseline(None, lacking="there is no earlier run")
     assert state(lacking, first_night=True) == "held"

@@ -225,7 +225,7 @@ def values_before(
     baseline: RunFolder | None = None,
 ) -> dict[str, list[float]]:
     """The values at layer 8; each earlier night is held against ``baseline``."""
-    return past.values_before(policy, run, 8, lambda earlier: Baseline(baseline), gather)
+    return past.values_before(policy, run, 8, lambda *of: Baseline(baseline), gather)
 
 
 def test_values_are_those_that_the_last_nights_kept_newest_first(tmp_path: Path) -> None:
@@ -379,6 +379,6 @@ def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_pa
     tonight = grouped(5, "lang", *of_both)
     policy = replace(POLICY, limits=limits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(past, "_nights_before", lambda run, window: iter(nights))
+        patch.setattr(past, "_nights_before", lambda *of: iter(nights))
         values = values_before(policy, tonight)
     assert values == {"group.psi": [1], "junk_share": [1, 2, 3]}

@@ -345,7 +345,7 @@ def test_a_first_audit_is_held_against_the_newest_partition_of_plain_runs(tmp_pa
     for name in manifest.run_names(str(tmp_path / "store")):
         assert not manifest.is_audited(manifest.open_folder(str(tmp_path / "store"), name))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "OF_MEASURE", ())
+        patch.setattr(baselines, "OF_BASE", ())
         baselines.begin_nights(config, "new")
     audited = [
         series_runs.day_of(run)

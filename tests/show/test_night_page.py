@@ -19,6 +19,8 @@ from afn_ray.analysis.baselines import Baseline
 from afn_ray.analysis.learned import UsualRange
 from afn_ray.analysis.limits import Limit
 from afn_ray.analysis.verdict import Rule
+from afn_ray.fingerprints import fingerprint
+from afn_ray.measure import base_of
 from afn_ray.reduce import compare, losses
 from afn_ray.schema import FILES_SCHEMA, HISTORY_SCHEMA
 from afn_ray.show import moved, report, sparklines
@@ -145,6 +147,7 @@ def test_earlier_nights_are_the_audited_ones_of_the_same_measure_layer_and_windo
     for run, at in zip(runs, began, strict=True):
         row: dict[str, Any] = dict.fromkeys(HISTORY_SCHEMA.names)
         row |= {"run": run.id, "measure": run.info["measure"]["id"], "began_at": at, "layer": 8}
+        row |= {"base": fingerprint(base_of(run.info["measure"]))}
         row |= {"accepted": "meant" if at.day == 1 else None, "classes": []}
         rows += [row, row | {"group_by": "lang", "group": "de"}]
     schema = pa.schema([field.with_nullable(True) for field in HISTORY_SCHEMA])
