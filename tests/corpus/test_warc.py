@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from resiliparse.parse.html import HTMLTree, NodeType
 
 import afn_ray
 from afn_ray.corpus import first, html, listing, reading, streams, warc
@@ -230,17 +231,63 @@ def test_the_main_content_is_the_text() -> None:
 def test_pages_made_to_take_long_or_much_are_quarantined(tmp_path: Path) -> None:
     bomb = zlib.compressobj(9, wbits=31)
     packed = bomb.compress(bytes(streams.LINE_BYTES + 10)) + bomb.flush()
+    bold = b"".join(b"<b a=%d>" % i for i in range(1900))
+    attributes = b" ".join(b"a%d" % i for i in range(20_000))
     for body, head, reason in (
-        (b"<div>" * 3000, b"", "page nests 3000 elements, over the limit of 2000"),
-        (b"<b><i><u>" * 1000 + b"</b>x" * 1000, b"", "page nests 3000 elements"),
-        (b"<div><table></div>" * 3000, b"", "page nests 3001 elements"),
+        (b"<div>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<b><i><u>" * 1000 + b"</b>x" * 1000, b"", "with formatting opened anew"),
+        (b"<div><table></div>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<li><dd>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<div>" + bold + b"</div>" + b"<p>x" * 3000, b"", "with formatting opened anew"),
+        (b"<div>" * 1900 + b"<p>x" * 30_000, b"", "elements on the paths to its elements"),
+        (b"<svg><script>" + b"<div>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<p " + attributes + b">x", b"", "page has 20000 attributes in a tag"),
+        (b"<p" + b" " * 3_000_000 + b"<p" + b"/" * 3_000_000, b"", "page of 6000004 bytes is over"),
         (b"<p>a</p>" * 600_000, b"", "page of 4800000 bytes is over the limit of 4194304"),
         (packed, b"Content-Encoding: gzip\r\n", "body is over the limit of 67108864 bytes"),
     ):
         (document,) = read(tmp_path, response(1, body, HTML_HEAD + head))
         assert reason in str(document.problem)
-    list_items = "<ul>" + "<li>x<p>y" * 5000 + "</ul>"
-    assert html.nesting(list_items) == 1
+
+
+def test_pages_of_many_unclosed_elements_are_read() -> None:
+    """As of the last century: nothing is closed that the next of its kind closes."""
+    cell = "<tr><td><font size=2>a</font><p>b<li>c<td><b>d</b><dl><dt>e<dd>f</dl>"
+    page = f"<body><table>{cell * 900}</table><script>{'if (i<b && n<a) d;' * 9000}</script>"
+    assert html.html_text(page.encode(), "utf-8").count("f") >= 900
+
+
+def test_the_bounds_of_a_page_are_never_under_what_a_parser_makes_of_it() -> None:
+    chance = random.Random(5)
+    names = [
+        "div",
+        "b",
+        "a",
+        "p",
+        "li",
+        "dd",
+        "table",
+        "tr",
+        "td",
+        "button",
+        "template",
+        "svg",
+        "x-y",
+    ]
+    for _ in range(200):
+        some = chance.sample(names, chance.randint(1, 6))
+        kinds = ("<{} a={}>", "</{}>", "<{}>x")
+        page = "".join(
+            chance.choice(kinds).format(name, chance.randint(0, 99))
+            for name in chance.choices(some, k=chance.randint(5, 80))
+        )
+        bound = html._OpenElements()
+        for match in html.TAG.finditer(page):
+            (bound.end if match[1] else bound.start)(match[2])
+        parsed = HTMLTree.parse(page).document
+        assert parsed is not None
+        made = [node for node in parsed if node.type == NodeType.ELEMENT]
+        assert len(made) <= bound.num_elements + 4  # html, head, body, tbody
 
 
 # --- plans and runs
