@@ -164,6 +164,8 @@ def _other_measure(config: RunConfig, runs: Sequence[str], measure: Measure) -> 
         if plan is not None:
             theirs, ours = base_of(plan[1].get("measure", {})), measure.base
             goes_on = ""
+            if theirs | {"dtype": measure.dtype} == ours:  # as where new layers are no safe ones
+                goes_on = f"--dtype {theirs.get('dtype')} goes on with that measure. "
             of_one_kind = theirs.get("labels") == measure.labels  # else no --language goes on
             if of_one_kind and measure.detected != (theirs.get("languages") is not None):
                 flag = f"--language {plan[1].get('config', {}).get('language', 'en')}"
