@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Any, NamedTuple, get_type_hints
 
-from afn_ray import conditions, kept, samples, text_encodings
+from afn_ray import conditions, kept, samples, text_encodings, token_rows
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
 from afn_ray.schema import LANGUAGE as LANGUAGE_COLUMN
@@ -114,6 +114,7 @@ FORMS = {
         "-, at most 63",
     ),
     "sample": Form(samples.SHARE, samples.EXPECTED),
+    "record": Form(token_rows.FORM, "all, summaries, high, or sample: and a share, as sample:0.01"),
     "language": Form(LANGUAGE, "auto, or a code of ISO 639, such as en, pt-BR or yue"),
 }
 """Forms of texts, by key."""
@@ -131,6 +132,7 @@ MOST = {
 ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
 """Values that numbers must exceed, by key; none is infinite."""
 HAS_NEURONS = {"pattern": r"(^|,)\s*neurons\s*(,|$)"}
+HAS_NO_NEURONS = {"pattern": r"^(?!(.*,)?\s*neurons\s*(,|$))"}
 NEEDS = (
     Need(
         "top_neurons", "signals", HAS_NEURONS,
@@ -148,6 +150,21 @@ NEEDS = (
     Need(
         "mean_vectors", "duplicates", {"pattern": "^keep$"},
         "the states of a copy cannot be taken out of a mean again: leave duplicates out",
+    ),
+    Need(
+        "record", "signals", HAS_NO_NEURONS,
+        "signals has neurons, which are recorded for rows of tokens: leave one of the two out",
+    ),
+    *(
+        Need(
+            key, "record", {"pattern": f"^{token_rows.ALL}$"},
+            f"record leaves out rows of tokens, which {why}: leave one of the two out",
+        )
+        for key, why in (
+            ("group_by", "groups are made of"),
+            ("near_duplicates", "near-copies are found in"),
+            ("duplicates", "a copy's tokens are taken out of the summaries by"),
+        )
     ),
     Need(
         "thresholds_by", "group_by", {}, "group_by is not given: name what makes the groups",
@@ -256,6 +273,11 @@ class RunConfig:
         None,
         "condition on keep_columns that documents to measure meet, as in SQL: lang = 'de' AND year "
         ">= 2020",
+    )
+    record: str = _option(
+        token_rows.ALL,
+        "rows of tokens to keep beside the summaries: all; summaries, none; high, those of tokens "
+        "that are HIGH by --thresholds; sample:0.01, those of a sample of the documents",
     )
     offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
     language: str = _option(
@@ -374,6 +396,7 @@ class RunConfig:
         self._check_kept()
         self._check_encoding()
         self._check_selection()
+        self._check_record()
         for need in NEEDS:
             is_default = getattr(self, need.key) == DEFAULTS[need.key]
             if not is_default and not need.is_met_by(getattr(self, need.other)):
@@ -413,6 +436,18 @@ class RunConfig:
         if self.where is not None:
             condition = conditions.parse(self.where, kept.parse(self.keep_columns or ""))
             object.__setattr__(self, "where", str(condition))
+
+    def _check_record(self) -> None:
+        """Raise ``ConfigError`` for rows that are not known; ask for no scan where rows lack."""
+        object.__setattr__(self, "record", token_rows.canonical(self.record))
+        if token_rows.is_complete(self.record):
+            return
+        if self.record == token_rows.HIGH and self.thresholds is None:
+            raise ConfigError(
+                "record is 'high', but what is HIGH is known before the corpus is measured only by "
+                "thresholds: name the run whose thresholds say it, or give record = 'sample:1%'"
+            )
+        object.__setattr__(self, "screen", 0)  # the scan reads the rows of all tokens
 
     @classmethod
     def of_stored(cls, values: Mapping[str, Any]) -> RunConfig:

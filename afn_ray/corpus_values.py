@@ -18,7 +18,7 @@ WARC = "warc"
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
-    """Options that turn bytes into documents; part of a shard's identity."""
+    """Options that turn bytes into documents and rows; part of a shard's identity."""
 
     format: str  # "auto", "txt", "jsonl", "csv", "parquet", "conllu" or "warc"
     text_column: str
@@ -33,10 +33,11 @@ class ReadOptions:
     encoding: str = ""  # of all formats but Parquet, as Python names it; "": UTF-8, or by its mark
     sample: str = ""  # share of the documents to select, as ``samples.canonical`` writes it
     where: str = ""  # condition on kept columns, as ``conditions`` writes it
+    record: str = ""  # rows of tokens that are kept, as ``token_rows`` writes them; "": all
 
     def as_dict(self) -> dict[str, object]:
         """The options as plans and commits store them; those of later versions only where given."""
-        newer = ("keep", "encoding", "sample", "where")
+        newer = ("keep", "encoding", "sample", "where", "record")
         return {k: v for k, v in asdict(self).items() if v or k not in newer}
 
     @property
@@ -45,8 +46,8 @@ class ReadOptions:
         return bool(self.sample or self.where)
 
     def of_all(self) -> ReadOptions:
-        """The options with all documents selected."""
-        return replace(self, sample="", where="")
+        """The options with all documents selected, and all rows kept."""
+        return replace(self, sample="", where="", record="")
 
     def labels_in(self, format: str) -> str | None:
         """Column of the tags in a file of ``format``; None: the file has no tags."""
@@ -60,6 +61,8 @@ class ReadOptions:
             kept.append({"encoding": self.encoding})
         if self.selects:
             kept.append({"sample": self.sample, "where": self.where})
+        if self.record:
+            kept.append({"record": self.record})
         if format == "txt":
             return [self.txt_documents, self.max_document_bytes, *kept]
         if format == "conllu":
@@ -140,6 +143,10 @@ class Shard:
         """The shard of ``slices``; its id depends on them and on the options that affect them."""
         identity = fingerprint([[*s.identity, options.identity(s.format)] for s in slices])
         return cls(identity, tuple(slices), options)
+
+    def recording(self, record: str) -> Shard:
+        """The shard of the same slices that keeps the rows ``record``."""
+        return Shard.of(self.slices, replace(self.options, record=record))
 
     @property
     def num_bytes(self) -> int:

@@ -57,6 +57,8 @@ def _values(name: str) -> st.SearchStrategy[Any]:
         return st.sampled_from(["source", "lang"])
     if name == "sample":
         return st.sampled_from(["1%", "0.05%"])
+    if name == "record":
+        return st.just("all")  # others ask for no scan
     if name == "where":
         return st.sampled_from(["lang = 'de'", "lang IS NULL"])
     if name == "series":

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import notebook
+from afn_ray import notebook, token_rows
 from afn_ray.analysis.bootstrap import Drawn, Figure, Quantity, Sample, combined, fixed
 from afn_ray.analysis.explained import MODELS, deviance_by_rank, explained
 from afn_ray.analysis.local_model import LocalModel
@@ -137,13 +137,15 @@ def claims(
     measures that many documents in this process, with and without their HIGH tokens
     (``analysis.masking``).
 
-    Raises ``QueryError`` for a query that takes too long, once ``max_s`` seconds have passed, and
+    Raises ``ConfigError`` for a run that does not keep the rows of all tokens,
+    ``QueryError`` for a query that takes too long, once ``max_s`` seconds have passed, and
     for a run without a token. Raises what ``open_run`` raises and, with ``masked_documents``, what
     ``masking.check`` raises.
     """
     if masked_documents:  # the model may be missing here, which is known before any figure
         precheck.check_question(run if isinstance(run, str) else run.uri, local.name)
     with opened(run, timeout_s=timeout_s) as tables:
+        token_rows.check_complete(tables.info)
         masked: list[Figure] = []
         note = ""
         if masked_documents:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import notebook
+from afn_ray import notebook, token_rows
 from afn_ray.analysis import matched_words
 from afn_ray.analysis.matched_words import MatchedWords, Overlap, Texts
 from afn_ray.config import resolve_layers
@@ -103,13 +103,16 @@ def compare_layers(
     the words of documents with the same text also by their place. ``timeout_s`` is the time limit
     of each query.
 
-    Raises ``ConfigError`` for layers that were not recorded, and for runs without words;
+    Raises ``ConfigError`` for layers that were not recorded, for runs without words, and for those
+    that do not keep the rows of all tokens;
     ``StoreError`` for a run that is missing, incomplete or damaged; ``QueryError`` for a query over
     its limits.
     """
     a, b = (compare.complete_run(run) for run in (run_a, run_b))
     with checksums.named_damage(f"{a.uri} or {b.uri}"), ExitStack() as stack:
         layer_a, layer_b = _chosen_layers(a, b, layers)
+        for run in (a, b):
+            token_rows.check_complete(run.info)
         opened_a = opened_b = stack.enter_context(database.open_run(a.uri, timeout_s=timeout_s))
         if a.uri != b.uri:
             opened_b = stack.enter_context(database.open_run(b.uri, timeout_s=timeout_s))

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afn_ray import kept
-from afn_ray.analysis import vector_check
+from afn_ray.analysis import some_rows, vector_check
 from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.reduce import neurons
@@ -63,9 +63,21 @@ def check_rows(
         "lost_documents",
         "status",
         *([LANGUAGE] if detected else []),
+        *(some_rows.OF_DOCUMENTS if read.options.record else ()),
     ]
     documents = tables["documents"].read([*columns, *(f"mean_{s.name}" for s in series)])
-    counts = _check_documents(documents, tables["tokens"].metadata.num_rows)
+    counts = _check_documents(documents)
+    if record := read.options.record:
+        # Summaries of all tokens cannot be computed again from the rows of some.
+        if message := some_rows.wrong_rows(tables["tokens"], documents, series, record):
+            raise Wrong("tokens", message)
+        _check_counts(counts, commit, read)
+        return
+    if (num_rows := tables["tokens"].metadata.num_rows) != counts["tokens"]:
+        message = (
+            f"it has {num_rows} rows, but the documents have {counts['tokens']} tokens together"
+        )
+        raise Wrong("tokens", message)
     counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
     if measure is not None and (message := vector_check.impossible(tables["tokens"], measure)):
         raise Wrong("tokens", message)
@@ -169,7 +181,7 @@ def _neuron_layers(file: pq.ParquetFile) -> list[int]:
     return [layer for _, layer in _by_layer(file.schema_arrow.names)]
 
 
-def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
+def _check_documents(documents: pa.Table) -> dict[str, int]:
     """Check ``documents`` and return the counts that they give."""
     docs = documents["doc"].to_numpy()
     n_tokens = documents["n_tokens"].to_numpy()
@@ -184,9 +196,6 @@ def _check_documents(documents: pa.Table, num_tokens: int) -> dict[str, int]:
         message = f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}"
         raise Wrong("documents", message)
     total = int(n_tokens.sum())
-    if total != num_tokens:
-        message = f"it has {num_tokens} rows, but the documents have {total} tokens together"
-        raise Wrong("tokens", message)
     return {
         "documents": len(docs),
         "empty": int(is_empty.sum()),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from afn_ray import kept
+from afn_ray import kept, token_rows
 from afn_ray.analysis import recount, rows, salience_check, vector_check
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
 from afn_ray.analysis.shard_check import CheckedShard
@@ -67,6 +67,7 @@ class RunCheck:
         self.measure: Measure | None = None  # None: its plan cannot be read, or is no measure
         self.measure_id = ""
         self._stored_measure: dict[str, Any] = {}
+        self._config: dict[str, Any] = {}
         self.num_files = self.num_bytes = 0
         self.proved = False
         self.makers: dict[str, int] = {}  # number of shards by what measured them
@@ -151,13 +152,19 @@ class RunCheck:
             return
         self._stored_measure = header["measure"]
         self.measure_id = fingerprint(self._stored_measure)
-        self._config, self._frozen = header["config"], header.get("frozen", [])
+        self._config = header["config"]
+        self._frozen = header.get("frozen", [])
         try:
             self.measure = Measure.of_dict(self._stored_measure)
         except checksums.DAMAGES as error:
             message = f"its measure is not what afn-ray writes: {error!r}"
             self._find("damaged", self._plan, message, self._begin_again)
         self._check_plan()
+
+    @property
+    def record(self) -> str:
+        """The rows of tokens that the run keeps, by its plan."""
+        return token_rows.record_of({"config": self._config})
 
     def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
         self.findings.append(Finding(kind, uri, f"{message}; {advice or self._redo}"))
@@ -278,7 +285,7 @@ class RunCheck:
         stored = {name: manifest.read_table(self.folder, name) for name in names}
         shards = shards_table(self.measure_id, found.commits, found.num_bytes)
         self._compare({"shards": shards}, stored)
-        if not self.findings:
+        if not self.findings and token_rows.is_complete(self.record):
             self._ask_duckdb(measure, memory_limit, found, stored)
         if not self.findings:
             vocabulary, files = stored["vocabulary"], stored["files"]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 
 import pyarrow as pa
 
-from afn_ray import notebook
+from afn_ray import notebook, token_rows
 from afn_ray.analysis.findings import Finding, without_uri
 from afn_ray.analysis.run_check import RunCheck
 from afn_ray.analysis.shard_check import CheckedShard, check_shard
@@ -56,6 +56,8 @@ class Verification:
     seconds: float
     # What measured the shards of a run, by its URI; only runs whose shards differ in it. No damage.
     mixed: Mapping[str, Mapping[str, int]]
+    # Rows that a run keeps, by its URI; only complete runs that do not keep all. No damage.
+    without_rows: Mapping[str, str]
 
     @property
     def table(self) -> pa.Table:
@@ -119,6 +121,11 @@ def verify_store(
         num_runs=sum(run.proved for run in runs),
         seconds=time.monotonic() - began,
         mixed={run.folder.uri: run.makers for run in runs if len(run.makers) > 1},
+        without_rows={
+            run.folder.uri: token_rows.describe(run.record)
+            for run in complete
+            if not token_rows.is_complete(run.record)
+        },
     )
 
 
@@ -311,6 +318,11 @@ def lines(v: Verification) -> Iterator[str]:
     for uri, makers in v.mixed.items():
         ways = "; ".join(f"{count(n, 'shard')} on {maker}" for maker, n in makers.items())
         yield f"mixed       {uri}: last digits of strengths may differ between {ways}"
+    for uri, kept_rows in v.without_rows.items():
+        yield (
+            f"summaries   {uri}: it recorded {kept_rows}; its tables follow from its summaries, and "
+            "checksums alone vouch for these"
+        )
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"
     result = count(len(v.findings), "finding") if v.findings else "all is as it was committed"

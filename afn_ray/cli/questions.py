@@ -331,7 +331,7 @@ def call_sql(args: argparse.Namespace) -> None:
             num_rows = query_output.print_result(
                 relation, form, out, max_rows=None if args.out else args.max_rows or None
             )
-        query_output.say_why_empty(run, args.query, num_rows)
+        query_output.say_notes(run, args.query, num_rows)
 
 
 ENDINGS = {".csv": "csv", ".json": "json", ".parquet": "parquet", ".txt": "table"}

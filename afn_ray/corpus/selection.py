@@ -83,8 +83,13 @@ def id_of(document: Document) -> str:
     if document.doc_id is not None:
         return document.doc_id
     if document.problem is not None:
-        return f"{document.source}:{document.offset}"
+        return place_of(document.source, document.offset)
     return hashlib.sha256(document.text.encode()).hexdigest()[:HASH_ID_CHARS]
+
+
+def place_of(source: str, offset: object) -> str:
+    """What stands for the id of a document without one, and without a text."""
+    return f"{source}:{offset}"
 
 
 def _judges(options: ReadOptions) -> list[Judge]:

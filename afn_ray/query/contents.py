@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from afn_ray import kept
+from afn_ray import kept, token_rows
 from afn_ray.config import SIGNAL
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
@@ -227,6 +227,7 @@ def _shard_views(
         word_table=word_table,
         detected=folder.info["measure"].get("languages") is not None,
         mean_vectors=mean_vectors,
+        record=token_rows.record_of(folder.info),
     )
     neurons = None
     if "neurons" in paths:

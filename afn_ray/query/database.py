@@ -16,7 +16,7 @@ from afn_ray.errors import QueryError
 from afn_ray.query import sandbox
 from afn_ray.query.backend import Backend
 from afn_ray.query.contents import AFN, read_contents
-from afn_ray.query.no_rows import why_no_rows
+from afn_ray.query.no_rows import why_no_rows, why_some_rows
 from afn_ray.query.result import Result
 from afn_ray.query.shard_views import ShardViews
 from afn_ray.query.views import VIEWS
@@ -176,6 +176,10 @@ class Run:
     def why_empty(self, query: str) -> list[str]:
         """Possible reasons why ``query`` has no rows, found from its text."""
         return why_no_rows(self, query)
+
+    def why_some(self, query: str) -> list[str]:
+        """Why ``query`` may see rows of some tokens alone; nothing if the run keeps all."""
+        return why_some_rows(self.info, query)
 
     def close(self) -> None:
         """End the session and its process."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from afn_ray import token_rows
 from afn_ray.reduce.stats import Z_95
 from afn_ray.schema import Series
 
@@ -53,6 +54,9 @@ class RecordedColumns:
     detected: bool = False
     """Whether documents have a detected language."""
 
+    record: str = token_rows.ALL
+    """Rows of tokens that the run keeps, as the config's ``record``."""
+
     @property
     def and_counts(self) -> str:
         """SQL, after a condition, of whether the document ``doc`` is counted: it is no copy."""
@@ -97,6 +101,27 @@ def rows_of(files: Sequence[ShardFile]) -> str:
 
 PLAIN = "hive_partitioning = false"
 """Options of ``read_parquet``: folder names are no columns."""
+
+
+def answerable(sql: str, recorded: RecordedColumns, lacking: Collection[str]) -> str:
+    """SQL of the rows of ``sql``, or an error if the run's ``record`` is one of ``lacking``.
+
+    The columns are known either way, and no row is read for the error.
+    """
+    if recorded.record not in lacking:
+        return sql
+    return f"SELECT t.* FROM {_refused(recorded)} LEFT JOIN ({sql}) AS t ON r.why IS NULL"  # noqa: S608
+
+
+def answerable_value(sql: str, recorded: RecordedColumns, lacking: Collection[str]) -> str:
+    """SQL of the value of ``sql``, or an error as of ``answerable``."""
+    if recorded.record not in lacking:
+        return sql
+    return f"SELECT CASE WHEN why IS NULL THEN ({sql}) END FROM {_refused(recorded)}"  # noqa: S608
+
+
+def _refused(recorded: RecordedColumns) -> str:
+    return f"(SELECT error('{token_rows.why_refused(recorded.record)}') AS why) AS r"
 
 
 def quoted(name: str) -> str:

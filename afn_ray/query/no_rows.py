@@ -1,10 +1,12 @@
-"""Possible reasons why a query has no rows, found from its text."""
+"""Possible reasons why a query has no rows, or not all, found from its text."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+from afn_ray import token_rows
 from afn_ray.query.views import VIEWS
 
 if TYPE_CHECKING:
@@ -17,6 +19,18 @@ EMPTY_BY_DESIGN = (
     "word_salience", "word_movers",
 )  # fmt: skip
 """Views that may be empty; their descriptions say when."""
+
+
+OF_TOKENS = re.compile(r"\b(tokens|words|kwic|classes|document_text)\b")
+"""Views and macros that are made of the rows of tokens."""
+
+
+def why_some_rows(info: Mapping[str, Any], query: str) -> list[str]:
+    """Why ``query`` sees rows of some tokens alone; ``info`` is the run's run.json."""
+    record = token_rows.record_of(info)
+    if token_rows.is_complete(record) or not (found := OF_TOKENS.search(query)):
+        return []
+    return [f"{found[1]}: the run recorded {token_rows.describe(record)}"]
 
 
 def why_no_rows(run: Run, query: str) -> list[str]:

@@ -197,7 +197,8 @@ def readable(message: str, limits: QueryLimits | None = None) -> str:
         )
     if "Traceback (most recent call last)" in message:  # an error of our filesystem
         return message.strip().rpartition("\n")[2]
-    return message.strip()
+    # of a view that refuses, as ``expressions.answerable`` makes it
+    return message.strip().removeprefix("Invalid Input Error: ")
 
 
 def _is_broken(answer: Answer) -> bool:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from afn_ray.query.expressions import (
     RecordedColumns,
     ShardFile,
+    answerable,
+    answerable_value,
     exact,
     is_high,
     quoted,
@@ -30,6 +32,7 @@ from afn_ray.schema import (
     WORD_START,
     Series,
 )
+from afn_ray.token_rows import NO_TOKENS, NO_WORDS
 
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
@@ -127,6 +130,9 @@ def statements(
     # A token that occurs both as text and as a special token has two vocabulary rows with the same
     # text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
+    kwic = answerable(kwic_macro(tokens, recorded), recorded, NO_WORDS)
+    text = document_text_macro(rows_of(tokens), recorded.offsets)
+    text = answerable_value(text, recorded, NO_WORDS)
     made = [
         "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, "  # noqa: S608
         "any_value(text) AS text, "
@@ -139,9 +145,8 @@ def statements(
         f"CREATE VIEW classes AS {classes_view(recorded)}",
         f"CREATE VIEW salience AS {SALIENCE_VIEW}",
         f"CREATE VIEW word_salience AS {WORD_SALIENCE_VIEW}",
-        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic_macro(tokens, recorded)}",
-        "CREATE MACRO document_text(document) AS "
-        f"({document_text_macro(rows_of(tokens), recorded.offsets)})",
+        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic}",
+        f"CREATE MACRO document_text(document) AS ({text})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons, recorded)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
         f"CREATE VIEW mean_vectors AS {mean_vectors_view(recorded.mean_vectors)}",
@@ -178,7 +183,9 @@ def tokens_view(source: str, recorded: RecordedColumns) -> str:
             columns.append(f"CASE WHEN NOT is_special THEN {is_own} END AS high_own_{k}")
     columns += [s.name for s in recorded.others]
     view = f"SELECT {', '.join(columns)} FROM {source} {joined}"  # noqa: S608
-    return view if recorded.copies is None else f"{view} WHERE true{recorded.and_counts}"
+    if recorded.copies is not None:
+        view += f" WHERE true{recorded.and_counts}"
+    return answerable(view, recorded, NO_TOKENS)
 
 
 def _layer_columns(layer: int, recorded: RecordedColumns) -> list[str]:
@@ -283,12 +290,13 @@ def classes_view(recorded: RecordedColumns) -> str:
         ) GROUP BY class"""  # noqa: S608
         for k in recorded.layers
     )
-    return f"""
+    view = f"""
         SELECT layer, class, n, n_high, n_high / n AS share_high,
             {low} AS share_high_low,
             {high} AS share_high_high,
             mean, q1, q2, q3
         FROM ({of_layers})"""  # noqa: S608
+    return answerable(view, recorded, NO_WORDS)
 
 
 # --- salience ---

@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from afn_ray.query.expressions import WORD, RecordedColumns, ShardFile, is_high, rows_of
+from afn_ray.query.expressions import (
+    WORD,
+    RecordedColumns,
+    ShardFile,
+    answerable,
+    is_high,
+    rows_of,
+)
 from afn_ray.query.word_classes import classified
 from afn_ray.schema import SPECIAL, WORD_START
+from afn_ray.token_rows import NO_WORDS
 
 PIECES = 4
 """Largest number of tokens of a word that window functions join; longer words are grouped."""
@@ -38,7 +46,8 @@ def words_view(
         parts.append(
             f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}{recorded.and_counts}"
         )
-    return classified(" UNION ALL ".join(parts), documents, recorded)
+    found = classified(" UNION ALL ".join(parts), documents, recorded)
+    return answerable(found, recorded, NO_WORDS)
 
 
 def _parts(files: Sequence[ShardFile]) -> list[list[ShardFile]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from afn_ray import token_rows
 from afn_ray.config import TOP_NEURONS
 from afn_ray.corpus_values import Shard
 from afn_ray.measure import Measure
@@ -55,9 +56,12 @@ class Work:
 
 
 def plan(task: Task, todo: Sequence[Shard]) -> Work:
-    """How the shards ``todo``, which the store lacks, come about. Writes nothing."""
-    if not todo:
-        return Work((), ())
+    """How the shards ``todo``, which the store lacks, come about. Writes nothing.
+
+    Shards that do not keep the rows of all tokens are measured as a whole.
+    """
+    if not todo or not token_rows.is_complete(task.config.record):
+        return Work((), tuple(todo))
     store, measure = task.config.store, task.measure
     donors = [m for m in measures.known(store, measure.id) if m.base == measure.base]
     wanted = _parts_of(task)

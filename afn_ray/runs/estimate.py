@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from afn_ray import notebook
+from afn_ray import notebook, samples, token_rows
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard, Unread
@@ -35,6 +35,8 @@ BYTES_PER_TOKEN = 6.0
 """Upper estimate of the store's size for a token of one series with offsets, in bytes."""
 BYTES_PER_SERIES, OFFSET_BYTES = 3.0, 2.0
 """Upper estimates for each further series and for the offsets of a token, in bytes."""
+BYTES_PER_SUMMARY = 1.5
+"""Part of the above that is not in rows of tokens but in summaries and documents, in bytes."""
 BYTES_PER_NEURON = 6.5
 """Upper estimate for one neuron of a token, counts by type included, in bytes."""
 REDUCE_TOKENS_PER_S = 2.5e6
@@ -170,7 +172,7 @@ def dry_run(
     measure = asked.task.measure
     tokens_todo = work.tokens - work.there.tokens
     store_bytes = work.there.num_bytes + tokens_todo * bytes_per_token(
-        config, len(measure.series), len(measure.neuron_layers)
+        config, len(measure.series), len(measure.neuron_layers), len(measure.layers)
     )
     num_sums = len(measure.layers) * len(measure.mean_types) * asked.files.hidden_size
     store_bytes += len(work.todo) * BYTES_PER_SUM * num_sums
@@ -348,11 +350,23 @@ def _what_is_there(commits: Iterable[Commit]) -> _There:
 # --- arithmetic
 
 
-def bytes_per_token(config: RunConfig, num_series: int, num_neuron_layers: int) -> float:
+def share_kept(config: RunConfig, num_layers: int) -> float:
+    """Share of the tokens whose rows a run keeps, at most."""
+    kind, _, share = config.record.partition(":")
+    if kind == token_rows.SAMPLE:
+        return float(samples.share_of(share))
+    of_layers = min(1.0, 0.25 * num_layers)  # if the thresholds of the other run fit
+    return {token_rows.ALL: 1.0, token_rows.HIGH: of_layers, token_rows.SUMMARIES: 0.0}[kind]
+
+
+def bytes_per_token(
+    config: RunConfig, num_series: int, num_neuron_layers: int, num_layers: int = 1
+) -> float:
     """Upper estimate of the store's size per token, in bytes."""
     size = BYTES_PER_TOKEN + BYTES_PER_SERIES * (num_series - 1)
     if not config.offsets:
         size -= OFFSET_BYTES
+    size = BYTES_PER_SUMMARY + (size - BYTES_PER_SUMMARY) * share_kept(config, num_layers)
     # share of tokens with neurons, if the thresholds of the other run fit
     high = 0.25 if config.neurons_of == "high" else 1.0
     num_neurons = config.top_neurons * num_neuron_layers

@@ -11,10 +11,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from afn_ray import kept
+from afn_ray import kept, token_rows
 from afn_ray.config import AUTO_LANGUAGE, RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError, IncompleteRun, StoreError
+from afn_ray.measure import Measure
 from afn_ray.query.database import Run, open_run
 from afn_ray.reduce import (
     duplicates,
@@ -57,8 +58,6 @@ MOST_DOCUMENTS = 5
 """Quarantined documents that the error lists for a corpus without tokens."""
 MOST_SHARDS = 20
 """Shards that the end of a run lists one by one."""
-NEVER = 3.4e38
-"""A strength above that of any token."""
 
 
 def prepare(
@@ -86,11 +85,32 @@ def prepare(
     measure = replace(measure, mean_types=mean_types, languages=detector)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
-        measure = replace(measure, neurons_above=_high_from(frozen, measure.neuron_layers))
+        measure = replace(
+            measure, neurons_above=token_rows.high_from(frozen, measure.neuron_layers)
+        )
     task = replace(task, measure=measure)
+    plan = _recording(plan, config, measure, frozen)
     if not measure.tagged and detector is None and lexicon.find(config.language) is None:
         on_event(events.Warned(lexicon.why_none(config.language)))
     return Preparation(config, device, files, plan, begun_ns, decided, task, frozen)
+
+
+def _recording(
+    plan: plans.Plan, config: RunConfig, measure: Measure, frozen: Sequence[dict[str, Any]]
+) -> plans.Plan:
+    """``plan`` with shards that keep the rows that ``config`` asks for.
+
+    A run of summaries alone uses a shard with rows if the store has it.
+    """
+    record = token_rows.of_shards(config.record, frozen, measure.layers)
+    if not record:
+        return plan
+    there = Commits()
+    if record == token_rows.SUMMARIES:
+        whole = epochs.newest(config.store).marked(measure.id, plan.shards)
+        there = shard_files.find_commits(config.store, measure.id, whole)
+    shards = [s if s.id in there else s.recording(record) for s in plan.shards]
+    return replace(plan, shards=tuple(shards))
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +383,9 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     skipped = losses.describe_skipped(losses.skipped_files(files))
     if skipped:
         on_event(events.Complete(f"skipped: {skipped}"))
+    record = token_rows.record_of(run.info)
+    if not token_rows.is_complete(record):
+        on_event(events.Complete(f"recorded: {token_rows.describe(record)}"))
     if selection := selected.describe(run.info):
         on_event(events.Complete(f"selected: {selection}"))
     replaced = losses.describe_replaced(found)
@@ -377,12 +400,6 @@ def _report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     if "kept" in run.info["tables"]:
         for refused in kept_columns.describe(manifest.read_table(run, "kept")):
             on_event(events.Warned(f"not kept: {refused}"))
-
-
-def _high_from(frozen: Sequence[dict[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:
-    """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
-    q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
-    return tuple(NEVER if q3[layer] is None else q3[layer] for layer in layers)
 
 
 def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:

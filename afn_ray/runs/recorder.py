@@ -17,6 +17,7 @@ from afn_ray.reduce import neurons
 from afn_ray.reduce.mean_vectors import StateSums
 from afn_ray.reduce.shard_summary import Spoken, Summary
 from afn_ray.reduce.stats import is_high
+from afn_ray.runs import token_filter
 from afn_ray.runs.values import Float32s, Numbers, Values
 from afn_ray.schema import (
     LANGUAGE,
@@ -69,12 +70,19 @@ class Part:
 class Recorder:
     """The record of one shard: rows in its files, summaries and counts.
 
+    ``rows`` says which rows of tokens are kept; None: all. Summaries and counts are of all tokens.
+
     Threads may ``make`` parts of several chunks at a time. Parts are written one by one, in the
     order of their documents.
     """
 
-    def __init__(self, measure: Measure, files: records.ShardFiles) -> None:
-        self._measure, self._files = measure, files
+    def __init__(
+        self,
+        measure: Measure,
+        files: records.ShardFiles,
+        rows: token_filter.RowFilter | None = None,
+    ) -> None:
+        self._measure, self._files, self._rows = measure, files, rows
         self._summary = Summary(
             measure.series,
             tagged=measure.tagged,
@@ -177,6 +185,9 @@ class Recorder:
             tags,
             spoken,
         )
+        if self._rows is not None:
+            is_kept = self._rows(chunk.documents, tokens.encoded, tokens.by_series)
+            table = table.filter(pa.array(is_kept[which]))
         return table
 
     def _add_neurons(self, tokens: _Tokens) -> pa.Table:

@@ -43,6 +43,7 @@ from afn_ray.runs.flow import Flow, forget_locals
 from afn_ray.runs.measurer import Measurer, window_tokens
 from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.task import Task
+from afn_ray.runs.token_filter import row_filter
 from afn_ray.runs.values import Values
 from afn_ray.schema import STRENGTH
 from afn_ray.store import records, shard_files
@@ -328,7 +329,7 @@ class Processor:
         read = (d for piece in shard.slices for d in reading.read(piece, options))
         documents = selection.selected(read, unselected)
         with shard_tables(self.task, shard, folder, name) as files:
-            recorder = Recorder(measure, files)
+            recorder = Recorder(measure, files, row_filter(shard.options.record))
             seconds = self._measure_and_record(documents, oom_retries, recorder)
             recorder.finish()
         if options.selects:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray import token_rows
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import database
 from afn_ray.query.expressions import WORD
@@ -130,7 +131,12 @@ def _what(row: Mapping[str, Any]) -> str:
 def _examples(
     run: RunFolder, key: str, names: Sequence[str], layer: int, timeout_s: float
 ) -> dict[str, list[Example]]:
-    """Examples of each of ``names``: words, or pieces of the vocabulary if ``key`` is token."""
+    """Examples of each of ``names``: words, or pieces of the vocabulary if ``key`` is token.
+
+    A run that does not keep the rows of all tokens has none.
+    """
+    if not token_rows.is_complete(token_rows.record_of(run.info)):
+        return {}
     with database.open_run(run.uri, timeout_s=timeout_s) as tables:
         find = _places_of_words if key == "word" else _places_of_types
         places = find(tables, names, int(layer))

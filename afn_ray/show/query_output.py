@@ -72,11 +72,11 @@ def print_result(
     return num_rows
 
 
-def say_why_empty(run: Run, query: str, num_rows: int) -> None:
-    """Print on standard error why a query may have no rows."""
-    if num_rows == 0:
-        for note in run.why_empty(query):
-            print(f"note: {printable(note)}", file=sys.stderr)
+def say_notes(run: Run, query: str, num_rows: int) -> None:
+    """Print on standard error why a query may have no rows, or rows of some tokens alone."""
+    notes = run.why_empty(query) if num_rows == 0 else []
+    for note in [*run.why_some(query), *notes]:
+        print(f"note: {printable(note)}", file=sys.stderr)
 
 
 class _Terminal(io.RawIOBase):

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from afn_ray import token_rows
 from afn_ray.reduce import duplicates, losses, near_duplicates, selected
 from afn_ray.runs import precision
 from afn_ray.show import provenance
@@ -60,6 +61,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
             f"empty + {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
         ),
         *([("selected", selection)] if (selection := selected.describe(info)) else []),
+        *_kept_rows(info),
         *_copies(info),
         ("lost", losses.describe(summary.losses) or "nothing"),
         *(
@@ -114,6 +116,13 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.skipped:
         rows.append(("skipped", summary.skipped))
     return rows
+
+
+def _kept_rows(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rows of tokens that the run keeps, if not all."""
+    record = token_rows.record_of(info)
+    if not token_rows.is_complete(record):
+        yield "recorded", token_rows.describe(record)
 
 
 def _copies(info: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -23,7 +23,7 @@ from rich.console import Console
 from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
 from afn_ray.query.views import MACROS, VIEWS
-from afn_ray.show.query_output import print_result, say_why_empty
+from afn_ray.show.query_output import print_result, say_notes
 from afn_ray.text import printable
 
 MAX_ROWS = 100
@@ -142,7 +142,7 @@ class Shell:
                 num_rows = print_result(
                     self.run.sql(statement, **self.tables), self.format, max_rows=MAX_ROWS
                 )
-                say_why_empty(self.run, statement, num_rows)
+                say_notes(self.run, statement, num_rows)
                 if self.timer:
                     self._say(f"{time.monotonic() - began:.3f} s")
 

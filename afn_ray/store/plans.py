@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from afn_ray import token_rows
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import (
     NOTHING_UNREAD,
@@ -156,6 +157,8 @@ def request_id(
         ask["duplicates"] = config.duplicates
     if config.limit is not None:
         ask["limit"] = config.limit
+    if not token_rows.is_complete(config.record):
+        ask["record"] = config.record
     if config.near_duplicates is not None:
         ask["near_duplicates"] = float(config.near_duplicates)
     if config.series is not None:
@@ -179,7 +182,9 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
                 f"{uri} is damaged: its rows and header do not have the checksum that it carries"
             )
         config = RunConfig.of_stored(header["config"])
-        shards = _shards_of(rows, config.read_options, uri)
+        layers = header["measure"]["layers"]
+        record = token_rows.of_shards(config.record, header.get("frozen") or [], layers)
+        shards = _shards_of(rows, config.read_options, record, uri)
         suffix = request_id(
             fingerprint(header["measure"]),
             shards,
@@ -202,15 +207,21 @@ def slice_of(row: dict[str, Any]) -> FileSlice:
     return FileSlice(**values)
 
 
-def _shards_of(rows: Iterable[dict[str, Any]], options: ReadOptions, uri: str) -> list[Shard]:
+def _shards_of(
+    rows: Iterable[dict[str, Any]], options: ReadOptions, record: str, uri: str
+) -> list[Shard]:
     """The shards in the ``rows`` of the plan at ``uri``, whose files are read with ``options``.
 
-    Raises ``StoreError`` if the id of a shard is not that of its slices.
+    They keep the rows ``record``, or all where a run of summaries uses a shard with rows. Raises
+    ``StoreError`` if the id of a shard is not that of its slices.
     """
     shards = []
     for (_, name), group in itertools.groupby(rows, itemgetter("ordinal", "shard")):
         slices = [slice_of(row) for row in group]
-        shard = Shard.of(slices, options)
+        whole = Shard.of(slices, options)
+        shard = whole.recording(record)
+        if record == token_rows.SUMMARIES and name == whole.id:
+            shard = whole
         if name != shard.id:
             raise StoreError(
                 f"{uri} is damaged: the slices of its shard {name} are those of shard {shard.id}"

@@ -125,18 +125,19 @@ def test_schema_and_parser_know_what_each_key_of_a_run_needs(tmp_path: Path) -> 
         "thresholds": ["t"], "group_by": ["source"], "screen": [0, 1],
         "top_neurons": [8, 9], "neurons_of": ["all", "high"], "thresholds_by": ["run", "group"],
         "mean_vectors": [0, 9], "duplicates": ["keep", "once"],
+        "near_duplicates": [0.8], "record": ["all", "summaries"],
     }  # fmt: skip
     assert {name for need in NEEDS for name in (need.key, need.other)} == others.keys()
     refused = 0
     combined: list[dict[str, Any]] = [{}]
     for key, choices in others.items():
         combined += [{**one, key: value} for one in combined for value in choices]
-    for some in combined[::29]:
+    for some in combined[::173]:
         values = {**NEEDED, **some}
         error = refusal_of_run(values, tmp_path)
         assert schema.is_valid(values) == (error is None), (values, error)
         refused += error is not None
-    assert 0 < refused < len(combined[::29])
+    assert 0 < refused < len(combined[::173])
     for key in NEEDED:
         lacking = {name: value for name, value in NEEDED.items() if name != key}
         assert not schema.is_valid(lacking) and refusal_of_run(lacking, tmp_path)

@@ -1,0 +1,93 @@
+"""Rows of tokens that a run keeps beside its summaries: all, those of HIGH tokens, of a sample, none.
+
+A shard's ``ReadOptions.record`` says it: empty for all rows, ``summaries``, ``sample:1%``, or
+``high:4=9.5,8=12.25`` with the least strength of a HIGH token by layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from afn_ray import samples
+from afn_ray.errors import ConfigError
+
+ALL, SUMMARIES, HIGH, SAMPLE = "all", "summaries", "high", "sample"
+FORM = re.compile(rf"{ALL}|{SUMMARIES}|{HIGH}|{SAMPLE}:{samples.SHARE.pattern}")
+"""Form of the config's ``record``."""
+NO_TOKENS, NO_WORDS = (SUMMARIES,), (SUMMARIES, HIGH)
+"""Kinds of runs whose tokens cannot be listed, and whose words and texts cannot be put together."""
+SALT = "rows:"
+"""Salt of the sample, so that it is independent of the documents that a run selects."""
+NEVER = 3.4e38
+"""A strength above that of any token."""
+
+
+def canonical(record: str) -> str:
+    """``record``, which has the ``FORM``, with its share in percent."""
+    kind, _, share = record.partition(":")
+    return f"{kind}:{samples.canonical(share)}" if share else kind
+
+
+def of_shards(record: str, frozen: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> str:
+    """The rows that shards keep of a run whose config has ``record``.
+
+    ``frozen`` are the thresholds that say which tokens of ``layers`` are HIGH.
+    """
+    if record != HIGH:
+        return "" if record == ALL else record
+    least = high_from(frozen, layers)
+    return f"{HIGH}:{','.join(f'{k}={q3!r}' for k, q3 in zip(layers, least, strict=True))}"
+
+
+def high_from(frozen: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:
+    """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
+    q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
+    return tuple(NEVER if q3[layer] is None else q3[layer] for layer in layers)
+
+
+def thresholds_of(record: str) -> dict[int, float]:
+    """Least strength of a HIGH token by layer, of a shard's ``record``; empty for another kind."""
+    kind, _, listed = record.partition(":")
+    if kind != HIGH:
+        return {}
+    pairs = (pair.split("=") for pair in listed.split(","))
+    return {int(layer): float(q3) for layer, q3 in pairs}
+
+
+def record_of(info: Mapping[str, Any]) -> str:
+    """The ``record`` of a run, by its run.json; an older one has all rows, one of no form none."""
+    found = info["config"].get("record", ALL)
+    return found if isinstance(found, str) and FORM.fullmatch(found) else SUMMARIES
+
+
+def is_complete(record: str) -> bool:
+    """Whether a run whose config has ``record`` keeps all rows."""
+    return record == ALL
+
+
+def check_complete(info: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` unless the run of ``info``, a run.json, keeps the rows of all tokens."""
+    if not is_complete(record := record_of(info)):
+        raise ConfigError(why_refused(record))
+
+
+def describe(record: str) -> str:
+    """The rows that a run keeps whose config has ``record``, in words."""
+    kind, _, share = record.partition(":")
+    if kind == SAMPLE:
+        return f"the rows of tokens of a sample of {share} of the documents alone"
+    return {
+        ALL: "the rows of all tokens",
+        HIGH: "the rows of HIGH tokens alone",
+        SUMMARIES: "summaries and documents alone, and no row of a token",
+    }[kind]
+
+
+def why_refused(record: str) -> str:
+    """What a question for rows of tokens that a run has not kept is answered with."""
+    return (
+        f"the run recorded {describe(record)} (--record {record}): ask its vocabulary, thresholds "
+        "and documents, or give its afn run command without --record to measure the rows too"
+    )
