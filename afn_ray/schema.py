@@ -253,7 +253,7 @@ _DOCUMENT = (
 )
 _DETECTED = f"{LANGUAGE}: repeated string or null  # null: the document has no text"
 DOCUMENT_COMMENTS = _comments(*_DOCUMENT, _DETECTED)
-"""What columns of ``documents`` hold, by name, as for ``comments_of``."""
+"""Comments of the columns of ``documents``, by name, as ``comments_of`` gives them."""
 
 
 def documents_schema(
@@ -557,7 +557,7 @@ MOMENTS_SCHEMA = _schema(
     "variance: float64  # V = Q - M, mean squared distance from the mean state",
     "share_mean: float64 or null  # M / Q; null where Q is 0",
 )
-"""How the second moment of a frequent type's states splits (Yamagiwa and Shimodaira 2025)."""
+"""Parts of the second moment of a frequent type's states (Yamagiwa and Shimodaira 2025)."""
 
 MEAN_VECTORS_SCHEMA = _schema(
     "layer: int16",

@@ -21,7 +21,7 @@ TOKENS_AT_ONCE = 1 << 20
 RELATIVE = 1e-6
 """Relative tolerance: here sums of squares are subtracted that the reduce never forms."""
 Sums = npt.NDArray[np.float64]
-"""By type or word: documents, then sums over them of n, h, n n, n h and h h, [6, n].
+"""Documents by type or word, then sums over them of n, h, n n, n h and h h, [6, n].
 
 In a document, n tokens are of the type or word, and h of them are HIGH.
 """

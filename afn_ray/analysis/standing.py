@@ -15,7 +15,7 @@ class Standing(NamedTuple):
     """Facts of a night from earlier audits of it, if nothing has changed since."""
 
     since: str
-    """When the first run with this verdict was finished, ISO 8601 in UTC."""
+    """End of the first run with this verdict, ISO 8601 in UTC."""
     is_repeated: bool = False
     """Whether an earlier audit gave the same verdict on the same text."""
     was_told: bool = False

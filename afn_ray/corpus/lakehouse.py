@@ -42,7 +42,7 @@ class _TableKind(NamedTuple):
     export: str
     """Command that exports the current version of the table at ``{0}``."""
     instead: str = ""
-    """What may be named in place of an export."""
+    """Remedy beside an export, if there is one."""
 
 
 DELTA = _TableKind(
