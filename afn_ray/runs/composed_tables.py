@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
-from afn_ray.runs.task import NEURONS, TOKENS, Part
+from afn_ray.runs.task import NEURONS, TOKENS, MeasurePart
 from afn_ray.schema import NOT_KEPT, STATE_LIMIT, Series, neurons_column
 from afn_ray.store.layout import VECTORS
 from afn_ray.store.records import BATCH_ROWS, ShardFiles, TableFile
@@ -26,11 +26,11 @@ class Tables(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class PartialResult:
     """One result of a shard, and the parts that are taken from it."""
 
     tables: Tables
-    parts: Collection[Part]
+    parts: Collection[MeasurePart]
     counts: Mapping[str, int]
     made_by: Mapping[str, str]
     name: str  # for messages
@@ -40,7 +40,7 @@ class Source:
         return [part.series for part in self.parts if part.table == table]
 
 
-def check_complete(source: Source) -> None:
+def check_complete(source: PartialResult) -> None:
     """Raise ``StoreError`` if a document of ``source`` was read and not measured.
 
     Other parts may refuse other documents, so such a shard is measured as a whole.
@@ -54,7 +54,7 @@ def check_complete(source: Source) -> None:
 
 
 def write(
-    sources: Sequence[Source],
+    sources: Sequence[PartialResult],
     measure: Measure,
     files: ShardFiles,
     check_stopped: Callable[[], None],
@@ -73,7 +73,7 @@ def write(
     of_documents = _series_names("mean_{}")
     for table in _joined(sources, "documents", of_documents, files.documents.schema, kept):
         files.documents.write(table)
-    by_series = {(one.signal, one.layer): Part(TOKENS, one) for one in measure.series}
+    by_series = {(one.signal, one.layer): MeasurePart(TOKENS, one) for one in measure.series}
     lacking = _write_groups(sources, files.summary, by_series)
     if lacking and files.tokens.num_rows:
         raise StoreError(f"there are no summaries of {', '.join(map(str, lacking))}")
@@ -88,31 +88,31 @@ def write(
             files.neurons.write(table)
         layers = measure.neuron_layers
         _write_groups(
-            sources, files.pairs, {(k,): Part(NEURONS, Series(NEURONS, k)) for k in layers}
+            sources, files.pairs, {(k,): MeasurePart(NEURONS, Series(NEURONS, k)) for k in layers}
         )
     if files.vectors is not None:
         layers = measure.layers
         _write_groups(
-            sources, files.vectors, {(k,): Part(VECTORS, Series(VECTORS, k)) for k in layers}
+            sources, files.vectors, {(k,): MeasurePart(VECTORS, Series(VECTORS, k)) for k in layers}
         )
 
 
 # --- tables with a row for each token or document
 
 
-def _series_names(form: str) -> Callable[[Source], list[str]]:
+def _series_names(form: str) -> Callable[[PartialResult], list[str]]:
     """Function that gives the columns of a source's series, named by ``form``."""
     return lambda source: [form.format(one.name) for one in source.of_table(TOKENS)]
 
 
-def _neuron_names(source: Source) -> list[str]:
+def _neuron_names(source: PartialResult) -> list[str]:
     return [neurons_column(one.layer) for one in source.of_table(NEURONS)]
 
 
 def _joined(
-    sources: Sequence[Source],
+    sources: Sequence[PartialResult],
     table: str,
-    names_of: Callable[[Source], list[str]],
+    names_of: Callable[[PartialResult], list[str]],
     schema: pa.Schema,
     uncompared: Collection[str] = (),
 ) -> Iterator[pa.Table]:
@@ -186,13 +186,13 @@ def _check_summable(table: pa.Table, series: Sequence[Series]) -> None:
 
 
 def _write_groups(
-    sources: Sequence[Source], sink: TableFile, wanted: Mapping[tuple[Any, ...], Part]
+    sources: Sequence[PartialResult], sink: TableFile, wanted: Mapping[tuple[Any, ...], MeasurePart]
 ) -> list[tuple[Any, ...]]:
     """Write the row group of each of ``wanted``, in order, from the source with its part.
 
     Returns those that have no row group, because they have no rows.
     """
-    files: dict[Part, pq.ParquetFile] = {}
+    files: dict[MeasurePart, pq.ParquetFile] = {}
     for source in sources:
         if parts := [part for part in wanted.values() if part in source.parts]:
             files |= dict.fromkeys(parts, source.tables.open(sink.path.stem))

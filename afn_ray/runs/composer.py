@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CannotCompose, Interrupted, StoreError
 from afn_ray.runs import composed_tables, scratch
-from afn_ray.runs.composed_tables import Source
+from afn_ray.runs.composed_tables import PartialResult
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Donor, Task
 from afn_ray.runs.worker import Processor, attempt, shard_tables
@@ -74,7 +74,7 @@ class Composer:
     def _compose(self, shard: Shard, oom_retries: int, folder: Path, name: str) -> Attempt:
         store, composition = self.task.config.store, self._composition
         began = time.monotonic()
-        sources: list[Source] = []
+        sources: list[PartialResult] = []
         origins: list[dict[str, str]] = []
         with _fitting(shard):
             for donor in composition.donors:
@@ -88,7 +88,7 @@ class Composer:
             within.mkdir()
             made = self._rest.record(shard, oom_retries, within, name)
             seconds = made.seconds
-            ours = Source(
+            ours = PartialResult(
                 _Measured(made), composition.missing, made.counts, made.made_by, "this attempt"
             )
             sources.insert(0, ours)
@@ -116,10 +116,10 @@ class Composer:
             self.counters.write_s += seconds
 
 
-def _source_of(stored: StoredShard, donor: Donor) -> Source:
+def _source_of(stored: StoredShard, donor: Donor) -> PartialResult:
     commit = stored.commit
     name = f"measure {donor.measure_id}"
-    return Source(stored, donor.parts, commit.counts, commit.made_by, name)
+    return PartialResult(stored, donor.parts, commit.counts, commit.made_by, name)
 
 
 @contextlib.contextmanager
@@ -131,7 +131,9 @@ def _fitting(shard: Shard) -> Iterator[None]:
         raise CannotCompose(f"shard {shard.id} is measured as a whole: {error}") from error
 
 
-def _made_by(sources: Sequence[Source], origins: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def _made_by(
+    sources: Sequence[PartialResult], origins: Sequence[Mapping[str, str]]
+) -> dict[str, str]:
     """What made the columns of ``sources``; where they differ, all of it, joined by " + "."""
     found: dict[str, list[str]] = {}
     for source in sources:

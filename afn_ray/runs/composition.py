@@ -17,7 +17,7 @@ from afn_ray.config import TOP_NEURONS
 from afn_ray.corpus_values import Shard
 from afn_ray.measure import Measure
 from afn_ray.model.signals import Neurons, Signal, find_signals, series
-from afn_ray.runs.task import NEURONS, TOKENS, Composition, Donor, Part, Task
+from afn_ray.runs.task import NEURONS, TOKENS, Composition, Donor, MeasurePart, Task
 from afn_ray.schema import STRENGTH, Series
 from afn_ray.store import epochs, measures, shard_files
 from afn_ray.store.commits import Commit
@@ -122,25 +122,25 @@ def _commits(
     }
 
 
-def _parts_of(task: Task) -> dict[Part, tuple[Signal, str] | None]:
+def _parts_of(task: Task) -> dict[MeasurePart, tuple[Signal, str] | None]:
     """The parts of ``task``, each with its signal and the signal's identity; None: it has none."""
     measure = task.measure
-    wanted: dict[Part, tuple[Signal, str] | None] = {}
+    wanted: dict[MeasurePart, tuple[Signal, str] | None] = {}
     for found in zip(*find_signals(task.config.signals, task.config.top_neurons), strict=True):
         for one in series(measure.layers, found[:1]):
-            wanted[Part(TOKENS, one)] = found
+            wanted[MeasurePart(TOKENS, one)] = found
         if isinstance(found[0], Neurons):
             for layer in measure.neuron_layers:
-                wanted[Part(NEURONS, Series(NEURONS, layer))] = found
+                wanted[MeasurePart(NEURONS, Series(NEURONS, layer))] = found
     if measure.mean_types:
         for layer in measure.layers:
-            wanted[Part(VECTORS, Series(VECTORS, layer))] = None
+            wanted[MeasurePart(VECTORS, Series(VECTORS, layer))] = None
     return wanted
 
 
 def _provided(
-    wanted: Mapping[Part, tuple[Signal, str] | None], donor: Measure, measure: Measure
-) -> frozenset[Part]:
+    wanted: Mapping[MeasurePart, tuple[Signal, str] | None], donor: Measure, measure: Measure
+) -> frozenset[MeasurePart]:
     """The ``wanted`` parts of ``measure`` that ``donor`` has with the same values."""
     found = []
     for part, of_signal in wanted.items():
@@ -175,7 +175,7 @@ def of_layer(measure: Measure, values: Sequence[T], layer: int) -> T | None:
     return dict(zip(measure.layers, values, strict=False)).get(layer)
 
 
-def _fewest(able: Mapping[str, frozenset[Part]]) -> tuple[str, ...]:
+def _fewest(able: Mapping[str, frozenset[MeasurePart]]) -> tuple[str, ...]:
     """Donors that have together all parts that any of ``able`` has, each as many as it can.
 
     Of equal ones the first is taken, that of the newest run.
@@ -191,8 +191,8 @@ def _fewest(able: Mapping[str, frozenset[Part]]) -> tuple[str, ...]:
 
 def _composition(
     task: Task,
-    wanted: Mapping[Part, tuple[Signal, str] | None],
-    has: Mapping[str, frozenset[Part]],
+    wanted: Mapping[MeasurePart, tuple[Signal, str] | None],
+    has: Mapping[str, frozenset[MeasurePart]],
     donors: Sequence[str],
 ) -> Composition:
     """The origin of each ``wanted`` part of ``task`` where the store has those of ``donors``."""
@@ -206,7 +206,7 @@ def _composition(
     return Composition(tuple(taken), rest, tuple(left))
 
 
-def _restricted(task: Task, parts: Sequence[Part], names: set[str]) -> Task:
+def _restricted(task: Task, parts: Sequence[MeasurePart], names: set[str]) -> Task:
     """``task`` that measures the signals ``names`` at the layers of ``parts``, and strength."""
     measure, config = task.measure, task.config
     layers = tuple(k for k in measure.layers if any(k == part.series.layer for part in parts))

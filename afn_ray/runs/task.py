@@ -13,7 +13,7 @@ TOKENS, NEURONS = "tokens", "neurons"
 """Tables that have parts; the third one is ``layout.VECTORS``."""
 
 
-class Part(NamedTuple):
+class MeasurePart(NamedTuple):
     """Values of tokens at one layer that are recorded together."""
 
     table: str  # table of a shard that has them
@@ -24,7 +24,7 @@ class Donor(NamedTuple):
     """Another measure whose shards have some parts of a task."""
 
     measure_id: str
-    parts: tuple[Part, ...]
+    parts: tuple[MeasurePart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Composition:
     donors: tuple[Donor, ...]
     rest: Task | None
     """Task that measures the parts that no donor has, and others; None: the donors have all."""
-    missing: tuple[Part, ...] = ()
+    missing: tuple[MeasurePart, ...] = ()
     """Parts that no donor has."""
 
 
