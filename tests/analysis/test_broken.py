@@ -545,7 +545,7 @@ def test_a_broken_night_is_told_once_and_accepted_by_hand(
     assert accept("--accept", first, "--why", why) == 2
     capfd.readouterr()
     assert accept("--accept", nights.store, "--why", why) == 2
-    said = f"--accept {nights.store} is a store; name one of its runs, {broken[:9]}"
+    said = f"{nights.store} is a store; name one of its runs, {broken[:9]}"
     assert said in capfd.readouterr().err
     assert accept("--accept", broken) == 2 == accept("--accept", broken, "x.toml", "--why", why)
     assert accept() == 2

@@ -462,7 +462,11 @@ def test_a_plan_proves_itself(config: RunConfig) -> None:
             "the slices of its shard",
         ),
         (edited(resealed([row for row in rows if row["ordinal"]])), "of another run"),
-        (edited(resealed(rows, measure={"dtype": "bfloat16"})), "of another run"),
+        (edited(resealed(rows, measure={"dtype": "bfloat16"})), "damaged: KeyError"),
+        (
+            edited(resealed(rows, measure=header["measure"] | {"dtype": "bfloat16"})),
+            "of another run",
+        ),
     ):
         rewrite(uri, bad)
         with pytest.raises(StoreError, match=rf"plan\.parquet is .*{says}"):
