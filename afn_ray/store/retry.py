@@ -157,8 +157,13 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
 
 
 def short_message(error: BaseException) -> str:
-    """The message of ``error`` without the whole answer, or all tries, that Azure's appends."""
-    return re.split(r"\n(?:RequestId:|Attempted credentials:)", str(error))[0]
+    """The message of ``error`` without what is long or secret.
+
+    That is the whole answer, or all tries, which Azure's appends, and the query of each URL: that of
+    a signed one opens its file to everybody.
+    """
+    message = re.split(r"\n(?:RequestId:|Attempted credentials:)", str(error))[0]
+    return re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1?...", message)
 
 
 def http_status(error: BaseException) -> int:

@@ -268,3 +268,15 @@ def test_an_error_of_another_kind_ends_the_waiting(monkeypatch: pytest.MonkeyPat
     with pytest.raises(PermissionError):
         with_retries(fail, "reading x", local=False)
     assert len(clock.waits) == 2
+
+
+def test_messages_have_no_query_of_a_url_which_may_be_signed() -> None:
+    url = "https://cdn.example/a/b.parquet?X-Amz-Signature=secret&Expires=9"
+    for text in (
+        f"403, url={url!r}",
+        f'reading "{url}"',
+        f"{url} is gone and http://a.b/?q=secret",
+    ):
+        message = retry.short_message(ValueError(text))
+        assert "secret" not in message and "?..." in message
+    assert retry.short_message(ValueError("why? https://a.b/c")) == "why? https://a.b/c"
