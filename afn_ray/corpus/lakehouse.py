@@ -24,7 +24,9 @@ MARK = re.compile(
 
 A check of the folder then shows whether it is one.
 """
-IN_ARCHIVE = re.compile(r"(^|/)(_delta_log|\.hoodie|_spark_metadata)/")
+IN_ARCHIVE = re.compile(
+    rf"(^|/)((_delta_log|\.hoodie|_spark_metadata)/|metadata/({ICEBERG_METADATA.pattern})$)"
+)
 """Path of a member of an archive that is in the log of a table."""
 ROOT = re.compile(r"hf://[a-z]+/[^/]+/[^/]+|[a-z0-9+.-]+://[^/]*")
 """The root of a bucket, or of a dataset of the Hub."""

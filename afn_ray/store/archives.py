@@ -21,6 +21,8 @@ from afn_ray.errors import CorpusError
 ENDING = re.compile(r"\.(zip|tar)$", re.IGNORECASE)
 MOST_MEMBERS = 1_000_000
 """Most members of an archive that are listed."""
+MOST_GLOBAL = 100
+"""Most values in the global headers of a tar archive."""
 READ_BYTES = 256 << 20
 """Longest directory of a zip archive, or header of a tar archive, in bytes."""
 METHODS = {0: "", 8: "deflate", 12: "bz2", 93: "zst"}
@@ -33,6 +35,7 @@ DAMAGES = (
     OverflowError,
     EOFError,
     struct.error,
+    RecursionError,  # of headers of tar, each of which describes the next one
 )
 """Errors that damaged archives raise."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -51,6 +54,8 @@ class Member(NamedTuple):
     """One of the values of ``METHODS``, or why it cannot be read."""
     crc32: int | None = None
     """Checksum of the content, if it is compressed."""
+    stored_name: str = ""
+    """Name in the directory of a zip archive, as it is stored."""
     problem: str = ""
     """Why the bytes cannot be listed: they are no file, but the damaged rest of the archive."""
 
@@ -90,9 +95,11 @@ def data_start(archive: FileInfo, member: Member, file: IO[bytes]) -> int:
     file.seek(member.offset)
     header = file.read(LOCAL_HEADER.size)
     if len(header) == LOCAL_HEADER.size:
-        mark, *lengths = LOCAL_HEADER.unpack(header)
-        if mark == b"PK\3\4":
-            return member.offset + LOCAL_HEADER.size + int(sum(lengths))
+        mark, name_bytes, extra_bytes = LOCAL_HEADER.unpack(header)
+        name = file.read(name_bytes)
+        is_same = member.stored_name in (name.decode(errors="replace"), name.decode("cp437"))
+        if mark == b"PK\3\4" and is_same:
+            return member.offset + LOCAL_HEADER.size + int(name_bytes + extra_bytes)
     raise CorpusError(
         f"{archive.uri} is damaged: member {member.name!r} does not begin at byte {member.offset}; "
         "repair the archive, or name its other members"
@@ -117,10 +124,10 @@ def _in_zip(file: IO[bytes], archive: FileInfo) -> list[Member]:
         if info.flag_bits & 1:
             compression = "encrypted"
         if not info.is_dir():
+            name = info.filename.removeprefix("./")
             crc32 = info.CRC if compression else None
-            listed.append(
-                Member(info.filename, info.header_offset, info.compress_size, compression, crc32)
-            )
+            packed = (info.header_offset, info.compress_size, compression, crc32)
+            listed.append(Member(name, *packed, stored_name=info.orig_filename))
     return listed
 
 
@@ -146,10 +153,7 @@ def _in_tar(file: IO[bytes], archive: FileInfo) -> list[Member]:
             while (info := opened.next()) is not None:
                 opened.members = []  # type: ignore[attr-defined]  # it keeps all, 1 kB each
                 num_members += 1
-                if num_members > MOST_MEMBERS:
-                    raise ValueError(f"more than {MOST_MEMBERS} members")
-                if info.offset_data + info.size > archive.size and not info.issparse():
-                    raise ValueError("its last member is cut")
+                _check_member(opened, info, num_members, archive.size)
                 end = opened.offset
                 if info.isreg():
                     name = info.name.removeprefix("./")
@@ -160,12 +164,45 @@ def _in_tar(file: IO[bytes], archive: FileInfo) -> list[Member]:
         if block.strip(b"\0"):
             raise ValueError("bytes that begin no member")
         why = "" if block else "the mark of its end is missing, so it may have been cut"
+        if (start := _after_zeros(file, end)) is not None:
+            end, why = start, "bytes after the mark of its end, perhaps of another archive"
     except DAMAGES as error:
         why = str(error) or type(error).__name__
     if why:
         what = f"not a readable tar archive from byte {end} on: {why}"
         listed.append(Member("", end, max(0, archive.size - end), problem=what))
     return listed
+
+
+def _check_member(opened: tarfile.TarFile, info: tarfile.TarInfo, number: int, size: int) -> None:
+    """Raise ``ValueError`` for a member that is cut, shares bytes with another, or is one too many."""
+    if number > MOST_MEMBERS:
+        raise ValueError(f"more than {MOST_MEMBERS} members")
+    if len(opened.pax_headers) > MOST_GLOBAL:  # each member has a copy of all
+        raise ValueError(f"more than {MOST_GLOBAL} global headers")
+    if info.size < 0:
+        raise ValueError(f"member {info.name!r} has {info.size} bytes")
+    if info.issparse():
+        return
+    if info.offset_data + info.size > size:
+        raise ValueError("its last member is cut")
+    blocks = -(-info.size // tarfile.BLOCKSIZE)
+    # A global header may state another size than that of the bytes before the next member.
+    if info.isreg() and info.offset_data + blocks * tarfile.BLOCKSIZE != opened.offset:
+        raise ValueError(f"member {info.name!r} has two sizes")
+
+
+def _after_zeros(file: IO[bytes], start: int) -> int | None:
+    """First block of a tar archive at or after byte ``start`` with more than zeros; None if none."""
+    at = start
+    file.seek(start)
+    while block := file.read(1 << 20):
+        rest = block.lstrip(b"\0")
+        if rest:
+            first = at + len(block) - len(rest)
+            return first - (first - start) % tarfile.BLOCKSIZE
+        at += len(block)
+    return None
 
 
 class _Guarded:

@@ -87,7 +87,8 @@ def _members(archive: FileInfo, pattern: str, left_out: set[str] | None) -> list
     matches = re.compile(glob_translate(pattern)).match
     for name, member in archives.members(archive, readers.open_read).items():
         info = _member_info(archive, member)
-        is_hidden = any(_is_hidden(part) and part != ".." for part in name.split("/"))
+        parts = [part for part in name.split("/") if part not in (".", "..")]
+        is_hidden = any(map(_is_hidden, parts))
         if not name or name == pattern or (matches(name) if pattern else not is_hidden):
             found.append(info)
         elif left_out is not None:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -52,7 +51,8 @@ def split_member(uri: str) -> tuple[str, str] | None:
     A local file of that name is none.
     """
     found = MEMBER.fullmatch(uri)
-    if found is None or ("://" not in uri and Path(path_in(uri)).exists()):
+    # Unlike ``Path.exists``, this is false for a name that is too long for the filesystem.
+    if found is None or ("://" not in uri and os.path.exists(path_in(uri))):  # noqa: PTH110
         return None
     return found[1], found[2]
 

@@ -195,6 +195,61 @@ def test_a_damaged_archive_is_quarantined_and_counted(kind: str, tmp_path: Path)
             assert str(path) in str(error)
 
 
+def test_bytes_after_the_end_of_a_tar_are_one_quarantined_document(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    first, second = tarred({"a.txt": b"a"}), tarred({"b.txt": b"b"})
+    with_hole = first[:1024] + bytes(512) + second
+    for data, num_lost in ((first + second, len(second)), (with_hole, len(second))):
+        path.write_bytes(data)
+        found = read(path)
+        assert [d.text for d in found.pop("a.txt")] == ["a"]
+        (rest,) = found.pop("")
+        assert "bytes after the mark of its end" in str(rest.problem) and not found
+        assert rest.lost_bytes == num_lost
+    path.write_bytes(first + bytes(3 << 20))
+    assert [*read(path)] == ["a.txt"]
+
+
+def test_global_headers_of_a_tar_give_members_no_other_bytes_and_no_other_time(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.tar"
+    many = {f"k{i}": "v" for i in range(101)}
+    for headers, why in (
+        ({"size": "3000"}, "has two sizes"),
+        ({"size": "1"}, "has two sizes"),
+        ({"size": "-1"}, "has -1 bytes"),
+        (many, "more than 100 global headers"),
+    ):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w", pax_headers=headers) as archive:
+            for i in range(9):
+                info = tarfile.TarInfo(f"{i}.txt")
+                info.size = 600
+                archive.addfile(info, io.BytesIO(bytes(600)))
+        path.write_bytes(data.getvalue())
+        (rest,) = read(path).pop("")
+        assert why in str(rest.problem) and rest.lost_bytes == len(data.getvalue())
+    nested = tarfile.TarInfo("a.txt")
+    nested.type = tarfile.XHDTYPE
+    path.write_bytes(nested.tobuf(tarfile.GNU_FORMAT) * 3000 + bytes(1024))
+    assert "recursion" in str(read(path)[""][0].problem)
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_members_with_dots_in_their_paths_are_not_hidden(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"x.{kind}"
+    names = ["./a.txt", "./x/b.txt", "x/./c.txt", "../d.txt", "x/.hidden.txt", "./_hidden/e.txt"]
+    path.write_bytes(PACK[kind](dict.fromkeys(names, b"text")))
+    assert sorted(read(path)) == ["../d.txt", "a.txt", "x/./c.txt", "x/b.txt"]
+
+
+def test_a_member_may_have_a_name_too_long_for_a_disk(tmp_path: Path) -> None:
+    name = "n" * 300 + ".txt"
+    (tmp_path / "x.zip").write_bytes(zipped({name: b"text"}))
+    assert [d.text for d in read(tmp_path / "x.zip")[name]] == ["text"]
+
+
 def test_a_changed_bit_in_a_compressed_member_is_found(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     data = bytearray(zipped({"a.txt": bytes(range(32, 127)) * 40 + b"\n"}))
@@ -204,6 +259,19 @@ def test_a_changed_bit_in_a_compressed_member_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     *_, last = read(path)["a.txt"]
     assert "its checksum is another; what came of it may be altered" in str(last.problem)
+
+
+def test_a_member_of_another_name_than_in_the_directory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    for name, other in (("text.txt", "evil.txt"), ("text.txt", "a.tx"), ("é.txt", "e.txt")):
+        data = bytearray(zipped({name: b"some text"}, zipfile.ZIP_STORED))
+        path.write_bytes(data)
+        assert [d.text for d in read(path)[name]] == ["some text"]
+        data[26:28] = len(other.encode()).to_bytes(2, "little")
+        data[30 : 30 + len(other)] = other.encode()
+        path.write_bytes(data)
+        with pytest.raises(CorpusError, match="does not begin at byte 0"):
+            read(path)
 
 
 def test_archives_made_to_fill_memory_or_time_are_bounded(tmp_path: Path) -> None:
@@ -250,9 +318,10 @@ def test_members_that_cannot_be_read_are_refused_with_their_names(tmp_path: Path
     path.write_bytes(buffer.getvalue())
     with pytest.raises(CorpusError, match=r"has two members named 'a\.txt'"):
         read(path)
-    path.write_bytes(zipped({"t/_delta_log/0.json": b"{}", "t/a.parquet": b"x"}))
-    with pytest.raises(CorpusError, match="has a table of a lakehouse"):
-        read(path)
+    for log in ("t/_delta_log/0.json", "metadata/v1.metadata.json", "t/metadata/version-hint.text"):
+        path.write_bytes(zipped({log: b"{}", "t/a.parquet": b"x"}, zipfile.ZIP_STORED))
+        with pytest.raises(CorpusError, match="has a table of a lakehouse"):
+            read(path)
 
 
 @pytest.mark.parametrize("kind", ["stored.zip", "tar", "zip"])
