@@ -2,16 +2,18 @@
 
 pyiceberg reads metadata and manifests, through the store's own files and credentials. The data files
 are Parquet, which is read as any. Whatever would make their rows differ from the table's is refused:
-deleted rows, renamed columns, defaults of columns that a file lacks.
+deleted rows, renamed columns, defaults of columns that a file lacks. Metadata is untrusted: no file
+outside the table's folder is opened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from afn_ray.corpus.row_groups import UNREADABLE
 from afn_ray.corpus_values import FileInfo
@@ -28,21 +30,47 @@ HINT = "metadata/version-hint.text"
 VERSION = re.compile(r"[0-9]{1,18}")
 MOST_BYTES = 256 << 20
 """Largest metadata file or manifest, in bytes."""
+HINT_BYTES = 64
+"""Largest ``HINT``, in bytes."""
 THREADS = 16
 """Most data files examined at the same time."""
 FIELD_ID = b"PARQUET:field_id"
 REWRITE = "rewrite its data files (in Spark: CALL system.rewrite_data_files) or export the table"
 
 
-def find_metadata(pattern: str) -> str | None:
-    """URI of the metadata file of the table that ``pattern`` names; None if it names none.
+class Version(NamedTuple):
+    """One version of a table, as a pattern names it."""
+
+    metadata: str
+    """URI of its metadata file."""
+    named_by: str = ""
+    """Folder of the table, if that was named; else empty."""
+
+    @property
+    def folder(self) -> str:
+        """Folder in which all files of the table must be."""
+        folder, _, name = self.metadata.rpartition("/")[0].rpartition("/")
+        return folder if name == "metadata" else f"{folder}/{name}"
+
+
+class _Wanted(NamedTuple):
+    """A column that is read."""
+
+    number: int | None
+    """Its field id; None if the table has no such column now."""
+    may_lack: bool
+    """Whether a data file without it has nulls."""
+
+
+def find_version(pattern: str) -> Version | None:
+    """The version of a table that ``pattern`` names; None if it names none.
 
     It names a metadata file, or the folder of a table that has ``HINT``.
     """
-    if METADATA.fullmatch(pattern):
-        return uris.absolute(pattern)
     if any(character in pattern for character in corpus_files.WILDCARDS):
         return None
+    if METADATA.fullmatch(pattern):
+        return Version(uris.absolute(pattern))
     if uris.split_member(pattern) is not None or pattern.startswith(
         ("http://", "https://", "hf://")
     ):
@@ -50,54 +78,86 @@ def find_metadata(pattern: str) -> str | None:
     folder = uris.absolute(pattern)
     hint = None
     with contextlib.suppress(StoreError):  # a user may have no permission for other files
-        hint = storage.read_if_there(uris.join(folder, HINT))
+        hint = storage.read_if_there(uris.join(folder, HINT), HINT_BYTES)
     if hint is None:
         return None
     version = hint.decode(errors="replace").strip()
     if not VERSION.fullmatch(version):
         raise CorpusError(f"{uris.join(folder, HINT)} is {version[:40]!r}, expected a number")
-    return uris.join(folder, "metadata", f"v{version}.metadata.json")
+    return Version(uris.join(folder, "metadata", f"v{version}.metadata.json"), folder)
 
 
-def data_files(metadata: str, columns: Sequence[str]) -> list[FileInfo]:
-    """The Parquet files of the table's version ``metadata``, of which ``columns`` are read.
+def data_files(version: Version, columns: Sequence[str]) -> list[FileInfo]:
+    """The Parquet files of the table's ``version``, of which ``columns`` are read.
 
-    Raises ``CorpusError`` if the rows of these files are not those of the table, or if it cannot be
-    read; ``ConfigError`` without pyiceberg.
+    Raises ``CorpusError`` if the rows of these files are not those of the table, if it cannot be
+    read, or if one of its files is outside its folder; ``ConfigError`` without pyiceberg.
     """
+    metadata = version.metadata
     with _named_errors(metadata):
-        table = _load(metadata)
-        places = sorted(_place(task, metadata) for task in table.scan().plan_files())
-        doubtful = _doubtful(table, metadata, columns)
+        uri_of = _in_folder(version)
+        table = _load(metadata, uri_of)
+        _check_location(version, _uri(table.location()))
+        places = sorted(_place(task, metadata, uri_of) for task in table.scan().plan_files())
+        wanted = _wanted(table, metadata, columns)
     if not places:
         raise CorpusError(f"{metadata} is a version of the table that has no rows")
 
     def examine(uri: str) -> FileInfo:
         file = corpus_files.stat(uri)
-        if doubtful:
-            _check_columns(file, doubtful)
+        _check_columns(file, wanted)
         return file
 
     with ThreadPoolExecutor(THREADS) as pool:
         return list(pool.map(examine, places))
 
 
-def _load(metadata: str) -> Table:
+def _in_folder(version: Version) -> Callable[[str], str]:
+    """A function that returns our URI of a location in the table, and refuses one outside.
+
+    All that metadata names passes through it: else metadata of strangers could make a run ask any
+    server and read any file.
+    """
+    is_below = uris.below(version.folder)
+
+    def uri_of(location: str) -> str:
+        uri = _uri(location)
+        if ".." in uri.split("/") or not is_below(uri):
+            raise CorpusError(
+                f"{version.metadata} names {location[:400]}, which is not in the table's folder "
+                f"{version.folder}; if you trust the table, export it"
+            )
+        return uri
+
+    return uri_of
+
+
+def _check_location(version: Version, location: str) -> None:
+    """Raise ``CorpusError`` if a folder was named whose metadata are of another one."""
+    if version.named_by and (
+        ".." in location.split("/") or not uris.below(version.named_by)(location.rstrip("/"))
+    ):
+        raise CorpusError(
+            f"{version.named_by} has a {HINT}, but its metadata are of a table in {location[:400]}; "
+            "name the metadata file of the version, or remove the hint if it is no table"
+        )
+
+
+def _load(metadata: str, uri_of: Callable[[str], str]) -> Table:
     # StaticTable.from_metadata would import whatever class the table's own properties name.
     from pyiceberg.catalog.noop import NoopCatalog
     from pyiceberg.serializers import FromInputFile
     from pyiceberg.table import StaticTable
 
-    io: Any = _file_io()
-    found = FromInputFile.table_metadata(io.new_input(metadata))
-    return StaticTable(("corpus", metadata), found, metadata, io, NoopCatalog("corpus"))
+    files: Any = _file_io(uri_of)
+    found = FromInputFile.table_metadata(files.new_input(metadata))
+    return StaticTable(("corpus", metadata), found, metadata, files, NoopCatalog("corpus"))
 
 
-def _doubtful(table: Table, metadata: str, columns: Sequence[str]) -> dict[str, int]:
-    """Field id by name of those ``columns`` that a data file may lack, or have for another one.
+def _wanted(table: Table, metadata: str, columns: Sequence[str]) -> dict[str, _Wanted]:
+    """The ``columns`` by their names in data files.
 
-    They were renamed or made anew, have a default, or are in the path of a partition. Raises
-    ``CorpusError`` for a path into a column whose fields have changed.
+    Raises ``CorpusError`` for a path into a column whose fields have changed.
     """
     schemas = table.schemas().values()
     partitions = {
@@ -107,80 +167,85 @@ def _doubtful(table: Table, metadata: str, columns: Sequence[str]) -> dict[str, 
         if str(field.transform) == "identity"
     }
     names = {column: column.partition(".")[0] for column in columns}
-    doubtful: dict[str, int] = {}
+    wanted: dict[str, _Wanted] = {}
     for field in table.schema().fields:
         paths = [path for path, name in names.items() if field.name in (path, name)]
         if not paths:
             continue
         same = [f for schema in schemas for f in schema.fields if f.field_id == field.field_id]
-        named = {f.field_id for schema in schemas for f in schema.fields if f.name == field.name}
         if field.name not in paths and len({str(f.field_type) for f in same}) > 1:
             raise CorpusError(
                 f"{metadata}: the fields of column {field.name!r} have changed, so {paths[0]!r} may be "
                 "another value in some files; export the table"
             )
-        is_renamed = len({f.name for f in same}) > 1 or len(named) > 1
-        if is_renamed or field.initial_default is not None or field.field_id in partitions:
-            doubtful[field.name] = field.field_id
-    return doubtful
+        may_lack = field.initial_default is None and field.field_id not in partitions
+        wanted[field.name] = _Wanted(field.field_id, may_lack)
+    for path, name in names.items():
+        if path not in wanted and name not in wanted:
+            wanted |= dict.fromkeys((path, name), _Wanted(None, may_lack=True))
+    return wanted
 
 
-def _check_columns(file: FileInfo, wanted: Mapping[str, int]) -> None:
-    """Raise ``CorpusError`` unless ``file`` has the columns ``wanted``, by name and field id."""
+def _check_columns(file: FileInfo, wanted: Mapping[str, _Wanted]) -> None:
+    """Raise ``CorpusError`` unless the columns ``wanted`` of ``file`` are those of its table."""
     with readers.open_read(file.uri) as opened, contextlib.suppress(*UNREADABLE):
         schema = parquet.open_file(opened).schema_arrow
-        for name, number in wanted.items():
-            at = schema.names.index(name) if name in schema.names else -1
-            found = (schema.field(at).metadata or {}).get(FIELD_ID, b"") if at >= 0 else b""
-            if found != b"%d" % number:
+        numbers = [(field.metadata or {}).get(FIELD_ID, b"") for field in schema]
+        for name, column in wanted.items():
+            number = b"" if column.number is None else b"%d" % column.number
+            found = [id for id, field in zip(numbers, schema, strict=True) if field.name == name]
+            if column.number is None and found:
                 raise CorpusError(
-                    f"{file.uri} lacks column {name!r} of its table (field {number}), whose value is in "
-                    f"the metadata or under another name; {REWRITE}"
+                    f"{file.uri} has a column {name!r}, which its table has not, or not any more; name "
+                    "a column of the table"
+                )
+            is_absent = not found and column.may_lack and number not in numbers
+            if column.number is not None and found != [number] and not is_absent:
+                raise CorpusError(
+                    f"{file.uri} lacks column {name!r} of its table (field {column.number}), whose "
+                    f"value is in the metadata or under another name; {REWRITE}"
                 )
 
 
-def _place(task: Any, metadata: str) -> str:
+def _place(task: Any, metadata: str, uri_of: Callable[[str], str]) -> str:
     """URI of the data file of a scan ``task``. Raises ``CorpusError`` if it is not all of its rows."""
-    uri = _uri(str(task.file.file_path))
+    uri = uri_of(str(task.file.file_path))
     if task.delete_files:
         raise CorpusError(f"{metadata}: rows of {uri} are deleted in other files; {REWRITE}")
     if not uri.endswith(".parquet"):
         raise CorpusError(f"{metadata}: {uri} is no .parquet file; {REWRITE}")
-    if _protocol(uri) != _protocol(metadata):
-        raise CorpusError(f"{metadata}: {uri} is on another filesystem than the table")
     return uri
-
-
-def _protocol(uri: str) -> str:
-    protocol, mark, _ = uri.partition("://")
-    return {"s3a": "s3"}.get(protocol, protocol) if mark else ""
 
 
 def _uri(location: str) -> str:
     """``location`` of a file in a table as our own URI."""
-    return re.sub(r"^file:(//)?(?=/)", "", location)
+    return re.sub(r"^s3[an]://", "s3://", re.sub(r"^file:(//)?(?=/)", "", location))
 
 
 # --- files of the store, for pyiceberg
 
 
-def _file_io() -> Any:
-    """The store's files as pyiceberg's ``FileIO``, read-only."""
+def _file_io(uri_of: Callable[[str], str]) -> Any:
+    """The files of one table as pyiceberg's ``FileIO``, read-only; ``uri_of`` checks each location."""
     from pyiceberg.io import FileIO, InputFile
 
     class StoreFile(InputFile):
         def __len__(self) -> int:
-            return corpus_files.stat(_uri(self.location)).size
+            return corpus_files.stat(uri_of(self.location)).size
 
         def exists(self) -> bool:
-            return storage.exists(_uri(self.location))
+            return storage.exists(uri_of(self.location))
 
         def open(self, seekable: bool = True) -> Any:
-            if (size := len(self)) > MOST_BYTES:
+            data, size = b"", len(self)  # which refuses pipes and devices
+            if size <= MOST_BYTES:
+                with readers.open_read(uri_of(self.location)) as file:
+                    data = file.read(MOST_BYTES + 1)
+            if max(size, len(data)) > MOST_BYTES:
                 raise CorpusError(
                     f"{self.location} has {size} bytes, over the limit of {MOST_BYTES}; export the table"
                 )
-            return readers.open_read(_uri(self.location))
+            return io.BytesIO(data)
 
     class StoreFiles(FileIO):
         def new_input(self, location: str) -> InputFile:

@@ -65,17 +65,16 @@ def list_files(
     plain: list[str] = []
     of_tables: dict[str, FileInfo] = {}
     for pattern in patterns:
-        metadata = iceberg.find_metadata(pattern)
-        if metadata is None:
+        is_parquet = options.format in ("auto", "parquet")
+        version = iceberg.find_version(pattern) if is_parquet else None
+        if version is None:
             plain.append(pattern)
             found.update((file.uri, file) for file in corpus_files.find_files(pattern, others))
-        elif options.format in ("auto", "parquet"):
-            of_table = iceberg.data_files(metadata, documents.columns_of(options))
-            of_tables.update((file.uri, file) for file in of_table)
         else:
-            raise CorpusError(
-                f"{metadata} is a table of Iceberg, but format is {options.format!r}; expected auto"
-            )
+            of_table = iceberg.data_files(version, documents.columns_of(options))
+            if version.named_by:
+                _check_only_table(version.named_by, options)
+            of_tables.update((file.uri, file) for file in of_table)
     listed = found.keys() | others
     found |= of_tables
     files: list[FileInfo] = []
@@ -90,6 +89,18 @@ def list_files(
 
 
 def _with_whole_archives(skipped: Sequence[FileInfo], files: Sequence[FileInfo]) -> list[FileInfo]:
+def _check_only_table(folder: str, options: ReadOptions) -> None:
+    """Raise ``CorpusError`` if ``folder``, named as a table of Iceberg, has other files of a corpus."""
+    for file in corpus_files.find_files(folder):
+        format = _format(file.uri, replace(options, format="auto"))
+        place = "data" if format == "parquet" else "metadata"
+        if format and not file.uri.startswith(f"{folder}/{place}/"):
+            raise CorpusError(
+                f"{folder} is a table of Iceberg, but {file.uri} is none of its files; name both: the "
+                "metadata file of the table's version, and the other files"
+            )
+
+
     """``skipped`` with an archive in place of its members, if none of them is in ``files``."""
     read = {parts[0] for file in files if (parts := uris.split_member(file.uri))}
     whole: dict[str, FileInfo] = {}

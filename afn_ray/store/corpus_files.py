@@ -39,6 +39,8 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
     name = str(info["name"])
     if isinstance(fs, LocalFileSystem):
         now = Path(name).stat()
+        if not S_ISREG(now.st_mode):  # a pipe would block its reader, a device has no end
+            raise CorpusError(f"{name} is no regular file; name files or folders of them")
         return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
     if info.get("size") is None:
         raise CorpusError(

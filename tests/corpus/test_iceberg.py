@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pytest
@@ -17,6 +19,7 @@ from afn_ray.corpus import iceberg, listing, reading
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.runs import plan
+from afn_ray.store import readers
 from conftest import config_of
 
 OPTIONS = ReadOptions("auto", "text", None, "file", 1 << 20)
@@ -173,11 +176,95 @@ def test_metadata_of_strangers_imports_nothing_and_reads_no_other_filesystem(
             read(f"{tmp_path}/x.metadata.json")
     with pytest.raises(CorpusError, match="no such file"):
         read(f"{tmp_path}/y.metadata.json")
-    with pytest.raises(CorpusError, match="expected auto"):
+    with pytest.raises(CorpusError, match="is an Iceberg table"):
         read(place(table), ReadOptions("jsonl", "text", None, "file", 1 << 20))
-    assert (
-        iceberg._protocol("s3a://a/b") == iceberg._protocol("s3://a/b") != iceberg._protocol("/a/b")
-    )
+    os.mkfifo(tmp_path / "z.metadata.json")
+    with pytest.raises(CorpusError, match="is no regular file"):
+        read(f"{tmp_path}/z.metadata.json")
+
+
+@pytest.mark.parametrize(
+    "location", ["http://127.0.0.1:9/x.avro", "/etc/passwd", "file:///dev/zero", "{}/../../x", "x"]
+)
+def test_a_file_outside_the_folder_of_the_table_is_never_opened(
+    location: str, catalog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(place(made(catalog)))
+    metadata = json.loads(path.read_text())
+    for each in metadata["snapshots"]:
+        each["manifest-list"] = location.format(path.parent.parent)
+    path.write_text(json.dumps(metadata))
+    opened: list[str] = []
+    known = readers.open_read
+
+    def noted(uri: str) -> IO[bytes]:
+        opened.append(uri)
+        return known(uri)
+
+    monkeypatch.setattr(readers, "open_read", noted)
+    with pytest.raises(CorpusError, match=r"names .*, which is not in the table's folder"):
+        read(str(path))
+    assert opened == [str(path)]
+
+
+def test_data_files_outside_the_folder_of_the_metadata_are_refused(
+    catalog: Any, tmp_path: Path
+) -> None:
+    path = Path(place(made(catalog)))
+    table = path.parent.parent
+    moved = tmp_path / "moved"
+    shutil.copytree(table, moved)
+    text = (moved / "metadata" / path.name).read_text()
+    lists = text.replace(f"{table}/metadata/", f"{moved}/metadata/")
+    (moved / "metadata" / path.name).write_text(lists)
+    with pytest.raises(CorpusError, match=r"which is not in the table's folder .*/moved;"):
+        read(f"{moved}/metadata/{path.name}")
+    version = iceberg.Version("s3://a/t/metadata/x.metadata.json")
+    assert version.folder == "s3://a/t"
+    assert iceberg._in_folder(version)("s3a://a/t/data/x.parquet") == "s3://a/t/data/x.parquet"
+    for outside in ("s3://b/t/data/x.parquet", "s3://a/tt/x.parquet", "/a/t/x.parquet"):
+        with pytest.raises(CorpusError, match="is not in the table's folder"):
+            iceberg._in_folder(version)(outside)
+
+
+def test_a_planted_hint_takes_over_no_folder(catalog: Any, tmp_path: Path) -> None:
+    path = Path(place(made(catalog)))
+    folder = path.parent.parent
+    (path.parent / "v1.metadata.json").write_bytes(path.read_bytes())
+    (path.parent / "version-hint.text").write_text("1")
+    assert len(read(str(folder))) == 3
+    (folder / "mine.jsonl").write_text('{"text": "x"}\n')
+    with pytest.raises(CorpusError, match=r"mine\.jsonl is none of its files; name both"):
+        read(str(folder))
+    planted = tmp_path / "texts"
+    shutil.copytree(path.parent, planted / "metadata")
+    with pytest.raises(
+        CorpusError, match=r"texts has a .*version-hint\.text, but its metadata are"
+    ):
+        read(str(planted))
+    (path.parent / "version-hint.text").write_text("1" * 100)
+    with pytest.raises(CorpusError, match="is an Iceberg table"):
+        read(str(folder))
+
+
+def test_a_name_that_was_another_columns_is_refused_even_if_old_schemas_are_gone(
+    catalog: Any,
+) -> None:
+    table = made(catalog)
+    for old, new in (("text", "old"), ("lang", "text")):
+        with table.update_schema() as update:
+            update.rename_column(old, new)
+    path = Path(place(table))
+    metadata = json.loads(path.read_text())
+    current = metadata["current-schema-id"]
+    metadata["schemas"] = [s for s in metadata["schemas"] if s["schema-id"] == current]
+    for each in metadata["snapshots"]:
+        each["schema-id"] = current
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(CorpusError, match=r"lacks column 'text' of its table \(field 2\)"):
+        read(str(path))
+    with pytest.raises(CorpusError, match=r"has a column 'lang', which its table has not"):
+        read(str(path), ReadOptions("auto", "lang", None, "file", 1 << 20))
 
 
 def test_a_run_over_a_table_resumes_with_the_files_of_its_version(
@@ -197,7 +284,7 @@ def test_a_run_over_a_table_resumes_with_the_files_of_its_version(
 def test_without_the_extra_the_message_names_it(
     catalog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(metadata: str) -> Any:
+    def missing(*_: object) -> Any:
         raise ImportError
 
     table = made(catalog)
