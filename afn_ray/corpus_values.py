@@ -58,7 +58,8 @@ class ReadOptions:
         # Kept columns are columns of ``documents``, also where the files have no columns.
         kept: list[object] = [{"keep": self.keep}] if self.keep else []
         if self.encoding and format != "parquet":
-            kept.append({"encoding": self.encoding})
+            # Earlier versions gave lines the places of lines, and ignored the mark of UTF-8.
+            kept.append({"encoding": self.encoding, "rules": 2})
         if self.selects:
             kept.append({"sample": self.sample, "where": self.where})
         if self.record:

@@ -82,7 +82,7 @@ def _beginning_of_part(part: FileSlice, options: ReadOptions, limit: int) -> tup
     if first.following is None:
         return part, first.selected
     found = replace(part, limit=first.documents, num_documents=first.documents)
-    if part.format == "parquet" or options.encoding:  # which has no offsets in bytes
+    if part.format == "parquet":  # which has no offsets in bytes
         return found, first.selected
     # A line ends where the next one begins.
     end = first.following.offset

@@ -15,6 +15,7 @@ from afn_ray.errors import CorpusError
 from afn_ray.store import corpus_files, uris
 from afn_ray.store.layout import is_store_file
 from afn_ray.text import count, nearest
+from afn_ray.text_encodings import encoding_of
 
 FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
            "conllu": "conllu", "warc": WARC, "wet": WARC}  # fmt: skip
@@ -88,7 +89,6 @@ def list_files(
     return files, skipped
 
 
-def _with_whole_archives(skipped: Sequence[FileInfo], files: Sequence[FileInfo]) -> list[FileInfo]:
 def _check_only_table(folder: str, options: ReadOptions) -> None:
     """Raise ``CorpusError`` if ``folder``, named as a table of Iceberg, has other files of a corpus."""
     for file in corpus_files.find_files(folder):
@@ -101,6 +101,7 @@ def _check_only_table(folder: str, options: ReadOptions) -> None:
             )
 
 
+def _with_whole_archives(skipped: Sequence[FileInfo], files: Sequence[FileInfo]) -> list[FileInfo]:
     """``skipped`` with an archive in place of its members, if none of them is in ``files``."""
     read = {parts[0] for file in files if (parts := uris.split_member(file.uri))}
     whole: dict[str, FileInfo] = {}
@@ -209,7 +210,7 @@ def parts(file: FileInfo, options: ReadOptions, shard_bytes: int) -> Iterator[Fi
     if format == "parquet":
         yield from _cut_parquet(file, options, shard_bytes)
     elif reading.is_lines(format, options) and not compression:
-        yield from _cut_lines(file, format, shard_bytes)
+        yield from _cut_lines(_unhashed(file, format, ""), options.encoding, shard_bytes)
 
 
 def uncut(file: FileInfo, options: ReadOptions) -> FileSlice:
@@ -342,9 +343,12 @@ def _cut_whole(whole: FileSlice) -> FileSlice:
         return replace(whole, sha256=source.sha256.hexdigest())
 
 
-def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> Iterator[FileSlice]:
-    """Slices of lines; none for UTF-16 and UTF-32, where a newline is more than one byte."""
-    whole = _unhashed(file, format, "")
+def _cut_lines(whole: FileSlice, encoding: str, shard_bytes: int) -> Iterator[FileSlice]:
+    """Slices of lines of the file ``whole``.
+
+    There are none for UTF-16 and UTF-32, where a newline is more than one byte, and where a mark of
+    UTF-8, which only the first slice would have, counts more than ``encoding``.
+    """
     start = end = num_documents = 0
     sha256 = hashlib.sha256()
     is_started = False  # the current line has a character that is not white space
@@ -359,9 +363,9 @@ def _cut_lines(file: FileInfo, format: str, shard_bytes: int) -> Iterator[FileSl
             sha256=sha256.hexdigest(),
         )
 
-    with streams.Source(file.uri, 0, file.size) as source:
+    with streams.Source(whole.uri, 0, whole.size) as source:
         while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
-            if end == 0 and streams.encoding_of(block):
+            if end == 0 and (encoding_of(block) or (encoding and block.startswith(streams.BOM))):
                 return
             block_start = end
             while end < block_start + len(block):

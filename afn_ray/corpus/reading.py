@@ -248,7 +248,7 @@ def _add_json_columns(
             value = None
         else:
             num_documents += 1
-            value = parse(decode(line.data)) if line.data else None
+            value = parse(stream.line_text(line.data)) if line.data else None
         if isinstance(value, dict):
             names.update(dict.fromkeys(nested.names(value, columns_of(options))))
         if num_documents >= PEEK_DOCUMENTS and names.keys() >= {*wanted}:
@@ -304,7 +304,7 @@ def _sample_text(source: Source, slice: FileSlice, options: ReadOptions) -> list
 def _stream(source: Source, slice: FileSlice, options: ReadOptions) -> Stream:
     # Each page of WARC has an encoding of its own.
     encoding = "" if slice.format.startswith(WARC) else options.encoding
-    return Stream(source, slice.compression, encoding)
+    return Stream(source, slice.compression, encoding, is_lines(slice.format, options))
 
 
 def _documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Iterator[Document]:
@@ -342,9 +342,10 @@ def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> I
         if line.data is None:
             yield problem(origin, f"line of {line.length} bytes is over the limit of {limit}")
         elif slice.format == "txt":
-            yield document(origin, decode(line.data.removesuffix(b"\r")), None, options)
+            text = stream.line_text(line.data.removesuffix(b"\r"))
+            yield document(origin, text, None, options)
         else:
-            yield json_document(origin, decode(line.data), options)
+            yield json_document(origin, stream.line_text(line.data), options)
 
 
 def is_lines(format: str, options: ReadOptions) -> bool:

@@ -16,6 +16,7 @@ import pyarrow as pa
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import readers
+from afn_ray.text_encodings import encoding_of
 
 BLOCK_BYTES = 1 << 20
 """Bytes read from a file at a time."""
@@ -29,13 +30,6 @@ It is low, because the bytes decoded in the call that meets damage are lost.
 LINE_BYTES = 64 << 20
 """Smallest limit on the length of a line, in bytes."""
 BOM = codecs.BOM_UTF8
-UTF_BOMS = (
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-"""Byte order marks and their encodings. UTF-32-LE is first: its mark begins with UTF-16-LE's."""
 LONGEST_BOM = 4
 EXPANSION = 200
 """Largest ratio of decompressed to compressed bytes."""
@@ -337,22 +331,24 @@ def _words(error: BaseException) -> str:
 # --- text
 
 
-def encoding_of(head: bytes) -> str:
-    """UTF-16 or UTF-32 if ``head`` begins with such a byte order mark, else empty."""
-    return next((name for mark, name in UTF_BOMS if head.startswith(mark)), "")
-
-
 class Stream:
     """The bytes of a source, decompressed and in UTF-8, in blocks.
 
     It also records how many bytes of the file they took. UTF-16 and UTF-32 with a byte order mark
     become UTF-8 with one, and so does text of another ``encoding``; invalid sequences become the byte
-    FF, which is invalid in UTF-8 too. The first block contains the whole mark. Iteration raises
-    ``DamagedStream``.
+    FF, which is invalid in UTF-8 too. The first block contains the whole mark. A mark counts more than
+    the ``encoding``. Iteration raises ``DamagedStream``.
+
+    ``by_line`` leaves text of the ``encoding`` as it is, for ``line_text``: each byte of a newline ends
+    a line in it, and places are bytes of the file.
     """
 
-    def __init__(self, source: Source, compression: str, encoding: str = "") -> None:
+    def __init__(
+        self, source: Source, compression: str, encoding: str = "", by_line: bool = False
+    ) -> None:
         self._source, self._compression, self._given = source, compression, encoding
+        self._by_line = by_line
+        self._line_encoding = ""  # known from the first block on
         self._pieces = _Pieces(source)
         self._blocks = self._utf8()
         self.encoding = ""  # known from the first block on
@@ -390,6 +386,10 @@ class Stream:
         kept = used_0 + (start - given_0) * (used_1 - used_0) // max(given_1 - given_0, 1)
         return max(1, self._source.size - kept)
 
+    def line_text(self, data: bytes) -> str:
+        """A line of the stream as text, with a lone surrogate for each invalid sequence."""
+        return data.decode(self._line_encoding or "utf-8", MARK)
+
     def __iter__(self) -> Iterator[bytes]:
         return self._blocks
 
@@ -405,7 +405,11 @@ class Stream:
             blocks = _raising(damage)
         if self._source.start == 0:
             self.encoding = encoding_of(head)
-        self.encoding = self.encoding or self._given
+        if not self.encoding and not (self._source.start == 0 and head.startswith(BOM)):
+            if self._by_line:
+                self._line_encoding = self._given
+            else:
+                self.encoding = self._given
         if not self.encoding:
             for block in itertools.chain([head], blocks):
                 self.num_bytes += len(block)

@@ -96,6 +96,29 @@ def test_a_byte_order_mark_of_utf16_says_more_than_the_option(tmp_path: Path) ->
     assert [d.text for d in documents] == ["eins", "zwei"]
 
 
+@pytest.mark.parametrize("format", ["txt", "jsonl"])
+def test_places_are_bytes_of_the_file_however_it_is_cut(format: str, tmp_path: Path) -> None:
+    texts = [f"строка {'ё' * (i % 7)} {i}" for i in range(40)]
+    path, content = write(tmp_path, format, texts)
+    data = content.encode("cp1251")
+    path.write_bytes(data)
+    options = replace(LINES, encoding="cp1251")
+    starts = [0, *(i + 1 for i, byte in enumerate(data) if byte == 10)][:-1]
+    for shard_bytes in (1, 100, 1 << 20):
+        found = read(path, options, shard_bytes)
+        assert [d.offset for d in found] == starts
+        assert [d.text for d in found] == texts
+    assert [d.offset for d in read(path, replace(options, sample="0.5"), 1)] == starts
+
+
+@pytest.mark.parametrize("format", ["txt", "jsonl", "csv", "conllu"])
+def test_a_byte_order_mark_of_utf8_says_more_than_the_option(format: str, tmp_path: Path) -> None:
+    path, content = write(tmp_path, format, ["Äpfel und Öl", "Straße"])
+    path.write_bytes(content.encode("utf-8-sig"))
+    for options in (LINES, replace(LINES, encoding="latin-1")):
+        assert [d.text for d in read(path, options, 1)] == ["Äpfel und Öl", "Straße"]
+
+
 @pytest.mark.parametrize("format", ["txt", "jsonl", "csv", "conllu", "parquet"])
 def test_another_encoding_is_another_shard_except_of_parquet(format: str) -> None:
     given = [replace(LINES, encoding=name).identity(format) for name in ("", "cp1251", "koi8-r")]
