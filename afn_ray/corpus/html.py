@@ -7,6 +7,7 @@ from collections import Counter
 
 from afn_ray.corpus.documents import INVALID
 from afn_ray.corpus.streams import MARK
+from afn_ray.text_encodings import canonical
 
 HTML_BYTES = 4 << 20
 """Largest page, in bytes. Crawlers cut pages at 1 to 5 MB."""
@@ -34,6 +35,7 @@ NEVER_OPEN = frozenset(
 """Elements that have no content, or that the next one of their kind closes."""
 RAW = {name: re.compile(rf"</{name}\b", re.IGNORECASE) for name in ("script", "style")}
 """Elements whose content has no tags, and their ends; in SVG and MathML it has."""
+FOREIGN = frozenset({"svg", "math"})
 ITEMS = {"li": "li", "dt": "dl", "dd": "dl"}
 """Elements that only one of the same list closes: a li in a dd in a li nests."""
 FORMATTING = frozenset(
@@ -71,7 +73,9 @@ def html_text(body: bytes, charset: str) -> str:
     if len(body) > HTML_BYTES:
         raise ValueError(f"page of {len(body)} bytes is over the limit of {HTML_BYTES}")
     stated = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
-    encoding = stated or detect_encoding(body, from_html_meta=True) or "utf-8"
+    encoding = (
+        stated or _of_python(charset) or detect_encoding(body, from_html_meta=True) or "utf-8"
+    )
     try:
         page = body.decode(encoding, MARK).removeprefix("\ufeff").replace(INVALID, STAND_IN)
     except LookupError as error:
@@ -79,6 +83,14 @@ def html_text(body: bytes, charset: str) -> str:
     _check_bounds(page)
     text = extract_plain_text(page, main_content=True, alt_texts=False)
     return str(text).replace(STAND_IN, INVALID)
+
+
+def _of_python(charset: str) -> str:
+    """Python's encoding ``charset``, for a name that browsers do not know; empty if it is none."""
+    try:
+        return canonical(charset)
+    except ValueError:
+        return ""
 
 
 def _check_bounds(page: str) -> None:
@@ -115,6 +127,7 @@ class _OpenElements:
     def __init__(self) -> None:
         self._scopes: list[tuple[str, Counter[str]]] = [("", Counter())]
         self._formatting = 0
+        self._foreign = 0
         self._list = ""
         self.depth = 0
         self.num_elements = 0
@@ -123,7 +136,7 @@ class _OpenElements:
     @property
     def has_foreign(self) -> bool:
         """Whether SVG or MathML may be open."""
-        return any(inside["svg"] or inside["math"] for _, inside in self._scopes)
+        return self._foreign > 0
 
     def start(self, name: str) -> None:
         self.num_on_paths += self.depth
@@ -138,6 +151,7 @@ class _OpenElements:
         self._scopes[-1][1][name] += 1
         self.depth += 1
         self._formatting += name in FORMATTING
+        self._foreign += name in FOREIGN
         if name in SCOPES:
             self._scopes.append((name, Counter()))
 
@@ -158,3 +172,4 @@ class _OpenElements:
         self._scopes[-1][1][name] -= 1
         self.depth -= 1
         self._formatting -= name in FORMATTING
+        self._foreign -= name in FOREIGN

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from afn_ray import kept
 from afn_ray.corpus.documents import Origin, clean_id, document, problem, with_kept
 from afn_ray.corpus.html import html_text
+from afn_ray.corpus.http_body import decoded
 from afn_ray.corpus.streams import MARK, DamagedStream, Stream, line_limit
 from afn_ray.corpus_values import WARC, Document, FileSlice, ReadOptions
 from afn_ray.errors import ConfigError
@@ -27,11 +28,20 @@ STATUS = "http-status"
 """Column of the status of an HTTP response."""
 BODIES = ("response", "resource", "conversion")
 """Types of records with a body of the web. Others, such as requests, describe the crawl."""
+CONTINUATION = "continuation"
+"""Type of a record with more of the body of another one."""
+RULES = 2
+"""Version of what this module and its helpers make of a record, as part of a shard's identity."""
 HTML = ("text/html", "application/xhtml+xml")
 
+PACKAGES = ("fastwarc", "resiliparse")
+"""Packages whose versions are part of a shard's identity."""
 BEGIN = re.compile(rb"WARC/[0-9]+\.[0-9]+\r\n")
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
+LENGTH_VALUE = re.compile(r"[0-9]{1,18}", re.ASCII)
 SEPARATOR = b"\r\n\r\n"
+NO_BODY = (204, 304)
+"""Statuses of responses that have no body, whatever length their headers state."""
 
 
 class _Record(NamedTuple):
@@ -49,13 +59,14 @@ class _Record(NamedTuple):
 
 @cache
 def format_name() -> str:
-    """The format of slices of WARC: it names the extractor, since their texts depend on it.
+    """The format of slices of WARC: it names parser, extractor and rules, which make the texts.
 
     Raises ``ConfigError`` if a package is missing.
     """
     try:
-        importlib.metadata.version("fastwarc")
-        return f"{WARC} resiliparse {importlib.metadata.version('resiliparse')}"
+        importlib.metadata.version("brotli")
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+        return f"{WARC} {' '.join(versions)} rules {RULES}"
     except importlib.metadata.PackageNotFoundError as error:
         raise ConfigError(
             f'WARC needs the package {error.name}; pip install "afn-ray[warc]", on the nodes of a '
@@ -82,7 +93,7 @@ def warc_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> It
         page = _Page.of(record.data)
         if isinstance(page, str):
             yield problem(origin, page)
-        elif page.kind in BODIES:
+        elif page.is_document:
             yield with_kept(_page_document(origin, page, options), page.values(options), options)
 
 
@@ -90,7 +101,7 @@ def columns_of(stream: Stream, options: ReadOptions, wanted: Sequence[str]) -> I
     """Yield the names of the columns of each page; those ``wanted`` as they are spelled there."""
     for record in _records(stream, line_limit(options)):
         page = "" if record.problem else _Page.of(record.data)
-        if not isinstance(page, str) and page.kind in BODIES:
+        if not isinstance(page, str) and page.is_document:
             spelled = [name for name in wanted if page.value(name) is not None]
             yield [options.text_column, *spelled, *page.names()]
 
@@ -105,6 +116,7 @@ class _Buffer:
         self._blocks = iter(stream)
         self.data = bytearray()
         self.at = 0  # bytes of the stream before ``data``
+        self._searched = 0  # the place in the stream before which no separator begins
         self._damage: DamagedStream | None = None
 
     def fill(self, num_bytes: int) -> bool:
@@ -123,6 +135,14 @@ class _Buffer:
         """Raise ``DamagedStream`` if that is why there is no more."""
         if self._damage is not None:
             raise self._damage
+
+    def header_end(self) -> int:
+        """Bytes of ``data`` before the end of the header there; -1 if it has none in its bound."""
+        end = self.data.find(SEPARATOR, max(0, self._searched - self.at), HEADER_BYTES)
+        if end < 0:
+            searched = min(HEADER_BYTES, len(self.data)) - len(SEPARATOR) + 1
+            self._searched = max(self._searched, self.at + searched)
+        return end
 
     def drop(self, num_bytes: int) -> int:
         """Drop the next ``num_bytes``, and return how many there were."""
@@ -161,15 +181,16 @@ def _records(stream: Stream, limit: int) -> Iterator[_Record]:
 
 def _next_record(buffer: _Buffer, limit: int) -> tuple[bytes, str]:
     """The bytes of the record at the start of ``buffer``, or why they are lost."""
-    if not buffer.fill(HEADER_BYTES) and SEPARATOR not in buffer.data:
-        buffer.check()
-    end = buffer.data.find(SEPARATOR, 0, HEADER_BYTES)
-    length = LENGTH.search(buffer.data, 0, end + 2) if end >= 0 else None
-    if not BEGIN.match(buffer.data) or length is None:
-        what = (
-            "has no header with Content-Length" if BEGIN.match(buffer.data) else "begins no record"
-        )
-        return b"", f"not WARC: byte {buffer.at} {what}; left out up to byte {_skip(buffer)}"
+    end, length = _header(buffer)
+    if length is None:
+        is_begun = BEGIN.match(buffer.data) is not None
+        what = "has no header with Content-Length" if is_begun else "begins no record"
+        at = buffer.at
+        while length is None and buffer.fill(1):
+            buffer.drop(max(end, 0))  # no record begins in a header without a length
+            _skip(buffer)
+            end, length = _header(buffer)
+        return b"", f"not WARC: byte {at} {what}; left out up to byte {buffer.at}"
     size = end + len(SEPARATOR) + int(length[1])
     if size > limit:
         given = buffer.drop(size)
@@ -189,6 +210,16 @@ def _next_record(buffer: _Buffer, limit: int) -> tuple[bytes, str]:
         f"record at byte {at} states {length[1].decode()} bytes of content, but the file {why}; left "
         f"out up to byte {_skip(buffer)}"
     )
+
+
+def _header(buffer: _Buffer) -> tuple[int, re.Match[bytes] | None]:
+    """End of the header at the start of ``buffer``, and its length of content; -1 or None without."""
+    if not buffer.fill(HEADER_BYTES) and SEPARATOR not in buffer.data:
+        buffer.check()
+    if not BEGIN.match(buffer.data):
+        return -1, None
+    end = buffer.header_end()
+    return end, LENGTH.search(buffer.data, 0, end + 2) if end >= 0 else None
 
 
 def _skip(buffer: _Buffer) -> int:
@@ -216,27 +247,73 @@ class _Page:
     def __init__(self, record: Any) -> None:
         self._record = record
         self.kind = str(record.record_type)
-        self.http = record.http_headers if record.is_http_parsed else None
+        self.http: Any = None
+        self.problem = ""
+        self._data = b""
 
     @classmethod
     def of(cls, data: bytes) -> _Page | str:
         """The record in ``data``, or why it cannot be read."""
         try:
             with _failures_named("record cannot be read"):
-                record = _fastwarc().WarcRecord.from_bytes(data)
-                if record.is_http:
-                    record.parse_http(auto_decode="all", max_header_len=HEADER_BYTES)
-                page = cls(record)
+                page = cls(_fastwarc().WarcRecord.from_bytes(data))
         except ValueError as error:
             return str(error)
-        if page.kind == "continuation":
-            return "record continues another one; segmented records are not read"
+        if page.kind in BODIES:
+            page._parse()
+        elif page.kind == CONTINUATION:
+            page.problem = "record continues another one; segmented records are not read"
         return page
 
+    def _parse(self) -> None:
+        try:
+            with _failures_named("record cannot be read"):
+                if self._record.is_http:
+                    # Codings are undone here: fastwarc would do so without a bound.
+                    self._record.parse_http(auto_decode="none", max_header_len=HEADER_BYTES)
+                    self.http = self._record.http_headers
+                    if self.http.status_code is None:
+                        raise ValueError("response is none of HTTP")
+                self._data = bytes(self._record.reader.read())
+        except ValueError as error:
+            self.problem = str(error)
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it has a body, or should have one."""
+        if self.problem:
+            return True
+        if self.kind != "response":
+            return self.kind in BODIES
+        return bool(self._data or self._stated_bytes or self.value("WARC-Truncated"))
+
+    @property
+    def _stated_bytes(self) -> int:
+        """Bytes of the body as it was sent, by its header; 0 if none are stated."""
+        if self.http is None or self.http.status_code in NO_BODY:
+            return 0
+        stated = str(self.http.get("Content-Length") or "").strip()
+        return int(stated) if LENGTH_VALUE.fullmatch(stated) else 0
+
     def body(self, max_bytes: int) -> bytes:
-        """At most ``max_bytes`` of the body, decoded. Raises ``ValueError`` if it cannot be."""
+        """The body, decoded. Raises ``ValueError`` if it is over ``max_bytes``, cut or damaged."""
+        if truncated := self.value("WARC-Truncated"):
+            raise ValueError(f"body was cut by the crawler (WARC-Truncated: {str(truncated)[:40]})")
+        transfer, content = self._codings("Transfer-Encoding"), self._codings("Content-Encoding")
+        if not transfer and len(self._data) < self._stated_bytes:
+            raise ValueError(
+                f"body was cut: it has {len(self._data)} bytes, but its header states "
+                f"{self._stated_bytes}"
+            )
         with _failures_named("body cannot be decoded"):
-            return bytes(self._record.reader.read(max_bytes))
+            return decoded(self._data, transfer, content, max_bytes)
+
+    def _codings(self, name: str) -> list[str]:
+        """The codings that the header ``name`` lists, in lower case."""
+        if self.http is None:
+            return []
+        stated = ",".join(self.http.get_multiple(name)).lower().split(",")
+        return [coding for each in stated if (coding := each.strip()) not in ("", "identity")]
 
     def names(self) -> list[str]:
         """Names of its columns."""
@@ -275,6 +352,8 @@ def _page_document(origin: Origin, page: _Page, options: ReadOptions) -> Documen
             doc_id = None if value is None else clean_id(str(value))
         except ValueError as error:
             return problem(origin, str(error))
+    if page.problem:
+        return problem(origin, page.problem, doc_id)
     kind, charset = page.media_type()
     if page.kind == "response" and page.http is None:
         return problem(origin, "response is none of HTTP", doc_id)
@@ -284,9 +363,7 @@ def _page_document(origin: Origin, page: _Page, options: ReadOptions) -> Documen
         )
     limit = line_limit(options)
     try:
-        body = page.body(limit + 1)
-        if len(body) > limit:
-            raise ValueError(f"body is over the limit of {limit} bytes")
+        body = page.body(limit)
         if kind in HTML:
             text = html_text(body, charset or options.encoding)
         else:

@@ -7,16 +7,20 @@ import gzip
 import importlib.metadata
 import json
 import random
+import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import brotli
 import pytest
 from resiliparse.parse.html import HTMLTree, NodeType
 
 import afn_ray
-from afn_ray.corpus import first, html, listing, reading, streams, warc
+from afn_ray.corpus import first, html, http_body, listing, reading, streams, warc
 from afn_ray.corpus_values import Document, ReadOptions, Shard
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.kept import parse
@@ -25,6 +29,7 @@ from conftest import config_of
 
 PAGES = ReadOptions("auto", "text", "WARC-Record-ID", "file", 1 << 20)
 HTML_HEAD = b"Content-Type: text/html; charset=utf-8\r\n"
+TEXT = b"<p>A text of thirty-six letters.</p>"
 
 
 def record(
@@ -45,6 +50,10 @@ def record(
 
 def response(number: int, body: bytes, head: bytes = HTML_HEAD) -> bytes:
     return record(number, b"HTTP/1.1 200 OK\r\n" + head + b"\r\n" + body)
+
+
+def coded(body: bytes, header: bytes) -> bytes:
+    return response(9, body, HTML_HEAD + header + b"\r\n")
 
 
 def page(number: int) -> bytes:
@@ -128,12 +137,21 @@ def test_headers_are_columns_in_any_case(tmp_path: Path) -> None:
         (record(9, b"HTTP/1.1 200 OK\r\n\r\nab", length=10), "has no empty line after them"),
         (record(9, b"HTTP/1.1 200 OK\r\n\r\nab", length=200), "has no empty line after them"),
         (record(9, b"x", length=10**16), "is over the limit of"),
-        (record(9, b"no response"), "expected HTML or text"),
+        (record(9, b"no response"), "response is none of HTTP"),
         (response(9, b"\x89PNG", b"Content-Type: image/png\r\n"), "body is image/png, expected"),
         (response(9, b"<p>a</p>", b""), "body is of no stated type"),
-        (response(9, b"zz", HTML_HEAD + b"Content-Encoding: gzip\r\n"), "record cannot be read"),
-        (response(9, b"zz", HTML_HEAD + b"Transfer-Encoding: chunked\r\n"), "record cannot be read"),
-        (response(9, b"zz", HTML_HEAD + b"Content-Encoding: x\r\n"), "record cannot be read"),
+        (coded(b"zz", b"Content-Encoding: gzip"), "body cannot be decoded"),
+        (coded(b"zz", b"Transfer-Encoding: chunked"), "no chunk begins at byte 0"),
+        (coded(b"zz", b"Transfer-Encoding: gzip"), "Transfer-Encoding 'gzip' is not read"),
+        (coded(b"zz", b"Content-Encoding: x"), "Content-Encoding 'x' is not read"),
+        (coded(b"zz", b"Content-Encoding: gzip, gzip, gzip"), "3 codings are over the limit of 2"),
+        (coded(gzip.compress(TEXT)[:-9], b"Content-Encoding: gzip"), "the end is missing after 36"),
+        (coded(brotli.compress(TEXT)[:-2], b"Content-Encoding: br"), "the end is missing after"),
+        (coded(gzip.compress(TEXT) + b"x", b"Content-Encoding: gzip"), "body cannot be decoded"),
+        (coded(b"24\r\n" + TEXT + b"\r\n", b"Transfer-Encoding: chunked"), "none was the last"),
+        (coded(b"25\r\n" + TEXT + b"\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"), "does not end after"),
+        (coded(TEXT, b"Content-Length: 99"), "body was cut: it has 36 bytes, but its header states 99"),
+        (page(9).replace(b"WARC-Date", b"WARC-Truncated: time\r\nWARC-Date"), "WARC-Truncated: time"),
         (response(9, b"a", b"Content-Type: text/plain; charset=klingon\r\n"), "'klingon' is unknown"),
         (record(9, b"abc", "continuation"), "continues another one"),
         (b"WARC/1.0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", "no header with Content-Length"),
@@ -151,6 +169,69 @@ def test_damage_costs_its_record_and_is_counted(
     assert last.text.startswith("Page ") and len(lost) == 1
     assert reason in str(lost[0].problem)
     assert lost[0].lost_bytes in (len(damaged), len(damaged + page(2)))
+
+
+def test_neighbouring_garbage_is_one_row_and_takes_no_longer_than_its_size_says(
+    tmp_path: Path,
+) -> None:
+    begun = b"WARC/1.0\r\n"
+    for garbage in (begun * 200_000 + b"\r\n", (begun * 6_000 + b"\r\n") * 30):
+        began = time.process_time()
+        lost, kept = read(tmp_path, garbage + page(1))
+        assert time.process_time() - began < 5
+        assert (lost.lost_bytes, lost.lost_documents) == (len(garbage), None)
+        assert kept.text.startswith("Page 1")
+
+
+@pytest.mark.parametrize(
+    ("body", "header"),
+    [
+        (gzip.compress(TEXT), b"Content-Encoding: gzip"),
+        (gzip.compress(TEXT[:9]) + gzip.compress(TEXT[9:]), b"Content-Encoding: x-gzip"),
+        (zlib.compress(TEXT), b"Content-Encoding: deflate"),
+        (zlib.compress(TEXT)[2:-4], b"Content-Encoding: deflate"),
+        (brotli.compress(TEXT), b"Content-Encoding: br"),
+        (zlib.compress(gzip.compress(TEXT)), b"Content-Encoding: gzip, deflate"),
+        (b"4;a=b\r\n<p>A\r\n20\r\n" + TEXT[4:] + b"\r\n0\r\n\r\n", b"Transfer-Encoding: Chunked"),
+        (TEXT, b"Content-Encoding: identity\r\nTransfer-Encoding: identity\r\nContent-Length: 36"),
+    ],
+)
+def test_codings_of_a_body_are_undone(body: bytes, header: bytes, tmp_path: Path) -> None:
+    (document,) = read(tmp_path, coded(body, header))
+    assert (document.text, document.problem) == ("A text of thirty-six letters.", None)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br"])
+def test_a_body_is_decoded_in_bounded_memory(coding: str) -> None:
+    fast = partial(brotli.compress, quality=1)
+    packs: dict[str, Callable[[bytes], bytes]] = {
+        "gzip": gzip.compress,
+        "deflate": zlib.compress,
+        "br": fast,
+    }
+    bomb = packs[coding](bytes(100 << 20))
+    tracemalloc.start()
+    for body, codings in ((bomb, [coding]), (gzip.compress(bomb), [coding, "gzip"])):
+        with pytest.raises(ValueError, match="body is over the limit of 1048576 bytes"):
+            http_body.decoded(body, [], codings, 1 << 20)
+    assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    tracemalloc.stop()
+
+
+def test_a_page_that_cannot_be_decoded_keeps_its_id_and_columns(tmp_path: Path) -> None:
+    options = replace(PAGES, keep="http-status:int64,WARC-Target-URI")
+    (document,) = read(tmp_path, coded(b"zz", b"Content-Encoding: gzip"), options)
+    assert document.problem and document.doc_id == "<urn:9>"
+    assert document.kept == ("http://a.test/9", 200)
+
+
+@pytest.mark.parametrize(
+    ("status", "head"),
+    [("301 Moved", b""), ("204 No Content", HTML_HEAD), ("304 Same", b"Content-Length: 99\r\n")],
+)
+def test_a_response_without_a_body_is_no_document(status: str, head: bytes, tmp_path: Path) -> None:
+    empty = record(1, f"HTTP/1.1 {status}\r\n".encode() + head + b"\r\n")
+    assert [d.doc_id for d in read(tmp_path, empty + page(2))] == ["<urn:2>"]
 
 
 @pytest.mark.parametrize("cut", [1, 5, 60, 250, 300])
@@ -250,6 +331,18 @@ def test_pages_made_to_take_long_or_much_are_quarantined(tmp_path: Path) -> None
         assert reason in str(document.problem)
 
 
+def test_the_bounds_of_a_page_are_checked_in_a_time_that_its_size_says() -> None:
+    began = time.process_time()
+    html._check_bounds("<button>" * 900 + "<script></script>" * 50_000)
+    assert time.process_time() - began < 4
+
+
+def test_the_encoding_that_is_given_may_be_one_that_browsers_do_not_know() -> None:
+    text = "Größe und Übermaß, über alle Maßen."
+    assert html.html_text(f"<p>{text}</p>".encode("cp850"), "cp850") == text
+    assert html.html_text(f"<p>{text}</p>".encode(), "klingon") == text
+
+
 def test_pages_of_many_unclosed_elements_are_read() -> None:
     """As of the last century: nothing is closed that the next of its kind closes."""
     cell = "<tr><td><font size=2>a</font><p>b<li>c<td><b>d</b><dl><dt>e<dd>f</dl>"
@@ -307,6 +400,15 @@ def test_texts_of_another_extractor_are_other_shards_and_planned_anew(
         assert all(day is not None for _, day in found)
     assert not afn_ray.verify_store(str(tmp_path / "s")).findings
     before = plan.make_plan(config)
+    names = {warc.format_name()}
+    with monkeypatch.context() as patched:
+        for what in ("fastwarc", "resiliparse"):
+            installed = {"fastwarc": "2", "resiliparse": "2", "brotli": "1"} | {what: "9"}
+            patched.setattr(importlib.metadata, "version", installed.get)
+            names.add(warc.format_name.__wrapped__())
+        patched.setattr(warc, "RULES", 0)
+        names.add(warc.format_name.__wrapped__())
+    assert len(names) == 4
     monkeypatch.setattr(warc, "format_name", lambda: "warc resiliparse 9.9.9")
     after = plan.make_plan(config)
     assert {shard.id for shard in before.shards}.isdisjoint(shard.id for shard in after.shards)
@@ -324,7 +426,7 @@ def test_without_the_extra_the_message_names_it(
     monkeypatch.setattr(importlib.metadata, "version", missing)
     warc.format_name.cache_clear()
     with pytest.raises(
-        ConfigError, match=r'needs the package fastwarc; pip install "afn-ray\[warc\]"'
+        ConfigError, match=r'needs the package brotli; pip install "afn-ray\[warc\]"'
     ):
         read(tmp_path, page(1))
 
