@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 import zlib
@@ -12,6 +11,8 @@ from typing import Any
 
 from afn_ray.errors import ConfigError
 
+COLOUR = re.compile(r"var\(--([\w-]+)\)")
+"""Form of a colour in a spec: a CSS variable of the page."""
 WIDTH = 640
 """Width of a chart in a picture, without its axis, in pixels at scale 1."""
 
@@ -27,14 +28,24 @@ def png(spec: dict[str, Any], scale: float) -> bytes:
         raise ConfigError(
             'a picture needs the package vl-convert-python; pip install "afn-ray[report]"'
         ) from error
-    coloured = re.sub(r"var\(--([\w-]+)\)", lambda m: _colours()[m[1]], json.dumps(spec))
-    drawn: dict[str, Any] = json.loads(coloured)
+    drawn: dict[str, Any] = _coloured(spec)
     drawn["config"] |= {"background": _colours()["card"]}
     drawn["title"] = {"text": drawn["description"], "anchor": "start", "offset": 12}
     picture: bytes = vl_convert.vegalite_to_png(
         drawn | {"width": WIDTH, "autosize": "pad"}, scale=scale, allowed_base_urls=[]
     )
     return _compressed(picture)
+
+
+def _coloured(part: Any) -> Any:
+    """``part`` of a spec with the page's colours in place of their names; data stay as they are."""
+    if isinstance(part, dict):
+        return {key: v if key == "data" else _coloured(v) for key, v in part.items()}
+    if isinstance(part, list | tuple):
+        return [_coloured(element) for element in part]
+    if isinstance(part, str) and (name := COLOUR.fullmatch(part)):
+        return _colours().get(name[1], part)
+    return part
 
 
 def _compressed(picture: bytes) -> bytes:

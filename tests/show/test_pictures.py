@@ -59,6 +59,17 @@ def test_a_picture_is_smaller_and_has_the_same_pixels(
     assert zlib.decompress(ours[b"IDAT"]) == zlib.decompress(theirs[b"IDAT"])
 
 
+def test_text_that_looks_like_a_colour_is_no_colour(charts: dict[str, afn_ray.Chart]) -> None:
+    chart = charts["classes"]
+    named = {**chart.spec, "description": "var(--main-color)"}
+    assert chunks_of(pictures.png(named, 1))[b"IDAT"]
+    values = [{"class": "var(--ink)"}, {"class": "var(--main-color)"}]
+    spec = {"data": {"values": values}, "mark": {"fill": "var(--ink)"}, "title": "a var(--ink)"}
+    coloured = pictures._coloured(spec)
+    assert coloured == {**spec, "mark": {"fill": coloured["mark"]["fill"]}}
+    assert coloured["mark"]["fill"].startswith("#")
+
+
 def test_a_chart_is_a_table_where_no_picture_can_be_drawn(
     charts: dict[str, afn_ray.Chart], monkeypatch: pytest.MonkeyPatch
 ) -> None:
