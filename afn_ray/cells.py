@@ -47,11 +47,17 @@ def _value(scalar: pa.Scalar) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON has it: bytes are hex, dates ISO 8601, NaN and infinities None."""
+    """``value`` as JSON has it: bytes are hex, dates ISO 8601, NaN and infinities None.
+
+    A DECIMAL is a number if that has all its digits, else text.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
+        if value == value.to_integral_value():
+            return int(value)
+        number = float(value)
+        return number if Decimal(repr(number)) == value else format(value, "f")
     if isinstance(value, bytes):
         return value.hex()
     if isinstance(value, date | time_of_day):

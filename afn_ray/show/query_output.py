@@ -40,7 +40,8 @@ def print_result(
     that of rows shown. The other formats are complete and are written while they are computed.
 
     In CSV, null is an empty field and empty text is ``""``. In JSON, null, NaN and infinities are
-    null. In both, bytes are hex and dates ISO 8601.
+    null. In both, bytes are hex, dates ISO 8601, and a DECIMAL that has more digits than a float is
+    text.
 
     Raises ``QueryError`` for a query over its limits, and for Parquet on a terminal.
     """

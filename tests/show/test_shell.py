@@ -126,6 +126,14 @@ def test_parquet_on_a_terminal_is_refused(run: Run) -> None:
         query_output.print_result(run.sql("SELECT 1"), "xml", out)
 
 
+@pytest.mark.parametrize("format", ["csv", "json", "table"])
+def test_a_decimal_has_all_its_digits(run: Run, format: str) -> None:
+    long = "12345678901234567890.12345678"
+    sql = f"SELECT {long} AS long, {{'x': {long}}} AS nested, 1.50 AS short"
+    got = printed(run, sql, format).decode()
+    assert got.count(long) == 2 and "1.5" in got and "1.50" not in got
+
+
 def test_standard_output_is_the_default(
     run: Run, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
