@@ -152,7 +152,7 @@ def unfinished(target: Path) -> Iterator[Path]:
     What is left under the hidden path at the end is removed.
     """
     # The name is cut, because a suffix could make it longer than the filesystem allows.
-    path = target.with_name(f".{target.name[:40]}-{os.getpid()}")
+    path = target.with_name(f".{target.name[:40]}-{uuid.uuid4().hex}")
     try:
         yield path
     finally:

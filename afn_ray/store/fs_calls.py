@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import posixpath
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -65,6 +66,9 @@ def _reason(error: OSError, action: str, uri: str) -> str:
     if uri.startswith("hf://") and (reason := _hub_reason(error)):
         return reason
     if isinstance(error, FileNotFoundError):
+        other = error.filename
+        if "://" in uri and other and posixpath.isabs(str(other)):  # a scratch file of this machine
+            return f"no such file or folder: {other}"
         is_new_object = action == "writing" and "://" in uri  # its bucket alone can be missing
         is_bucket = is_new_object or NO_BUCKET in str(error)
         return "no such bucket" if is_bucket else "no such file or folder"

@@ -21,7 +21,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 import faults
 from afn_ray.errors import ConfigError, CorpusError, Interrupted, StoreError
-from afn_ray.store import blocks, corpus_files, disk, probes, readers, storage
+from afn_ray.store import blocks, corpus_files, disk, fs_calls, probes, readers, storage
 from afn_ray.store.uris import absolute, is_local, is_process_memory, join, open_filesystem, path_in
 from conftest import write_new
 
@@ -40,6 +40,21 @@ def _left(folder: str) -> list[str]:
     """Everything below ``folder``, hidden or not, by relative path."""
     fs, path = open_filesystem(faults.unwrap(folder))
     return sorted(name.removeprefix(path).strip("/") for name in fs.find(path))
+
+
+def test_a_missing_file_of_this_machine_is_no_missing_bucket() -> None:
+    error = FileNotFoundError(errno.ENOENT, "gone", "/gone/file")
+    match = "writing s3://b/x: no such file or folder: /gone/file"
+    with (
+        pytest.raises(StoreError, match=match),
+        fs_calls.named_errors("writing", "s3://b/x", StoreError),
+    ):
+        raise error
+
+
+def test_two_writers_of_one_name_have_a_hidden_file_each(tmp_path: Path) -> None:
+    with disk.unfinished(tmp_path / "a") as one, disk.unfinished(tmp_path / "a") as other:
+        assert one != other and one.parent == other.parent == tmp_path
 
 
 # --- write_once
