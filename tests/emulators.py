@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import random
 import shutil
 import socket
 import subprocess
@@ -132,8 +133,14 @@ def _answers(url: str) -> bool:
 
 
 def _free_ports(n: int) -> list[int]:
+    """Ports below those that the system gives to any socket that asks for none."""
+    draw = random.SystemRandom()
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        sockets = list[socket.socket]()
+        while len(sockets) < n:
+            with contextlib.suppress(OSError):
+                address = ("127.0.0.1", draw.randrange(10_000, 30_000))
+                sockets.append(stack.enter_context(socket.create_server(address)))
         return [each.getsockname()[1] for each in sockets]
 
 

@@ -111,7 +111,9 @@ def test_of_two_writers_of_a_large_object_one_wins(bucket: str) -> None:
 
     with ThreadPoolExecutor(2) as pool:
         winner = b"".join(pool.map(write, (b"a", b"b")))
-    assert len(winner) == 1 and storage.read_bytes(uri) == winner * PART_BYTES
+    content = storage.read_bytes(uri)
+    assert content in (b"a" * PART_BYTES, b"b" * PART_BYTES)
+    assert winner in (content[:1], b"")  # a winner whose answer is lost does not know it
     storage.delete([uri])
 
 
