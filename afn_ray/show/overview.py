@@ -76,7 +76,7 @@ def render_thresholds(summary: RunSummary, console: Console) -> None:
                 f"{row['n_sinks']:,}",
             )
     print_whole(table, console)
-    if any(f.labels != f.thresholds for f in summary.layers):
+    if summary.is_frozen:
         shares = ", ".join(
             f"layer {f.layer}: {ratio(r['n_high'], r['n']):.1%}"
             for f in summary.layers

@@ -133,8 +133,25 @@ class RunSummary:
         rows = [asdict(share) for facts in self.layers for share in facts.shown_classes]
         return pa.Table.from_pylist(rows, CLASS_SHARES)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether frozen thresholds decide HIGH, and not the run's own."""
+        return any(facts.labels != facts.thresholds for facts in self.layers)
+
     def _repr_html_(self) -> str:
-        thresholds = notebook.table("Thresholds (a token at or above Q3 is HIGH)", self.table)
+        if self.is_frozen:
+            thresholds = notebook.table(
+                "Thresholds of the run, which do not decide HIGH", self.table
+            )
+            labels = [facts.labels["tokens"] for facts in self.layers]
+            thresholds += notebook.table(
+                f"Frozen thresholds, of {self.info['config']['thresholds']} (a token at or above Q3 "
+                "is HIGH)",
+                pa.Table.from_pylist(labels, LAYERS).select(["layer", "q1", "q2", "q3"]),
+            )
+        else:
+            caption = "Thresholds (a token at or above Q3 is HIGH)"
+            thresholds = notebook.table(caption, self.table)
         title = f"Which classes of {self.layers[-1].unit}s are HIGH (share, 95 % interval)"
         return thresholds + notebook.table(title, self.classes)
 
