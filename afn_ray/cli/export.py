@@ -88,6 +88,7 @@ def add_export(commands: Commands) -> None:
 def call_export(args: argparse.Namespace) -> None:
     if args.format != "iceberg" and (args.catalog or args.name):
         raise ConfigError("--catalog and --name need --format iceberg: add it, or leave them out")
+    from afn_ray.exports import card
     from afn_ray.exports.export import export
     from afn_ray.exports.request import IcebergTable
     from afn_ray.query import database
@@ -95,7 +96,7 @@ def call_export(args: argparse.Namespace) -> None:
     iceberg = None
     if args.format == "iceberg":
         iceberg = IcebergTable(
-            args.name or f"afn.{'query' if args.sql else args.table}", args.catalog
+            args.name or f"afn.{args.table if args.sql is None else 'query'}", args.catalog
         )
     with database.open_run(
         args.run,
@@ -107,13 +108,16 @@ def call_export(args: argparse.Namespace) -> None:
         done = export(
             run,
             args.target,
-            args.table,
+            args.table if args.sql is None else None,
             sql=args.sql,
             format=args.format,
             file_bytes=args.file_size,
             iceberg=iceberg,
             on_file=None if args.quiet else _progress(),
         )
+        query = args.table if args.sql is None else args.sql
+        for note in card.left_out(run, query):
+            print(f"note: {printable(note)}", file=sys.stderr)
     if args.json:
         sums = {"num_rows": done.num_rows, "num_bytes": done.num_bytes}
         print(json.dumps({**asdict(done), **sums}, indent=1))

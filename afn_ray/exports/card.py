@@ -12,10 +12,12 @@ import pyarrow as pa
 from afn_ray.exports.formats import CSV_RULES, READERS
 from afn_ray.exports.request import ExportRequest
 from afn_ray.exports.writing import ExportFile
+from afn_ray.query.database import Run
+from afn_ray.query.no_rows import OF_TOKENS
 from afn_ray.query.views import VIEWS
+from afn_ray.reduce import duplicates
 from afn_ray.show import provenance, run_facts
 from afn_ray.show.summary import summarise
-from afn_ray.store import manifest
 from afn_ray.text import count, printable
 
 
@@ -25,14 +27,37 @@ class AboutRun(NamedTuple):
     facts: Sequence[tuple[str, str]]
     command: str
     cautions: Sequence[str]
+    labels: str
+    """The thresholds that decide HIGH."""
+    left_out: Sequence[str]
+    """Rows that the export cannot have, in sentences."""
 
 
-def about(run_uri: str) -> AboutRun:
+def about(run: Run, request: ExportRequest) -> AboutRun:
     """What a card says of the run. Raises ``StoreError`` if the run is damaged."""
-    folder = manifest.find_run(run_uri)
-    summary = summarise(folder)
-    command = provenance.command_line(folder.info["config"])
-    return AboutRun(run_facts.facts(summary), command, run_facts.cautions(summary))
+    summary = summarise(run)
+    config = run.info["config"]
+    labels = "of the run's thresholds"
+    if summary.is_frozen:
+        labels = f"of frozen thresholds, those of {config['thresholds']}"
+    return AboutRun(
+        run_facts.facts(summary),
+        provenance.command_line(config),
+        run_facts.cautions(summary),
+        labels,
+        left_out(run, request.table or str(request.sql)),
+    )
+
+
+def left_out(run: Run, query: str) -> list[str]:
+    """Rows that ``query`` of ``run`` cannot see: of tokens that were not kept, and of copies."""
+    sentences = [f"{sentence}." for sentence in run.why_some(query)]
+    found, choice = duplicates.figures_of(run.info), duplicates.choice_of(run.info)
+    view = OF_TOKENS.search(query)
+    if view and found and found.documents and choice != duplicates.KEEP:
+        copies, _ = duplicates.describe(found, choice)
+        sentences.append(f"{view[1]}: without those of copies; {copies}.")
+    return sentences
 
 
 def readme(
@@ -46,12 +71,13 @@ def readme(
         f"# {request.title} of an afn-ray run",
         f"{count(num_rows, 'row')} in {count(len(files), 'file')}: {of} of the run `{request.run}`.",
         "afn-ray measures the activation strength of every token of a corpus. A token is HIGH if "
-        "its strength is at or above Q3 of the run's thresholds.",
+        f"its strength is at or above Q3 {_inline(run.labels)}.",
     ]
     if request.table is not None:
         parts.append(f"A row is: {VIEWS[request.table]}.")
     else:
         parts.append(_fenced(str(request.sql)))
+    parts += map(_inline, run.left_out)
     if request.baseline is not None:
         parts.append(f"The baseline is the run `{request.baseline}`.")
     parts += ["## Read it", _fenced("\n".join(READERS[request.format]))]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from afn_ray.errors import ConfigError
+from afn_ray.errors import AfnError, ConfigError, Interrupted, QueryError
 from afn_ray.exports.request import ExportRequest, IcebergTable
 from afn_ray.exports.writing import ExportFile
 from afn_ray.store import storage, uris
+from afn_ray.store.retry import is_transient, short_message
 
 if TYPE_CHECKING:
     from pyiceberg.catalog import Catalog
@@ -21,26 +23,66 @@ if TYPE_CHECKING:
 CATALOG = "afn"
 """Name of a catalog that is given by its URI; one in SQL keeps the tables of each name apart."""
 EXPORT = "afn.export"
-"""Property of the table and of its snapshot: the identity of the export."""
+"""Property of the table and of its snapshot: the identity of the export to its target."""
 NO_RETRIES = "commit.retry.num-retries"
 """Property of the table until the commit: a second writer then fails, where a retry would append
 the rows twice.
 """
 
 
-def check(table: IcebergTable, target: str) -> None:
-    """Raise ``ConfigError`` if the catalog of ``table`` cannot be used; one in ``target`` can."""
+def check_uri(table: IcebergTable) -> None:
+    """Raise ``ConfigError`` if the catalog's URI holds credentials; the message does not."""
+    if "://" in (table.catalog or "") and uris.URL_SECRET.search(str(table.catalog)):
+        raise ConfigError(
+            "the catalog's URI holds credentials, which would end up in the export; put it into "
+            "pyiceberg's configuration, and give its name there"
+        )
+
+
+def check(request: ExportRequest, target: str, schema: pa.Schema) -> None:
+    """Raise ``ConfigError`` if the table cannot be made; a catalog in ``target`` can."""
+    table = request.iceberg
+    assert table is not None
     namespace, _, name = table.name.rpartition(".")
     if not namespace or not name:
         raise ConfigError(
             f"the Iceberg table is named {table.name!r}; expected a namespace and a name, as in "
             "afn.tokens"
         )
+    if uris.is_local(target) and (found := re.search("[#?]", target)):
+        raise ConfigError(
+            f"the target {target} has a {found[0]!r} in its path, which ends the path of a URL; "
+            "give an Iceberg table another folder"
+        )
+    _check_types(schema)
     if table.catalog is None and uris.is_local(target):
-        _load_catalog()
         return
     with _named_errors(table):
-        _catalog(table.catalog, target).list_namespaces()
+        catalog = _catalog(table.catalog, target)
+        catalog.list_namespaces()
+        if catalog.table_exists(table.name):
+            _check_owner(catalog.load_table(table.name), request, target)
+
+
+def _check_types(schema: pa.Schema) -> None:
+    """Raise ``QueryError`` for a type that Iceberg lacks: in a catalog in memory, without a table."""
+    catalog = _load_catalog()(CATALOG, uri="sqlite:///:memory:", type="sql")
+    try:
+        catalog.create_table_transaction("afn.types", _widened(schema), "file:///afn")
+    except Exception as error:  # of several kinds, and about nothing else
+        raise QueryError(
+            f"a column does not fit into iceberg: {error}; cast it in the query, as with ::VARCHAR"
+        ) from error
+
+
+def _check_owner(found: Table, request: ExportRequest, target: str) -> None:
+    """Raise ``ConfigError`` unless the table was made for the ``request`` and its ``target``."""
+    if found.properties.get(EXPORT) != request.id_in(target):
+        assert request.iceberg is not None
+        raise ConfigError(
+            f"{_words(request.iceberg)} is there and not of this export to {target}; name another "
+            "table"
+        )
 
 
 class CommittedTable:
@@ -52,7 +94,7 @@ class CommittedTable:
         Raises ``ConfigError`` if the catalog cannot be used, or has another table of that name.
         """
         assert request.iceberg is not None
-        self._id, self._asked = request.id, request.iceberg
+        self._id, self._asked = request.id_in(target), request.iceberg
         location = target if "://" in target else f"file://{target}"
         self._data = uris.join(location, "data")
         storage.make_folder(target)
@@ -61,14 +103,10 @@ class CommittedTable:
             namespace = request.iceberg.name.rpartition(".")[0]
             catalog.create_namespace_if_not_exists(namespace)
             properties = {EXPORT: self._id, NO_RETRIES: "0"}
-            signed = pa.schema([field.with_type(_signed(field.type)) for field in schema])
             self._table: Table = catalog.create_table_if_not_exists(
-                request.iceberg.name, signed, location, properties=properties
+                request.iceberg.name, _widened(schema), location, properties=properties
             )
-        if self._table.properties.get(EXPORT) != self._id:
-            raise ConfigError(
-                f"{_words(self._asked)} is there and not of this export; name another table"
-            )
+        _check_owner(self._table, request, target)
         columns: pa.Schema = self._table.schema().as_arrow()
         self.schema = columns.with_metadata(schema.metadata)
         """The Arrow schema of the files, with the field ids of the table."""
@@ -110,13 +148,28 @@ class CommittedTable:
         return None
 
 
+def _widened(schema: pa.Schema) -> pa.Schema:
+    """The columns of ``schema`` with types that Iceberg has."""
+    return pa.schema([field.with_type(_signed(field.type)) for field in schema])
+
+
 def _signed(kind: pa.DataType) -> pa.DataType:
     """The type that holds all values of ``kind`` and that Iceberg has: no unsigned number, no enum."""
     if pa.types.is_uint32(kind):
         return pa.int64()
     if pa.types.is_uint64(kind):
         return pa.decimal128(20, 0)
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
+    if pa.types.is_dictionary(kind):
+        return _signed(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_signed(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_signed(kind.key_type), _signed(kind.item_type))
+    if pa.types.is_list(kind):
+        return pa.list_(_signed(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_signed(kind.value_type), kind.list_size)
+    return kind
 
 
 def _words(table: IcebergTable) -> str:
@@ -125,12 +178,20 @@ def _words(table: IcebergTable) -> str:
 
 @contextlib.contextmanager
 def _named_errors(table: IcebergTable) -> Iterator[None]:
-    """Raise errors of pyiceberg, its catalogs and their clients as ``ConfigError``."""
+    """Raise errors of pyiceberg, its catalogs and their clients as ``ConfigError``.
+
+    Transient ones, as of a service that is away, become ``Interrupted``.
+    """
     try:
         yield
-    except ConfigError:
+    except AfnError:
         raise
     except Exception as error:
+        if is_transient(error):
+            raise Interrupted(
+                f"{_words(table)}: {type(error).__name__}: {short_message(error)}; check the catalog "
+                "and the network, then run the same command again"
+            ) from error
         raise ConfigError(f"{_words(table)}: {type(error).__name__}: {error}") from error
 
 
@@ -158,11 +219,6 @@ def _catalog(given: str | None, target: str) -> Catalog:
     if "://" not in given:
         named: Catalog = load_catalog(given)
         return named
-    if uris.URL_SECRET.search(given):
-        raise ConfigError(
-            "the catalog's URI holds credentials, which would end up in the export; put it into "
-            "pyiceberg's configuration, and give its name there"
-        )
     options = {"uri": given}
     if not uris.is_local(target):  # finds a bucket as the rest of the package does
         options["py-io-impl"] = "pyiceberg.io.fsspec.FsspecFileIO"

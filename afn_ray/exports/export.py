@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import pyarrow as pa
 
 from afn_ray import notebook
+from afn_ray.errors import ConfigError
 from afn_ray.exports import card, catalogs, parts, writing
 from afn_ray.exports.request import (
     BATCH_ROWS,
@@ -69,7 +70,7 @@ class Exported:
 def export(
     run: Run | str,
     target: str,
-    table: str = "tokens",
+    table: str | None = None,
     *,
     sql: str | None = None,
     format: str = "parquet",
@@ -77,7 +78,9 @@ def export(
     iceberg: IcebergTable | None = None,
     on_file: OnFile | None = None,
 ) -> Exported:
-    """Write ``table`` of a run, or the rows of ``sql``, to the folder or bucket ``target``.
+    """Write ``table`` of a run (by default tokens), or the rows of ``sql``, to ``target``.
+
+    ``target`` is a folder, or one of a bucket.
 
     ``run`` is an open run, with its limits and its baseline, or a URI as for ``open_run``.
     ``format`` is parquet, iceberg, hf-dataset or csv. Files have about ``file_bytes``. With the
@@ -89,10 +92,14 @@ def export(
     anything else, and what ``open_run`` and a query raise.
     """
     check_names(table, sql, format, file_bytes)
+    if iceberg is not None:
+        if format != "iceberg":
+            raise ConfigError(f"an Iceberg table is named, and the format is {format!r}; give one")
+        catalogs.check_uri(iceberg)
     with contextlib.ExitStack() as stack:
         if isinstance(run, str):
             run = stack.enter_context(open_run(run, timeout_s=TIMEOUT_S))
-        viewed = table if sql is None else None
+        viewed = table or "tokens" if sql is None else None
         if format == "iceberg" and iceberg is None:
             iceberg = IcebergTable(f"afn.{viewed or 'query'}")
         asked = ExportRequest(
@@ -106,15 +113,29 @@ def export(
 def _finish(run: Run, uri: str, request: ExportRequest, on_file: OnFile | None) -> Exported:
     """Do what is left of an export: nothing, if it is finished."""
     target = Target(uri, request)
-    if (finished := target.finished()) is not None:
-        target.clean(finished)
-        return Exported(target.uri, request.format, tuple(finished), num_new=0)
+    new = set[str]()  # names of files that this call wrote
+    if (files := target.finished()) is None:
+        try:
+            files = _write(run, target, request, on_file, new)
+        except ConfigError:
+            # The process that was first has finished, and removed what this one was writing.
+            if (files := target.finished()) is None:
+                raise
+    target.clean(files)
+    num_new = sum(file.name in new for file in files)
+    return Exported(target.uri, request.format, tuple(files), num_new)
+
+
+def _write(
+    run: Run, target: Target, request: ExportRequest, on_file: OnFile | None, new: set[str]
+) -> list[ExportFile]:
+    """Write what is missing of an export and end it; add the names of new files to ``new``."""
     planned = target.planned()
-    about = card.about(run.uri)
+    about = card.about(run, request)
     schema = arrow_schema(run, request)
     writing.check_types(request, schema)
     if request.iceberg is not None:
-        catalogs.check(request.iceberg, target.uri)
+        catalogs.check(request, target.uri, schema)
     if planned is None:
         is_sharded = request.table in SHARD_VIEWS
         planned = target.plan(parts.cut(run, request, schema) if is_sharded else [])
@@ -122,19 +143,17 @@ def _finish(run: Run, uri: str, request: ExportRequest, on_file: OnFile | None) 
     if request.iceberg is not None:
         table = catalogs.CommittedTable(request, target.uri, schema)
         schema, files = table.schema, table.files()
-    num_new = 0
     if files is None:
         files = []
         for file, is_new in _files(run, request, schema, target, planned):
             files.append(file)
-            num_new += is_new
-            if is_new and on_file is not None:
-                on_file(file, len(planned) or None)
+            if is_new:
+                new.add(file.name)
+                if on_file is not None:
+                    on_file(file, len(planned) or None)
         if table is not None:
             files = table.commit(files)
-    files = target.finish(files, card.readme(about, request, schema, files))
-    target.clean(files)
-    return Exported(target.uri, request.format, tuple(files), num_new)
+    return target.finish(files, card.readme(about, request, schema, files))
 
 
 def _files(
@@ -152,11 +171,11 @@ def _files(
         return
     there = target.written()
     for number, part in enumerate(planned):
-        name = target.name_of(number)
-        if name in there:
-            yield there[name], False
+        if number in there:
+            yield there[number], False
             continue
         reader = rows(run, request, part).to_arrow_reader(BATCH_ROWS)
-        file = writing.write_file(request, schema, iter(reader), uris.join(target.data, name))
-        target.note(file)
-        yield file, True
+        uri = uris.join(target.data, writing.file_name(request, number))
+        ours = writing.write_file(request, schema, iter(reader), uri)
+        first = target.note(number, ours)
+        yield first, first == ours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,10 +55,10 @@ class ExportRequest:
         value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return value
 
-    @property
-    def id(self) -> str:
-        """Identity of the export: requests that differ in anything have different ones."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:32]
+    def id_in(self, target: str) -> str:
+        """Identity of the export to ``target``: exports that differ in anything differ in it."""
+        asked = json.dumps({**asdict(self), "target": target})
+        return hashlib.sha256(asked.encode()).hexdigest()[:32]
 
     @property
     def ending(self) -> str:
@@ -68,13 +69,15 @@ class ExportRequest:
         return self.table or "query"
 
 
-def check_names(table: str, sql: str | None, format: str, file_bytes: int) -> None:
+def check_names(table: str | None, sql: str | None, format: str, file_bytes: int) -> None:
     """Raise ``ConfigError`` for what no run can answer."""
+    if table is not None and sql is not None:
+        raise ConfigError(f"both a table, {table[:80]!r}, and a query are given; give one of them")
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     if file_bytes < 1:
         raise ConfigError(f"the file size is {file_bytes} bytes; expected 1 or more")
-    if sql is None and table not in VIEWS:
+    if table is not None and table not in VIEWS:
         raise ConfigError(
             f"{table[:80]!r} is no table of a run{nearest([table], list(VIEWS))}; expected one of "
             f"{', '.join(VIEWS)}"
@@ -115,6 +118,17 @@ def table_rows(run: Run, table: str, part: ShardRange) -> Result:
     )
 
 
+def _of_corpus(run: Run, table: str, columns: Sequence[str]) -> set[str]:
+    """The kept columns among ``columns`` of ``table``: the corpus says what is in them."""
+    if table not in ("tokens", "documents"):
+        return set()
+    found = set[str]()
+    for name in run.shard_views.recorded.kept:
+        beside = f"{kept.BESIDE}{name}"
+        found.add(beside if beside in columns else name)
+    return found
+
+
 def arrow_schema(run: Run, request: ExportRequest) -> pa.Schema:
     """Schema of the files: with comments of the columns, and where the rows come from.
 
@@ -122,7 +136,9 @@ def arrow_schema(run: Run, request: ExportRequest) -> pa.Schema:
     """
     comments: dict[str, str] = {}
     if request.table is not None:
-        comments = column_comments(request.table, [name for name, _ in request.columns])
+        names = [name for name, _ in request.columns]
+        of_corpus = _of_corpus(run, request.table, names)
+        comments = column_comments(request.table, [n for n in names if n not in of_corpus])
     with_types = first_rows(run, request).limit(0).to_arrow_reader().schema
     fields = []
     for (name, _), field in zip(request.columns, with_types, strict=True):

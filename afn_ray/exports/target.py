@@ -6,7 +6,7 @@
     <target>/export.json           written once, last: the request and the files that count
     <target>/data/part-*           the files
     <target>/plan.json             written once, first: the request and the parts of the shards
-    <target>/written/<file>.json   of a part that is whole; removed at the end
+    <target>/written/<part>.json   written once: the file that is the part; removed at the end
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from afn_ray.text import printable
 
 VERSION = 1
 """Version of ``plan.json`` and ``export.json``."""
-OURS = re.compile(r"\.?part-\d{5,}(-[0-9a-f]{8})?\.(parquet|csv)(-\d+)?")
+OURS = re.compile(r"\.?part-\d{5,}(-[0-9a-f]{8})?\.(parquet|csv)(-[0-9a-f]+)?")
 """Names of files that an export writes, unfinished ones too."""
+NOTE = re.compile(r"part-(\d{5,})\.json")
+"""Names of the notes on parts."""
 
 
 class Target:
@@ -108,24 +110,32 @@ class Target:
 
     # --- files
 
-    def name_of(self, part: int) -> str:
-        return f"part-{part:05d}.{self._request.ending}"
-
-    def written(self) -> dict[str, ExportFile]:
-        """The files of parts that are whole, by name."""
+    def written(self) -> dict[int, ExportFile]:
+        """The files of parts that are whole, by the number of the part."""
+        notes = [NOTE.fullmatch(name) for name in storage.list_names(self._written)]
         names = {*storage.list_names(self.data)}
-        notes = [n.removesuffix(".json") for n in storage.list_names(self._written)]
         found = {}
-        for name in notes:
-            if name in names:
-                body = json.loads(storage.read_bytes(uris.join(self._written, f"{name}.json")))
-                found[name] = ExportFile(**body)
+        for note in filter(None, notes):
+            file = _noted(uris.join(self._written, note[0]))
+            if file is not None and file.name in names:
+                found[int(note[1])] = file
         return found
 
-    def note(self, file: ExportFile) -> None:
-        """Record that the ``file`` of a part is whole."""
-        uri = uris.join(self._written, f"{file.name}.json")
-        storage.write_over(uri, json.dumps(asdict(file)).encode(), retry_for_s=None)
+    def note(self, part: int, file: ExportFile) -> ExportFile:
+        """Record that ``file`` is the ``part``; return it, or that of a process that was first."""
+        uri = uris.join(self._written, f"part-{part:05d}.json")
+        body = json.dumps(asdict(file)).encode()
+        try:
+            storage.write_once(uri, body)
+        except storage.AlreadyWritten:
+            first = _noted(uri)
+            if first is None or first == file:  # the export is finished, or an answer was lost
+                return file
+            if storage.exists(uris.join(self.data, first.name)):
+                storage.delete([uris.join(self.data, file.name)])
+                return first
+            storage.write_over(uri, body, retry_for_s=None)  # that file was removed
+        return file
 
     def finish(self, files: Sequence[ExportFile], readme: str) -> list[ExportFile]:
         """End the export with ``files``; return these, or those of a process that was first."""
@@ -147,6 +157,12 @@ class Target:
         storage.delete([uris.join(self.data, name) for name in left])
         storage.delete([uris.join(self._written, name) for name in notes])
         storage.remove_if_empty(self._written)
+
+
+def _noted(uri: str) -> ExportFile | None:
+    """The file that the note ``uri`` is about; None if the note was removed."""
+    data = storage.read_if_there(uri)
+    return None if data is None else ExportFile(**json.loads(data))
 
 
 def _parts(found: dict[str, Any]) -> list[ShardRange]:

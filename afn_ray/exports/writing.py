@@ -36,7 +36,7 @@ class ExportFile:
 
 
 class _RowGroups:
-    """Gathers batches into row groups, which have the same rows however the batches are cut."""
+    """Gathers batches into row groups of bounded size."""
 
     def __init__(self, file: pq.ParquetWriter, schema: pa.Schema, most_bytes: int) -> None:
         self._file, self._schema, self._most_bytes = file, schema, most_bytes
@@ -122,20 +122,24 @@ def write_file(
     return ExportFile(uri.rpartition("/")[2], num_rows, num_bytes)
 
 
+def file_name(request: ExportRequest, part: int) -> str:
+    """A name for the file of ``part`` that no other attempt uses.
+
+    So no attempt writes over a file that counts, and files of two attempts, whose rows need not come
+    in the same order, are not mixed.
+    """
+    return f"part-{part:05d}-{uuid.uuid4().hex[:8]}.{request.ending}"
+
+
 def write_files(
     request: ExportRequest, schema: pa.Schema, reader: pa.RecordBatchReader, folder: str
 ) -> Iterator[ExportFile]:
-    """Write all rows of ``reader`` to files of the size asked for; without rows, to one.
-
-    Their names are not used again: the rows of a query need not come in the same order twice, so
-    files of two attempts do not fit together.
-    """
-    attempt = uuid.uuid4().hex[:8]
+    """Write all rows of ``reader`` to files of the size asked for; without rows, to one."""
     batches = iter(reader)
     first = next(batches, None)
     for number in itertools.count():
         rest = batches if first is None else itertools.chain([first], batches)
-        uri = uris.join(folder, f"part-{number:05d}-{attempt}.{request.ending}")
+        uri = uris.join(folder, file_name(request, number))
         yield write_file(request, schema, rest, uri, request.file_bytes)
         if (first := next(batches, None)) is None:
             return

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import gzip
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -216,9 +215,24 @@ def test_types_that_a_format_lacks_are_widened_or_refused_at_once(run: Run, tmp_
     done = afn_ray.export(run, str(tmp_path / "wide"), sql=sql, format="iceberg")
     (file,) = done.files
     assert pq.read_table(tmp_path / "wide" / "data" / file.name).to_pylist() == [largest]
-    with pytest.raises(QueryError, match=r"does not fit into parquet: .*cast it in the query"):
-        afn_ray.export(run, str(tmp_path / "interval"), sql="SELECT INTERVAL 1 DAY AS i")
-    assert not (tmp_path / "interval").exists()
+    nested = (
+        "SELECT [1]::UINTEGER[] AS l, {'x': 2::UBIGINT} AS s, ['x'::ENUM('x')] AS e, "
+        "MAP {'k': 3::UINTEGER} AS m, [4]::UINTEGER[1] AS f"
+    )
+    done = afn_ray.export(run, str(tmp_path / "nested"), sql=nested, format="iceberg")
+    (file,) = done.files
+    (row,) = pq.read_table(tmp_path / "nested" / "data" / file.name).to_pylist()
+    assert row == {"l": [1], "s": {"x": 2}, "e": ["x"], "m": [("k", 3)], "f": [4]}
+    for format, lacking in (
+        ("parquet", "INTERVAL 1 DAY"),
+        ("iceberg", "TIMESTAMP_NS '2026-01-02'"),
+        ("iceberg", "['2026-01-02'::TIMESTAMP_NS]"),
+    ):
+        target = tmp_path / "lacking"
+        match = rf"does not fit into {format}: .*cast it in the query"
+        with pytest.raises(QueryError, match=match):
+            afn_ray.export(run, str(target), sql=f"SELECT {lacking} AS i", format=format)
+        assert not target.exists()
 
 
 def test_files_say_what_their_columns_hold_and_where_they_come_from(
@@ -251,6 +265,12 @@ def test_a_file_has_about_the_size_asked_for_also_where_a_shard_is_larger(
             f"SELECT sum(n_tokens) FROM documents WHERE doc IN {(*rows.to_pylist(), -1)}"
         )
         assert counted.fetchall() == [(file.rows,)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_table_without_rows_has_at_most_one_file(run: Run, tmp_path: Path, format: str) -> None:
+    done = afn_ray.export(run, str(tmp_path / "t"), "token_neurons", format=format)
+    assert len(done.files) <= 1 and done.num_rows == 0
 
 
 # --- stopped, twice at once, and in the wrong place
@@ -313,11 +333,12 @@ def test_an_export_that_is_killed_before_every_write_has_every_row_once(
 
 
 @pytest.mark.parametrize("format", ["parquet", "iceberg"])
-def test_of_two_exports_of_a_query_at_once_one_counts(
-    run: Run, tmp_path: Path, format: str
+@pytest.mark.parametrize("sql", [None, "FROM tokens"])
+def test_of_two_exports_at_once_one_counts(
+    run: Run, tmp_path: Path, format: str, sql: str | None
 ) -> None:
     target = str(tmp_path / "t")
-    options: dict[str, Any] = {"sql": "FROM tokens", "format": format, "file_bytes": 60_000}
+    options: dict[str, Any] = {"sql": sql, "format": format, "file_bytes": 60_000}
     others: list[afn_ray.Exported | None] = []
 
     def meanwhile(*_: Any) -> None:
@@ -331,6 +352,50 @@ def test_of_two_exports_of_a_query_at_once_one_counts(
     data = {path.name for path in Path(target, "data").iterdir()}
     assert data == {file.name for file in first.files}
     assert len(pq.read_table(f"{target}/data")) == first.num_rows == second.num_rows
+
+
+@pytest.mark.parametrize("format", ["parquet", "iceberg"])
+@pytest.mark.parametrize("sql", [None, "FROM tokens"])
+def test_the_second_of_two_exports_ends_well_and_changes_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, sql: str | None
+) -> None:
+    """The first one begins later, and is done while the second one writes a file."""
+    target = str(tmp_path / "t")
+    options: dict[str, Any] = {"sql": sql, "format": format, "file_bytes": FILE_BYTES}
+    write_whole = storage.write_whole
+    first: list[afn_ray.Exported] = []
+    written: list[tuple[str, int]] = []
+    num_begun = 0
+
+    @contextlib.contextmanager
+    def overtaken(uri: str) -> Iterator[Any]:
+        nonlocal num_begun
+        num_begun += 1
+        is_overtaken = num_begun == (2 if sql is None else 1)  # a query has one file here
+        with write_whole(uri) as sink:
+            yield sink
+            if is_overtaken:
+                first.append(afn_ray.export(run, target, **options))
+                written.extend(inodes())
+
+    def inodes() -> list[tuple[str, int]]:
+        return sorted((path.name, path.stat().st_ino) for path in Path(target, "data").iterdir())
+
+    monkeypatch.setattr(storage, "write_whole", overtaken)
+    second = afn_ray.export(run, target, **options)
+    assert [done.files for done in first] == [second.files]
+    assert inodes() == written and {name for name, _ in written} == {f.name for f in second.files}
+    assert not Path(target, "written").exists()
+    num_tokens = run.sql("SELECT count(*) FROM tokens").fetchall()[0][0]
+    assert len(pq.read_table(f"{target}/data")) == num_tokens == second.num_rows
+    if sql is None:  # the part that was whole before is of both
+        assert first[0].num_new == len(second.files) - 1 > 1 and second.num_new == 1
+    if format == "iceberg":
+        from pyiceberg.catalog import load_catalog
+
+        name = "afn.tokens" if sql is None else "afn.query"
+        table = load_catalog("afn", uri=f"sqlite:///{target}/catalog.db").load_table(name)
+        assert len(table.snapshots()) == 1 and table.scan().count() == num_tokens
 
 
 def test_a_target_with_anything_else_is_refused(run: Run, tmp_path: Path) -> None:
@@ -351,28 +416,13 @@ def test_a_target_with_anything_else_is_refused(run: Run, tmp_path: Path) -> Non
         afn_ray.export(run, target, "token")
 
 
-def test_an_iceberg_table_of_others_and_wrong_catalogs_are_refused(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(target: str, words: str, name: str = "a.b", catalog: str | None = None) -> None:
-        table = afn_ray.IcebergTable(name, catalog)
-        with pytest.raises(ConfigError, match=words):
-            afn_ray.export(run, target, "thresholds", format="iceberg", iceberg=table)
-
-    catalog = f"sqlite:///{tmp_path}/c.db"
-    table = afn_ray.IcebergTable("a.b", catalog)
-    afn_ray.export(run, str(tmp_path / "1"), "classes", format="iceberg", iceberg=table)
-    refused(str(tmp_path / "2"), "is there and not of this export", catalog=catalog)
-    refused(str(tmp_path / "3"), "expected a namespace and a name", name="b")
-    refused(str(tmp_path / "4"), "holds credentials", catalog="postgresql://me:secret@host/db")
-    refused(
-        str(tmp_path / "5"), "catalog sqlite:////no/such/c.db", catalog="sqlite:////no/such/c.db"
-    )
-    refused("memory://bucket/6", "needs a catalog")
-    monkeypatch.setitem(sys.modules, "pyiceberg.catalog", None)
-    refused(str(tmp_path / "7"), r'pip install "afn-ray\[iceberg\]"')
-    for number in range(3, 8):
-        assert not (tmp_path / str(number)).exists()
+def test_what_contradicts_itself_is_refused(run: Run, tmp_path: Path) -> None:
+    target = str(tmp_path / "t")
+    with pytest.raises(ConfigError, match="both a table, 'tokens', and a query"):
+        afn_ray.export(run, target, "tokens", sql="FROM words")
+    with pytest.raises(ConfigError, match="an Iceberg table is named, and the format is 'parquet'"):
+        afn_ray.export(run, target, iceberg=afn_ray.IcebergTable("a.b"))
+    assert not Path(target).exists()
 
 
 def test_an_export_to_a_bucket_has_every_row(run: Run, object_store: str, tmp_path: Path) -> None:
