@@ -6,7 +6,6 @@ outputs anew; look at the difference.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import html
 import os
@@ -44,7 +43,7 @@ def executed(notebook: Any, folder: Path) -> Any:
     return found
 
 
-def values(output: Any) -> list[str | int | float]:
+def values(output: Any) -> list[str | float]:
     """What ``output`` shows, in order: texts, and numbers as numbers; a picture is one word."""
     if output.output_type == "stream":
         return [output.text]
@@ -52,27 +51,19 @@ def values(output: Any) -> list[str | int | float]:
     if "image/png" in shown:
         return ["a picture" if shown["image/png"].startswith(PNG) else "no picture"]
     text = shown.get("text/html", shown.get("text/plain"))
-    found: list[str | int | float] = []
+    found: list[str | float] = []
     for part in re.split(r"<[^>]*>|\s+", text):
         word = html.unescape(part).strip(",")
         if word:
-            found.append(number(word))
+            try:
+                found.append(float(word.replace(",", "")))
+            except ValueError:
+                found.append(word)
     return found
 
 
-def number(word: str) -> str | int | float:
-    """``word`` as a number, if it is one."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(word.replace(",", ""))
-    return word
-
-
-def test_the_tour_runs_and_shows_what_it_showed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Figures may differ in their last digits on another processor; counts may not."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # the kernel's place for temporary folders
+def test_the_tour_runs_and_shows_what_it_showed(tmp_path: Path) -> None:
+    """Figures may differ in their last digits on another processor."""
     before = tour()
     after = executed(before, tmp_path)
     if os.environ.get("AFN_FREEZE"):
@@ -87,7 +78,7 @@ def test_the_tour_runs_and_shows_what_it_showed(
             shown, again = values(old), values(new)
             assert len(shown) == len(again), cell.source
             for a, b in zip(shown, again, strict=True):
-                same = pytest.approx(a, rel=2e-3, abs=2e-3) if isinstance(a, float) else a
+                same = pytest.approx(a, rel=0.02, abs=0.02) if isinstance(a, float) else a
                 assert b == same, cell.source
             num_tables += "<table>" in new.get("data", {}).get("text/html", "")
             num_pictures += shown == ["a picture"]
@@ -100,7 +91,4 @@ def test_the_tour_names_nothing_of_the_machine_that_ran_it() -> None:
     assert len(text) < 300_000
     for place in ("/tmp/", "/home/", "/root", "/work/", "site-packages", "file://"):
         assert place not in text
-    host = socket.gethostname()
-    if len(host) <= 8 and not re.search(r"\d", host):
-        return  # it may be a word of the text
-    assert host not in re.sub(r'"image/png": "[^"]*"', "", text)
+    assert socket.gethostname() not in re.sub(r'"image/png": "[^"]*"', "", text)
