@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray import kept
+from afn_ray import kept, token_rows
 from afn_ray.analysis import own_parts, parts
 from afn_ray.analysis.evidence import Evidence, sources_at
 from afn_ray.analysis.limits import DISTANCE_LIMITS, PART_LIMITS, Limit
@@ -69,6 +69,13 @@ class _Asked:
     def __init__(self, run: RunFolder | None) -> None:
         self._run = run
         self._opened: database.Run | None = None
+
+    @property
+    def has_all_rows(self) -> bool:
+        """Whether there is a run, and it keeps the rows of all tokens."""
+        return self._run is not None and token_rows.is_complete(
+            token_rows.record_of(self._run.info)
+        )
 
     def table(self, query: str, parameters: Mapping[str, Any] | None = None) -> pa.Table | None:
         """The answer to ``query``; None without a run, or if it cannot be read or not in time.
@@ -282,7 +289,12 @@ def _moved(row: Mapping[str, Any]) -> str:
 
 
 def _in_context(asked: _Asked, token_id: int) -> str | None:
-    """The first occurrence of a type with the tokens around it; None if none is found."""
+    """The first occurrence of a type with the tokens around it; None if none is found.
+
+    Tokens beside each other are known only where the run keeps the rows of all.
+    """
+    if not asked.has_all_rows:
+        return None
     around = f"""
         FROM tokens t JOIN (
             SELECT doc, position FROM tokens WHERE token_id = $token_id

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 
+from afn_ray import token_rows
 from afn_ray.analysis import own_parts
 from afn_ray.analysis.evidence import WITHOUT_SOURCES, Evidence, Found, distance, sources_at
 from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
@@ -119,27 +120,34 @@ def check(policy: Policy, run: RunFolder) -> None:
 def lacking(policy: Policy, run: RunFolder) -> str | None:
     """Why ``run`` can never be held against the limits of ``policy`` on parts; None if it can."""
     has_scan = "sources" in run.info["tables"]
-    return _lacking(policy, f"run {run.uri}", grouped_by(run), has_scan=has_scan)
+    record = token_rows.record_of(run.info)
+    return _lacking(policy, f"run {run.uri}", grouped_by(run), record, has_scan=has_scan)
 
 
 def check_asked(policy: Policy, config: RunConfig) -> None:
     """Raise ``ConfigError`` for limits on parts that a run of ``config`` would not have."""
     has_scan = bool(config.screen)
-    why = _lacking(policy, "the run that run.toml asks for", config.group_by, has_scan=has_scan)
+    asked = "the run that run.toml asks for"
+    why = _lacking(policy, asked, config.group_by, config.record, has_scan=has_scan)
     if why is not None:
         raise ConfigError(why)
 
 
-def _lacking(policy: Policy, run: str, by: str | None, *, has_scan: bool) -> str | None:
+def _lacking(
+    policy: Policy, run: str, by: str | None, record: str, *, has_scan: bool
+) -> str | None:
     """Why limits of ``policy`` on parts lack something in ``run``, in words, grouped ``by`` a key.
 
-    ``has_scan`` says whether it was screened.
+    ``record`` are the rows that it keeps, and ``has_scan`` says whether it was screened.
     """
     needs_scan = any(limit.key in (*OF_SOURCES, "junk_share") for limit in policy.limits)
     if (needs_scan or policy.limits_of("source")) and not has_scan:
+        how = "with its screening (--screen)"
+        if not token_rows.is_complete(record):
+            how = f"without --record {record}, which leaves its screening out"
         return (
             f"the policy limits sources or strange documents, but {run} has no table of "
-            "them: run it with its screening (--screen)"
+            f"them: run it {how}"
         )
     if not policy.limits_of("group"):
         return None

@@ -401,5 +401,5 @@ def _claims(tables: database.Run) -> claims.Claims | str:
     """Claims and controls, or why they are unknown."""
     try:
         return claims.claims(tables, max_s=CLAIMS_S)
-    except QueryError as error:
+    except (ConfigError, QueryError) as error:  # ConfigError: the run lacks rows
         return str(error)

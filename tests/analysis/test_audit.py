@@ -867,6 +867,7 @@ def test_a_first_night_excuses_limits_by_group_on_the_night_that_begins_the_grou
         ("[group]\npsi = 1\n", "", "limits groups, but the run that run.toml asks for has none"),
         ("[group.lang]\npsi = 1\n", 'group_by = "source"\n', "asks for is grouped by source: name"),
         ("[source]\npsi = 1\n", "screen = 0\n", "run it with its screening (--screen)"),
+        ("[source]\npsi = 1\n", 'record = "summaries"\n', "without --record summaries, which"),
     ],
 )
 def test_limits_that_the_run_could_never_be_held_against_are_refused_before_it(
