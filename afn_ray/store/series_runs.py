@@ -11,12 +11,17 @@ from datetime import date
 import pyarrow as pa
 
 from afn_ray.measure import base_of
+from afn_ray import token_rows
+from afn_ray.config import RunConfig
 from afn_ray.store import manifest, series
 from afn_ray.store.manifest import RunFolder
 
 _read: ContextVar[dict[tuple[str, str], RunFolder] | None] = ContextVar("_read", default=None)
 """Complete runs that were read inside ``read_once``, by store and name; None outside of it."""
 
+
+PIECE = ("uri", "format", "compression", "start", "end", "sha256", "limit")
+"""Columns of a plan that say which documents a run read."""
 
 @contextlib.contextmanager
 def read_once() -> Iterator[None]:
@@ -109,15 +114,16 @@ def nights_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFold
     """The runs among ``runs`` that began before ``run``, newest first.
 
     ``runs`` are those that ``alike`` gives. Runs directly before ``run`` with the same request, or
-    with the same shards, count as ``run`` itself and are left out. They are retries for missing
-    shards, or repeats after another corpus of the store had a run in between.
+    with the same text, count as ``run`` itself and are left out. They are retries for missing
+    shards, repeats after another corpus of the store had a run in between, or runs that kept other
+    rows.
     """
     earlier = (other for other in runs if other.id < run.id)
     return itertools.dropwhile(_same_as(run), earlier)
 
 
 def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
-    """Whether a run before ``run`` is of the same night, by its request or its shards."""
+    """Whether a run before ``run`` is of the same night, by its request or its text."""
     request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
 
     def is_same_night(earlier: RunFolder) -> bool:
@@ -138,6 +144,8 @@ def partitions_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[Run
     ``runs`` are those that ``alike`` gives. When they began does not matter, because a partition
     may be late or replaced. Of several runs of one partition it is the newest audited one, or the
     newest if none was audited: the verdict on a run whose audit was killed was never reported.
+        if token_rows.record_of(earlier.info) != token_rows.record_of(run.info):
+            return _has_same_text(earlier, run)  # the kept rows are part of a shard's id
     """
     tonight = day_of(run)
     of_day: dict[date, list[RunFolder]] = {}
@@ -166,3 +174,14 @@ def _shards_sha256(run: RunFolder) -> str | None:
     """SHA-256 of the run's table of shards; None for a run without one."""
     digest: str | None = run.info["tables"].get("shards", {}).get("sha256")
     return digest
+def _has_same_text(run: RunFolder, other: RunFolder) -> bool:
+    """Whether both complete runs read the same documents, whatever rows they keep of them."""
+    options, their_options = (
+        RunConfig.of_stored(one.info["config"]).read_options for one in (run, other)
+    )
+    if options != their_options:
+        return False
+    pieces, their_pieces = (manifest.read_table(one, "plan", PIECE) for one in (run, other))
+    return bool(pieces.equals(their_pieces))
+
+

@@ -264,9 +264,13 @@ def may_be_baseline(run: RunFolder) -> bool:
     """Whether later nights may be held against ``run``: no limit is broken, or it was accepted.
 
     A night that a policy counts as broken because limits could not be judged is one, as otherwise
-    there might never be enough of them.
+    there might never be enough of them. A run without a verdict has that of the run over the same
+    text directly before it.
     """
     verdict = read_verdict(run)
+    if verdict is None:
+        earlier = series_runs.same_night(run, series_runs.alike(run, before=run.id))
+        verdict = next(filter(None, map(read_verdict, earlier)), None)
     return verdict is None or not verdict.broken or acceptance_of(run, verdict.broken) is not None
 
 

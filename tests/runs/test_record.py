@@ -16,15 +16,17 @@ import pytest
 
 import afn_ray
 from afn_ray import samples, token_rows
-from afn_ray.analysis import claims, some_rows, verify
+from afn_ray.analysis import claims, culprits, some_rows, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.reduce.compare import compare
 from afn_ray.runs import estimate
 from afn_ray.schema import Series
+from afn_ray.show import report
 from afn_ray.show.run_facts import facts
 from afn_ray.show.summary import summarise
-from afn_ray.store import garbage, label_thresholds, manifest
+from afn_ray.store import garbage, label_thresholds, manifest, series_runs, verdicts
+from afn_ray.store.verdicts import StoredVerdict
 from conftest import config_of, recorded, write_jsonl
 
 MODES = ("summaries", "high", "sample:20%")
@@ -241,3 +243,44 @@ def test_a_run_of_summaries_uses_shards_with_rows_and_not_the_other_way_round(
         assert run.info["counts"]["shards_reused"] == 0
         assert run.sql("FROM tokens").limit(1).fetchall()
     assert not verify.verify_store(config.store).findings
+
+
+def test_a_night_that_is_run_again_for_other_rows_is_the_same_night(
+    tmp_path: Path, tiny_bert: Path, verses: list[str]
+) -> None:
+    """Neither is it held against itself, nor is a broken one good the second time."""
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": text} for text in verses[:6]])
+    config = config_of(tiny_bert, corpus, tmp_path / "store", layers="2", screen=0)
+
+    def made(record: str) -> manifest.RunFolder:
+        with afn_ray.run(replace(config, record=record)) as run:
+            return manifest.find_run(run.uri)
+
+    def before(run: manifest.RunFolder) -> list[str]:
+        nights = series_runs.nights_before(run, series_runs.alike(run, run.id))
+        return [night.id for night in nights]
+
+    first, again = made("all"), made("sample:50%")
+    assert before(again) == []
+    verdict = StoredVerdict("broken", "all", 2, None, ("psi",), (), (), {})
+    verdicts.write_verdict(first, verdict)
+    assert not verdicts.may_be_baseline(again)
+    write_jsonl(corpus, [{"text": text} for text in verses[:7]])
+    assert before(made("all")) == [again.id, first.id]
+
+
+@pytest.mark.parametrize("record", MODES)
+def test_a_page_says_that_claims_are_not_known(
+    record: str, lean: Callable[[str], RunConfig]
+) -> None:
+    runs = series_runs.complete_runs(lean(record).store)
+    page = report.render(next(run for run in runs if token_rows.record_of(run.info) == record))
+    assert f"Left out: the run recorded {token_rows.describe(record)}" in page
+    assert "afn claims RUN" not in page
+
+
+def test_words_are_not_put_together_of_high_tokens(lean: Callable[[str], RunConfig]) -> None:
+    run = manifest.find_run(lean("high").store)
+    with afn_ray.open_run(run.uri) as opened:
+        ((token_id,),) = opened.sql("SELECT token_id FROM tokens LIMIT 1").fetchall()
+    assert culprits._in_context(culprits._Asked(run), token_id) is None
