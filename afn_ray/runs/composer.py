@@ -6,7 +6,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -43,6 +43,9 @@ class Composer:
         self.task, self._composition = task, task.composition
         scratch.sweep(task.config)
         rest = task.composition.rest
+        if rest is not None:  # it was planned before workers were placed and numbered
+            config = replace(rest.config, tokenizer_workers=task.config.tokenizer_workers)
+            rest = replace(rest, config=config, worker=task.worker)
         self._rest = None if rest is None else Processor(rest)
         self.counters = Counters() if self._rest is None else self._rest.counters
         self._counting = threading.Lock()
@@ -78,7 +81,8 @@ class Composer:
         origins: list[dict[str, str]] = []
         with _fitting(shard):
             for donor in composition.donors:
-                stored = StoredShard.find(store, donor.measure_id, shard.id)
+                generation = donor.generations.get(shard.id, 0)
+                stored = StoredShard.find(store, donor.measure_id, shard.id, generation)
                 sources.append(_source_of(stored, donor))
                 composed_tables.check_complete(sources[-1])  # before anything is measured
                 origins.append({"measure": donor.measure_id, "attempt": stored.commit.attempt})
@@ -128,7 +132,8 @@ def _fitting(shard: Shard) -> Iterator[None]:
     try:
         yield
     except (StoreError, OSError, *DAMAGES) as error:
-        raise CannotCompose(f"shard {shard.id} is measured as a whole: {error}") from error
+        # Shards that fail alike are reported together.
+        raise CannotCompose(str(error).replace(shard.id, "...")) from error
 
 
 def _made_by(

@@ -8,7 +8,7 @@ that no donor has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -65,9 +65,13 @@ def plan(task: Task, todo: Sequence[Shard]) -> Work:
     store, measure = task.config.store, task.measure
     donors = [m for m in measures.known(store, measure.id) if m.base == measure.base]
     wanted = _parts_of(task)
-    has = {donor.id: _provided(wanted, donor, measure) for donor in donors}
+    bundles = _bundles(measure, wanted)
+    has = {d.id: _without_torn(_provided(wanted, d, measure), bundles) for d in donors}
     has = {donor: parts for donor, parts in has.items() if parts}
-    there = _commits(store, has, todo)
+    held = _held(store, has, todo)
+    there = {
+        donor: shard_files.find_commits(store, donor, marked) for donor, marked in held.items()
+    }
     groups: dict[tuple[str, ...], list[tuple[Shard, Commit]]] = {}
     measured: list[Shard] = []
     for shard in todo:
@@ -79,7 +83,12 @@ def plan(task: Task, todo: Sequence[Shard]) -> Work:
             measured.append(shard)
     composed = []
     for found, shards in groups.items():
-        composition = _composition(task, wanted, has, found)
+        ids = {shard.id for shard, _ in shards}
+        later = {
+            donor: {s.id: s.generation for s in held[donor] if s.generation and s.id in ids}
+            for donor in found
+        }
+        composition = _composition(task, wanted, has, later)
         of_group = replace(task, composition=composition)
         if composition.rest is None:
             of_group = replace(of_group, device="cpu")  # no GPU is asked for
@@ -109,17 +118,14 @@ def needs_model(task: Task) -> bool:
     return task.composition is None or task.composition.rest is not None
 
 
-def _commits(
-    store: str, donors: Iterable[str], todo: Sequence[Shard]
-) -> dict[str, Mapping[str, Commit]]:
-    """The commits of ``todo`` under each of ``donors``, by shard."""
-    donors = list(donors)
+def _held(
+    store: str, donors: Collection[str], todo: Sequence[Shard]
+) -> dict[str, tuple[Shard, ...]]:
+    """The shards ``todo`` in their generations under each of ``donors``."""
     if not donors:
         return {}
     epoch = epochs.newest(store)
-    return {
-        donor: shard_files.find_commits(store, donor, epoch.marked(donor, todo)) for donor in donors
-    }
+    return {donor: epoch.marked(donor, todo) for donor in donors}
 
 
 def _parts_of(task: Task) -> dict[MeasurePart, tuple[Signal, str] | None]:
@@ -170,6 +176,32 @@ def _provided(
     return frozenset(found)
 
 
+def _bundles(measure: Measure, wanted: Collection[MeasurePart]) -> list[frozenset[MeasurePart]]:
+    """The ``wanted`` parts that fit together only if one pass over the text has measured them.
+
+    The same strength may differ in its last digits from pass to pass, by device and batch.
+    """
+    bundles: list[set[MeasurePart]] = []
+    if measure.neurons_above:  # strengths decide which tokens have neurons
+        layers = measure.neuron_layers
+        bundles.append({MeasurePart(NEURONS, Series(NEURONS, k)) for k in layers})
+        bundles[-1] |= {MeasurePart(TOKENS, Series(STRENGTH, k)) for k in layers}
+    if measure.mean_types:  # a state is as long as its token is strong
+        for k in measure.layers:
+            sums, strength = Series(VECTORS, k), Series(STRENGTH, k)
+            bundles.append({MeasurePart(VECTORS, sums), MeasurePart(TOKENS, strength)})
+    return [frozenset(bundle & {*wanted}) for bundle in bundles]
+
+
+def _without_torn(
+    parts: frozenset[MeasurePart], bundles: Sequence[frozenset[MeasurePart]]
+) -> frozenset[MeasurePart]:
+    """``parts`` without those of a bundle of which they have not all."""
+    while torn := [bundle for bundle in bundles if bundle & parts and not bundle <= parts]:
+        parts = parts.difference(*torn)
+    return parts
+
+
 def of_layer(measure: Measure, values: Sequence[T], layer: int) -> T | None:
     """The one of ``values``, which are by layer of ``measure``; None if there is none."""
     return dict(zip(measure.layers, values, strict=False)).get(layer)
@@ -193,13 +225,17 @@ def _composition(
     task: Task,
     wanted: Mapping[MeasurePart, tuple[Signal, str] | None],
     has: Mapping[str, frozenset[MeasurePart]],
-    donors: Sequence[str],
+    donors: Mapping[str, Mapping[str, int]],
 ) -> Composition:
-    """The origin of each ``wanted`` part of ``task`` where the store has those of ``donors``."""
+    """The origin of each ``wanted`` part of ``task`` where the store has those of ``donors``.
+
+    These come with the generations of their shards.
+    """
     left = list(wanted)
     taken = []
-    for donor in donors:
-        taken.append(Donor(donor, tuple(part for part in left if part in has[donor])))
+    for donor, generations in donors.items():
+        parts = tuple(part for part in left if part in has[donor])
+        taken.append(Donor(donor, parts, generations))
         left = [part for part in left if part not in has[donor]]
     names = {of_signal[0].name for part in left if (of_signal := wanted[part]) is not None}
     rest = _restricted(task, left, names) if left else None

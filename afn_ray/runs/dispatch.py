@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from afn_ray import logs
@@ -31,6 +31,7 @@ from afn_ray.runs.progress import Counters, Progress, total
 from afn_ray.runs.reasons import reason
 from afn_ray.runs.waiting import WaitLimit
 from afn_ray.store.commits import Commit, Commits
+from afn_ray.text import count
 
 ATTEMPTS = 2
 """Charged attempts after which a shard is quarantined.
@@ -59,6 +60,8 @@ DRAIN_S = 1.0
 """
 LONGEST_PAUSE_S = 60.0
 """Longest pause between two worker starts while starts fail, in seconds."""
+MOST_REASONS = 3
+"""Largest number of reasons that are reported for shards that cannot be composed."""
 
 _log = logging.getLogger(__name__)
 
@@ -79,9 +82,18 @@ class State:
     counts: Counter[str] = field(default_factory=Counter)
     notices: list[str] = field(default_factory=list)  # messages for people
     not_composed: list[Shard] = field(default_factory=list)  # to be measured as a whole
+    why_not_composed: Counter[str] = field(default_factory=Counter)  # their number by reason
     # of pools that have ended
     work: Counters = field(default_factory=Counters)
     seconds: float = 0.0
+
+    def describe_not_composed(self) -> Iterator[str]:
+        """Sentences on the shards that cannot be composed, one for each of the main reasons."""
+        main = self.why_not_composed.most_common(MOST_REASONS)
+        for why, num in main:
+            yield f"{count(num, 'shard')} measured as a whole: {why}"
+        if num_others := len(self.not_composed) - sum(num for _, num in main):
+            yield f"{count(num_others, 'more shard')} measured as a whole, for other reasons"
 
     @classmethod
     def of(cls, shards: Sequence[Shard]) -> State:
@@ -340,7 +352,7 @@ class Dispatcher:
             return
         if isinstance(error, CannotCompose):
             self.state.not_composed.append(shard)
-            self.state.notices.append(reason(error))
+            self.state.why_not_composed[reason(error).removeprefix("CannotCompose: ")] += 1
             return
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._retry(shard, self._todo, reason(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ class Donor(NamedTuple):
 
     measure_id: str
     parts: tuple[MeasurePart, ...]
+    generations: Mapping[str, int]
+    """Generations of its shards, by id, that are not the first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,17 +191,16 @@ class StoredShard:
         self._blocks = blocks_of
 
     @classmethod
-    def find(cls, store: str, measure_id: str, shard: str) -> StoredShard:
-        """The result of ``shard`` under the measure, of any generation.
+    def find(cls, store: str, measure_id: str, shard: str, generation: int) -> StoredShard:
+        """The result of ``shard`` under the measure, of its ``generation``.
 
         Raises ``StoreError`` if there is none that can be read.
         """
-        for generation in _generations(store, measure_id, shard):
-            commit = read_commit(store, measure_id, shard, generation)
-            if commit is not None:
-                found = committed_blocks(store, measure_id, shard, generation)
-                return cls(store, measure_id, commit, found)
-        raise StoreError(f"{shard_uri(store, measure_id, shard)} has no commit any more")
+        commit = read_commit(store, measure_id, shard, generation)
+        if commit is None:
+            raise StoreError(f"{shard_uri(store, measure_id, shard)} has no commit any more")
+        found = committed_blocks(store, measure_id, shard, generation)
+        return cls(store, measure_id, commit, found)
 
     def open(self, table: str) -> pq.ParquetFile:
         """The file of ``table``; to read a damaged block of it raises ``StoreError``."""

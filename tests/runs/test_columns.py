@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,12 +22,14 @@ from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
 from afn_ray.model import engine
 from afn_ray.reduce import compare
+from afn_ray.runs import composer
 from afn_ray.runs.recorder import Part, Recorder
+from afn_ray.runs.task import Composition, Task
 from afn_ray.runs.values import Values
-from afn_ray.store import manifest, plans, shard_files
+from afn_ray.store import epochs, layout, manifest, plans, shard_files
 from afn_ray.store.commits import COMPOSED, Commit
 from afn_ray.tokens.feed import Chunk
-from conftest import config_of, recommit, write_jsonl
+from conftest import config_of, edit_checksummed, make_measure, recommit, write_jsonl
 
 Ask = dict[str, Any]
 """Fields of a config that decide what is recorded."""
@@ -209,11 +214,13 @@ def test_what_does_not_fit_is_measured_as_a_whole(
 
 def test_a_document_that_one_layer_refuses_is_refused_by_a_run_over_both(
     tmp_path: Path,
+    tiny_bert: Path,
+    corpus: Path,
     run_in: Callable[[Path, Ask], manifest.RunFolder],
     from_scratch: Callable[[Ask], dict[str, pa.Table]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its shard is measured as a whole, in either order; the others are composed."""
+    """Its shard is measured as a whole, in either order, and the run says so once."""
     asked, make = {"layers": "1,3"}, Recorder.make
     expected = from_scratch(FEW)
 
@@ -227,7 +234,14 @@ def test_a_document_that_one_layer_refuses_is_refused_by_a_run_over_both(
         patch.setattr(Recorder, "make", refuse)
         whole = run_in(tmp_path / "whole", asked)
         run_in(tmp_path / "parts", FEW)
-        run = run_in(tmp_path / "parts", asked)
+        said: list[str] = []
+        config = config_in(tiny_bert, corpus, tmp_path / "parts", asked)
+        afn_ray.run(config, lambda event: said.append(event.message)).close()
+        run = manifest.find_run(config.store)
+    assert [text for text in said if "as a whole" in text] == [
+        "warning: 3 shards measured as a whole: this attempt lacks a document that could not be "
+        "measured"
+    ]
     assert whole.info["counts"]["quarantined"] == 3
     check_same(tables_of(run), tables_of(whole))
     check_same(tables_of(run_in(tmp_path / "whole", FEW)), expected)
@@ -270,3 +284,63 @@ def test_a_run_killed_while_it_composes_goes_on_where_it_was(
     found = compare.compare(donor, run)
     assert found.drift["layer"].unique().to_pylist() == [1] and found.drift["psi"][0].as_py() == 0
     assert any("layers 3 were not compared" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("more", ["neurons of HIGH tokens", "sums of states"])
+def test_strengths_beside_what_depends_on_them_are_of_the_same_pass(
+    more: str,
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+) -> None:
+    """Stored ones may differ in their last digits; the other columns are copied."""
+    asked: Ask = {"layers": "2", "signals": "shift"}
+    donor = run_in(tmp_path, asked)
+    if more == "sums of states":
+        asked |= {"mean_vectors": 9}
+    else:
+        asked |= {"signals": "shift,neurons", "neurons_of": "high", "thresholds": donor.uri}
+    expected = from_scratch(asked)
+    for folder in folders_of(donor):
+        tokens = pq.read_table(committed_file(folder, "tokens"))
+        at = tokens.schema.get_field_index("strength_2")
+        other = pc.multiply(tokens["strength_2"], pa.scalar(1.000001, pa.float32()))
+        sink = pa.BufferOutputStream()
+        pq.write_table(tokens.set_column(at, tokens.schema.field(at), other), sink)
+        recommit(str(folder), "tokens", sink.getvalue().to_pybytes())
+    run = run_in(tmp_path, asked)
+    assert any(COMPOSED in kind["made_by"] for kind in run.info["provenance"])
+    check_same(tables_of(run), expected)
+
+
+def test_columns_are_copied_from_the_generation_that_counts(
+    tmp_path: Path, run_in: Callable[[Path, Ask], manifest.RunFolder]
+) -> None:
+    """The files of an earlier one may be gone."""
+    donor = run_in(tmp_path, FEW)
+    for folder in folders_of(donor):
+        shutil.copy(folder / "commit.json", folder / layout.commit_name(1))
+        edit_checksummed(
+            f"{folder}/commit.json", lambda body: body["files"]["tokens"].update(name="gone")
+        )
+    epochs.publish(str(tmp_path), epochs.Epoch().after({}, frozenset()))
+    run = run_in(tmp_path, {"layers": "1,3"})
+    assert all(COMPOSED in kind["made_by"] for kind in run.info["provenance"])
+
+
+def test_what_is_measured_beside_copied_columns_has_the_placed_tokenizers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Task] = []
+
+    def processor(task: Task) -> SimpleNamespace:
+        made.append(task)
+        return SimpleNamespace(counters=None)
+
+    monkeypatch.setattr(composer, "Processor", processor)
+    config, measure = config_of(tmp_path, tmp_path, tmp_path), make_measure()
+    rest = Task(config, measure, "cpu")
+    placed = replace(config, tokenizer_workers=2)
+    task = Task(placed, measure, "cpu", worker=3, composition=Composition((), rest))
+    composer.Composer(task)
+    assert [(one.config.tokenizer_workers, one.worker) for one in made] == [(2, 3)]

@@ -102,7 +102,10 @@ def _dispatch(
     tolerance = Tolerance(config.wait_s, config.shard_deadline_s, config.allow_quarantined)
     state = State.of([shard for group in groups for shard in group.shards])
     for group in groups:
-        last = state.not_composed if group is groups[-1] else ()
+        last: Sequence[Shard] = ()
+        if group is groups[-1]:
+            last = state.not_composed
+            state.notices += state.describe_not_composed()
         shards = [*group.shards, *last]
         if not shards or state.stopped:
             continue
