@@ -15,7 +15,7 @@ from afn_ray.measure import Measure
 from afn_ray.runs import cluster, events, frequent, mean_states, outliers, precision, worker
 from afn_ray.runs.events import OnEvent, on_warning
 from afn_ray.runs.task import Task
-from afn_ray.store import calibrations, measures, plans
+from afn_ray.store import calibrations, measures, plans, series_runs
 
 T = TypeVar("T")
 
@@ -151,13 +151,21 @@ class Calibrator:
         return found
 
     def _taken_over(self, task: Task) -> precision.Precision | None:
-        """The precision of the store's other columns, if it is safe at all layers of ``task``."""
+        """The precision of the store's other columns, if it is safe at all layers of ``task``.
+
+        Half precision is safe where a calibration has tried it and found so.
+        """
         if task.config.dtype != "auto":
             return None
+        why = "the store's other columns of these tokens have it"
         for other in self._others(task, ("dtype",)):
-            if other.dtype == "float32" or {*task.measure.layers} <= {*other.layers}:
-                why = "the store's other columns of these tokens have it"
+            if other.dtype == "float32":
                 return precision.Precision(other.dtype, "auto", task.device, why, 0)
+            for run in series_runs.complete_runs(task.config.store):
+                if run.info["measure"]["id"] == other.id:
+                    decided = precision.from_json(run.info["precision"])
+                    if decided.is_safe_at(task.measure.layers):
+                        return replace(decided, asked="auto", why=why)
         return None
 
     def _kept(self, task: Task, key: str, found: dict[str, Any]) -> dict[str, Any]:

@@ -339,6 +339,34 @@ def test_two_first_runs_measure_in_the_dtype_that_the_store_keeps(
     assert any("another run of this store decided it meanwhile" in e for e in events)
 
 
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_half_precision_is_taken_over_only_where_it_was_found_safe(
+    is_safe: bool,
+    tmp_path: Path,
+    make_config: MakeConfig,
+    verses: list[str],
+    half: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:5]])
+    trial = precision.Trial(
+        "bfloat16", is_safe, "" if is_safe else "labels change", {"2": 0.0}, {"2": 0.0}
+    )
+    asked: list[str] = []
+
+    def decide(task: Task, texts: object) -> precision.Precision:
+        asked.append(task.config.dtype)
+        return precision.Precision("bfloat16", asked[-1], "cuda", "it is", 9999, (trial,))
+
+    monkeypatch.setattr(precision, "decide", decide)
+    config = make_config(corpus=(str(corpus),), dtype="bfloat16", layers="2")
+    afn_ray.run(config).close()
+    with afn_ray.run(replace(config, dtype="auto", signals="strength,shift")) as run:
+        decided = precision.from_json(run.info["precision"])
+    assert asked == (["bfloat16"] if is_safe else ["bfloat16", "auto"])
+    assert (decided.asked, decided.device, decided.trials) == ("auto", "cuda", (trial,))
+
+
 def test_a_calibration_sees_the_beginning_of_every_file() -> None:
     documents = [Document("s", i, f"{file}{i}") for file in "ab" for i in range(3)]
     documents = [replace(d, source=d.text[0]) for d in documents]
