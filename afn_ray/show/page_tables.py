@@ -241,6 +241,7 @@ def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     for status in ("both", "new", "vanished"):
         of_status[status] = movers.filter(pc.equal(movers["status"], status))
     return {
+        "layer": layer,
         "layers": _layers_table(of_layers),
         "sources": _drift_of_sources(of_sources, layer),
         "num_sources": len(of_sources),

@@ -110,7 +110,8 @@ def run_charts(
         comparison = compare.compare(baseline, folder, ranks_only=ranks_only)
     with checksums.named_damage(folder.uri):
         summary = summarise(folder)
-        sections = _charts(folder, summary, comparison, _words_of_charts(folder))
+        changed = _layer_of_changes(summary.layers[-1].layer, comparison, None)
+        sections = _charts(folder, summary, comparison, _words_of_charts(folder), changed)
     return {chart.name: chart for section in sections.values() for chart in section}
 
 
@@ -154,11 +155,12 @@ def _render(
 ) -> str:
     info, summary = run.info, summarise(run)
     main = summary.layers[-1]
+    changed = _layer_of_changes(main.layer, comparison, audit)
     types = by_layer(manifest.read_table(run, "vocabulary", ("layer", *OF_TYPES)), info["layers"])
     words = table_by_layer(run, "word_vocabulary", ("word", *OF_TYPES))
     named = vocabulary_charts.named_words(words)
     plotted, kind = (named, "word") if named else (types, "type")
-    drawn = _charts(run, summary, comparison, words.get(main.layer, types[main.layer]))
+    drawn = _charts(run, summary, comparison, words.get(main.layer, types[main.layer]), changed)
     drawn["vocabulary"] = [vocabulary_charts.vocabulary_chart(plotted[main.layer], kind)]
     nights = _history(run, audit)
     known_nights = HISTORY_SCHEMA.empty_table() if isinstance(nights, str) else nights
@@ -196,7 +198,7 @@ def _render(
         main=main,
         share_high=charts.share_high(main),
         verdict=verdict,
-        moved=_moved(comparison, main.layer if audit is None else audit.layer),
+        moved=_moved(comparison, changed),
         glance=glance(summary, comparison),
         facts=run_facts.facts(summary),
         cautions=run_facts.cautions(summary),
@@ -217,7 +219,7 @@ def _render(
         groups=groups_table(run, main.layer),
         history=nights if isinstance(nights, str) else drawn["history"],
         comparison=comparison,
-        drift=None if comparison is None else drift_tables(comparison, main.layer),
+        drift=None if comparison is None else drift_tables(comparison, changed),
         command=provenance.command_line(info["config"]),
         config=json.dumps(info["config"], indent=1),
         data={"charts": specs, "points": points},
@@ -229,20 +231,29 @@ def _render(
     return page
 
 
+def _layer_of_changes(
+    deepest: int, comparison: compare.Comparison | None, audit: Audit | None
+) -> int:
+    """The layer whose changes the page shows: the audit's, or the deepest that both runs have."""
+    if audit is not None:
+        return audit.layer
+    return deepest if comparison is None else max(comparison.drift["layer"].to_pylist())
+
+
 def _charts(
     run: manifest.RunFolder,
     summary: RunSummary,
     comparison: compare.Comparison | None,
     words: pa.Table,
+    changed: int,
 ) -> dict[str, list[Chart]]:
-    """Charts of the run and its drift by section.
+    """Charts of the run, and of its drift at the layer ``changed``, by section.
 
     ``words`` are those of ``charts.classes_chart`` at the last layer.
     """
-    layer = summary.layers[-1].layer
     moved = None
     if comparison is not None:
-        moved = vocabulary_charts.movers_chart(comparison.movers_to_read, layer)
+        moved = vocabulary_charts.movers_chart(comparison.movers_to_read, changed)
     return {
         "histograms": _histograms(run, summary, comparison),
         "classes": [charts.classes_chart(summary, words)],

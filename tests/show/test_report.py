@@ -25,6 +25,7 @@ import afn_ray
 from afn_ray.analysis import claims
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
+from afn_ray.reduce import compare
 from afn_ray.schema import FEATURES, FILES_SCHEMA, SCREENED_SCHEMA, SOURCES_SCHEMA
 from afn_ray.show import charts, figures, report, run_facts, vocabulary_charts
 from afn_ray.show.screened import MAX_SCREENED_CHARS, bounded, pieces_by_offset, pieces_by_word
@@ -311,6 +312,17 @@ def test_labels_go_by_frozen_thresholds_where_there_are_any(runs: list[manifest.
     drawn = page.data["charts"]["histogram-3"]["layer"][-2]["data"]["values"][0]
     assert (drawn["name"], drawn["exact"]) == ("Q3", theirs)
     assert "all, frozen" in page.text and "25.0% of all tokens" not in page.text
+
+
+def test_changes_are_those_at_the_deepest_layer_that_both_runs_have(
+    runs: list[manifest.RunFolder],
+) -> None:
+    config = config_from(runs[0].info["config"] | {"layers": "0,1"})
+    with afn_ray.run(config) as run:
+        comparison = compare.compare(run.uri, runs[0])
+    text = _Page.of(report.render(runs[0], comparison, with_claims=False)).text
+    assert "moved in their HIGH share at layer 1" in text
+    assert "0 of 0 words" not in text
 
 
 def test_the_file_is_written_whole_or_not_at_all(
