@@ -79,7 +79,7 @@ def find(run: RunFolder, kind: str, window: str, layer: int | None = None) -> Ba
     if kind == "week":
         return _last_week(run, nights)
     if (median := MEDIAN.fullmatch(kind)) is not None:
-        return _median(run, list(nights), int(median[1]))
+        return _median(run, list(nights), int(median[1]), layer)
     previous = series_runs.newest_audited(filter(verdicts.may_be_baseline, nights))
     lacking = f'every earlier night of the series "{name}" is broken, and none was accepted'
     return Baseline(previous, None if previous else lacking, is_refused=previous is None)
@@ -129,7 +129,10 @@ def _has_layers(run: RunFolder, config: RunConfig) -> bool:
     recorded = run.info["config"].get("layers")
     if recorded == config.layers:
         return True
-    layers = resolve_layers(config.layers, run.info["model"]["depth"])
+    try:
+        layers = resolve_layers(config.layers, run.info["model"]["depth"])
+    except ConfigError:  # the model of this name had fewer layers then
+        return False
     return {*layers} <= {*run.info["layers"]}
 
 
@@ -168,24 +171,34 @@ def _same_weekday(run: RunFolder, nights: Iterator[RunFolder]) -> Baseline:
     return Baseline(None, lacking, is_refused=bool(broken))
 
 
-def _median(run: RunFolder, nights: list[RunFolder], num_nights: int) -> Baseline:
+def _median(
+    run: RunFolder, nights: list[RunFolder], num_nights: int, layer: int | None
+) -> Baseline:
     """The newest audited one of ``nights``, and the ``num_nights`` newest for the medians.
 
-    Broken nights that were not accepted are neither. Medians are of nights with the deepest layer
-    of ``run`` that the newest audited one has.
+    Broken nights that were not accepted are neither. Medians are of nights with ``layer``; None:
+    with the deepest layer of ``run`` that the newest audited one has.
     """
     able = [night for night in nights if verdicts.may_be_baseline(night)]
     previous = series_runs.newest_audited(able)
     if previous is not None:
-        judged = max({*run.info["layers"]} & {*previous.info["layers"]})
+    others = ""
+        judged = layer
+        if judged is None:
+            judged = max({*run.info["layers"]} & {*previous.info["layers"]})
+        num_all = len(nights)
+        nights = [night for night in nights if judged in night.info["layers"]]
         able = [night for night in able if judged in night.info["layers"]]
     if len(able) >= num_nights:
+        if num_others := num_all - len(nights):
+            others = f", and {num_others} without layer {judged}"
         return Baseline(previous, median_of=tuple(able[:num_nights]), is_median=True)
     broken = len(nights) - len(able)
     lacking = f"the median needs {count(num_nights, 'earlier night')}; there are {len(able)}"
     if broken:
         lacking += f", and {broken} broken that nobody accepted"
     is_refused = previous is None or len(nights) >= num_nights
+    lacking += others
     return Baseline(previous, lacking, is_median=True, is_refused=is_refused)
 
 

@@ -34,7 +34,7 @@ from afn_ray.store.manifest import RunFolder
 from afn_ray.store.verdicts import StoredVerdict
 from afn_ray.text import visible
 from bench import screen as bench
-from conftest import config_of, fenced, write_jsonl
+from conftest import RUN_INFO, config_of, fenced, write_jsonl
 from nights import Nights, complete
 
 GUIDE = Path(__file__).parents[2] / "infra/guide/audit.md"
@@ -390,6 +390,22 @@ def test_a_baseline_that_only_broken_nights_could_be_is_refused_and_says_so(
     few = [baselines.find(runs[at], "median:3", "new") for at in (2, 3)]
     assert [one.run for one in few] == [runs[0], runs[0]]
     assert [one.is_refused for one in few] == [False, True]  # two nights are too few anyway
+
+
+def test_a_median_is_of_the_nights_with_the_layer_and_others_are_not_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, runs = datetime(2026, 11, 1, 3, tzinfo=UTC), []
+    for at in range(9):
+        monkeypatch.setitem(RUN_INFO, "layers", [4, 8] if at > 6 else [4])
+        began, corpus = start + timedelta(days=at), [f"c/dt=2026-11-{at + 1:02}"]
+        runs.append(put(complete(tmp_path, began, corpus=corpus), "held"))
+    found = baselines.find(runs[8], "median:3", "new")
+    assert found.run == runs[7] and not found.is_refused
+    assert found.lacking == (
+        "the median needs 3 earlier nights; there are 1, and 7 without layer 8"
+    )
+    assert baselines.find(runs[8], "median:3", "new", 4).median_of == (runs[7], runs[6], runs[5])
 
 
 def test_only_a_broken_night_is_accepted_and_with_a_reason(tmp_path: Path) -> None:
