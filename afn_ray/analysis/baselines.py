@@ -11,7 +11,7 @@ from afn_ray.analysis.policy import BASELINES, MEDIAN
 from afn_ray.config import RunConfig, resolve_layers
 from afn_ray.errors import ConfigError
 from afn_ray.runs import precheck
-from afn_ray.store import manifest, series, series_runs, storage, uris, verdicts
+from afn_ray.store import manifest, series, series_runs, storage, verdicts
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count
@@ -52,7 +52,7 @@ def named(uri: str) -> RunFolder:
             f"baseline is {uri!r}; expected {KNOWN} or a run's URI, as in store/runs/..."
         )
     run = manifest.find_run(uri)
-    if run.uri != uris.absolute(uri).rstrip("/"):
+    if not manifest.is_named_by(run, uri):
         raise ConfigError(
             f"baseline {uri} is a store, whose latest run is another one every night; name one of "
             f"its runs, {run.uri} say, or give {KNOWN}"
@@ -120,7 +120,8 @@ def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
     name = series.name_of(asked["store"], asked)
     for run in series_runs.complete_runs(asked["store"]):
         same_base = all(run.info["config"].get(key) == asked[key] for key in OF_BASE)
-        if same_base and series_runs.series_of(run) == name and _has_layers(run, config):
+        is_night = same_base and series_runs.series_of(run) == name
+        if is_night and series_runs.selects_alike(run, asked) and _has_layers(run, config):
             yield run
 
 
@@ -181,24 +182,24 @@ def _median(
     """
     able = [night for night in nights if verdicts.may_be_baseline(night)]
     previous = series_runs.newest_audited(able)
-    if previous is not None:
     others = ""
+    if previous is not None:
         judged = layer
         if judged is None:
             judged = max({*run.info["layers"]} & {*previous.info["layers"]})
         num_all = len(nights)
         nights = [night for night in nights if judged in night.info["layers"]]
         able = [night for night in able if judged in night.info["layers"]]
-    if len(able) >= num_nights:
         if num_others := num_all - len(nights):
             others = f", and {num_others} without layer {judged}"
+    if len(able) >= num_nights:
         return Baseline(previous, median_of=tuple(able[:num_nights]), is_median=True)
     broken = len(nights) - len(able)
     lacking = f"the median needs {count(num_nights, 'earlier night')}; there are {len(able)}"
     if broken:
         lacking += f", and {broken} broken that nobody accepted"
-    is_refused = previous is None or len(nights) >= num_nights
     lacking += others
+    is_refused = previous is None or len(nights) >= num_nights
     return Baseline(previous, lacking, is_median=True, is_refused=is_refused)
 
 

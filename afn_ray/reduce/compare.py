@@ -254,6 +254,12 @@ def _notes(
     """Sentences that a reader of the comparison must know; ``rare`` is ``rare_below``."""
     if a.uri == b.uri:
         yield "A and B are one run."
+    of_a, of_b = (series.selection_of(run.info["config"]) for run in (a, b))
+    if of_a != of_b:
+        yield (
+            f"Other documents were selected: of A {_short(of_a or 'all')}, of B "
+            f"{_short(of_b or 'all')}."
+        )
     if ranks_only:
         yield "Ranks only: quartiles, medians and distances are left out; shares remain."
         if differing := differences(base_of(a.info["measure"]), base_of(b.info["measure"])):

@@ -34,6 +34,7 @@ from afn_ray.schema import HISTORY_SCHEMA
 from afn_ray.store import checksums, manifest, series_runs, verdicts
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
+from afn_ray.store.series import selection_of
 from afn_ray.store.verdicts import Distance, StoredVerdict
 from afn_ray.text import nearest
 
@@ -73,14 +74,19 @@ class History:
 def of_store(store: str, series: str | None = None, last: int | None = None) -> History:
     """The ``last`` runs, or all, of a series of ``store``; by default that of its latest run.
 
+    A first look is passed over where the store is named and a run over a whole corpus is there.
     Distances from a run's baseline (``psi``, ``ks``, ``js``) are those that its audit kept; those of
     a run without a verdict are from the night before it. Raises ``StoreError`` for a store without
     a complete run, and ``ConfigError`` for a series that it does not have.
     """
     latest = manifest.find_run(store)
     by_series: dict[str, list[RunFolder]] = {}
-    for run in series_runs.complete_runs(latest.store):
+    every = list(series_runs.complete_runs(latest.store))
+    for run in every:
         by_series.setdefault(series_runs.series_of(run), []).append(run)
+    if not manifest.is_named_by(latest, store):
+        whole = (run for run in every if not selection_of(run.info["config"]))
+        latest = next(whole, latest)
     name = series_runs.series_of(latest) if series is None else series
     if name not in by_series:
         some = ", ".join(sorted(by_series)[:MOST_NAMES])
@@ -175,7 +181,12 @@ def night_before(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
 
     It is that of the partition before, or of the run before where the corpus has no date.
     """
-    comparable = [other for other in runs if series_runs.is_comparable(run, other)]
+    comparable = [
+        other
+        for other in runs
+        if series_runs.is_comparable(run, other)
+        and series_runs.selects_alike(run, other.info["config"])
+    ]
     if series_runs.day_of(run) is not None:
         return next(series_runs.partitions_before(run, comparable), None)
     return next(series_runs.nights_before(run, comparable), None)

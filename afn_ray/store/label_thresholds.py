@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -9,8 +10,9 @@ import pyarrow as pa
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.measure import Measure
-from afn_ray.store import manifest
+from afn_ray.store import manifest, series
 from afn_ray.store.checksums import short
+from afn_ray.text import printable
 
 BESIDE_STRENGTH = frozenset({
     "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above",
@@ -26,11 +28,19 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[dict[str, Any]]:
 
     The list is empty if the run labels by its own thresholds. They are the thresholds that the
     named run itself labels by, so that each nightly run can name the previous one. Raises
-    ``StoreError`` if there is no such run, ``ConfigError`` if it has another measure.
+    ``StoreError`` if there is no such run, ``ConfigError`` if it has another measure, or if it is a
+    first look that only happens to be the latest run of the named store.
     """
     if config.thresholds is None:
         return []
     run = manifest.find_run(config.thresholds)
+    selected = series.selection_of(run.info["config"])
+    is_other = selected not in ("", series.selection_of(asdict(config)))
+    if is_other and not manifest.is_named_by(run, config.thresholds):
+        raise ConfigError(
+            f"thresholds is {config.thresholds}, a store, whose latest run {run.uri} measured "
+            f"{short(printable(selected))} alone: name the run whose thresholds are meant"
+        )
     theirs = _strength_keys(run.info["measure"])
     ours = _strength_keys(measure.as_dict())
     if {*measure.layers} <= {*theirs["layers"]}:  # the thresholds of some of its layers

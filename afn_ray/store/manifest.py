@@ -234,6 +234,11 @@ def find_run(uri: str) -> RunFolder:
     )
 
 
+def is_named_by(run: RunFolder, uri: str) -> bool:
+    """Whether ``uri``, at which ``run`` was found, names the run itself and not its store."""
+    return run.uri == uris.absolute(uri).rstrip("/")
+
+
 def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     """Write run.json, which makes the run complete.
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from datetime import date
+from typing import Any
 
 import pyarrow as pa
 
-from afn_ray.measure import base_of
 from afn_ray import token_rows
 from afn_ray.config import RunConfig
+from afn_ray.measure import base_of
 from afn_ray.store import manifest, series
 from afn_ray.store.manifest import RunFolder
 
 _read: ContextVar[dict[tuple[str, str], RunFolder] | None] = ContextVar("_read", default=None)
 """Complete runs that were read inside ``read_once``, by store and name; None outside of it."""
 
-
 PIECE = ("uri", "format", "compression", "start", "end", "sha256", "limit")
 """Columns of a plan that say which documents a run read."""
+
 
 @contextlib.contextmanager
 def read_once() -> Iterator[None]:
@@ -85,12 +86,24 @@ def alike(
 ) -> Iterator[RunFolder]:
     """Complete runs of the series of ``run`` that are comparable at ``layer``, newest first.
 
-    ``before`` leaves out the run of that name and those that began after it.
+    They select documents as ``run`` does. ``before`` leaves out the run of that name and those that
+    began after it.
     """
     name = series_of(run)
     for other in complete_runs(run.store, before):
-        if is_comparable(run, other, layer) and series_of(other) == name:
+        is_night = is_comparable(run, other, layer) and series_of(other) == name
+        if is_night and selects_alike(run, other.info["config"]):
             yield other
+
+
+def selects_alike(run: RunFolder, config: Mapping[str, Any]) -> bool:
+    """Whether a run with ``config`` selects documents as the complete ``run``.
+
+    A first look is no night of whole corpora, even under the same name of a series. The dates in a
+    condition may differ.
+    """
+    ours, theirs = (series.selection_of(one) for one in (run.info["config"], config))
+    return ours == theirs or series.undated(ours) == series.undated(theirs)
 
 
 def newest_audited(runs: Iterable[RunFolder]) -> RunFolder | None:
@@ -131,6 +144,8 @@ def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
             return True
         if shards is None or _shards_sha256(earlier) is None:
             return False
+        if token_rows.record_of(earlier.info) != token_rows.record_of(run.info):
+            return _has_same_text(earlier, run)  # the kept rows are part of a shard's id
         if earlier.info["measure"]["id"] == run.info["measure"]["id"]:
             return _shards_sha256(earlier) == shards
         return bool(_shards(earlier).equals(_shards(run)))  # in other files
@@ -144,8 +159,6 @@ def partitions_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[Run
     ``runs`` are those that ``alike`` gives. When they began does not matter, because a partition
     may be late or replaced. Of several runs of one partition it is the newest audited one, or the
     newest if none was audited: the verdict on a run whose audit was killed was never reported.
-        if token_rows.record_of(earlier.info) != token_rows.record_of(run.info):
-            return _has_same_text(earlier, run)  # the kept rows are part of a shard's id
     """
     tonight = day_of(run)
     of_day: dict[date, list[RunFolder]] = {}
@@ -170,10 +183,6 @@ def _shards(run: RunFolder) -> pa.Table:
     return manifest.read_table(run, "shards", ["shard"])
 
 
-def _shards_sha256(run: RunFolder) -> str | None:
-    """SHA-256 of the run's table of shards; None for a run without one."""
-    digest: str | None = run.info["tables"].get("shards", {}).get("sha256")
-    return digest
 def _has_same_text(run: RunFolder, other: RunFolder) -> bool:
     """Whether both complete runs read the same documents, whatever rows they keep of them."""
     options, their_options = (
@@ -185,3 +194,7 @@ def _has_same_text(run: RunFolder, other: RunFolder) -> bool:
     return bool(pieces.equals(their_pieces))
 
 
+def _shards_sha256(run: RunFolder) -> str | None:
+    """SHA-256 of the run's table of shards; None for a run without one."""
+    digest: str | None = run.info["tables"].get("shards", {}).get("sha256")
+    return digest

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import first, listing
 from afn_ray.corpus_values import FileInfo, FileSlice
 from afn_ray.errors import ConfigError, CorpusError
+from afn_ray.measure import Measure
+from afn_ray.reduce import history
+from afn_ray.reduce.compare import compare
 from afn_ray.runs import estimate, plan
 from afn_ray.runs.events import Event
 from afn_ray.show.run_facts import facts
 from afn_ray.show.summary import summarise
-from afn_ray.store import manifest, series
+from afn_ray.store import label_thresholds, manifest, series, series_runs
 from conftest import config_of, stop_after, write_jsonl
+from nights import complete
 
 LANGUAGES = ("de", "en", None)
 NUM_ROWS = 40
@@ -301,6 +306,27 @@ def test_a_dry_run_counts_what_is_selected(make: Make) -> None:
     assert found.selection == "a sample of 50%, where lang = 'de'"
 
 
+@pytest.mark.parametrize(("encoding", "asked"), [("utf-16", None), ("cp1252", "cp1252")])
+def test_the_estimate_of_the_first_documents_of_a_large_file_ends_with_them(
+    encoding: str,
+    asked: str | None,
+    make: Make,
+    tmp_path: Path,
+    verses: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("afn_ray.tokens.counting.EXACT_BYTES", 1)
+    corpus = tmp_path / "a.txt"
+    corpus.write_text("".join(f"{verse}\n" for verse in verses[:6000]), encoding, "replace")
+    look = {"txt_documents": "line", "keep_columns": None, "limit": 1000, "encoding": asked}
+    config = make(corpus=(str(corpus),), shard_bytes=1 << 20, **look)
+    found = estimate.dry_run(config)
+    monkeypatch.undo()
+    exact = estimate.dry_run(config)
+    assert exact.tokens_exact and not found.tokens_exact
+    assert abs(found.tokens / exact.tokens - 1) < 0.1
+
+
 @pytest.mark.parametrize("changes", [{"sample": "10%"}, {"where": "lang = 'de'"}])
 def test_the_estimate_of_a_large_corpus_has_what_is_selected(
     changes: dict[str, Any],
@@ -328,6 +354,43 @@ def test_a_selection_is_a_series_of_its_own() -> None:
     for more in ({"limit": 5}, {"sample": "1%"}, {"where": "lang = 'de'"}):
         assert series.name_of("/s", config | more) != name
     assert series.name_of("/s", config | {"series": "n", "limit": 5}) == "n"
+
+
+def test_a_first_look_does_not_stand_in_for_a_whole_corpus(make: Make) -> None:
+    """Where a store is named, or a series has a name."""
+    config = make()
+    with afn_ray.run(config) as run:
+        whole = manifest.find_run(run.uri)
+    with afn_ray.run(RunConfig(**(config_values(config) | {"limit": 20}))) as run:
+        look = manifest.find_run(run.uri)
+    assert history.of_store(config.store).series == series_runs.series_of(whole)
+    assert history.of_store(look.uri).series == series_runs.series_of(look)
+    notes = compare(look, whole).notes
+    assert "Other documents were selected: of A the first 20, of B all." in notes
+    measure = Measure.of_dict(look.info["measure"])
+
+    def frozen(**changes: Any) -> list[dict[str, Any]]:
+        asked = RunConfig(**(config_values(config) | changes))
+        return label_thresholds.find_frozen(asked, measure)
+
+    with pytest.raises(ConfigError, match=r'latest run .* measured "the first 20" alone: name'):
+        frozen(thresholds=config.store)
+    for found in (frozen(thresholds=look.uri), frozen(thresholds=config.store, limit=20)):
+        assert found == label_thresholds.frozen_rows(look)
+
+
+def test_a_named_series_compares_runs_of_one_selection(tmp_path: Path) -> None:
+    """The day in a condition is no other selection."""
+    selections: tuple[dict[str, Any], ...]
+    selections = ({}, {"limit": 5}, {"where": "d = '2026-11-01'"}, {"where": "d = '2026-11-02'"})
+    first = datetime(2026, 11, 22, tzinfo=UTC)
+    runs = [
+        complete(tmp_path, first + timedelta(hours=i), series="n", **selections[i % 4])
+        for i in range(8)
+    ]
+    for at, expected in ((4, [0]), (5, [1]), (6, [3, 2]), (7, [6, 3, 2])):
+        found = series_runs.alike(runs[at], runs[at].id)
+        assert list(found) == [runs[i] for i in expected]
 
 
 def test_a_selection_of_nothing_says_what_was_asked(make: Make) -> None:
