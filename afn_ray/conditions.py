@@ -31,7 +31,9 @@ from afn_ray.errors import ConfigError
 from afn_ray.text import nearest
 
 MOST_CHARS = 4096
-"""Longest condition, in characters."""
+"""Longest condition that a user gives, in characters."""
+LONGER = 4
+"""Most times that a condition may be longer in canonical form."""
 MOST_DEPTH = 32
 """Deepest nesting of brackets and NOTs."""
 WORDS = frozenset({"AND", "OR", "NOT", "IN", "IS", "NULL", "LIKE", "TRUE", "FALSE"})
@@ -227,12 +229,22 @@ def parse(text: str, columns: kept.Kept) -> Condition:
     Raises ``ConfigError`` for a text that is none, a column that is not kept, or a value that the
     type of its column cannot have.
     """
-    if len(text) > MOST_CHARS:
+    if len(text) > MOST_CHARS and not _is_canonical(text, columns):
         raise ConfigError(
             f"where has {len(text):,} characters; expected at most {MOST_CHARS:,}: mark the "
             "documents in a column of the corpus, and select by that"
         )
     return _Parser(text, columns).parse()
+
+
+def _is_canonical(text: str, columns: kept.Kept) -> bool:
+    """Whether ``text`` is a condition as this module writes it, with more spaces than the user's."""
+    if len(text) > LONGER * MOST_CHARS:
+        return False
+    try:
+        return str(_Parser(text, columns).parse()) == text
+    except ConfigError:
+        return False
 
 
 class _Parser:

@@ -119,3 +119,12 @@ def test_a_nested_column_has_its_path_or_its_name() -> None:
     assert str(found) == "(meta_lang = 'de' AND meta_lang <> 'x') OR messages_0_n > 1"
     assert found.holds((1, "de")) is True
     assert found.holds((None, "x")) is None
+
+
+def test_only_the_text_of_a_user_is_held_against_the_longest_condition() -> None:
+    text = " or ".join(["year=1"] * 400)
+    found = str(conditions.parse(text, COLUMNS))
+    assert len(text) <= conditions.MOST_CHARS < len(found)
+    assert str(conditions.parse(found, COLUMNS)) == found
+    with pytest.raises(ConfigError, match="characters; expected at most 4,096"):
+        conditions.parse(text + " " * conditions.MOST_CHARS, COLUMNS)

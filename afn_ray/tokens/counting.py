@@ -220,11 +220,12 @@ def _student(variances: Sequence[tuple[float, int]]) -> float:
 
 def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
     """Whether any part of ``piece`` can be read without the text before it."""
-    # UTF-16 has no such parts; the number of its documents is -1.
+    # UTF-16 has no such parts; the number of its documents is -1, or that of a limit.
     return (
         reading.is_lines(piece.format, options)
         and not piece.compression
         and piece.num_documents >= 0
+        and piece.limit < 0
     )
 
 
@@ -293,7 +294,7 @@ class _Reader:
     def _of_whole(self, piece: FileSlice, num_places: int) -> list[_Density]:
         """Density of ``piece`` or of its beginning, ``num_places`` times with random blocks."""
         texts: list[str] = []
-        num_bytes = 0
+        num_bytes = num_read = 0
         read, share = piece, 1.0
         is_stream = reading.is_stream(piece.format, self._options)
         if is_stream and piece.num_bytes > self._most_bytes:
@@ -306,6 +307,8 @@ class _Reader:
             if num_bytes > self._most_bytes and num_read < piece.num_documents:
                 share = num_read / piece.num_documents
                 break
+        if share < 1.0 and piece.limit >= 0:  # its bytes may go on after its last document
+            share = min(1.0, num_read / piece.limit)
         if share < 1.0:
             self.num_beginnings += 1
         stored = max(1.0, share * piece.num_bytes)
@@ -340,7 +343,7 @@ def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) ->
 
 
 def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
-    """The bytes ``begin`` to ``end`` of the file of ``piece``, as a slice of their own."""
+    """The bytes ``begin`` to ``end`` of the file of ``piece``, as a slice with its limit."""
     sha256 = hashlib.sha256(readers.read_range(piece.uri, begin, end)).hexdigest()
     return replace(
         piece,
@@ -349,7 +352,6 @@ def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:
         num_bytes=end - begin,
         num_documents=-1,
         sha256=sha256,
-        limit=-1,
     )
 
 
