@@ -99,6 +99,11 @@ def fuzz_length(request: pytest.FixtureRequest) -> str:
     return "long" if request.config.getoption("--fuzz-long") else "short"
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Tests of bytes are named by the argument: gzip's hold the time, and each process collects."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Faults are tried on a disk and in a bucket. The short run (``not again``) has each on one of
