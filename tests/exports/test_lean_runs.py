@@ -49,12 +49,14 @@ def lean(before: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     Its kept columns have names that columns of tokens could have.
     """
+    with afn_ray.open_run(before.store) as run:
+        thresholds = run.uri
     config = replace(
         before,
         store=str(tmp_path_factory.mktemp("lean")),
         limit=None,
         duplicates="keep",
-        thresholds=before.store,
+        thresholds=thresholds,
         record="sample:20%",
         keep_columns="tag,strength_9:double",
     )
