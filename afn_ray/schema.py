@@ -178,7 +178,7 @@ _COMMENTS: dict[pa.Schema, dict[str, str]] = {}
 
 
 def comments_of(schema: pa.Schema) -> dict[str, str]:
-    """What the columns of a table of this module hold, by name; plain names have no comment.
+    """Comments of the columns of a table of this module, by name; plain names have none.
 
     They are not part of ``schema``, so that a better comment changes no stored file.
     """

@@ -86,7 +86,7 @@ def describe(record: str) -> str:
 
 
 def why_refused(record: str) -> str:
-    """What a question for rows of tokens that a run has not kept is answered with."""
+    """Answer to a question for rows of tokens that a run has not kept."""
     return (
         f"the run recorded {describe(record)} (--record {record}): ask its vocabulary, thresholds "
         "and documents, or give its afn run command without --record to measure the rows too"

@@ -1,4 +1,4 @@
-"""What a text's measurements say beside a run: tokens, words, and the inputs of a decision."""
+"""Explanation of a text beside a run: tokens, words, and the inputs of a decision."""
 
 from __future__ import annotations
 

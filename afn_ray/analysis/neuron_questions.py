@@ -173,7 +173,7 @@ def word_neurons(
 def neuron_uses(
     run: str | Run, number: int, *, layer: int | None = None, timeout_s: float = TIMEOUT_S
 ) -> NeuronUses:
-    """What the neuron ``number`` of a layer responds to: types, and ``CONTEXTS`` tokens.
+    """Responses of the neuron ``number`` of a layer: types, and ``CONTEXTS`` tokens.
 
     The other arguments and errors are those of ``neurons``; also raises ``ConfigError`` for a
     neuron that no token has among its recorded ones.

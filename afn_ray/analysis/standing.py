@@ -25,7 +25,7 @@ class Standing(NamedTuple):
 
     @property
     def is_known(self) -> bool:
-        """Whether nobody needs to hear of the verdict again."""
+        """Whether the verdict needs no further notification."""
         return self.is_repeated and (self.was_told or self.acceptance is not None)
 
 

@@ -18,7 +18,7 @@ Judge = Callable[[Document], bool | None]
 
 @dataclass(slots=True)
 class Unselected:
-    """What a selection leaves out."""
+    """Documents and bytes that a selection leaves out."""
 
     documents: int = 0
     num_bytes: int = 0  # of their texts, as UTF-8
@@ -88,7 +88,7 @@ def id_of(document: Document) -> str:
 
 
 def place_of(source: str, offset: object) -> str:
-    """What stands for the id of a document without one, and without a text."""
+    """Stand-in for the id of a document without an id and without a text."""
     return f"{source}:{offset}"
 
 

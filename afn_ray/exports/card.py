@@ -22,7 +22,7 @@ from afn_ray.text import count, printable
 
 
 class AboutRun(NamedTuple):
-    """What a card says of the run."""
+    """Facts of the run in a card."""
 
     facts: Sequence[tuple[str, str]]
     command: str
@@ -34,7 +34,7 @@ class AboutRun(NamedTuple):
 
 
 def about(run: Run, request: ExportRequest) -> AboutRun:
-    """What a card says of the run. Raises ``StoreError`` if the run is damaged."""
+    """Facts of the run for its card. Raises ``StoreError`` if the run is damaged."""
     summary = summarise(run)
     config = run.info["config"]
     labels = "of the run's thresholds"

@@ -1,4 +1,4 @@
-"""What an export is asked for, and the rows that answer it."""
+"""Request of an export, and the rows that answer it."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ DERIVED_COLUMNS = {
 
 
 def column_comments(view: str, columns: Sequence[str]) -> dict[str, str]:
-    """What ``columns`` of ``view`` hold, by name; those that their name explains are left out."""
+    """Comments of ``columns`` of ``view``, by name; those that their name explains are left out."""
     known = DERIVED_COLUMNS.get(view, {})
     if view in OF_TABLES:
         known = schema.comments_of(OF_TABLES[view])

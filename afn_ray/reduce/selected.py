@@ -1,4 +1,4 @@
-"""What a run left out of its corpus on request, in words."""
+"""Documents and bytes that a run left out of its corpus on request, in words."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Calibrator:
         return None
 
     def _kept(self, task: Task, key: str, found: dict[str, Any]) -> dict[str, Any]:
-        """What the store has under ``key`` from now on: ``found``, if no other run was faster."""
+        """Value of ``key`` in the store from now on: ``found``, if no other run was faster."""
         if not self.keep:
             return found
         return calibrations.write_calibration(task.config.store, key, found)

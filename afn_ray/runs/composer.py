@@ -139,7 +139,7 @@ def _fitting(shard: Shard) -> Iterator[None]:
 def _made_by(
     sources: Sequence[PartialResult], origins: Sequence[Mapping[str, str]]
 ) -> dict[str, str]:
-    """What made the columns of ``sources``; where they differ, all of it, joined by " + "."""
+    """Makers of the columns of ``sources``; where they differ, all of it, joined by " + "."""
     found: dict[str, list[str]] = {}
     for source in sources:
         for name, value in source.made_by.items():

@@ -159,7 +159,7 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
 
 
 def _is_unknown(piece: FileSlice, options: ReadOptions) -> bool:
-    """Whether nobody knows how many documents of ``piece`` are selected."""
+    """Whether the number of selected documents of ``piece`` is unknown."""
     return piece.num_documents < 0 or bool(options.where)
 
 

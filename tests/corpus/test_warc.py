@@ -164,7 +164,7 @@ def test_damage_costs_its_record_and_is_counted(
         tmp_path, page(1) + damaged + page(2), replace(PAGES, id_column=None)
     )
     assert before.text.startswith("Page 1")
-    if reason.startswith("is over"):  # nobody knows where such a record ends
+    if reason.startswith("is over"):  # the end of such a record is unknown
         lost, last = [last], before
     assert last.text.startswith("Page ") and len(lost) == 1
     assert reason in str(lost[0].problem)
