@@ -6,9 +6,12 @@ import argparse
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afn_ray.config import RunConfig
+
+if TYPE_CHECKING:
+    from afn_ray.query.database import Run
 
 EPILOG = (
     "exit codes: 0 = done; 1 = ended with shards missing; 2 = the command, the config or the query "
@@ -153,3 +156,19 @@ def add_threads(command: argparse.ArgumentParser) -> None:
 def add_min_age(command: argparse.ArgumentParser, help: str) -> None:
     """Add ``--min-age-h``, in hours."""
     command.add_argument("--min-age-h", type=float, default=24.0, metavar="H", help=help)
+
+
+# --- values of several arguments
+
+
+def open_run(args: argparse.Namespace) -> Run:
+    """The run that ``args`` name, beside its baseline, with their limits of memory and time."""
+    from afn_ray.query import database
+
+    return database.open_run(
+        args.run,
+        baseline=args.baseline,
+        memory_limit=args.memory_limit,
+        threads=args.threads,
+        timeout_s=args.timeout,
+    )

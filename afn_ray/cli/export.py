@@ -91,20 +91,13 @@ def call_export(args: argparse.Namespace) -> None:
     from afn_ray.exports import card
     from afn_ray.exports.export import export
     from afn_ray.exports.request import IcebergTable
-    from afn_ray.query import database
 
     iceberg = None
     if args.format == "iceberg":
         iceberg = IcebergTable(
             args.name or f"afn.{args.table if args.sql is None else 'query'}", args.catalog
         )
-    with database.open_run(
-        args.run,
-        baseline=args.baseline,
-        memory_limit=args.memory_limit,
-        threads=args.threads,
-        timeout_s=args.timeout,
-    ) as run:
+    with arguments.open_run(args) as run:
         done = export(
             run,
             args.target,

@@ -299,7 +299,7 @@ def call_neurons(args: argparse.Namespace) -> None:
 
 
 def call_sql(args: argparse.Namespace) -> None:
-    from afn_ray.query import catalog, database, joined
+    from afn_ray.query import catalog, joined
     from afn_ray.show import query_output, shell
 
     if args.catalog:
@@ -315,13 +315,7 @@ def call_sql(args: argparse.Namespace) -> None:
     if args.out:
         uris.open_filesystem(args.out)  # a URL that cannot be opened is refused before the query
     tables = joined.read_tables(args.joined)
-    with database.open_run(
-        args.run,
-        baseline=args.baseline,
-        memory_limit=args.memory_limit,
-        threads=args.threads,
-        timeout_s=args.timeout,
-    ) as run:
+    with arguments.open_run(args) as run:
         if args.query is None:
             shell.interactive(run, tables)
             return
