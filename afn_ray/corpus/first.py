@@ -70,7 +70,7 @@ def _beginning(part: FileSlice, options: ReadOptions, limit: int) -> tuple[FileS
     is_known = part.num_documents >= 0 and part.sha256 != ""
     if is_known and not options.selects and part.num_documents <= limit:
         return part, part.num_documents
-    if is_known or part.format == "parquet":
+    if is_known or part.format == "parquet" or part.start:
         return _beginning_of_part(part, options, limit)
     return reading.beginning(part, options, limit)  # also where an earlier run has read all of it
 
@@ -82,7 +82,8 @@ def _beginning_of_part(part: FileSlice, options: ReadOptions, limit: int) -> tup
     if first.following is None:
         return part, first.selected
     found = replace(part, limit=first.documents, num_documents=first.documents)
-    if part.format == "parquet":  # which has no offsets in bytes
+    # Parquet has no offsets in bytes, nor has the damage that may follow the last document.
+    if part.format == "parquet" or part.num_documents < 0:
         return found, first.selected
     # A line ends where the next one begins.
     end = first.following.offset

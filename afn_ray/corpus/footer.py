@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from afn_ray.corpus.streams import Source
+from afn_ray.corpus.sources import Source
 
 MAGIC = b"PAR1"
 FOOTER_BYTES = 64 << 20

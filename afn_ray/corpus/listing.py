@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from afn_ray import kept
 from afn_ray.corpus import documents, iceberg, lakehouse, nested, reading, row_groups, streams, warc
+from afn_ray.corpus.sources import BLOCK_BYTES, DamagedStream, Source
 from afn_ray.corpus_values import REST, UPOS, WARC, XPOS, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import corpus_files, uris
@@ -234,7 +235,7 @@ def rest_bytes(file: FileInfo, options: ReadOptions, piece: FileSlice) -> int:
     """Bytes of ``file`` after its slice ``piece``; of Parquet, of the columns that are read."""
     if piece.format != "parquet" or piece.num_documents < 0:
         return file.size - piece.end
-    with streams.Source(file.uri, 0, file.size) as source:
+    with Source(file.uri, 0, file.size) as source:
         paths = row_groups.chunk_paths(pq.ParquetFile(source), documents.columns_of(options))
         groups = row_groups.column_chunks(source, paths)
         return sum(size for group in groups[piece.end :] for _, size in group)
@@ -338,7 +339,7 @@ def _unhashed(file: FileInfo, format: str, compression: str) -> FileSlice:
 
 
 def _cut_whole(whole: FileSlice) -> FileSlice:
-    with streams.Source(whole.uri, 0, whole.size) as source:
+    with Source(whole.uri, 0, whole.size) as source:
         source.drain()
         return replace(whole, sha256=source.sha256.hexdigest())
 
@@ -363,8 +364,8 @@ def _cut_lines(whole: FileSlice, encoding: str, shard_bytes: int) -> Iterator[Fi
             sha256=sha256.hexdigest(),
         )
 
-    with streams.Source(whole.uri, 0, whole.size) as source:
-        while block := source.read(max(streams.BLOCK_BYTES, streams.LONGEST_BOM)):
+    with Source(whole.uri, 0, whole.size) as source:
+        while block := source.read(max(BLOCK_BYTES, streams.LONGEST_BOM)):
             if end == 0 and (encoding_of(block) or (encoding and block.startswith(streams.BOM))):
                 return
             block_start = end
@@ -383,18 +384,20 @@ def _cut_lines(whole: FileSlice, encoding: str, shard_bytes: int) -> Iterator[Fi
                 if newline >= 0:
                     yield ended_slice(num_documents)
                     start, num_documents, sha256 = end, 0, hashlib.sha256()
-    if start < end or not end:
-        yield ended_slice(num_documents + is_started)
+        is_altered = source.is_altered
+    if start < end or not end or is_altered:  # the last slice has a document for the damage
+        yield ended_slice(-1 if is_altered else num_documents + is_started)
 
 
 def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> Iterator[FileSlice]:
     columns = documents.columns_of(options)
-    with streams.Source(file.uri, 0, file.size) as source:
+    with Source(file.uri, 0, file.size) as source:
         try:
             opened = pq.ParquetFile(source)
             schema, metadata = opened.schema_arrow, opened.metadata
             groups = row_groups.column_chunks(source, row_groups.chunk_paths(opened, columns))
-        except row_groups.UNREADABLE:
+            source.check_whole()
+        except (*row_groups.UNREADABLE, DamagedStream):
             yield _cut_whole(_unhashed(file, "parquet", ""))
             return
         _require_columns(file, nested.names_in(schema, columns), options)

@@ -31,7 +31,8 @@ from afn_ray.corpus.row_groups import (
     hashed_names,
     parquet_documents,
 )
-from afn_ray.corpus.streams import BOM, Bomb, DamagedStream, Source, Stream
+from afn_ray.corpus.sources import DamagedStream, Source
+from afn_ray.corpus.streams import BOM, Bomb, Stream
 from afn_ray.corpus.txt import whole_document
 from afn_ray.corpus_values import REST, WARC, Document, FileInfo, FileSlice, ReadOptions
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError
@@ -100,12 +101,15 @@ def _of_stream(source: Source, slice: FileSlice, options: ReadOptions) -> Iterat
             yield share.bound(found)
             num_documents += 1
             offset, done = found.offset + 1, stream.done
+        if slice.start and slice.num_documents < 0:  # the last lines of an altered member
+            with Source(slice.uri, 0, slice.size) as whole:
+                whole.check_whole()
     except DamagedStream as damage:
         what = "rest left out of" if isinstance(damage, Bomb) else "truncated or corrupt"
         is_one = slice.format == "txt" and not is_lines(slice.format, options)
         rest = problem(
             Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
-            f"{what} {slice.compression} stream after {num_documents} documents: {damage}",
+            f"{what} {slice.compression or 'stored'} stream after {num_documents} documents: {damage}",
         )
         yield share.bound(rest)
 

@@ -22,7 +22,8 @@ from afn_ray.corpus.documents import (
     problem,
     with_kept,
 )
-from afn_ray.corpus.streams import BLOCK_BYTES, EXPANSION, EXPANSION_FROM_BYTES, Source
+from afn_ray.corpus.sources import BLOCK_BYTES, DamagedStream, Source
+from afn_ray.corpus.streams import EXPANSION, EXPANSION_FROM_BYTES
 from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 from afn_ray.errors import CorpusError
 from afn_ray.store import parquet
@@ -292,8 +293,10 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
     num_documents = slice.num_documents if slice.num_documents >= 0 else None
     whole = Origin(slice.uri, 0, max(slice.num_bytes, 1), num_documents)
     try:
+        if slice.num_documents < 0:
+            source.check_whole()
         file = _OpenFile(source, options)
-    except UNREADABLE as error:
+    except (*UNREADABLE, DamagedStream) as error:
         yield problem(whole, f"{UNREADABLE_FILE}: {error}")
         return
     names = nested.names_in(file.schema, columns_of(options))

@@ -1,10 +1,9 @@
-"""The bytes of one file, within limits: a range, decompressed, as UTF-8, in lines."""
+"""The bytes of a source, within limits: decompressed, as UTF-8, in lines."""
 
 from __future__ import annotations
 
 import bz2
 import codecs
-import hashlib
 import itertools
 import lzma
 import zlib
@@ -13,13 +12,10 @@ from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
+from afn_ray.corpus.sources import BLOCK_BYTES, OTHER_CHECKSUM, DamagedStream, Source
 from afn_ray.corpus_values import ReadOptions
-from afn_ray.errors import CorpusError
-from afn_ray.store import readers
 from afn_ray.text_encodings import encoding_of
 
-BLOCK_BYTES = 1 << 20
-"""Bytes read from a file at a time."""
 PIECE_BYTES = 1 << 10
 """Compressed bytes decoded at a time. It is the resolution at which damage is located."""
 DECOMPRESSED_BLOCK_BYTES = 1 << 16
@@ -51,10 +47,6 @@ codecs.register_error(
 )
 
 
-class DamagedStream(Exception):
-    """A stream ends here: what came before is good, the rest is lost."""
-
-
 class Bomb(DamagedStream):
     """A stream decompresses to far more bytes than its file has."""
 
@@ -69,71 +61,6 @@ class Line(NamedTuple):
     data: bytes | None
     """Content without the newline; None if the line is over the limit."""
     blank: bool
-
-
-class Source:
-    """The bytes ``start`` to ``end`` of a file, hashed as they are read.
-
-    Errors of the disk or network are raised as ``CorpusError``, never ``OSError``: readers would
-    take that for bad content and quarantine what another try can read. With a ``budget``, reading
-    more bytes raises ``DamagedStream``.
-    """
-
-    def __init__(self, uri: str, start: int, end: int, budget: int | None = None) -> None:
-        self._file = readers.open_read(uri)
-        self.crc32: int | None = getattr(self._file, "crc32", None)
-        self._uri, self._budget = uri, budget
-        self.start, self.size = start, end - start
-        self._at = 0
-        self.closed = False
-        self.rewind()
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def close(self) -> None:
-        """Do nothing: pyarrow closes files that it is given; ``with`` closes the file."""
-
-    def rewind(self) -> None:
-        """Go back to ``start`` and hash anew."""
-        self.sha256 = hashlib.sha256()
-        self.seek(0)
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0, /) -> int:
-        self._at = offset + (0, self._at, self.size)[whence]
-        try:
-            self._file.seek(self.start + self._at)
-        except OSError as error:
-            raise CorpusError(f"reading {self._uri}: {error}") from error
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1, /) -> bytes:
-        if self._budget is not None and self._at >= self._budget:
-            raise DamagedStream("over the budget")
-        left = max(self.size - self._at, 0)
-        try:
-            data = self._file.read(min(size, left) if size >= 0 else left)
-        except OSError as error:
-            raise CorpusError(f"reading {self._uri}: {error}") from error
-        self._at += len(data)
-        self.sha256.update(data)
-        return data
-
-    read1 = read
-
-    def drain(self) -> None:
-        """Read and hash the rest."""
-        while self.read(BLOCK_BYTES):
-            pass
 
 
 # --- decompression
@@ -431,6 +358,7 @@ class Stream:
         if not self._compression:
             while block := self._source.read(BLOCK_BYTES):
                 yield block
+            self._source.check()
             return
         given = crc32 = 0
         is_zst = self._compression == "zst"
@@ -447,7 +375,8 @@ class Stream:
                 )
             yield block
         if self._source.crc32 not in (None, crc32):
-            raise DamagedStream("its checksum is another; what came of it may be altered")
+            raise DamagedStream(OTHER_CHECKSUM)
+        self._source.check()
 
 
 def _raising(damage: DamagedStream) -> Iterator[bytes]:

@@ -18,7 +18,8 @@ from afn_ray import kept
 from afn_ray.corpus.documents import Origin, clean_id, document, problem, with_kept
 from afn_ray.corpus.html import html_text
 from afn_ray.corpus.http_body import decoded
-from afn_ray.corpus.streams import MARK, DamagedStream, Stream, line_limit
+from afn_ray.corpus.sources import DamagedStream
+from afn_ray.corpus.streams import MARK, Stream, line_limit
 from afn_ray.corpus_values import WARC, Document, FileSlice, ReadOptions
 from afn_ray.errors import ConfigError
 

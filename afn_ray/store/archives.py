@@ -53,7 +53,7 @@ class Member(NamedTuple):
     compression: str = ""
     """One of the values of ``METHODS``, or why it cannot be read."""
     crc32: int | None = None
-    """Checksum of the content, if it is compressed."""
+    """Checksum of the content; None in tar, which has none."""
     stored_name: str = ""
     """Name in the directory of a zip archive, as it is stored."""
     problem: str = ""
@@ -125,8 +125,7 @@ def _in_zip(file: IO[bytes], archive: FileInfo) -> list[Member]:
             compression = "encrypted"
         if not info.is_dir():
             name = info.filename.removeprefix("./")
-            crc32 = info.CRC if compression else None
-            packed = (info.header_offset, info.compress_size, compression, crc32)
+            packed = (info.header_offset, info.compress_size, compression, info.CRC)
             listed.append(Member(name, *packed, stored_name=info.orig_filename))
     return listed
 

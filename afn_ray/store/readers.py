@@ -23,7 +23,7 @@ def open_read(uri: str) -> IO[bytes]:
     """A seekable binary reader of ``uri``.
 
     On a remote filesystem it reads ahead and keeps no connection open. That of a member of an archive
-    has the ``crc32`` of its content, if it is compressed there.
+    is a ``MemberFile``.
     """
     if (parts := uris.split_member(uri)) is not None:
         return _open_member(*corpus_files.find_member(*parts))
@@ -104,7 +104,11 @@ class RangeFile(io.RawIOBase):
 
 
 class MemberFile(RangeFile):
-    """The stored bytes of a member of an archive, which is open as ``file``."""
+    """The stored bytes of a member of an archive, which is open as ``file``.
+
+    ``crc32`` is the checksum of its content, ``stored_crc32`` that of its stored bytes; the archive
+    has one of them, or none. ``size`` is the number of stored bytes.
+    """
 
     def __init__(self, file: IO[bytes], first: int, member: archives.Member) -> None:
         def read(start: int, end: int) -> bytes:
@@ -113,7 +117,9 @@ class MemberFile(RangeFile):
 
         super().__init__(read, member.size, SimpleNamespace())
         self._file = file
-        self.crc32 = member.crc32
+        self.crc32 = member.crc32 if member.compression else None
+        self.stored_crc32 = None if member.compression else member.crc32
+        self.size = member.size
 
     def close(self) -> None:
         self._file.close()

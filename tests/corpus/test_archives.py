@@ -9,6 +9,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,16 +55,20 @@ PACK: dict[str, Callable[[dict[str, bytes]], bytes]] = {
 }
 
 
-def slices_of(place: str | Path, options: ReadOptions = OPTIONS) -> list[FileSlice]:
+def slices_of(
+    place: str | Path, options: ReadOptions = OPTIONS, shard_bytes: int = 40
+) -> list[FileSlice]:
     files, _ = listing.list_files([str(place)], options)
     listing.check_columns(files, options)
-    return [piece for file in files for piece in listing.cut(file, options, 40)]
+    return [piece for file in files for piece in listing.cut(file, options, shard_bytes)]
 
 
-def read(place: str | Path, options: ReadOptions = OPTIONS) -> dict[str, list[Document]]:
+def read(
+    place: str | Path, options: ReadOptions = OPTIONS, shard_bytes: int = 40
+) -> dict[str, list[Document]]:
     """Documents by member."""
     found: dict[str, list[Document]] = {}
-    for piece in slices_of(place, options):
+    for piece in slices_of(place, options, shard_bytes):
         documents = list(reading.read(piece, options))
         assert piece.num_documents in (-1, len(documents))
         found.setdefault(piece.uri.partition("::")[2], []).extend(documents)
@@ -259,6 +264,59 @@ def test_a_changed_bit_in_a_compressed_member_is_found(tmp_path: Path) -> None:
     path.write_bytes(data)
     *_, last = read(path)["a.txt"]
     assert "its checksum is another; what came of it may be altered" in str(last.problem)
+
+
+@pytest.mark.parametrize("shard_bytes", [40, 1 << 20])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "jsonl.gz", "txt", "parquet"])
+def test_a_changed_byte_in_a_stored_member_is_found(
+    ending: str, shard_bytes: int, tmp_path: Path
+) -> None:
+    options = replace(OPTIONS, txt_documents="file")
+    table = pa.table({"text": ["text one", "text two", "text six"] * 9})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="none", use_dictionary=False)
+    lines = jsonl(*table.to_pylist())
+    content = {
+        "jsonl": lines,
+        "jsonl.gz": gzip.compress(lines, 0),
+        "csv": b"text\n" + b"\n".join(row["text"].encode() for row in table.to_pylist()) + b"\n",
+        "txt": lines,
+        "parquet": sink.getvalue().to_pybytes(),
+    }[ending]
+    path = tmp_path / "x.zip"
+    data = bytearray(zipped({f"a.{ending}": content, "b.txt": b"fine"}, zipfile.ZIP_STORED))
+    path.write_bytes(data)
+    whole = read(path, options, shard_bytes)
+    assert all(d.problem is None for documents in whole.values() for d in documents)
+    place = data.index(b"text two" if ending != "jsonl.gz" else b"six")
+    data[place : place + 1] = b"T"
+    path.write_bytes(data)
+    found = read(path, options, shard_bytes)
+    assert [d.text for d in found["b.txt"]] == ["fine"]
+    *others, last = found[f"a.{ending}"]
+    assert str(last.problem) and last.lost_bytes > 0 and last.source == f"{path}::a.{ending}"
+    if ending != "jsonl.gz":  # which has a checksum of its own
+        assert "its checksum is another" in str(last.problem)
+    num_read = 0 if ending in ("parquet", "txt") else 27
+    assert len(others) == num_read or ending == "jsonl.gz"
+    if not num_read:
+        assert last.lost_bytes == len(content)
+
+
+@pytest.mark.parametrize("limit", [26, 27, 28, 29])
+def test_a_limit_finds_an_altered_stored_member_where_it_reads_its_end(
+    limit: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.zip"
+    lines = jsonl(*({"text": f"text {i}"} for i in range(27)))
+    data = zipped({"a.jsonl": lines, "b.txt": b"b"}, zipfile.ZIP_STORED)
+    path.write_bytes(data.replace(b"text 3", b"text X", 1))
+    files, _ = listing.list_files([str(path)], OPTIONS)
+    found = first.cut_first(files, limit, OPTIONS, lambda file: listing.parts(file, OPTIONS, 100))
+    documents = [d for piece in found.slices for d in reading.read(piece, OPTIONS)]
+    problems = [d.problem for d in documents if d.problem]
+    assert len(documents) == limit  # of lines, of the damage, and of the next member
+    assert len(problems) == (limit > 27)
 
 
 def test_a_member_of_another_name_than_in_the_directory_is_refused(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
 READ = """
 import dataclasses, json, re, sys, time
 from pathlib import Path
-from afn_ray.corpus import listing, reading, row_groups, streams
+from afn_ray.corpus import listing, reading, row_groups, sources, streams
 from afn_ray.store import corpus_files
 from afn_ray.corpus_values import ReadOptions
 for uri in sys.argv[1:]:
@@ -60,7 +60,7 @@ for uri in sys.argv[1:]:
     slice = listing._whole(corpus_files.stat(uri), options)
     problems = {}
     try:
-        with streams.Source(uri, 0, slice.size) as source:
+        with sources.Source(uri, 0, slice.size) as source:
             if slice.format == "parquet":
                 documents = row_groups.parquet_documents(source, slice, options)
             else:
@@ -68,7 +68,7 @@ for uri in sys.argv[1:]:
             for document in documents:
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1
-    except streams.DamagedStream as damage:
+    except sources.DamagedStream as damage:
         problems[str(damage)] = 1
     peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
     print(json.dumps([Path(uri).name, problems, peak, round(time.process_time(), 1)]))

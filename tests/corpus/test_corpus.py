@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from afn_ray.cli import commands
-from afn_ray.corpus import footer, listing, reading, row_groups, streams
+from afn_ray.corpus import footer, listing, reading, row_groups, sources, streams
 from afn_ray.corpus_values import Document, FileInfo, ReadOptions, Shard
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.store import corpus_files, readers, storage, uris
@@ -1286,7 +1286,7 @@ def test_parquet_batches_stay_small(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = [os.urandom(5000).hex() for _ in range(40)]
     file = parquet(tmp_path / "a.parquet", {"text": rows})
     monkeypatch.setattr(row_groups, "BATCH_BYTES", 20_500)
-    with streams.Source(file.uri, 0, file.size) as source:
+    with sources.Source(file.uri, 0, file.size) as source:
         sizes = [len(t) for t, *_ in row_groups._OpenFile(source, OPTIONS).batches(0)]
     assert sizes == [2] * 20
     assert texts(read_all(file)) == rows
@@ -1758,7 +1758,7 @@ def test_a_file_that_changes_while_it_is_read_ends_with_an_error(
     num_rows = 200_000 if name == "a.jsonl" else 500
     file = write(tmp_path, name, content(name, "a", num_rows))
     (slice,) = listing.cut(file, OPTIONS, 1 << 30)
-    assert slice.num_bytes > 2 * streams.BLOCK_BYTES or name == "a.parquet"
+    assert slice.num_bytes > 2 * sources.BLOCK_BYTES or name == "a.parquet"
     documents = reading.read(slice, OPTIONS)
     next(documents)
     write(tmp_path, name if how == "in place" else "new", content(name, "b", num_rows))
@@ -1864,16 +1864,16 @@ def test_sample_reads_little(
         file = write(tmp_path, name, COMPRESS.get(name.rpartition(".")[2], bytes)(plain))
     assert file.size > 2 << 20
     read = 0
-    original = streams.Source.read
+    original = sources.Source.read
 
-    def counting(self: streams.Source, size: int = -1, /) -> bytes:
+    def counting(self: sources.Source, size: int = -1, /) -> bytes:
         nonlocal read
         data = original(self, size)
         read += len(data)
         return data
 
-    monkeypatch.setattr(streams.Source, "read", counting)
-    monkeypatch.setattr(streams.Source, "read1", counting)
+    monkeypatch.setattr(sources.Source, "read", counting)
+    monkeypatch.setattr(sources.Source, "read1", counting)
     found = listing.sample([file], options, 100_000)
     assert 0 < read < 3 << 19 if name != "a.parquet" else 0 < read < 3 << 20
     if "txt" in name and options is not OPTIONS and options.txt_documents == "file":
