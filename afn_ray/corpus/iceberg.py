@@ -15,6 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pyarrow as pa
+
+from afn_ray.corpus import avro, nested
+from afn_ray.corpus.http_body import decoded
 from afn_ray.corpus.row_groups import UNREADABLE
 from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import AfnError, ConfigError, CorpusError, StoreError
@@ -29,7 +33,7 @@ HINT = "metadata/version-hint.text"
 """File of a table without a catalog: the number of its current version."""
 VERSION = re.compile(r"[0-9]{1,18}")
 MOST_BYTES = 256 << 20
-"""Largest metadata file or manifest, in bytes."""
+"""Largest metadata file or manifest, in bytes; also once it is unpacked."""
 HINT_BYTES = 64
 """Largest ``HINT``, in bytes."""
 THREADS = 16
@@ -54,10 +58,10 @@ class Version(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """A column that is read."""
+    """The way to a value that is read, in a table."""
 
-    number: int | None
-    """Its field id; None if the table has no such column now."""
+    numbers: tuple[bytes, ...]
+    """Field ids on the way; none if the table has no such value now."""
     may_lack: bool
     """Whether a data file without it has nulls."""
 
@@ -99,7 +103,7 @@ def data_files(version: Version, columns: Sequence[str]) -> list[FileInfo]:
         table = _load(metadata, uri_of)
         _check_location(version, _uri(table.location()))
         places = sorted(_place(task, metadata, uri_of) for task in table.scan().plan_files())
-        wanted = _wanted(table, metadata, columns)
+        wanted = _wanted(table, columns)
     if not places:
         raise CorpusError(f"{metadata} is a version of the table that has no rows")
 
@@ -146,65 +150,91 @@ def _check_location(version: Version, location: str) -> None:
 def _load(metadata: str, uri_of: Callable[[str], str]) -> Table:
     # StaticTable.from_metadata would import whatever class the table's own properties name.
     from pyiceberg.catalog.noop import NoopCatalog
-    from pyiceberg.serializers import FromInputFile
     from pyiceberg.table import StaticTable
+    from pyiceberg.table.metadata import TableMetadataUtil
 
+    data = _read(metadata, uri_of)
+    if metadata.endswith(".gz.metadata.json"):
+        data = decoded(data, [], ["gzip"], MOST_BYTES)
+    found = TableMetadataUtil.parse_raw(data.decode())
     files: Any = _file_io(uri_of)
-    found = FromInputFile.table_metadata(files.new_input(metadata))
     return StaticTable(("corpus", metadata), found, metadata, files, NoopCatalog("corpus"))
 
 
-def _wanted(table: Table, metadata: str, columns: Sequence[str]) -> dict[str, _Wanted]:
-    """The ``columns`` by their names in data files.
-
-    Raises ``CorpusError`` for a path into a column whose fields have changed.
-    """
-    schemas = table.schemas().values()
+def _wanted(table: Table, columns: Sequence[str]) -> dict[str, _Wanted]:
+    """The ways to ``columns``, each a name or a path, by column."""
+    schema = table.schema()
     partitions = {
         field.source_id
         for spec in table.specs().values()
         for field in spec.fields
         if str(field.transform) == "identity"
     }
-    names = {column: column.partition(".")[0] for column in columns}
     wanted: dict[str, _Wanted] = {}
-    for field in table.schema().fields:
-        paths = [path for path, name in names.items() if field.name in (path, name)]
-        if not paths:
+    for column in columns:
+        numbers, beside = _way(schema.as_arrow(), column)
+        if beside is not None:
+            wanted[column] = _Wanted((), may_lack=True)
             continue
-        same = [f for schema in schemas for f in schema.fields if f.field_id == field.field_id]
-        if field.name not in paths and len({str(f.field_type) for f in same}) > 1:
-            raise CorpusError(
-                f"{metadata}: the fields of column {field.name!r} have changed, so {paths[0]!r} may be "
-                "another value in some files; export the table"
-            )
-        may_lack = field.initial_default is None and field.field_id not in partitions
-        wanted[field.name] = _Wanted(field.field_id, may_lack)
-    for path, name in names.items():
-        if path not in wanted and name not in wanted:
-            wanted |= dict.fromkeys((path, name), _Wanted(None, may_lack=True))
+        fields = [schema.find_field(int(number)) for number in numbers]
+        may_lack = all(
+            field.initial_default is None and field.field_id not in partitions for field in fields
+        )
+        wanted[column] = _Wanted(tuple(numbers), may_lack)
     return wanted
+
+
+def _way(schema: pa.Schema, column: str) -> tuple[list[bytes], set[bytes] | None]:
+    """Field ids on the way to ``column``, as ``nested`` follows it, as far as it leads.
+
+    The set has the ids beside its next part; it is None if the way leads to its end.
+    """
+    numbers: list[bytes] = []
+    kind: pa.DataType = pa.struct(list(schema))
+    for part in [column] if column in schema.names else column.split("."):
+        if pa.types.is_struct(kind):
+            found = [field for field in kind if field.name == part]
+            if not found:
+                return numbers, {_number(field) for field in kind}
+            numbers.append(_number(found[0]) if len(found) == 1 else b"several")
+            kind = found[0].type
+        elif nested.is_list(kind) and nested.INDEX.fullmatch(part):
+            numbers.append(_number(kind.value_field))
+            kind = kind.value_type
+        else:
+            return numbers, set()
+    return numbers, None
+
+
+def _number(field: pa.Field) -> bytes:
+    """The field id of ``field``; empty if it has none."""
+    return bytes((field.metadata or {}).get(FIELD_ID, b""))
 
 
 def _check_columns(file: FileInfo, wanted: Mapping[str, _Wanted]) -> None:
     """Raise ``CorpusError`` unless the columns ``wanted`` of ``file`` are those of its table."""
     with readers.open_read(file.uri) as opened, contextlib.suppress(*UNREADABLE):
         schema = parquet.open_file(opened).schema_arrow
-        numbers = [(field.metadata or {}).get(FIELD_ID, b"") for field in schema]
-        for name, column in wanted.items():
-            number = b"" if column.number is None else b"%d" % column.number
-            found = [id for id, field in zip(numbers, schema, strict=True) if field.name == name]
-            if column.number is None and found:
+        for column, (numbers, may_lack) in wanted.items():
+            found, beside = _way(schema, column)
+            if not numbers:
+                if beside is None:
+                    raise CorpusError(
+                        f"{file.uri} has a column {column!r}, which its table has not, or not any "
+                        "more; name a column of the table"
+                    )
+                continue
+            is_same = tuple(found) == numbers[: len(found)]
+            is_absent = beside is not None and may_lack and numbers[len(found)] not in beside
+            if not is_same or not (beside is None or is_absent):
                 raise CorpusError(
-                    f"{file.uri} has a column {name!r}, which its table has not, or not any more; name "
-                    "a column of the table"
-                )
-            is_absent = not found and column.may_lack and number not in numbers
-            if column.number is not None and found != [number] and not is_absent:
-                raise CorpusError(
-                    f"{file.uri} lacks column {name!r} of its table (field {column.number}), whose "
+                    f"{file.uri} lacks column {column!r} of its table (field {_words(numbers)}), whose "
                     f"value is in the metadata or under another name; {REWRITE}"
                 )
+
+
+def _words(numbers: Sequence[bytes]) -> str:
+    return ".".join(number.decode() for number in numbers)
 
 
 def _place(task: Any, metadata: str, uri_of: Callable[[str], str]) -> str:
@@ -225,8 +255,24 @@ def _uri(location: str) -> str:
 # --- files of the store, for pyiceberg
 
 
+def _read(location: str, uri_of: Callable[[str], str]) -> bytes:
+    """The bytes of a metadata file or manifest. Raises ``CorpusError`` if it has too many."""
+    data, size = b"", corpus_files.stat(uri_of(location)).size  # which refuses pipes and devices
+    if size <= MOST_BYTES:
+        with readers.open_read(uri_of(location)) as file:
+            data = file.read(MOST_BYTES + 1)
+    if max(size, len(data)) > MOST_BYTES:
+        raise CorpusError(
+            f"{location} has {size} bytes, over the limit of {MOST_BYTES}; export the table"
+        )
+    return data
+
+
 def _file_io(uri_of: Callable[[str], str]) -> Any:
-    """The files of one table as pyiceberg's ``FileIO``, read-only; ``uri_of`` checks each location."""
+    """The manifests of one table as pyiceberg's ``FileIO``, read-only.
+
+    ``uri_of`` checks each location. pyiceberg has no bounds, so it is given what is unpacked.
+    """
     from pyiceberg.io import FileIO, InputFile
 
     class StoreFile(InputFile):
@@ -237,15 +283,13 @@ def _file_io(uri_of: Callable[[str], str]) -> Any:
             return storage.exists(uri_of(self.location))
 
         def open(self, seekable: bool = True) -> Any:
-            data, size = b"", len(self)  # which refuses pipes and devices
-            if size <= MOST_BYTES:
-                with readers.open_read(uri_of(self.location)) as file:
-                    data = file.read(MOST_BYTES + 1)
-            if max(size, len(data)) > MOST_BYTES:
+            data = _read(self.location, uri_of)
+            try:
+                return io.BytesIO(avro.unpacked(data, MOST_BYTES))
+            except (ValueError, OSError, pa.ArrowException) as error:
                 raise CorpusError(
-                    f"{self.location} has {size} bytes, over the limit of {MOST_BYTES}; export the table"
-                )
-            return io.BytesIO(data)
+                    f"{self.location} cannot be read as a manifest: {error}; export the table"
+                ) from error
 
     class StoreFiles(FileIO):
         def new_input(self, location: str) -> InputFile:

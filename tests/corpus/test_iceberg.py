@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import afn_ray
 from afn_ray.config import RunConfig
-from afn_ray.corpus import iceberg, listing, reading
+from afn_ray.corpus import avro, iceberg, listing, reading
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.runs import plan
@@ -104,6 +110,125 @@ def test_renamed_columns_and_partitions_outside_the_files_are_refused(catalog: A
         read(place(table), options)
     options = ReadOptions("auto", "text", None, "file", 1 << 20, keep="more")
     assert [value for _, value in read(place(table), options)] == [None, None, None, "m"]
+
+
+def test_a_path_is_that_of_the_table_at_every_step(catalog: Any, tmp_path: Path) -> None:
+    struct = pa.struct([("text", pa.string()), ("lang", pa.string())])
+    row = {"id": 1, "meta": {"text": "a", "lang": "en"}, "turns": [{"text": "t"}]}
+    kind = pa.schema(
+        [
+            ("id", pa.int64()),
+            ("meta", struct),
+            ("turns", pa.list_(pa.struct([("text", pa.string())]))),
+        ]
+    )
+    table = catalog.create_table("ns.nested", kind)
+    table.append(pa.Table.from_pylist([row], kind))
+    of_meta = replace(OPTIONS, text_column="meta.text")
+    of_turns = replace(OPTIONS, text_column="turns.0.text")
+    assert read(place(table), of_meta) == [("a", None)]
+    assert read(place(table), of_turns) == [("t", None)]
+    with table.update_schema() as update:
+        update.rename_column("meta.text", "old")
+        update.rename_column("meta.lang", "text")
+    with pytest.raises(CorpusError, match=r"lacks column 'meta\.text' .*\(field 2\.5\)"):
+        read(place(table), of_meta)
+    assert read(place(table), of_turns) == [("t", None)]  # nothing on this way has changed
+    from pyiceberg.types import StringType
+
+    with table.update_schema() as update:
+        update.add_column(("meta", "more"), StringType())
+    more = replace(of_turns, keep="meta.more")
+    row = {"id": 2, "meta": {"old": "b", "text": "de", "more": "m"}, "turns": [{"text": "u"}]}
+    table.append(pa.Table.from_pylist([row], table.schema().as_arrow()))
+    assert read(place(table), more) == [("t", None), ("u", "m")]
+    # A column of a file that no schema knows, and whose name is the path.
+    data = next(Path(place(table)).parent.parent.rglob("*.parquet"))
+    planted = pq.read_table(data).append_column("turns.0.text", [["evil"]])
+    pq.write_table(planted, data)
+    with pytest.raises(CorpusError, match=r"lacks column 'turns\.0\.text'"):
+        read(place(table), of_turns)
+
+
+@pytest.mark.parametrize("named", ["metadata", "folder"])
+def test_files_that_the_version_does_not_name_are_not_read(catalog: Any, named: str) -> None:
+    path = Path(place(made(catalog)))
+    folder = path.parent.parent
+    (path.parent / "v1.metadata.json").write_bytes(path.read_bytes())
+    (path.parent / "version-hint.text").write_text("1")
+    data = next(folder.rglob("*.parquet")).parent
+    pq.write_table(rows("evil"), data / "planted.parquet")
+    pq.write_table(rows("evil"), folder / "data" / "00000-0-planted.parquet")
+    (data / "deep").mkdir()
+    pq.write_table(rows("evil"), data / "deep" / "planted.parquet")
+    where = str(path) if named == "metadata" else str(folder)
+    assert [text for text, _ in read(where)] == ["a", "b", "c"]
+
+
+def packed_avro(data: bytes, codec: str) -> bytes:
+    """The Avro file ``data``, which is not compressed, with its blocks packed by ``codec``."""
+    packers: dict[str, Callable[[bytes], bytes]] = {
+        "deflate": lambda block: zlib.compress(block, wbits=-15),
+        "bzip2": lambda block: bz2.compress(block),
+        "zstandard": lambda block: pa.compress(block, "zstd", asbytes=True),
+    }
+    file = io.BytesIO(data)
+    file.read(len(avro.MAGIC))
+    header = dict(avro._pairs(file)) | {avro.CODEC: codec.encode()}
+    texts = [avro._long(len(text)) + text for pair in header.items() for text in pair]
+    mark = file.read(avro.SYNC_BYTES)
+    parts = [avro.MAGIC, avro._long(len(header)), *texts, avro._long(0), mark]
+    while file.tell() < len(data):
+        num_records, block = avro._read_long(file), packers[codec](avro._read_bytes(file))
+        parts += [avro._long(num_records), avro._long(len(block)), block, file.read(16)]
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("codec", ["null", "deflate", "bzip2", "zstandard"])
+def test_manifests_are_read_in_any_codec_and_bounded(
+    codec: str, catalog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = made(catalog)
+    manifests = sorted(Path(place(table)).parent.glob("*.avro"))
+    for path in manifests:
+        plain = avro.unpacked(path.read_bytes(), 1 << 20)
+        path.write_bytes(plain if codec == "null" else packed_avro(plain, codec))
+    assert [text for text, _ in read(place(table))] == ["a", "b", "c"]
+    largest = max(len(avro.unpacked(path.read_bytes(), 1 << 20)) for path in manifests)
+    assert largest > Path(place(table)).stat().st_size
+    monkeypatch.setattr(iceberg, "MOST_BYTES", largest - 1)
+    with pytest.raises(
+        CorpusError, match=r"\.avro (has|cannot be read as a manifest).*over the limit"
+    ):
+        read(place(table))
+
+
+def test_files_of_a_table_that_unpack_to_fill_memory_are_refused_by_name(catalog: Any) -> None:
+    table = made(catalog)
+    path = Path(place(table))
+    packed = path.with_name("x.gz.metadata.json")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert len(read(str(packed))) == 3
+    packer = zlib.compressobj(wbits=31)
+    bomb = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
+    packed.write_bytes(bomb)
+    with pytest.raises(CorpusError, match=rf"x\.gz\.metadata\.json.*over the limit of {256 << 20}"):
+        read(str(packed))
+    (manifest,) = [Path(each.manifest_list).name for each in table.snapshots()][-1:]
+    listed = path.parent / manifest
+    plain = avro.unpacked(listed.read_bytes(), 1 << 20)
+    mark = plain[-avro.SYNC_BYTES :]
+    header = packed_avro(plain[: plain.index(mark) + len(mark)], "deflate")
+    packer = zlib.compressobj(wbits=-15)
+    block = b"".join(packer.compress(bytes(1 << 20)) for _ in range(300)) + packer.flush()
+    for num_records, data, why in (
+        (1, block, "over the limit once they are unpacked"),
+        (1 << 60, zlib.compress(bytes(100), wbits=-15), "records are in a block of 100 bytes"),
+    ):
+        bad = header + avro._long(num_records) + avro._long(len(data)) + data + mark
+        listed.write_bytes(bad)
+        with pytest.raises(CorpusError, match=rf"{manifest} cannot be read as a manifest.*{why}"):
+            read(str(path))
 
 
 def test_deleted_rows_are_refused(catalog: Any, tmp_path: Path) -> None:
