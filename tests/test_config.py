@@ -8,6 +8,7 @@ import os
 import time
 from dataclasses import MISSING, asdict, fields
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from afn_ray.config import (
     resolve_layers,
 )
 from afn_ray.errors import ConfigError
+from afn_ray.runs.prices import read_prices
+from afn_ray.runs.rates import read_rate
 from afn_ray.store.settings import MOST_BYTES, config_from
 from conftest import write_new
 
@@ -350,6 +353,14 @@ def test_a_config_may_come_through_a_pipe() -> None:
     os.close(writer)
     assert config_from({}, f"/dev/fd/{reader}") == RunConfig(**NEEDED)
     os.close(reader)
+
+
+def test_a_pipe_that_no_shell_has_opened_is_refused(tmp_path: Path) -> None:
+    pipe = tmp_path / "p"
+    os.mkfifo(pipe)
+    for read in (read_prices, read_rate, read_policy, partial(config_from, {})):
+        with pytest.raises(ConfigError, match="p cannot be read: it is a pipe"):
+            read(pipe)
 
 
 def test_credentials_in_the_url_of_a_config_are_not_repeated() -> None:

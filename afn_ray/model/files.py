@@ -17,6 +17,7 @@ import transformers
 from afn_ray import cgroup
 from afn_ray.errors import ModelError
 from afn_ray.model import parts
+from afn_ray.store import disk
 from afn_ray.tokens.culprits import is_of_input
 
 # With one worker per core, more threads would only compete for it.
@@ -207,7 +208,12 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
 
 
 def _check_sizes(name: str, folder: Path) -> None:
-    """Raise ``ModelError`` if a file other than weights exceeds ``DESCRIPTION_BYTES``."""
+    """Raise ``ModelError`` for a pipe, and a file other than weights over ``DESCRIPTION_BYTES``."""
+    for path in (p for pattern in FETCHED for p in folder.glob(pattern)):
+        try:
+            disk.check_ends(path)
+        except OSError as error:
+            raise ModelError(f"{path.name} of {name} cannot be read: {error.strerror}") from error
     for path in (p for pattern in DESCRIPTIONS for p in folder.glob(pattern)):
         if (size := path.stat().st_size) > DESCRIPTION_BYTES:
             raise ModelError(

@@ -21,7 +21,7 @@ from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.reduce import near_duplicates
 from afn_ray.runs import address
-from afn_ray.store import manifest, probes, uris
+from afn_ray.store import disk, manifest, probes, uris
 from afn_ray.text import nearest
 from afn_ray.tokens import languages
 
@@ -134,6 +134,11 @@ def check_model(name: str, revision: str | None, *, trust_remote_code: bool = Fa
         raise ModelError(
             f"{name} is on this disk, and revision {revision!r} is for hub models; leave it out"
         )
+    try:
+        for file in path.iterdir() if is_folder else [path]:
+            disk.check_ends(file)
+    except OSError as error:
+        raise ModelError(f"no model at {name}: {error.filename}: {error.strerror}") from error
     if not is_folder:
         is_path = is_there or name.startswith(("/", ".", "~")) or name.count("/") > 1
         if is_path and not (path.suffix == ".gguf" and is_there):

@@ -79,7 +79,7 @@ RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def read_rate(path: Path) -> Rate:
     """The rate in ``path``. Raises ``ConfigError`` unless ``afn bench rate --json`` wrote it."""
     try:
-        value = json.loads(settings.decode(path.read_bytes()))
+        value = json.loads(settings.decode(settings.read_local(path)))
     except OSError as error:
         raise ConfigError(f"--rate {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from fsspec.utils import glob_translate
 
 from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import CorpusError
-from afn_ray.store import archives, readers, uris
+from afn_ray.store import archives, disk, readers, uris
 from afn_ray.store.fs_calls import call_with_retries, find_entry, named_errors
 
 WILDCARDS = "*?["
@@ -40,7 +40,7 @@ def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
     if isinstance(fs, LocalFileSystem):
         now = Path(name).stat()
         if not S_ISREG(now.st_mode):  # a pipe would block its reader, a device has no end
-            raise CorpusError(f"{name} is no regular file; name files or folders of them")
+            raise CorpusError(f"examining {name}: {disk.NO_FILE}")
         return FileInfo(name, now.st_size, f"time:{now.st_mtime_ns}")
     if info.get("size") is None:
         raise CorpusError(
@@ -150,6 +150,8 @@ def _match(
     # A pattern that is the exact name of a file or folder is no glob, even if it contains * or [.
     if entry is not None and entry["type"] == "file":
         return [_file_info(fs, entry)]
+    if entry is not None and isinstance(fs, LocalFileSystem):
+        disk.check_ends(Path(entry["name"]))
     if entry is not None and entry["type"] == "directory":
         entries = _files_in_folder(fs, path, left_out)
     elif _is_glob(path):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -55,6 +56,10 @@ class NameTaken(Exception):
 
 class UnfinishedClaim(OSError):
     """A writer claimed a name and ended before it filled the file."""
+
+
+NO_FILE = "it is a pipe, a device or a socket; give a regular file"
+"""Reason not to read what may have no end."""
 
 
 def create_once(target: Path, data: bytes) -> None:
@@ -130,6 +135,16 @@ def replace(target: Path, data: bytes) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_ends(path: Path) -> None:
+    """Raise ``OSError`` for a pipe, device or socket, which may keep its reader waiting for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # opening it fails too, and says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, NO_FILE, str(path))
 
 
 def copy(source: Path, target: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, cast
 
@@ -12,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import CorpusError
-from afn_ray.store import archives, corpus_files, uris
+from afn_ray.store import archives, corpus_files, disk, uris
 from afn_ray.store.fs_calls import call_with_retries
 
 READ_AHEAD_BYTES = 4 << 20
@@ -29,8 +30,12 @@ def open_read(uri: str) -> IO[bytes]:
         return _open_member(*corpus_files.find_member(*parts))
     fs, path = uris.open_filesystem(uri)
     if isinstance(fs, LocalFileSystem):
-        file = call_with_retries(fs, "opening", uri, CorpusError, lambda: fs.open(path, "rb"))
-        return cast(IO[bytes], file)
+
+        def open_local() -> IO[bytes]:
+            disk.check_ends(Path(path))
+            return cast(IO[bytes], fs.open(path, "rb"))
+
+        return call_with_retries(fs, "opening", uri, CorpusError, open_local)
     size = corpus_files.stat(uri).size
     exact = {"cache_type": "none"} if fs.protocol == "hf" else {}  # it would read ahead once more
 

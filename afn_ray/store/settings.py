@@ -11,7 +11,7 @@ from typing import Any
 
 from afn_ray.config import RunConfig
 from afn_ray.errors import AfnError, ConfigError, Unavailable
-from afn_ray.store import storage
+from afn_ray.store import disk, storage
 from afn_ray.text import nearest
 
 MOST_BYTES = 1 << 20
@@ -19,6 +19,8 @@ MOST_BYTES = 1 << 20
 MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
          (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
 """Byte order marks and their encodings. UTF-32-LE is first: its mark begins with UTF-16-LE's."""
+STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Beginnings of paths of open files, as a shell gives them for the output of a command."""
 PLACES = ("corpus", "store", "scratch", "thresholds")
 """Config keys that hold paths or URLs.
 
@@ -62,7 +64,17 @@ def decode(data: bytes) -> str:
 def _read(file: str) -> bytes:
     if "://" in file:
         return storage.read_bytes(file, 0, MOST_BYTES + 1)
-    with Path(file).open("rb") as source:  # also works for a pipe
+    return read_local(Path(file))
+
+
+def read_local(path: Path) -> bytes:
+    """The first bytes of a file that a user names, at most one over ``MOST_BYTES``.
+
+    Raises ``OSError``, also for a pipe or device that no shell has opened.
+    """
+    if not str(path).startswith(STREAMS):
+        disk.check_ends(path)
+    with path.open("rb") as source:
         return source.read(MOST_BYTES + 1)
 
 

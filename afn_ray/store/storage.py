@@ -45,6 +45,8 @@ def read_bytes(uri: str, start: int | None = None, end: int | None = None) -> by
     fs, path = uris.open_filesystem(uri)
 
     def read() -> bytes:
+        if isinstance(fs, LocalFileSystem):
+            disk.check_ends(Path(path))
         return bytes(fs.cat_file(path, start=start, end=end))
 
     try:

@@ -352,6 +352,15 @@ WRONG = [
     ("shwo {store}", "(did you mean show?)"),
     ("sql {store} --fromat csv", "(did you mean --format?)"),
     ("sql {store} --format jsno", "(did you mean json?)"),
+    ("run {pipes}/p.jsonl --model {model} --store {store}", "p.jsonl: it is a pipe"),
+    ("run {pipes}/*.jsonl --model {model} --store {store}", "*.jsonl: no files match"),
+    ("run {pipes}/x.zip::* --model {model} --store {store}", "x.zip: it is a pipe"),
+    ("run {pipes}/table --model {model} --store {store}", "table: no files match"),
+    ("run /dev/zero --model {model} --store {store}", "zero: it is a pipe, a device"),
+    ("run c.jsonl --model {pipes}/model --store {store}", "config.json: it is a pipe"),
+    ("run c.jsonl --model {pipes}/m.gguf --store {store}", "m.gguf: it is a pipe"),
+    ("run --config {pipes}/p.toml", "p.toml cannot be read: it is a pipe"),
+    ("audit run.toml --policy {pipes}/p.toml", "p.toml cannot be read: it is a pipe"),
 ]
 TRY_ALL = """
 import contextlib, io, json, sys, time
@@ -371,7 +380,7 @@ print(json.dumps(found))
 
 
 def test_wrong_input_is_refused_before_anything_heavy_is_loaded(
-    tmp_path: Path, store: Path, tiny_bert: Path
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, store: Path, tiny_bert: Path
 ) -> None:
     write_jsonl(tmp_path / "c.jsonl", [{"text": "hello"}])
     (tmp_path / "c.exe").write_text("x")
@@ -384,7 +393,12 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(
     (tmp_path / "broken" / "model.safetensors").touch()
     (tmp_path / "run.toml").write_text(f'corpus = "no.jsonl"\nmodel = "{tiny_bert}"\nstore = "s"\n')
     (tmp_path / "p.toml").write_text("psi = 1")
-    named = {"model": tiny_bert, "store": store, "long": "x" * 300}
+    pipes = tmp_path_factory.mktemp("pipes")
+    for name in ("p.jsonl", "x.zip", "table/metadata/version-hint.text", "model/config.json",
+                 "m.gguf", "p.toml"):  # fmt: skip
+        (pipes / name).parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(pipes / name)
+    named = {"model": tiny_bert, "store": store, "long": "x" * 300, "pipes": pipes}
     asked = [[word.format(**named) for word in line.split()] for line, _ in WRONG]
     done = subprocess.run(
         [sys.executable, "-c", TRY_ALL],
@@ -392,6 +406,7 @@ def test_wrong_input_is_refused_before_anything_heavy_is_loaded(
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        timeout=400,
     )
     found = json.loads(done.stdout or "[]")
     assert len(found) == len(WRONG), done.stderr

@@ -304,7 +304,7 @@ def test_metadata_of_strangers_imports_nothing_and_reads_no_other_filesystem(
     with pytest.raises(CorpusError, match="is an Iceberg table"):
         read(place(table), ReadOptions("jsonl", "text", None, "file", 1 << 20))
     os.mkfifo(tmp_path / "z.metadata.json")
-    with pytest.raises(CorpusError, match="is no regular file"):
+    with pytest.raises(CorpusError, match="is a pipe"):
         read(f"{tmp_path}/z.metadata.json")
 
 
