@@ -57,8 +57,8 @@ TOKEN = re.compile(
 PLAIN = re.compile(r"[^\W\d]\w*")
 """Name of a column that needs no quotes."""
 EXPECTED = (
-    "expected comparisons of a column with a value (=, <>, <, <=, >, >=, IN, LIKE, IS NULL), joined "
-    "by AND, OR, NOT and brackets, as in lang = 'de' AND year >= 2020"
+    "expected comparisons of a column with a value (=, <>, <, <=, >, >=, IN, LIKE, IS NULL), "
+    "joined by AND, OR, NOT and brackets, as in lang = 'de' AND year >= 2020"
 )
 
 Row = Sequence[Any]
@@ -238,7 +238,9 @@ def parse(text: str, columns: kept.Kept) -> Condition:
 
 
 def _is_canonical(text: str, columns: kept.Kept) -> bool:
-    """Whether ``text`` is a condition as this module writes it, with more spaces than the user's."""
+    """Whether ``text`` is a condition as this module writes it, with more
+    spaces than the user's.
+    """
     if len(text) > LONGER * MOST_CHARS:
         return False
     try:

@@ -110,8 +110,8 @@ FORMS = {
     ),
     "group_by": Form(
         kept.NAME,
-        f"source, {LANGUAGE_COLUMN}, one of keep_columns, or a key of the path: letters, digits, _ and "
-        "-, at most 63",
+        f"source, {LANGUAGE_COLUMN}, one of keep_columns, or a key of the path: letters, digits, _ "
+        "and -, at most 63",
     ),
     "sample": Form(samples.SHARE, samples.EXPECTED),
     "record": Form(token_rows.FORM, "all, summaries, high, or sample: and a share, as sample:0.01"),
@@ -119,15 +119,29 @@ FORMS = {
 }
 """Forms of texts, by key."""
 LEAST = {
-    "window_tokens": 8, "overlap_tokens": 0, "workers": 1, "workers_per_gpu": 1, "batch_tokens": 16,
-    "tokenizer_workers": 0, "allow_quarantined": 0, "screen": 0, "top_neurons": 1, "shard_bytes": 1024,
-    "max_document_bytes": 1, "near_duplicates": 0.5, "mean_vectors": 0, "limit": 1,
-}  # fmt: skip
+    "window_tokens": 8,
+    "overlap_tokens": 0,
+    "workers": 1,
+    "workers_per_gpu": 1,
+    "batch_tokens": 16,
+    "tokenizer_workers": 0,
+    "allow_quarantined": 0,
+    "screen": 0,
+    "top_neurons": 1,
+    "shard_bytes": 1024,
+    "max_document_bytes": 1,
+    "near_duplicates": 0.5,
+    "mean_vectors": 0,
+    "limit": 1,
+}
 """Smallest values of numbers, by key."""
 MOST = {
-    "top_neurons": MOST_TOP_NEURONS, "workers_per_gpu": MOST_WORKERS_PER_GPU,
-    "allow_quarantined": MOST_QUARANTINED, "near_duplicates": 1, "mean_vectors": MOST_MEAN_VECTORS,
-}  # fmt: skip
+    "top_neurons": MOST_TOP_NEURONS,
+    "workers_per_gpu": MOST_WORKERS_PER_GPU,
+    "allow_quarantined": MOST_QUARANTINED,
+    "near_duplicates": 1,
+    "mean_vectors": MOST_MEAN_VECTORS,
+}
 """Largest values of numbers, by key."""
 ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
 """Values that numbers must exceed, by key; none is infinite."""
@@ -135,29 +149,41 @@ HAS_NEURONS = {"pattern": r"(^|,)\s*neurons\s*(,|$)"}
 HAS_NO_NEURONS = {"pattern": r"^(?!(.*,)?\s*neurons\s*(,|$))"}
 NEEDS = (
     Need(
-        "top_neurons", "signals", HAS_NEURONS,
+        "top_neurons",
+        "signals",
+        HAS_NEURONS,
         "signals does not have neurons: add it, or leave top_neurons out",
     ),
     Need(
-        "neurons_of", "signals", HAS_NEURONS,
+        "neurons_of",
+        "signals",
+        HAS_NEURONS,
         "signals does not have neurons: add it, or leave neurons_of out",
     ),
     Need(
-        "neurons_of", "thresholds", {},
-        "what is HIGH is known before the corpus is measured only by thresholds: name the run whose "
-        "thresholds say it",
+        "neurons_of",
+        "thresholds",
+        {},
+        "what is HIGH is known before the corpus is measured only by thresholds: name the "
+        "run whose thresholds say it",
     ),
     Need(
-        "mean_vectors", "duplicates", {"pattern": "^keep$"},
+        "mean_vectors",
+        "duplicates",
+        {"pattern": "^keep$"},
         "the states of a copy cannot be taken out of a mean again: leave duplicates out",
     ),
     Need(
-        "record", "signals", HAS_NO_NEURONS,
+        "record",
+        "signals",
+        HAS_NO_NEURONS,
         "signals has neurons, which are recorded for rows of tokens: leave one of the two out",
     ),
     *(
         Need(
-            key, "record", {"pattern": f"^{token_rows.ALL}$"},
+            key,
+            "record",
+            {"pattern": f"^{token_rows.ALL}$"},
             f"record leaves out rows of tokens, which {why}: leave one of the two out",
         )
         for key, why in (
@@ -167,13 +193,19 @@ NEEDS = (
         )
     ),
     Need(
-        "thresholds_by", "group_by", {}, "group_by is not given: name what makes the groups",
+        "thresholds_by",
+        "group_by",
+        {},
+        "group_by is not given: name what makes the groups",
     ),
     Need(
-        "group_by", "screen", {"minimum": 1},
-        "screen is 0, and groups come from the scan that screen asks for: give screen another number",
+        "group_by",
+        "screen",
+        {"minimum": 1},
+        "screen is 0, and groups come from the scan that screen asks for: give screen "
+        "another number",
     ),
-)  # fmt: skip
+)
 """Keys that need others."""
 ANY_DEPTH = 10_000
 """Depth assumed while the model is unknown, in blocks; no model is deeper."""
@@ -216,8 +248,8 @@ class RunConfig:
     )
     mean_vectors: int = _option(
         0,
-        "most frequent types whose mean state is recorded at every layer, which splits their second "
-        "moment into mean and variance; 0: none",
+        "most frequent types whose mean state is recorded at every layer, which splits their "
+        "second moment into mean and variance; 0: none",
     )
     revision: str | None = _option(
         None, "revision of a hub model; name one for nightly runs, so that the model stays the same"
@@ -258,8 +290,8 @@ class RunConfig:
     )
     encoding: str | None = _option(
         None,
-        "encoding of the files (all but Parquet): latin-1, cp1251, shift-jis, gb18030 ...; default: "
-        "UTF-8, or UTF-16 and UTF-32 with their byte order mark",
+        "encoding of the files (all but Parquet): latin-1, cp1251, shift-jis, gb18030 ...; "
+        "default: UTF-8, or UTF-16 and UTF-32 with their byte order mark",
     )
     limit: int | None = _option(
         None, "number of documents to measure: the first ones of the corpus, or of those selected"
@@ -416,16 +448,18 @@ class RunConfig:
         object.__setattr__(self, "keep_columns", kept.canonical(columns))
 
     def _check_encoding(self) -> None:
-        """Raise ``ConfigError`` for an encoding that cannot be read; write it as Python names it."""
+        """Raise ``ConfigError`` for an encoding that cannot be read; write
+        it as Python names it.
+        """
         if self.encoding is None:
             return
         try:
             name = text_encodings.canonical(self.encoding)
         except ValueError as error:
             raise ConfigError(
-                f"encoding is {self.encoding!r}; expected one that Python knows and that has ASCII in "
-                "it, such as latin-1, cp1251 or gb18030; UTF-16 and UTF-32 are read by their byte "
-                "order mark, without this option"
+                f"encoding is {self.encoding!r}; expected one that Python knows and that has ASCII "
+                "in it, such as latin-1, cp1251 or gb18030; UTF-16 and UTF-32 are read by their "
+                "byte order mark, without this option"
             ) from error
         object.__setattr__(self, "encoding", name or None)
 

@@ -16,7 +16,7 @@
     |   `-- DeviceFault     1   retry the shard alone, in a new process: its worker's GPU failed
     |-- Damaged             1   repair the store: it differs from the commit; see ``afn verify``
     |-- IncompleteRun       1   the run ended with missing shards; the message lists them
-    `-- Interrupted        75   stop, resumable: full disk, signal, no capacity, dead GPU; call again
+    `-- Interrupted        75   stop, resumable: full disk, signal, no capacity, dead GPU; rerun
         `-- Unavailable    75   retry elsewhere or later: the store or the corpus does not answer
 
 Every constructor takes the message alone, so that errors survive pickling between processes.

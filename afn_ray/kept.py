@@ -40,11 +40,22 @@ SHOWN_CHARS = 40
 NAME = re.compile(r"[^\W\d][\w-]{0,62}")
 """Form of a name: letters of any alphabet, digits, ``_`` and ``-``; no digit first."""
 PATH = re.compile(rf"(?=.{{1,63}}\Z){NAME.pattern}(\.[\w-]+)*")
-"""Form of a column of the corpus: a name, or dotted names and numbers, as ``corpus.nested`` has them."""
-RESERVED = frozenset({
-    *documents_schema(()).names, NOT_KEPT, "duplicate_of", "near_duplicate_of",
-    "file", "row", "filename", "file_index", "file_row_number",
-})  # fmt: skip
+"""Form of a column of the corpus: a name, or dotted names and numbers, as ``corpus.nested`` has
+them.
+"""
+RESERVED = frozenset(
+    {
+        *documents_schema(()).names,
+        NOT_KEPT,
+        "duplicate_of",
+        "near_duplicate_of",
+        "file",
+        "row",
+        "filename",
+        "file_index",
+        "file_row_number",
+    }
+)
 """Names in a documents file and its view, in lower case: SQL does not tell the case."""
 NEWLY_RESERVED = frozenset({LANGUAGE})
 """Names that new runs write themselves, in lower case; older ones may have kept such columns."""
@@ -145,7 +156,8 @@ def fields_of(spec: str) -> list[pa.Field]:
 def values_of(
     row: Mapping[str, object], columns: Kept
 ) -> tuple[tuple[object, ...], tuple[tuple[str, str], ...]]:
-    """The values of ``columns`` in ``row``, by path, and name and reason of those that are left out.
+    """The values of ``columns`` in ``row``, by path, and name and reason of those that are left
+    out.
 
     A value is None where the row lacks the column, has null in it, or the value is left out.
     """
@@ -299,7 +311,9 @@ def convert(found: object, kind: str) -> Any:
 
 
 def columns_of(documents: Sequence[Document], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Kept columns ``names`` and ``NOT_KEPT`` of a table of ``documents``; nothing without names."""
+    """Kept columns ``names`` and ``NOT_KEPT`` of a table of ``documents``;
+    nothing without names.
+    """
     if not names:
         return {}
     found: dict[str, list[Any]] = {name: [] for name in names}

@@ -9,10 +9,19 @@ from typing import Any
 from afn_ray.fingerprints import fingerprint
 from afn_ray.schema import SCHEMA_VERSION, Series
 
-OF_COLUMNS = frozenset({
-    "layers", "signals", "series", "neuron_layers", "top_neurons", "outliers", "neurons_above",
-    "mean_types", "means",
-})  # fmt: skip
+OF_COLUMNS = frozenset(
+    {
+        "layers",
+        "signals",
+        "series",
+        "neuron_layers",
+        "top_neurons",
+        "outliers",
+        "neurons_above",
+        "mean_types",
+        "means",
+    }
+)
 """Keys of a measure that decide which values of a token are recorded, and no token itself."""
 
 

@@ -474,7 +474,7 @@ OWN_LABELS = {
         "share_high_own, share_high_own_low, share_high_own_high: float64",
     ),
 }
-"""Columns that follow in the tables of groups if tokens are labelled by their group's own Q3 too."""
+"""Further columns of the tables of groups, if tokens are labelled by their group's own Q3 too."""
 
 HISTOGRAM_SCHEMA = _schema("layer: int16", "special: bool", "strength: float32", "n: int64")
 """The run's strengths: each distinct recorded value with its count, special tokens apart."""
@@ -781,5 +781,6 @@ HISTORY_SCHEMA = _schema(
 )
 """Complete runs of a series, one row for each layer, and for each group at it; oldest first.
 
-``broken`` and ``warned`` name limits. Without the verdict of an audit the baseline is the night before.
+``broken`` and ``warned`` name limits. Without the verdict of an audit the baseline is the night
+before.
 """

@@ -1,4 +1,5 @@
-"""Rows of tokens that a run keeps beside its summaries: all, those of HIGH tokens, of a sample, none.
+"""Rows of tokens that a run keeps beside its summaries: all, those of HIGH tokens, of a sample,
+none.
 
 A shard's ``ReadOptions.record`` says it: empty for all rows, ``summaries``, ``sample:1%``, or
 ``high:4=9.5,8=12.25`` with the least strength of a HIGH token by layer.
@@ -68,7 +69,9 @@ def is_complete(record: str) -> bool:
 
 
 def check_complete(info: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` unless the run of ``info``, a run.json, keeps the rows of all tokens."""
+    """Raise ``ConfigError`` unless the run of ``info``, a run.json, keeps
+    the rows of all tokens.
+    """
     if not is_complete(record := record_of(info)):
         raise ConfigError(why_refused(record))
 

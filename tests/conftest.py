@@ -376,8 +376,10 @@ def printed(render: Any, result: dict[str, Any]) -> str:
 
 
 RUN_INFO: dict[str, Any] = {
-    "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {}, "tables": {}, "created_at": "",
-    "precision": {"dtype": "float32", "asked": "float32", "device": "cpu", "why": "asked for", "n_tokens": 0,
+    "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {},
+    "tables": {}, "created_at": "",
+    "precision": {"dtype": "float32", "asked": "float32", "device": "cpu", "why": "asked for",
+                  "n_tokens": 0,
                   "trials": []},
     "finished_at": "",
 }  # fmt: skip

@@ -28,9 +28,15 @@ AZURITE_KEY = (  # of its manual: no secret
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 )
 SEAWEED_PORTS = (
-    "s3.port", "s3.port.grpc", "master.port", "master.port.grpc",
-    "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc",
-)  # fmt: skip
+    "s3.port",
+    "s3.port.grpc",
+    "master.port",
+    "master.port.grpc",
+    "volume.port",
+    "volume.port.grpc",
+    "filer.port",
+    "filer.port.grpc",
+)
 START_S = 60.0
 """How long a server may take to answer."""
 

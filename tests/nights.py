@@ -97,7 +97,8 @@ class Nights:
         self.config = folder / "run.toml"
         folder.mkdir(exist_ok=True)
         self.config.write_text(
-            f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = "{self.store}"\nlayers = "0,2"\n'
+            f'corpus = "{folder}/corpus"\nmodel = "{model}"\nstore = '
+            f'"{self.store}"\nlayers = "0,2"\n'
             f'dtype = "float32"\nexecutor = "{executor}"\nshard_bytes = 2048\nbatch_tokens = 256\n'
         )
         (folder / "corpus").mkdir()

@@ -46,7 +46,8 @@ def sixty_four_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("quota", "cores"),
-    [("max 100000", 64), ("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("6400000 50000", 64),
+    [("max 100000", 64), ("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1),
+     ("6400000 50000", 64),
      ("250000 50000", 5), ("", 64), ("-1 100000", 64), ("200000 0", 64), ("nonsense", 64)],
 )  # fmt: skip
 def test_the_quota_of_a_container_is_counted_in_whole_cores(

@@ -24,11 +24,15 @@ VALUES: dict[str, list[Any]] = {
     "my-name": [None, "x"],
 }
 TESTS = [
-    "lang = 'de'", "lang != 'd''e'", "lang < 'd'", "lang >= 'é'", "lang LIKE 'd%'", "lang NOT LIKE '_e'",
-    "lang LIKE '%'", "lang LIKE ''", "lang LIKE '%a%b'", "lang IN ('de', 'DE', '')", "lang NOT IN ('de')",
+    "lang = 'de'", "lang != 'd''e'", "lang < 'd'", "lang >= 'é'", "lang LIKE 'd%'",
+    "lang NOT LIKE '_e'",
+    "lang LIKE '%'", "lang LIKE ''", "lang LIKE '%a%b'", "lang IN ('de', 'DE', '')",
+    "lang NOT IN ('de')",
     "lang IS NULL", "lang IS NOT NULL", "year = 2020", "year > -1", "year < 2020.5", "year <> 0",
-    "year IN (1, 2020)", "score > 0.1", "score <= 0.1", "score = 1e300", "score >= -.5", "ok", "NOT ok",
-    "ok = FALSE", "ok <> TRUE", "day >= '2020-01-02'", "seen > '2020-01-01'", "seen = '2026-11-30T12:00:00.000001'",
+    "year IN (1, 2020)", "score > 0.1", "score <= 0.1", "score = 1e300", "score >= -.5", "ok",
+    "NOT ok",
+    "ok = FALSE", "ok <> TRUE", "day >= '2020-01-02'", "seen > '2020-01-01'",
+    "seen = '2026-11-30T12:00:00.000001'",
     "\"my-name\" = 'x'",
 ]  # fmt: skip
 

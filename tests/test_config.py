@@ -166,8 +166,10 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes | None, says: str) -
 
 
 WRONG_TYPES = {
-    "corpus": (["a"], (1,), "a"), "model": (1, None, True), "layers": (8, None), "sink_factor": ("10", True, None),
-    "workers": (1.0, "1", True), "shard_bytes": ("auto", 2.0**20, True), "offsets": (1, "yes", None),
+    "corpus": (["a"], (1,), "a"), "model": (1, None, True), "layers": (8, None),
+    "sink_factor": ("10", True, None),
+    "workers": (1.0, "1", True), "shard_bytes": ("auto", 2.0**20, True),
+    "offsets": (1, "yes", None),
     "revision": (1, False), "id_column": (0,), "trust_remote_code": ("false", 0),
 }  # fmt: skip
 
@@ -181,8 +183,14 @@ def test_a_wrong_type_names_key_value_and_type(name: str, value: object) -> None
     assert str(caught.value).startswith(f"{name} is {value!r} ({type(value).__name__}); expected ")
 
 
-BOUNDS = {"window_tokens": 8, "workers": 1, "batch_tokens": 16, "shard_bytes": 1024, "max_document_bytes": 1,
-          "overlap_tokens": 0}  # fmt: skip
+BOUNDS = {
+    "window_tokens": 8,
+    "workers": 1,
+    "batch_tokens": 16,
+    "shard_bytes": 1024,
+    "max_document_bytes": 1,
+    "overlap_tokens": 0,
+}
 
 
 @pytest.mark.parametrize(("name", "least"), BOUNDS.items())
@@ -246,8 +254,10 @@ def test_unless_asked_otherwise_the_control_is_recorded(
     ("spec", "depth", "layers"),
     [
         ("8", 12, (8,)), ("2/3", 12, (8,)), ("2/3", 6, (4,)), ("2/3", 30, (20,)), ("2/3", 1, (1,)),
-        ("0,2/3", 12, (0, 8)), ("all", 3, (0, 1, 2, 3)), (" all ", 1, (0, 1)), ("4,8,12", 12, (4, 8, 12)),
-        ("12, 4,4", 12, (4, 12)), ("0.5", 12, (6,)), ("0.5", 5, (3,)), ("1/1", 12, (12,)), ("0", 12, (0,)),
+        ("0,2/3", 12, (0, 8)), ("all", 3, (0, 1, 2, 3)), (" all ", 1, (0, 1)),
+        ("4,8,12", 12, (4, 8, 12)),
+        ("12, 4,4", 12, (4, 12)), ("0.5", 12, (6,)), ("0.5", 5, (3,)), ("1/1", 12, (12,)),
+        ("0", 12, (0,)),
         ("0.0", 12, (0,)), ("8,2/3", 12, (8,)),
     ],
 )  # fmt: skip
@@ -267,7 +277,8 @@ def test_a_layer_that_is_not_there_says_which_are(spec: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    ["x", "", ",", "8,", "1/0", "1e9", "5e-1", "1e999999999", "1e-999999999", "9" * 5000, "1/" + "9" * 5000, "1_0",
+    ["x", "", ",", "8,", "1/0", "1e9", "5e-1", "1e999999999", "1e-999999999", "9" * 5000,
+     "1/" + "9" * 5000, "1_0",
      "٣", "nan", "inf", "all,8", "2/3/4", "0x8", "2 / 3"],
 )  # fmt: skip
 def test_what_is_no_layer_is_refused_at_once_and_shows_how_to_say_it(spec: str) -> None:

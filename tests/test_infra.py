@@ -1115,7 +1115,8 @@ def test_the_template_of_rights_is_one_that_cloudformation_takes() -> None:
 
 
 CALLS = {"head_object": "GetObject", "get_object": "GetObject", "put_object": "PutObject",
-         "delete_object": "DeleteObject", "list_objects_v2": "ListBucket", "head_bucket": "ListBucket",
+         "delete_object": "DeleteObject", "list_objects_v2": "ListBucket",
+         "head_bucket": "ListBucket",
          "create_multipart_upload": "PutObject",
          "upload_part": "PutObject", "complete_multipart_upload": "PutObject",
          "abort_multipart_upload": "AbortMultipartUpload"}  # fmt: skip
@@ -1264,7 +1265,10 @@ def slurm(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
     (tmp_path / "bin").mkdir()
     for name, body in fakes.items():
         path = tmp_path / "bin" / name
-        log = f'echo "{name} $*" >> "$LOG"; echo "{name} $RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> "$LOG.env"'
+        log = (
+            f'echo "{name} $*" >> "$LOG"; echo "{name} $RAY_AUTH_MODE $RAY_AUTH_TOKEN" '
+            '>> "$LOG.env"'
+        )
         path.write_text(f"#!/bin/sh\n{log}\n{body}\n")
         path.chmod(0o755)
 

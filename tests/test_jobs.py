@@ -195,7 +195,8 @@ def bucket(
         )
         storage.upload(corpus, f"{uri}/texts/{name}/c.jsonl")
         files[f"{name}.toml"] = (
-            f'corpus = "{uri}/texts/{name}"\nmodel = "{tiny_bert}"\nstore = "{uri}/{name}"\nlayers = "0,2"\n'
+            f'corpus = "{uri}/texts/{name}"\nmodel = "{tiny_bert}"\nstore = '
+            f'"{uri}/{name}"\nlayers = "0,2"\n'
             'dtype = "float32"\nshard_bytes = 16000\nscreen = 0\n'
         )
     for name, text in files.items():
@@ -330,8 +331,12 @@ def test_what_the_page_says_is_so(tmp_path: Path) -> None:
     }
 
 
-MEANT = {"activation_scan": ["run", "--config"], "reduce": ["run", "--reduce-only", "--config"],
-         "nightly_audit": ["audit"], "benchmark": ["bench"]}  # fmt: skip
+MEANT = {
+    "activation_scan": ["run", "--config"],
+    "reduce": ["run", "--reduce-only", "--config"],
+    "nightly_audit": ["audit"],
+    "benchmark": ["bench"],
+}
 
 
 def check_entrypoint(words: Sequence[str]) -> str:
@@ -349,10 +354,13 @@ def normal(name: str) -> str:
 ENDS = {
     # The reduce of the same shards by another rule, and by a config that asks for other shards.
     "reduce": ("reduce.py {bucket}/run.toml --sink-factor=5", 0, "is complete: "),
-    "lacking": ("reduce.py {bucket}/run.toml --shard-bytes=30000", 1, " shards are not in {bucket}/run, and"),
-    "audit": ("nightly_audit.py {bucket}/few.toml --policy={bucket}/policy.toml --no-report", 1, "BROKEN     empty"),
+    "lacking": ("reduce.py {bucket}/run.toml --shard-bytes=30000", 1,
+                " shards are not in {bucket}/run, and"),
+    "audit": ("nightly_audit.py {bucket}/few.toml --policy={bucket}/policy.toml --no-report", 1,
+              "BROKEN     empty"),
     "bench": ("benchmark.py monitor --model={model} --texts=1", 0, "overhead"),
-    "no-config": ("activation_scan.py {bucket}/none.toml", 2, "config file cannot be read: reading {bucket}/none.toml"),
+    "no-config": ("activation_scan.py {bucket}/none.toml", 2,
+                  "config file cannot be read: reading {bucket}/none.toml"),
 }  # fmt: skip
 
 

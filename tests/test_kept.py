@@ -88,7 +88,7 @@ def test_a_spec_has_one_canonical_form(spec: str) -> None:
         (",".join(f"c{i}" for i in range(17)), "at most 16"),
         ("body", "the text column"),
     ],
-)  # fmt: skip
+)
 def test_names_and_types_that_cannot_be_are_refused(spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(Path("m"), "c", "s", keep_columns=spec, text_column="body")
@@ -106,9 +106,11 @@ def test_names_of_other_alphabets_are_columns() -> None:
     [
         ("string", Decimal("1.50"), "1.50"), ("string", 0.1, "0.1"), ("string", False, "false"),
         ("string", "x" * 1024, "x" * 1024),
-        ("int64", 2**63 - 1, 2**63 - 1), ("int64", -(2**63), -(2**63)), ("int64", 5.0, 5), ("int64", " 12 ", 12),
+        ("int64", 2**63 - 1, 2**63 - 1), ("int64", -(2**63), -(2**63)), ("int64", 5.0, 5),
+        ("int64", " 12 ", 12),
         ("double", 2, 2.0), ("double", "1e3", 1000.0), ("bool", "True", True),
-        ("date", datetime(2026, 1, 2), date(2026, 1, 2)), ("timestamp", date(2026, 1, 2), datetime(2026, 1, 2)),
+        ("date", datetime(2026, 1, 2), date(2026, 1, 2)),
+        ("timestamp", date(2026, 1, 2), datetime(2026, 1, 2)),
     ],
 )  # fmt: skip
 def test_a_value_that_is_of_the_type_without_loss_is_kept(
@@ -120,10 +122,14 @@ def test_a_value_that_is_of_the_type_without_loss_is_kept(
 @pytest.mark.parametrize(
     ("kind", "found"),
     [
-        ("string", ["a"]), ("string", {"a": 1}), ("string", "x" * 1025), ("string", "ä" * 513), ("string", "\udcff"),
-        ("int64", 2**63), ("int64", 0.5), ("int64", True), ("int64", "1_0"), ("int64", "٣"), ("int64", float("inf")),
-        ("double", "nan"), ("double", float("nan")), ("double", 10**400), ("double", "1e999"), ("double", True),
-        ("bool", 1), ("bool", "yes"), ("date", "2026-11-01T01:00"), ("date", 20261101), ("date", True),
+        ("string", ["a"]), ("string", {"a": 1}), ("string", "x" * 1025), ("string", "ä" * 513),
+        ("string", "\udcff"),
+        ("int64", 2**63), ("int64", 0.5), ("int64", True), ("int64", "1_0"), ("int64", "٣"),
+        ("int64", float("inf")),
+        ("double", "nan"), ("double", float("nan")), ("double", 10**400), ("double", "1e999"),
+        ("double", True),
+        ("bool", 1), ("bool", "yes"), ("date", "2026-11-01T01:00"), ("date", 20261101),
+        ("date", True),
         ("timestamp", 5), ("timestamp", "noon"), ("timestamp", "0001-01-01T00:00:00+05:00"),
     ],
 )  # fmt: skip
@@ -175,9 +181,7 @@ def test_parquet_gives_the_same_from_its_own_types(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet", SPEC)
-    assert found[0].kept == (
-        date(2026, 11, 1), "de", 0.5, datetime(2026, 11, 1, 10), True, 2024
-    )  # fmt: skip
+    assert found[0].kept == (date(2026, 11, 1), "de", 0.5, datetime(2026, 11, 1, 10), True, 2024)
     assert found[1].kept == (None,) * 6
     assert found[2].kept == (None, None, 3.0, datetime(1970, 1, 1), False, None)
     assert refused(found) == [[], [], ["day", "lang", "year"]]
@@ -195,8 +199,9 @@ def test_parquet_strings_are_the_texts_that_ids_have(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     found = read(tmp_path / "a.parquet", "b,f,i,t,lacking")
     assert [d.kept for d in found] == [
-        ("ok", "0.5", "1", None, "00:00:00.000"), ("\\xff00", None, None, None, "00:00:01.000")
-    ]  # fmt: skip
+        ("ok", "0.5", "1", None, "00:00:00.000"),
+        ("\\xff00", None, None, None, "00:00:01.000"),
+    ]
 
 
 @pytest.mark.parametrize("kind", [pa.list_(pa.string()), pa.struct([("a", pa.int64())])])
@@ -242,9 +247,14 @@ def test_shards_without_kept_columns_have_the_ids_and_options_that_they_had(tmp_
     shard = Shard.of(slices, plain)
     assert shard.id == fingerprint([[*s.identity, ["text", None, 1 << 20]] for s in slices])
     assert plain.as_dict() == {
-        "format": "auto", "text_column": "text", "id_column": None, "txt_documents": "file",
-        "max_document_bytes": 1 << 20, "labels": None, "csv_escape": "auto",
-    }  # fmt: skip
+        "format": "auto",
+        "text_column": "text",
+        "id_column": None,
+        "txt_documents": "file",
+        "max_document_bytes": 1 << 20,
+        "labels": None,
+        "csv_escape": "auto",
+    }
 
 
 @pytest.mark.parametrize("format", ["txt", "jsonl", "csv", "parquet", "conllu"])
@@ -275,8 +285,10 @@ def made(
     del rows[4]["lang"]
     (folder / "corpus").mkdir()
     write_jsonl(folder / "corpus" / "a.jsonl", rows[:50])
-    pq.write_table(pa.Table.from_pylist([{"text": r["text"], "lang": r.get("lang")} for r in rows[50:]]),
-                   folder / "corpus" / "b.parquet")  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist([{"text": r["text"], "lang": r.get("lang")} for r in rows[50:]]),
+        folder / "corpus" / "b.parquet",
+    )
     config = config_of(
         tiny_bert,
         folder / "corpus",
@@ -339,8 +351,10 @@ def test_a_column_may_have_the_name_of_anything_that_documents_lack(
     assert {str(values[name]).removesuffix(".0") for name in names} == {"7"}
     assert [one["right_context"] for one in near] == ["dog and", "hill"]
     assert {name for name in near[0] if name.removeprefix(kept.BESIDE) in names} >= {*names} - {
-        "position", "start", "left_context"
-    }  # fmt: skip
+        "position",
+        "start",
+        "left_context",
+    }
     assert str(near[1].get(f"{kept.BESIDE}position", 7)) == "7"
 
 
@@ -351,8 +365,13 @@ def test_every_value_left_out_is_counted_and_named(made: Made) -> None:
     n_refused = sum(i % 7 == 0 for i in range(50))
     assert found["lang"] == ("string", len(rows) - 1, 1, 0, None, None)
     assert found["year"] == (
-        "int64", 50 - n_refused, 40, n_refused, 0, 'str "unknown", expected int64'
-    )  # fmt: skip
+        "int64",
+        50 - n_refused,
+        40,
+        n_refused,
+        0,
+        'str "unknown", expected int64',
+    )
     said = [e.message for e in events if "not kept" in getattr(e, "message", "")]
     assert len(said) == 1 and f"year: {n_refused} of 90 documents" in said[0]
     assert "unknown" not in said[0]
@@ -422,7 +441,9 @@ def test_the_same_columns_are_the_same_run_and_others_are_measured_anew(made: Ma
 def test_other_values_of_parquet_are_another_shard(
     made: Made, tmp_path: Path, tiny_bert: Path
 ) -> None:
-    """A kept column is content: a file whose text stays and whose language changes is read again."""
+    """A kept column is content: a file whose text stays and whose language
+    changes is read again.
+    """
     ids = []
     for lang in ("de", "en"):
         pq.write_table(

@@ -18,8 +18,10 @@ from conftest import make_measure
 
 STORE = Path(__file__).parent / "data" / "store"
 EVERY_KEY = (
-    "schema_version", "model", "model_type", "layers", "signals", "series", "window_tokens", "overlap_tokens",
-    "offsets", "neuron_layers", "top_neurons", "dtype", "labels", "outliers", "neurons_above", "mean_types", "means",
+    "schema_version", "model", "model_type", "layers", "signals", "series", "window_tokens",
+    "overlap_tokens",
+    "offsets", "neuron_layers", "top_neurons", "dtype", "labels", "outliers", "neurons_above",
+    "mean_types", "means",
 )  # fmt: skip
 """Keys of a measure, in the order in which plans and run.json hold them."""
 

@@ -1,4 +1,6 @@
-"""Private parts of libraries that afn-ray uses are there; pyproject.toml bounds their versions from above."""
+"""Private parts of libraries that afn-ray uses are there; pyproject.toml bounds their versions from
+above.
+"""
 
 from __future__ import annotations
 

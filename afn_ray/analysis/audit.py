@@ -130,8 +130,8 @@ def run_audit(
     limits learn from, where they were not kept. With ``mark`` false the caller calls
     ``keep_verdict`` once it has reported the verdict.
 
-    The baseline is an earlier complete run of the same series (``series.name_of``) with a common layer, by
-    kind one of:
+    The baseline is an earlier complete run of the same series (``series.name_of``) with a common
+    layer, by kind one of:
 
     A broken night is none, unless it was accepted (``store.verdicts.accept``).
 
@@ -231,7 +231,8 @@ def _judge(
 
 
 def _is_excused(rule: Rule, evidence: Evidence, few: Collection[str], *, begins: bool) -> bool:
-    """Whether ``rule`` lacks what no first night has: of a series that ``begins``, or of its groups.
+    """Whether ``rule`` lacks what no first night has: of a series that ``begins``, or of its
+    groups.
 
     ``few`` are the reasons of limits that had too few nights to learn from.
     """

@@ -136,7 +136,10 @@ class Sample:
         self.tokens = "tokens WHERE NOT is_special"
         if one_in > 1:
             self.tokens += f" AND hash(doc) % {one_in} = 0"
-        docs, sizes = self.ask(f"SELECT doc, count(*) FROM {self.tokens} GROUP BY 1 ORDER BY 1")  # noqa: S608
+        docs, sizes = self.ask(
+            f"SELECT doc, count(*) FROM {self.tokens} GROUP BY "  # noqa: S608
+            "1 ORDER BY 1"
+        )
         if not len(docs):
             raise QueryError(
                 f"{run.uri} has no token that is not special, so there is nothing to hold claims "

@@ -105,17 +105,17 @@ DEFINITIONS = (
     "the run's labels use the thresholds of another run. AUC is how often a content word is above "
     "a function word or punctuation mark (0.5: no more than by chance). Spearman's rho compares "
     "ranks, so log frequency and frequency give the same; below 0, one is less where the other is "
-    "more. A share of deviance explained is below 0 where the overall share guesses better than the "
-    "model. A control is a figure that the others are compared with. Attention is a mean over the "
-    "tokens of a window, so it is less in longer texts.",
+    "more. A share of deviance explained is below 0 where the overall share guesses better than "
+    "the model. A control is a figure that the others are compared with. Attention is a mean over "
+    "the tokens of a window, so it is less in longer texts.",
 )
 
 RANK_CORRELATION = "rank correlation"
 """Beginning of the names of quantities that have a sign."""
 EXPLAINED = "share of the deviance of HIGH that a smooth model explains"
 NO_ATTENTION = (
-    "Strength is not compared with attention, which the run did not record: 'afn run' with --signals "
-    "attention records what each token receives, norm-weighted too."
+    "Strength is not compared with attention, which the run did not record: 'afn run' with "
+    "--signals attention records what each token receives, norm-weighted too."
 )
 
 

@@ -125,7 +125,9 @@ def _main_and_controls(figures: Sequence[Figure]) -> tuple[Figure | None, list[F
 
 
 def _by_chance(what: str) -> float | None:
-    """Value of the quantity ``what`` that separates its two directions; None: it has one direction."""
+    """Value of the quantity ``what`` that separates its two directions;
+    None: it has one direction.
+    """
     if what == AUC:
         return 0.5
     return 0.0 if what.startswith(RANK_CORRELATION) else None

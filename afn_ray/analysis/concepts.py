@@ -130,8 +130,10 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
     if occurrences == MOST_OCCURRENCES:
         n = "n_high" if "neurons_above" in run.info["measure"] else "n"
         word_tokens = (
-            f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) FROM vocabulary "  # noqa: S608
-            f"WHERE layer = {layer} AND class <> 'special' AND {lower_word('text')} = {lower_word('$word')})"
+            f"(SELECT greatest((SELECT count(*) FROM mine), sum({n})) "  # noqa: S608
+            "FROM vocabulary "
+            f"WHERE layer = {layer} AND class <> 'special' AND {lower_word('text')} = "
+            f"{lower_word('$word')})"
         )
     query = _neurons_of_word_sql(layer, most, word_tokens)
     concepts = []
@@ -143,7 +145,9 @@ def neurons_of_word(run: Run, word: str, layer: int, most: int) -> tuple[list[Co
 
 
 def _neurons_of_word_sql(layer: int, most: int, word_tokens: str) -> str:
-    """Query for the neurons of ``$word``; ``word_tokens`` is SQL for how many tokens the word has."""
+    """Query for the neurons of ``$word``; ``word_tokens`` is SQL for how
+    many tokens the word has.
+    """
     # DuckDB estimates one row for an unnested list, so the join builds its hash table from the list
     # and not from all tokens.
     return f"""
@@ -167,9 +171,11 @@ def _neurons_of_word_sql(layer: int, most: int, word_tokens: str) -> str:
             FROM met JOIN neurons s ON s.layer = {layer} AND s.neuron = met.neuron
         )
         SELECT * EXCLUDE (word_tokens),
-            greatest(0, n - round(in_share * word_tokens)) / greatest(1, all_tokens - word_tokens) AS elsewhere
+            greatest(0, n - round(in_share * word_tokens))
+              / greatest(1, all_tokens - word_tokens) AS elsewhere
         FROM counted WHERE in_share > elsewhere
-        ORDER BY in_share * ln(in_share / greatest(elsewhere, 0.5 / all_tokens)) DESC, neuron LIMIT {most}
+        ORDER BY in_share * ln(in_share / greatest(elsewhere, 0.5 / all_tokens)) DESC, neuron
+          LIMIT {most}
     """  # noqa: S608
 
 
@@ -189,7 +195,8 @@ def contexts(run: Run, layer: int, number: int, most: int = CONTEXTS) -> list[Co
     rows = run.sql(
         f"""
         SELECT doc, position, item.value FROM (
-            SELECT t.doc, t.position, unnest(list_filter(neurons_{layer}, lambda x: x.neuron = {number})) AS item
+            SELECT t.doc, t.position,
+              unnest(list_filter(neurons_{layer}, lambda x: x.neuron = {number})) AS item
             FROM {normal}
         ) ORDER BY abs(item.value) DESC, doc, position LIMIT {most}
         """  # noqa: S608

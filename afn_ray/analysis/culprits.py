@@ -1,4 +1,5 @@
-"""Culprits of a broken limit, by name: sources, groups, files, classes, types in context, documents.
+"""Culprits of a broken limit, by name: sources, groups, files, classes, types in context,
+documents.
 
 All texts are from the corpus: they are cut, and characters that act on a terminal or reorder a page
 are escaped.
@@ -53,7 +54,7 @@ OF_DOCUMENTS = {
     "lost_documents": "lost_documents IS NULL OR lost_documents > 0",
     "replaced_characters": "n_replaced > 0",
     "replaced_share": "n_replaced > 0",
-}  # fmt: skip
+}
 """SQL of the documents that a limit on the run alone counts."""
 
 
@@ -300,7 +301,8 @@ def _in_context(asked: _Asked, token_id: int) -> str | None:
             SELECT doc, position FROM tokens WHERE token_id = $token_id
             ORDER BY doc, position LIMIT 1
         ) AS f ON t.doc = f.doc
-            AND t.position BETWEEN f.position - {CONTEXT_TOKENS} AND f.position + {CONTEXT_TOKENS}"""  # noqa: S608 - ours
+            AND t.position BETWEEN f.position - {CONTEXT_TOKENS}
+                AND f.position + {CONTEXT_TOKENS}"""  # noqa: S608
     rows = asked.rows(_written(around), {"token_id": token_id})
     return rows[0]["text"] if rows else None
 
@@ -343,8 +345,8 @@ def _documents(rule: Rule, night: _Night) -> Iterator[Culprit]:
 def _such_documents(rule: Rule, night: _Night, columns: str, query: str) -> pa.Table | None:
     """The first ``columns`` of ``query``, both SQL, that are of the part that ``rule`` names.
 
-    A part's rows, and near-copies, are looked for among the first ``MOST_READ``. None if they cannot
-    be read.
+    A part's rows, and near-copies, are looked for among the first ``MOST_READ``. None if they
+    cannot be read.
     """
     limit, column = MOST, grouping_column(night.evidence.run)
     if rule.limit.of or rule.limit.key == "near_duplicate_share":
@@ -411,7 +413,10 @@ def _texts_of(night: _Night, docs: Collection[int]) -> dict[int, dict[str, Any]]
         return {}
     listed = ", ".join(map(str, docs))
     tokens = f"FROM tokens t WHERE t.doc IN ({listed}) AND t.position <= {MOST_TEXT_CHARS}"
-    query = f"SELECT doc, source, text FROM documents JOIN ({_written(tokens)}) USING (doc)"  # noqa: S608
+    query = (
+        "SELECT doc, source, text FROM documents JOIN "  # noqa: S608
+        f"({_written(tokens)}) USING (doc)"
+    )
     return {row["doc"]: row for row in night.here.rows(query)}
 
 
@@ -423,7 +428,8 @@ def _written(tokens: str) -> str:
     # The token that begins a word has the whole word, unless it is as the type's own text.
     return f"""
         SELECT doc, string_agg(word, ' ' ORDER BY number) AS text FROM (
-            SELECT doc, number, coalesce(max(surface), string_agg(text, '' ORDER BY position)) AS word
+            SELECT doc, number,
+              coalesce(max(surface), string_agg(text, '' ORDER BY position)) AS word
             FROM (
                 SELECT t.*, count(*) FILTER (is_word_start)
                     OVER (PARTITION BY t.doc ORDER BY t.position) AS number

@@ -1,4 +1,6 @@
-"""Evidence that a policy judges, and the figures of a whole run and its comparison for each limit."""
+"""Evidence that a policy judges, and the figures of a whole run and its
+comparison for each limit.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,16 @@ from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.reduce.losses import Losses
 from afn_ray.store.manifest import RunFolder
 
-OF_SCALARS = ("q1_shift", "q2_shift", "q3_shift", "share_high_shift", "class_share_shift",
-              "class_high_shift", "min_tokens_ratio", "max_tokens_ratio")  # fmt: skip
+OF_SCALARS = (
+    "q1_shift",
+    "q2_shift",
+    "q3_shift",
+    "share_high_shift",
+    "class_share_shift",
+    "class_high_shift",
+    "min_tokens_ratio",
+    "max_tokens_ratio",
+)
 """Limits on scalar figures, which may be held against medians of several nights."""
 
 

@@ -1,4 +1,6 @@
-"""Compare one text with a run: measure its tokens, and attribute a classifier's decision to them."""
+"""Compare one text with a run: measure its tokens, and attribute a
+classifier's decision to them.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +113,9 @@ def explain(
 def _compare(
     tables: Mapping[str, pa.Table], token_ids: Any, special: Any, by_series: Mapping[Series, Any]
 ) -> tuple[list[Thresholds], dict[int, list[Reading]]]:
-    """Thresholds of each recorded layer, and a reading per token by layer; arrays are [n_tokens]."""
+    """Thresholds of each recorded layer, and a reading per token by layer;
+    arrays are [n_tokens].
+    """
     thresholds: list[Thresholds] = []
     readings: dict[int, list[Reading]] = {}
     for series, strengths in by_series.items():
@@ -162,8 +166,9 @@ def _with_signals(task: Task, signals: str, run_uri: str) -> Task:
         )
     if worker.wants(task, "mean") and not task.measure.means:
         raise ConfigError(
-            f"signals {signals} subtract a mean state that a run finds on its corpus, and {run_uri} "
-            "looked for none; leave them out, or explain against a run that recorded them"
+            f"signals {signals} subtract a mean state that a run finds on its corpus, and "
+            f"{run_uri} looked for none; leave them out, or explain against a run that recorded "
+            "them"
         )
     return task
 

@@ -84,7 +84,8 @@ class ControlModels:
             f"count(*) FILTER ({is_high(f'strength_{k}', f'$q3_{k}')})::DOUBLE" for k in q3
         )
         query = f"""
-            SELECT bin * {NUM_PLACES} + l.at_length + p.at_position AS cell, count(*)::DOUBLE, {high}
+            SELECT bin * {NUM_PLACES} + l.at_length + p.at_position AS cell, count(*)::DOUBLE,
+              {high}
             FROM (SELECT * FROM {sample.tokens})
             JOIN (SELECT doc, least(n_tokens, {LONGEST}) AS n FROM documents) USING (doc)
             JOIN bins USING (token_id)

@@ -254,8 +254,8 @@ def _notes(a: Side, b: Side, texts: Texts, matched: MatchedWords | None) -> Iter
     """Sentences that a reader of the comparison must know."""
     yield ONE_SCALE
     yield (
-        "A word counts in lower case, with the strength of its strongest token. A rank is the share "
-        "of a side's words with a smaller strength, 0 to 1."
+        "A word counts in lower case, with the strength of its strongest token. A rank is the "
+        "share of a side's words with a smaller strength, 0 to 1."
     )
     if a.run.uri == b.run.uri:
         yield "A and B are two layers of one run."

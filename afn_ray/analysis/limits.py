@@ -20,21 +20,21 @@ Distances between fewer tokens are mostly chance: chance alone gives a PSI of 9/
 """
 RUN_LIMITS = {
     "quarantined_documents": "share of the rows of documents that may be quarantined; the rest of "
-                             "a damaged file is one row, so limit what is lost too",
+    "a damaged file is one row, so limit what is lost too",
     "quarantined_shards": "share of the shards that may be missing (of those that "
-                          "allow_quarantined lets pass)",
+    "allow_quarantined lets pass)",
     "empty_documents": "share of the documents read that may be empty",
     "lost_bytes": "bytes of the corpus that may be lost: damaged, cut off, quarantined",
     "lost_share": "share of the bytes to be read that may be lost",
     "lost_documents": "documents that may be lost; a loss of a number that nobody can tell breaks "
-                      "every limit",
+    "every limit",
     "replaced_characters": "characters that may be replaced (U+FFFD), for bytes that are no text",
     "replaced_share": "share of the characters that may be replaced",
     "junk_share": "share of the tokens that may be in documents which screening ranks as strange",
     "duplicate_share": "share of the documents with tokens that may be copies of others",
     "near_duplicate_share": "share of the documents with tokens that may be near-copies of others",
     "repeated_ids": "ids that several documents may have",
-}  # fmt: skip
+}
 """Limits on the run alone; each key with its meaning."""
 DISTANCE_LIMITS = {
     "psi": "population stability index of the strengths, at most",

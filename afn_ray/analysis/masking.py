@@ -189,7 +189,8 @@ def _texts(
         is_content = "coalesce(list_contains($content::VARCHAR[], tag), false)"
         parameters["content"] = tags
     rows = run.sql(
-        f"SELECT doc, token_id, NOT is_special AND NOT coalesce(sink_{layer}, false), "  # noqa: S608
+        "SELECT doc, token_id, NOT is_special AND NOT "  # noqa: S608
+        f"coalesce(sink_{layer}, false), "
         f"coalesce(high_{layer}, false), {is_content} FROM tokens "
         "LEFT JOIN (SELECT token_id, class FROM vocabulary "
         f"WHERE layer = {layer} AND class <> 'special') USING (token_id) "

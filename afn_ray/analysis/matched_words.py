@@ -112,7 +112,8 @@ def match_texts(a: Run, b: Run) -> tuple[Texts, pa.Table, pa.Table]:
 
 def _documents(run: Run) -> _Documents:
     found = run.sql(
-        "SELECT ('0x' || left(text_sha256, 16))::UBIGINT AS text, doc, n_tokens::BIGINT AS n_tokens "  # noqa: S608
+        "SELECT ('0x' || left(text_sha256, 16))::UBIGINT AS text, doc, "  # noqa: S608
+        "n_tokens::BIGINT AS n_tokens "
         "FROM documents WHERE n_tokens > 0 AND duplicate_of IS NULL AND text_sha256 IS NOT NULL "
         f"ORDER BY text, doc LIMIT {MAX_DOCUMENTS}"
     ).to_arrow_table()
@@ -166,7 +167,8 @@ def _occurrences(run: Run, layer: int, documents: pa.Table, place: str) -> tuple
         f"(number * {1 << PLACE_BITS}::UBIGINT + {place}) * {1 << LENGTH_BITS}::UBIGINT + {length}"
     )
     found = run.sql(
-        f"SELECT ({key})::UBIGINT AS key, max_strength_{layer} AS strength, high_{layer} AS is_high "  # noqa: S608
+        f"SELECT ({key})::UBIGINT AS key, max_strength_{layer} AS strength, "  # noqa: S608
+        f"high_{layer} AS is_high "
         "FROM words JOIN chosen USING (doc)",
         chosen=documents,
     ).to_arrow_table()

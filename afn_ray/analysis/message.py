@@ -78,7 +78,9 @@ def _broken(found: Audit, usual: Mapping[str, UsualRange]) -> Iterator[str]:
     broken = [rule for rule in in_order(found.rules) if rule.state == BROKEN]
     for rule in broken[:MOST_RULES]:
         where = "" if rule.where is None else f": {inert(rule.where, 50)}"
-        yield f"- {rule.key} {verdict.value_text(rule)}, {_against(rule, usual.get(rule.key))}{where}"
+        yield (
+            f"- {rule.key} {verdict.value_text(rule)}, {_against(rule, usual.get(rule.key))}{where}"
+        )
     if len(broken) > MOST_RULES:
         yield f"- and {len(broken) - MOST_RULES} more"
 

@@ -1,4 +1,6 @@
-"""Questions about the neurons of a run: the selective ones, those of a word, and the uses of one."""
+"""Questions about the neurons of a run: the selective ones, those of a
+word, and the uses of one.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ class Covered:
 
 
 def choose_partition(config: RunConfig, policy: Policy, night: Night) -> Covered:
-    """The part of ``config``'s corpus that ``night`` measures: with the window "new", one partition.
+    """The part of ``config``'s corpus that ``night`` measures: with the window "new", one
+    partition.
 
     Raises ``ConfigError`` for a partition that the window or the corpus does not have.
     """

@@ -38,7 +38,9 @@ def worst_first(part: OwnPart) -> tuple[float, str]:
 
 
 def junk(run: RunFolder, kind: str) -> Iterator[OwnPart]:
-    """The share of the tokens of each part that are in strange documents; parts with tokens only."""
+    """The share of the tokens of each part that are in strange documents;
+    parts with tokens only.
+    """
     table = manifest.read_table(run, "strange")
     strange: Counter[str | None] = Counter()
     for name, n in zip(table[kind].to_pylist(), table["n"].to_pylist(), strict=True):
@@ -80,7 +82,8 @@ def near_documents(run: RunFolder) -> pa.Table:
     column = grouping_column(run)
     value = "NULL" if column is None else quoted(column.name)
     query = (
-        f"SELECT source, {value} AS value, count(*) AS n, count(near_duplicate_of) AS n_near "  # noqa: S608
+        f"SELECT source, {value} AS value, count(*) AS n, "  # noqa: S608
+        "count(near_duplicate_of) AS n_near "
         "FROM documents WHERE n_tokens > 0 AND duplicate_of IS NULL GROUP BY ALL"
     )
     with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
@@ -238,7 +241,10 @@ def _lossy_documents(run: RunFolder, column: kept.KeptColumn) -> pa.Table:
     """``source``, ``lost_bytes`` and the kept ``column`` of each document that lost something."""
     name = quoted(column.name)
     with database.open_run(run.uri, timeout_s=database.MAX_TIMEOUT_S) as opened:
-        query = f"SELECT source, lost_bytes, {name} FROM documents WHERE lost_bytes > 0"  # noqa: S608
+        query = (
+            f"SELECT source, lost_bytes, {name} FROM documents WHERE "  # noqa: S608
+            "lost_bytes > 0"
+        )
         rows = opened.sql(query).to_arrow_table()
     rows = rows.set_column(0, "source", rows["source"].cast(pa.string()))
     return rows.set_column(2, column.name, as_kept(rows[column.name], column))

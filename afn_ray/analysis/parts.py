@@ -77,7 +77,9 @@ class Parts(NamedTuple):
         return [row for row in self.rows if row["name"] in read and row["n_a"] >= self.min_tokens]
 
     def hidden(self) -> list[dict[str, Any]]:
-        """Rows with enough tokens in the baseline that may be among the other groups of this run."""
+        """Rows with enough tokens in the baseline that may be among the
+        other groups of this run.
+        """
         gone = [row for row in self.rows if self.others and not row["n_b"]]
         return [row for row in gone if row["n_a"] >= self.min_tokens]
 
@@ -282,8 +284,8 @@ def _notes(parts: Parts, policy: Policy) -> Iterator[str]:
     new = [row for row in in_run if not row["n_a"]]
     if new:
         yield (
-            f"[{kind}] judged nothing of {count(len(new), f'new {kind}')}, which have nothing to be "
-            f"held against: {_named(new, 'n_b')}; {REMEDY['new'][kind]}."
+            f"[{kind}] judged nothing of {count(len(new), f'new {kind}')}, which have nothing to "
+            f"be held against: {_named(new, 'n_b')}; {REMEDY['new'][kind]}."
         )
     if gone:
         yield (

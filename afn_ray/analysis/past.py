@@ -82,7 +82,8 @@ def values_before(
 def _kept(
     policy: Policy, asked: Mapping[Limit, str], night: RunFolder
 ) -> tuple[dict[str, float | None], dict[Limit, str]]:
-    """The figures that the audit of ``night`` kept on the terms ``asked`` for, by name of the limit.
+    """The figures that the audit of ``night`` kept on the terms ``asked`` for, by name of the
+    limit.
 
     Then the limits with their terms that it may have an unknown figure for.
     """

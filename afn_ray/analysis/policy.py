@@ -20,14 +20,14 @@ MEDIAN = re.compile(r"median:([2-9]|[1-9][0-9]{1,2})")
 """Form of the baseline that is the median of the last nights, of which there are 2 to 999."""
 OPTIONS = {
     "layer": "layer that is judged; default: the deepest that both runs recorded",
-    "window": "what a night covers: all, the whole corpus, or new, one dated partition; default: all",
+    "window": "what a night covers: all, the whole corpus (default), or new, one dated partition",
     "baseline": "what a night is held against: previous, week (window all), weekday or median:7 "
-                "(window new); default: previous",
+    "(window new); default: previous",
     "nights": 'nights that limits as in "3 mad" learn from, at least '
-              f"{learned.LEAST_NIGHTS}; default: {learned.NIGHTS}",
+    f"{learned.LEAST_NIGHTS}; default: {learned.NIGHTS}",
     "unjudged": "what a limit counts as that could not be judged: pass or fail; default: neither, "
-                "and the night is not judged",
-}  # fmt: skip
+    "and the night is not judged",
+}
 CHOICES = {"window": tuple(BASELINES), "unjudged": ("pass", "fail")}
 """Accepted values of the options that take one of a fixed set."""
 LEAST = {"layer": 0, "nights": learned.LEAST_NIGHTS}
@@ -35,13 +35,13 @@ LEAST = {"layer": 0, "nights": learned.LEAST_NIGHTS}
 PART_OPTIONS = {
     "source": {
         "min_tokens": "tokens that a source needs in both runs (for min_tokens_ratio: in the "
-                      f"baseline) to be judged; default: {LEAST_TOKENS}"
+        f"baseline) to be judged; default: {LEAST_TOKENS}"
     },
     "group": {
         "min_tokens": "tokens that a group needs in both runs (for min_tokens_ratio: in the "
-                      f"baseline) to be judged; default: {LEAST_TOKENS}"
+        f"baseline) to be judged; default: {LEAST_TOKENS}"
     },
-}  # fmt: skip
+}
 """Options beside the limits on each part of a run."""
 TABLES = (
     "\n  [source]: limits for the worst source"

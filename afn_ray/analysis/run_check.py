@@ -297,7 +297,9 @@ class RunCheck:
             self._compare(reduced, stored)
 
     def _without_lists(self, tables: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
-        """The run's ``tables`` without what its closed-class words decide, where those here differ."""
+        """The run's ``tables`` without what its closed-class words decide,
+        where those here differ.
+        """
         depend = {"word_vocabulary"}
         if group_drift.grouped_by_language(self.folder):
             depend.add("group_classes")
@@ -442,7 +444,8 @@ class RunCheck:
         recomputed = run.sql(recount.thresholds_sql(layer), [sink_factor]).to_arrow_table()
         names = ", ".join(recomputed.column_names)
         stored = run.sql(
-            f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER BY population"  # noqa: S608
+            f"SELECT {names} FROM thresholds WHERE layer = {layer} ORDER "  # noqa: S608
+            "BY population"
         )
         if differs := difference(stored.to_arrow_table(), recomputed):
             self._find("tables", self._table_uri("thresholds"), f"layer {layer}: {differs}")

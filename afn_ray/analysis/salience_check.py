@@ -37,7 +37,8 @@ def wrong_type(run: Run, layer: int) -> str:
     """
     ids, *stored = (
         run.sql(
-            f"SELECT token_id, {COLUMNS} FROM salience WHERE layer = ? ORDER BY token_id",  # noqa: S608
+            f"SELECT token_id, {COLUMNS} FROM salience WHERE layer = ? "  # noqa: S608
+            "ORDER BY token_id",
             [layer],
         )
         .to_arrow_table()
@@ -51,7 +52,9 @@ def wrong_type(run: Run, layer: int) -> str:
 
 
 def wrong_word(run: Run, layer: int) -> str:
-    """Description of a wrong word of ``word_vocabulary``; empty if there is none, as in ``wrong_type``."""
+    """Description of a wrong word of ``word_vocabulary``; empty if there is none, as in
+    ``wrong_type``.
+    """
     words, *stored = (
         run.sql(
             f"SELECT word, {COLUMNS} FROM word_vocabulary "  # noqa: S608

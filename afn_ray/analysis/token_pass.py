@@ -219,11 +219,15 @@ def _read_types(sample: Sample, layers: Sequence[int]) -> _Types:
         f"SELECT token_id, count(*), {mean_columns} FROM {sample.tokens} GROUP BY 1"  # noqa: S608
     )
     known_ids, *known = sample.ask(
-        f"SELECT token_id, coalesce(list_position({list(KINDS)}, class) - 1, {len(KINDS)}), n, idf "  # noqa: S608
+        f"SELECT token_id, coalesce(list_position({list(KINDS)}, class) - 1, "  # noqa: S608
+        f"{len(KINDS)}), n, idf "
         f"FROM vocabulary WHERE layer = {layers[-1]} AND class <> 'special'"
     )
     kind, n_in_run, idf = (by_number(known_ids, column) for column in known)
-    places, num_there = sample.ask(f"SELECT position, count(*) FROM {sample.tokens} GROUP BY 1")  # noqa: S608
+    places, num_there = sample.ask(
+        "SELECT position, count(*) FROM "  # noqa: S608
+        f"{sample.tokens} GROUP BY 1"
+    )
     mean, centre = {}, {}
     for k, mean_of_type in zip(layers, means, strict=True):
         mean[k] = by_number(ids, mean_of_type)

@@ -52,7 +52,9 @@ class Rule:
         return self.limit.name
 
     def is_beyond(self, value: float) -> bool:
-        """Whether ``value`` is beyond the level that the rule is beyond: broken, or of a warning."""
+        """Whether ``value`` is beyond the level that the rule is beyond:
+        broken, or of a warning.
+        """
         level = self.limit.fail if self.state == BROKEN else self.limit.warn
         return self.limit.is_beyond(value, level)
 
@@ -189,7 +191,9 @@ def value_text(rule: Rule) -> str:
 
 
 def limit_text(rule: Rule) -> str:
-    """The limit of ``rule`` with its sign, and where a warning begins; what is usual comes first."""
+    """The limit of ``rule`` with its sign, and where a warning begins;
+    what is usual comes first.
+    """
     limit = rule.limit
     sign = ">=" if limit.is_minimum else "<="
     texts = []
@@ -202,7 +206,9 @@ def limit_text(rule: Rule) -> str:
 
 
 def where_text(rule: Rule) -> str:
-    """The place that the value of ``rule`` belongs to, and the number of others beyond the limit."""
+    """The place that the value of ``rule`` belongs to, and the number of
+    others beyond the limit.
+    """
     where = rule.where or ""
     if rule.num_beyond is None:
         return where

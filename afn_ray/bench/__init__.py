@@ -65,7 +65,9 @@ BUILT_IN = "BERT-base shape, random weights"
 
 
 def more_passes(passes: int, seconds: float, least_s: float) -> int:
-    """Passes that take ``least_s``, a little more, or not yet, where ``passes`` took ``seconds``."""
+    """Passes that take ``least_s``, a little more, or not yet, where
+    ``passes`` took ``seconds``.
+    """
     return math.ceil(passes * min(MOST_GROWTH, 1.1 * least_s / seconds))
 
 
@@ -81,8 +83,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "engine",
         allow_abbrev=False,
         help="compare the speed of this engine with other ways to measure the same strengths",
-        description="Each variant has its own processes and is loaded before the clock starts. The variants run in "
-        "turns, one at a time. The figures are medians over the repetitions that no other process disturbed.",
+        description="Each variant has its own processes and is loaded before the clock starts. The "
+        "variants run in turns, one at a time. The figures are medians over the repetitions that "
+        "no other process disturbed.",
     )
     engine.add_argument(
         "--profiles",
@@ -139,8 +142,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "monitor",
         allow_abbrev=False,
         help="measure the latency of one text at a time, with and without recording strengths",
-        description="Each batch is one text, and the ways to run it take turns. Without --model, BERT-base is compared "
-        "with a distilled shape.",
+        description="Each batch is one text, and the ways to run it take turns. Without --model, "
+        "BERT-base is compared with a distilled shape.",
     )
     monitor.add_argument(
         "--layer", default="2/3", help="layer to record, or a fraction of the depth (default: 2/3)"
@@ -155,9 +158,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     rate = commands.add_parser(
         "rate",
         allow_abbrev=False,
-        help="measure the speed of one worker on the texts of a run, for 'afn run --dry-run --rate'",
-        description="One worker processes whole shards of the run's own texts, from JSONL to committed Parquet; on a "
-        "CPU it uses one core. Nothing is written to the run's store.",
+        help="measure the speed of one worker on the texts of a run, for 'afn run "
+        "--dry-run --rate'",
+        description="One worker processes whole shards of the run's own texts, from JSONL to "
+        "committed Parquet; on a CPU it uses one core. Nothing is written to the run's store.",
     )
     rate.add_argument(
         "config",
@@ -170,7 +174,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help=f"tokens to measure, about (default: {3 * cpu:,}, on a GPU what takes {LEAST_S['cuda']:.0f} s)",
+        help=f"tokens to measure, about (default: {3 * cpu:,}, on a GPU what takes "
+        f"{LEAST_S['cuda']:.0f} s)",
     )
     rate.add_argument(
         "--repeat",
@@ -191,9 +196,9 @@ def _add_feed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "feed",
         allow_abbrev=False,
         help="measure the speed of a worker whose model answers at once",
-        description="A worker with 0, 1, 2 ... tokenizer processes takes whole shards from JSONL to committed "
-        "Parquet. The figures are its tokens per second, and the CPU time per token of each stage around the "
-        "model. No GPU is used.",
+        description="A worker with 0, 1, 2 ... tokenizer processes takes whole shards from JSONL "
+        "to committed Parquet. The figures are its tokens per second, and the CPU time per token "
+        "of each stage around the model. No GPU is used.",
     )
     feed.add_argument(
         "--model", help=f"model whose tokenizer is used (default: {BUILT_IN_TOKENIZER})"

@@ -43,7 +43,8 @@ from afn_ray.tokens import feed, languages
 STAGES = {
     "read": "JSONL files -> documents, in the worker",
     "rust": "the tokenizers library on whole texts, only to compare: no part of a worker",
-    "prepare": "texts -> tokens, words as written and batches, in a tokenizer process if there is one",
+    "prepare": "texts -> tokens, words as written and batches, in a tokenizer process if "
+    "there is one",
     "send": "texts pickled for a tokenizer process, in the worker",
     "answer": "what is prepared pickled for the worker, in a tokenizer process",
     "receive": "what is prepared unpickled, in the worker",
@@ -325,8 +326,8 @@ def render(result: dict[str, Any], console: Console) -> None:
     )
     if result["times"] > 1:
         console.print(
-            f"The texts are measured {result['times']:g} times over: words that a chunk has already "
-            "cost less, so give --corpus more texts or a smaller --tokens"
+            f"The texts are measured {result['times']:g} times over: words that a chunk has "
+            "already cost less, so give --corpus more texts or a smaller --tokens"
         )
     table = Table("stage", "CPU us/token", "what", title="Each stage alone, on one thread")
     for stage, values in result["stages"].items():

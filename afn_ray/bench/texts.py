@@ -243,7 +243,8 @@ class Writer:
             last = window.row + window.length - num_suffix - 1
             begin = 0
             if window.row > encoded.bounds[at]:
-                # Keep the space before the window: many tokens contain it, but their offsets do not.
+                # Keep the space before the window: many tokens contain it, but their offsets do
+                # not.
                 begin = encoded.end[first - 1]
             text = texts[at][begin : encoded.end[last]]
             pieces[at].append(Piece(text, window.keep_start, window.keep_end, window.length))

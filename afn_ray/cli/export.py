@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from afn_ray.exports.writing import ExportFile
 
 EXPORT_EPILOG = (
-    "exit codes: 0 = written, or there already; 2 = the command or the query is wrong, or TARGET holds "
-    "something else; 75 = stopped, and the same command resumes"
+    "exit codes: 0 = written, or there already; 2 = the command or the query is wrong, or TARGET "
+    "holds something else; 75 = stopped, and the same command resumes"
 )
 SAY_EVERY_S = 10.0
 """Shortest time between two lines of progress, in seconds."""
@@ -34,8 +34,8 @@ def add_export(commands: Commands) -> None:
         help="write a table or query of a run for other engines: Parquet, Iceberg, CSV",
         epilog=EXPORT_EPILOG,
         description="The same command finishes an export that was stopped. Tables: "
-        f"{', '.join(VIEWS)}. Tokens have the id, the source and the kept columns of their document "
-        "too.",
+        f"{', '.join(VIEWS)}. Tokens have the id, the source and the kept columns of their "
+        "document too.",
     )
     arguments.add_run(export)
     export.add_argument(

@@ -204,8 +204,8 @@ def _add_audit(commands: Commands) -> None:
         "audit",
         help="measure a corpus, compare the run with an earlier one, and check a policy",
         epilog=AUDIT_EPILOG,
-        description="Made for a nightly job. It writes audit.json. The same command again gives the "
-        "same verdict.",
+        description="Made for a nightly job. It writes audit.json. The same command again gives "
+        "the same verdict.",
     )
     audit.add_argument(
         "config",

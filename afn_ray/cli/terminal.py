@@ -1,4 +1,6 @@
-"""Standard streams of a command: closed, full, without a reader, or not UTF-8; and lines on them."""
+"""Standard streams of a command: closed, full, without a reader, or not
+UTF-8; and lines on them.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def prepare() -> None:
         if (
             stream is None
         ):  # closed by the parent process; otherwise the next opened file would get its number
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - as long as we live
+            # The stream stays open until this process ends.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
         elif name != "stdin" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     sys.stderr = cast(TextIO, _Steady(sys.stderr))

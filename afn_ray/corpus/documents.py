@@ -141,7 +141,8 @@ def problem(
 def garbled(text: str, num_replaced: int, encoding: str = "") -> str:
     """Why ``text`` is not readable text, and the likely cause; empty if it is readable.
 
-    ``num_replaced`` is the number of its replaced characters; ``encoding`` is the one that was given.
+    ``num_replaced`` is the number of its replaced characters; ``encoding`` is the one that was
+    given.
     """
     if SEVEN_BIT.search(text):
         return (
@@ -172,8 +173,8 @@ def _likely_cause(text: str, num_replaced: int, encoding: str) -> str:
     num_low = sum(c < " " for c in CONTROLS.findall(text))  # C0
     if num_replaced > 4 * num_low:
         return (
-            "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; give its --encoding, or "
-            "convert the file to UTF-8"
+            "it looks like an encoding such as cp1251, latin-1 or Shift-JIS; give its --encoding, "
+            "or convert the file to UTF-8"
         )
     if num_replaced == 0 and num_low == 0:
         return "it looks like UTF-8 that was once read as latin-1 and written anew; repair the file"

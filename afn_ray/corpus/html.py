@@ -163,7 +163,10 @@ class _OpenElements:
             self._close(name)
 
     def _leave(self) -> None:
-        """Leave a scope. What is still open in it may be so after it, if the parser saw no scope."""
+        """Leave a scope.
+
+        What is still open in it may be so after it, if the parser saw no scope.
+        """
         name, inside = self._scopes.pop()
         self._scopes[-1][1].update(inside)
         self._close(name)

@@ -1,9 +1,9 @@
 """Iceberg tables in, their data files out: those of one version, which its metadata file fixes.
 
-pyiceberg reads metadata and manifests, through the store's own files and credentials. The data files
-are Parquet, which is read as any. Whatever would make their rows differ from the table's is refused:
-deleted rows, renamed columns, defaults of columns that a file lacks. Metadata is untrusted: no file
-outside the table's folder is opened.
+pyiceberg reads metadata and manifests, through the store's own files and credentials. The data
+files are Parquet, which is read as any. Whatever would make their rows differ from the table's is
+refused: deleted rows, renamed columns, defaults of columns that a file lacks. Metadata is
+untrusted: no file outside the table's folder is opened.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ def _check_location(version: Version, location: str) -> None:
         ".." in location.split("/") or not uris.below(version.named_by)(location.rstrip("/"))
     ):
         raise CorpusError(
-            f"{version.named_by} has a {HINT}, but its metadata are of a table in {location[:400]}; "
+            f"{version.named_by} has a {HINT}, but its metadata are of a table in "
+            f"{location[:400]}; "
             "name the metadata file of the version, or remove the hint if it is no table"
         )
 
@@ -228,7 +229,8 @@ def _check_columns(file: FileInfo, wanted: Mapping[str, _Wanted]) -> None:
             is_absent = beside is not None and may_lack and numbers[len(found)] not in beside
             if not is_same or not (beside is None or is_absent):
                 raise CorpusError(
-                    f"{file.uri} lacks column {column!r} of its table (field {_words(numbers)}), whose "
+                    f"{file.uri} lacks column {column!r} of its table (field "
+                    f"{_words(numbers)}), whose "
                     f"value is in the metadata or under another name; {REWRITE}"
                 )
 
@@ -238,7 +240,10 @@ def _words(numbers: Sequence[bytes]) -> str:
 
 
 def _place(task: Any, metadata: str, uri_of: Callable[[str], str]) -> str:
-    """URI of the data file of a scan ``task``. Raises ``CorpusError`` if it is not all of its rows."""
+    """URI of the data file of a scan ``task``.
+
+    Raises ``CorpusError`` if it is not all of its rows.
+    """
     uri = uri_of(str(task.file.file_path))
     if task.delete_files:
         raise CorpusError(f"{metadata}: rows of {uri} are deleted in other files; {REWRITE}")

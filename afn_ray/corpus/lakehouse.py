@@ -18,7 +18,8 @@ THREADS = 16
 """Most folders checked at the same time."""
 ICEBERG_METADATA = re.compile(r"[^/]+\.metadata\.json(\.gz)?|version-hint\.text")
 MARK = re.compile(
-    rf"/(?:(?:_delta_log|\.hoodie|_spark_metadata)(?=/|$)|metadata(?:/(?:{ICEBERG_METADATA.pattern}))?$)"
+    rf"/(?:(?:_delta_log|\.hoodie|_spark_metadata)(?=/|$)"
+    rf"|metadata(?:/(?:{ICEBERG_METADATA.pattern}))?$)"
 )
 """Path of a file or folder that suggests a table: what follows the table's own path.
 
@@ -74,9 +75,9 @@ KINDS = (DELTA, HUDI, SINK, ICEBERG)
 def refuse_tables(patterns: Iterable[str], listed: Iterable[str]) -> None:
     """Raise ``CorpusError`` if ``patterns`` name a table, are in one, or have one below them.
 
-    ``listed`` are all files and folders that the listing returned; on remote filesystems also hidden
-    ones. A check of every remote folder would take long, so there the listing selects the folders
-    to check. Folders above a pattern were not listed and are always checked.
+    ``listed`` are all files and folders that the listing returned; on remote filesystems also
+    hidden ones. A check of every remote folder would take long, so there the listing selects the
+    folders to check. Folders above a pattern were not listed and are always checked.
     """
     local: set[str] = set()
     folders: set[str] = set()
@@ -84,8 +85,8 @@ def refuse_tables(patterns: Iterable[str], listed: Iterable[str]) -> None:
         if (parts := uris.split_member(uri)) is not None:
             if IN_ARCHIVE.search(parts[1]):
                 raise CorpusError(
-                    f"{parts[0]} has a table of a lakehouse ({parts[1]}), whose log alone says which "
-                    "of its files count; export the table's current version and name that"
+                    f"{parts[0]} has a table of a lakehouse ({parts[1]}), whose log alone says "
+                    "which of its files count; export the table's current version and name that"
                 )
         elif "://" not in uri:
             local.add(uri.rpartition("/")[0])

@@ -18,8 +18,16 @@ from afn_ray.store.layout import is_store_file
 from afn_ray.text import count, nearest
 from afn_ray.text_encodings import encoding_of
 
-FORMATS = {"txt": "txt", "jsonl": "jsonl", "ndjson": "jsonl", "csv": "csv", "parquet": "parquet",
-           "conllu": "conllu", "warc": WARC, "wet": WARC}  # fmt: skip
+FORMATS = {
+    "txt": "txt",
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "csv": "csv",
+    "parquet": "parquet",
+    "conllu": "conllu",
+    "warc": WARC,
+    "wet": WARC,
+}
 """File name ending -> format."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 """Second endings allowed for all formats except Parquet."""
@@ -91,14 +99,16 @@ def list_files(
 
 
 def _check_only_table(folder: str, options: ReadOptions) -> None:
-    """Raise ``CorpusError`` if ``folder``, named as a table of Iceberg, has other files of a corpus."""
+    """Raise ``CorpusError`` if ``folder``, named as a table of Iceberg, has other files of a
+    corpus.
+    """
     for file in corpus_files.find_files(folder):
         format = _format(file.uri, replace(options, format="auto"))
         place = "data" if format == "parquet" else "metadata"
         if format and not file.uri.startswith(f"{folder}/{place}/"):
             raise CorpusError(
-                f"{folder} is a table of Iceberg, but {file.uri} is none of its files; name both: the "
-                "metadata file of the table's version, and the other files"
+                f"{folder} is a table of Iceberg, but {file.uri} is none of its files; name both: "
+                "the metadata file of the table's version, and the other files"
             )
 
 
@@ -261,7 +271,10 @@ def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) 
 
 
 def _kind(file: FileInfo, options: ReadOptions) -> tuple[str, str]:
-    """Format and compression of ``file``. Raises ``CorpusError`` for a member that cannot be read."""
+    """Format and compression of ``file``.
+
+    Raises ``CorpusError`` for a member that cannot be read.
+    """
     format = _format(file.uri, options)
     _, _, ending = file.uri.lower().rpartition(".")
     compression = ending if ending in COMPRESSIONS and format not in ("parquet", REST) else ""
@@ -274,8 +287,8 @@ def _kind(file: FileInfo, options: ReadOptions) -> tuple[str, str]:
     else:
         return format, file.compression
     raise CorpusError(
-        f"{file.uri} {why}, so it cannot be read there; unpack the archive, write it anew without that "
-        "(zip -0), or name other members, as in x.zip::*.jsonl"
+        f"{file.uri} {why}, so it cannot be read there; unpack the archive, write it anew without "
+        "that (zip -0), or name other members, as in x.zip::*.jsonl"
     )
 
 
@@ -302,7 +315,8 @@ def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadO
     hint = nearest([missing], names).strip(" ()")
     why = documents.why_missing(names, options) or documents.printable(hint)
     raise CorpusError(
-        f"no column {missing!r} in {file.uri}; it has: {documents.columns(names)}{why and '; '}{why}"
+        f"no column {missing!r} in {file.uri}; it has: "
+        f"{documents.columns(names)}{why and '; '}{why}"
     )
 
 

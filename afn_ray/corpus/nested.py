@@ -1,4 +1,5 @@
-"""Dotted paths to what columns hold: ``meta.lang`` is a field, ``messages.0.content`` one of an item.
+"""Dotted paths to what columns hold: ``meta.lang`` is a field, ``messages.0.content`` one of an
+item.
 
 A column whose own name is the path is taken before what the path leads to.
 """
@@ -46,7 +47,9 @@ def values(row: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
 
 
 def names(row: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """Names of the columns of ``row``, the dotted ``paths`` in it, and what is beside wrong ones."""
+    """Names of the columns of ``row``, the dotted ``paths`` in it, and
+    what is beside wrong ones.
+    """
     found = list(row)
     for path in paths:
         if "." in path and path not in row:

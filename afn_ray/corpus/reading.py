@@ -109,7 +109,8 @@ def _of_stream(source: Source, slice: FileSlice, options: ReadOptions) -> Iterat
         is_one = slice.format == "txt" and not is_lines(slice.format, options)
         rest = problem(
             Origin(slice.uri, offset, stream.lost_from(done), 1 if is_one else None),
-            f"{what} {slice.compression or 'stored'} stream after {num_documents} documents: {damage}",
+            f"{what} {slice.compression or 'stored'} stream after {num_documents} "
+            f"documents: {damage}",
         )
         yield share.bound(rest)
 

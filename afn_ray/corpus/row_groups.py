@@ -90,7 +90,9 @@ def column_chunks(source: Source, columns: Sequence[str]) -> list[list[tuple[int
 def hash_chunks(
     source: Source, names: Sequence[str], groups: Iterable[list[tuple[int, int]]]
 ) -> str:
-    """SHA-256, in hex, of the ``hashed_names`` of columns and the bytes of their chunks in ``groups``."""
+    """SHA-256, in hex, of the ``hashed_names`` of columns and the bytes of their chunks in
+    ``groups``.
+    """
     sha256 = hashlib.sha256(json.dumps(names).encode())
     for chunks in groups:
         for offset, left in chunks:

@@ -32,8 +32,8 @@ class Unselected:
 def mark(documents: Iterable[Document], options: ReadOptions) -> Iterator[Document]:
     """``documents``, with those marked that ``options`` do not select.
 
-    What was not read is lost, and stays: a row that cannot be parsed meets every condition, and what
-    stands for an unknown number of documents is in every sample.
+    What was not read is lost, and stays: a row that cannot be parsed meets every condition, and
+    what stands for an unknown number of documents is in every sample.
     """
     if not options.selects:
         yield from documents

@@ -93,12 +93,16 @@ class Source:
 
     @property
     def is_altered(self) -> bool:
-        """Whether it is a whole member of an archive, read in order, with another checksum there."""
+        """Whether it is a whole member of an archive, read in order, with
+        another checksum there.
+        """
         is_whole = self.start == 0 and self._summed_bytes == getattr(self._file, "size", -1)
         return is_whole and self._stored_crc32 not in (None, self._sum)
 
     def check_whole(self) -> None:
-        """Read all bytes of a member of an archive, and raise ``DamagedStream`` as ``check`` does."""
+        """Read all bytes of a member of an archive, and raise
+        ``DamagedStream`` as ``check`` does.
+        """
         if self._stored_crc32 is not None:
             self.rewind()
             self.drain()

@@ -262,12 +262,12 @@ class Stream:
     """The bytes of a source, decompressed and in UTF-8, in blocks.
 
     It also records how many bytes of the file they took. UTF-16 and UTF-32 with a byte order mark
-    become UTF-8 with one, and so does text of another ``encoding``; invalid sequences become the byte
-    FF, which is invalid in UTF-8 too. The first block contains the whole mark. A mark counts more than
-    the ``encoding``. Iteration raises ``DamagedStream``.
+    become UTF-8 with one, and so does text of another ``encoding``; invalid sequences become the
+    byte FF, which is invalid in UTF-8 too. The first block contains the whole mark. A mark counts
+    more than the ``encoding``. Iteration raises ``DamagedStream``.
 
-    ``by_line`` leaves text of the ``encoding`` as it is, for ``line_text``: each byte of a newline ends
-    a line in it, and places are bytes of the file.
+    ``by_line`` leaves text of the ``encoding`` as it is, for ``line_text``: each byte of a newline
+    ends a line in it, and places are bytes of the file.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """WARC in, documents out: bodies of web responses as text, with their headers as columns.
 
-Records are framed here and parsed one by one by fastwarc. Its own iterator ends the whole archive at
-a body that cannot be decoded, and takes a record that was cut for a whole one.
+Records are framed here and parsed one by one by fastwarc. Its own iterator ends the whole archive
+at a body that cannot be decoded, and takes a record that was cut for a whole one.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def warc_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> It
     """
     if slice.format != format_name():
         raise ConfigError(
-            f"{slice.uri} was planned with {slice.format}, but here is {format_name()}; install one "
-            "version everywhere and run the same command again"
+            f"{slice.uri} was planned with {slice.format}, but here is {format_name()}; install "
+            "one version everywhere and run the same command again"
         )
     for record in _records(stream, line_limit(options)):
         offset = record.start if stream.is_plain else record.number
@@ -208,13 +208,15 @@ def _next_record(buffer: _Buffer, limit: int) -> tuple[bytes, str]:
     at = buffer.at
     why = "has no empty line after them" if is_whole else "ends before"
     return b"", (
-        f"record at byte {at} states {length[1].decode()} bytes of content, but the file {why}; left "
-        f"out up to byte {_skip(buffer)}"
+        f"record at byte {at} states {length[1].decode()} bytes of content, but the file {why}; "
+        f"left out up to byte {_skip(buffer)}"
     )
 
 
 def _header(buffer: _Buffer) -> tuple[int, re.Match[bytes] | None]:
-    """End of the header at the start of ``buffer``, and its length of content; -1 or None without."""
+    """End of the header at the start of ``buffer``, and its length of
+    content; -1 or None without.
+    """
     if not buffer.fill(HEADER_BYTES) and SEPARATOR not in buffer.data:
         buffer.check()
     if not BEGIN.match(buffer.data):

@@ -69,7 +69,8 @@ def readme(
     parts = [
         _front_matter(request) if request.format == "hf-dataset" else "",
         f"# {request.title} of an afn-ray run",
-        f"{count(num_rows, 'row')} in {count(len(files), 'file')}: {of} of the run `{request.run}`.",
+        f"{count(num_rows, 'row')} in {count(len(files), 'file')}: {of} of the run "
+        f"`{request.run}`.",
         "afn-ray measures the activation strength of every token of a corpus. A token is HIGH if "
         f"its strength is at or above Q3 {_inline(run.labels)}.",
     ]

@@ -65,7 +65,9 @@ def check(request: ExportRequest, target: str, schema: pa.Schema) -> None:
 
 
 def _check_types(schema: pa.Schema) -> None:
-    """Raise ``QueryError`` for a type that Iceberg lacks: in a catalog in memory, without a table."""
+    """Raise ``QueryError`` for a type that Iceberg lacks: in a catalog in
+    memory, without a table.
+    """
     catalog = _load_catalog()(CATALOG, uri="sqlite:///:memory:", type="sql")
     try:
         catalog.create_table_transaction("afn.types", _widened(schema), "file:///afn")
@@ -154,7 +156,9 @@ def _widened(schema: pa.Schema) -> pa.Schema:
 
 
 def _signed(kind: pa.DataType) -> pa.DataType:
-    """The type that holds all values of ``kind`` and that Iceberg has: no unsigned number, no enum."""
+    """The type that holds all values of ``kind`` and that Iceberg has: no
+    unsigned number, no enum.
+    """
     if pa.types.is_uint32(kind):
         return pa.int64()
     if pa.types.is_uint64(kind):
@@ -189,8 +193,8 @@ def _named_errors(table: IcebergTable) -> Iterator[None]:
     except Exception as error:
         if is_transient(error):
             raise Interrupted(
-                f"{_words(table)}: {type(error).__name__}: {short_message(error)}; check the catalog "
-                "and the network, then run the same command again"
+                f"{_words(table)}: {type(error).__name__}: {short_message(error)}; check the "
+                "catalog and the network, then run the same command again"
             ) from error
         raise ConfigError(f"{_words(table)}: {type(error).__name__}: {error}") from error
 

@@ -88,8 +88,8 @@ def export(
 
     Memory does not grow with the rows. The same call finishes an export that was killed: of tokens,
     documents, words and token_neurons it writes only the parts that are missing; other tables and
-    queries begin again. A finished export stays as it is. Raises ``ConfigError`` if ``target`` holds
-    anything else, and what ``open_run`` and a query raise.
+    queries begin again. A finished export stays as it is. Raises ``ConfigError`` if ``target``
+    holds anything else, and what ``open_run`` and a query raise.
     """
     check_names(table, sql, format, file_bytes)
     if iceberg is not None:

@@ -27,8 +27,9 @@ READERS = {
 }
 """Lines that read an export in its folder, by format."""
 CSV_RULES = (
-    "Each file begins with the names of the columns. There is a comma between fields, and a line feed "
-    "after a row. Text is in quotes, and a quote inside is doubled; it is UTF-8 and may have line "
+    "Each file begins with the names of the columns. There is a comma between fields, and "
+    "a line feed after a row. Text is in quotes, and a quote inside is doubled; it is UTF-8 and "
+    "may have line "
     'breaks. Null is an empty field, and empty text is `""`. Bytes are hex, dates ISO 8601, lists '
     "and structs JSON. Text is as it is: spreadsheet programs take a cell that begins with = as a "
     "formula."

@@ -77,7 +77,10 @@ def _num_rows(run: Run, request: ExportRequest, end: int) -> int:
 def _parts_of_shard(run: Run, shard: int, most: int, is_of_documents: bool) -> Iterator[ShardRange]:
     """Parts of one large shard, as documents allow."""
     documents = run.shard_views.sql("documents", ShardRange(shard, shard + 1))
-    found = run.sql(f"SELECT doc, n_tokens FROM ({documents}) ORDER BY doc").to_arrow_table()  # noqa: S608
+    found = run.sql(
+        f"SELECT doc, n_tokens FROM ({documents}) "  # noqa: S608
+        "ORDER BY doc"
+    ).to_arrow_table()
     docs = found["doc"].to_numpy()
     sizes = np.ones(len(docs)) if is_of_documents else found["n_tokens"].to_numpy()
     numbers = (np.cumsum(sizes) - 1) // most

@@ -70,7 +70,9 @@ class Target:
         return None
 
     def plan(self, parts: Sequence[ShardRange]) -> list[ShardRange]:
-        """Write the request and its ``parts``; return them, or those of a process that was first."""
+        """Write the request and its ``parts``; return them, or those of a
+        process that was first.
+        """
         with contextlib.suppress(storage.AlreadyWritten):
             storage.write_once(self._plan, self._body(parts=parts))
         storage.make_folder(self.data)
@@ -91,8 +93,8 @@ class Target:
             ) from error
         if found.get("version") != VERSION or there != self._request.to_json():
             raise ConfigError(
-                f"{self.uri} holds another export{self._difference(there)}; give another folder, or "
-                "remove that one"
+                f"{self.uri} holds another export{self._difference(there)}; give another folder, "
+                "or remove that one"
             )
         return found
 

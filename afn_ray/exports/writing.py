@@ -125,8 +125,8 @@ def write_file(
 def file_name(request: ExportRequest, part: int) -> str:
     """A name for the file of ``part`` that no other attempt uses.
 
-    So no attempt writes over a file that counts, and files of two attempts, whose rows need not come
-    in the same order, are not mixed.
+    So no attempt writes over a file that counts, and files of two attempts, whose rows need not
+    come in the same order, are not mixed.
     """
     return f"part-{part:05d}-{uuid.uuid4().hex[:8]}.{request.ending}"
 

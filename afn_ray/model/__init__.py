@@ -4,7 +4,8 @@ import gc
 import warnings
 
 _collects = gc.isenabled()
-gc.disable()  # of transformers' 600,000 objects none is garbage: looking at them is a fifth of the import
+# None of transformers' 600,000 objects is garbage; a search is a fifth of the import.
+gc.disable()
 # In a notebook without ipywidgets tqdm, which transformers imports, warns that it cannot draw.
 warnings.filterwarnings("ignore", "IProgress not found")
 try:

@@ -28,8 +28,20 @@ NAME = "afn_packed"
 The name has no mask function, so transformers never builds a mask.
 """
 
-IGNORED = {"dropout", "is_causal", "scaling", "sliding_window", "position_ids", "deterministic", "use_cache",
-           "output_attentions", "output_hidden_states", "return_dict", "cache_position", "layer_idx"}  # fmt: skip
+IGNORED = {
+    "dropout",
+    "is_causal",
+    "scaling",
+    "sliding_window",
+    "position_ids",
+    "deterministic",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "cache_position",
+    "layer_idx",
+}
 """Options of transformers' attention interface that ``attend`` accepts.
 
 They have no effect here, or are read from named arguments. ``attend`` refuses any other option that

@@ -111,7 +111,8 @@ class Model:
         self.attention = ""  # how it attends, from the names in ``attention``; "+" joins several
         self.why_slow = ""  # why it is slower than the device could be; empty if it is not
         self.cast: Cast | None = None  # that the fast products share
-        # How it adds and normalises, from the names in ``fused``, and why not fused. Empty on a CPU.
+        # How it adds and normalises, from the names in ``fused``, and why not fused. Empty on a
+        # CPU.
         self.norm = self.why_eager = ""
         self.experts = self.dtype  # dtype of the experts' products in a mixture
         self.kernels: set[str] = set()  # of attention that packed batches have used
@@ -229,7 +230,8 @@ class Model:
     def drop_unused_blocks(self) -> None:
         """Free the blocks after the last chosen layer, which never run again.
 
-        One block is left where the embeddings alone are measured. Blocks that share one module stay.
+        One block is left where the embeddings alone are measured. Blocks that share one module
+        stay.
         """
         found = list_of(self.module, self.blocks)
         if found is not None and len(self.blocks) == self.depth:

@@ -36,17 +36,28 @@ FETCHED = ("*.safetensors", "*.gguf", "*.bin", *DESCRIPTIONS)
 """Patterns of files that are downloaded from a hub."""
 IGNORED_FILES = {"data_config.json", "generation_config.json", "README.txt", "requirements.txt"}
 """Files that do not count for a model's identity, even if it has code of its own."""
-POSITIONS_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "longformer",
-                           "roberta-prelayernorm", "data2vec-text", "xmod", "ibert"}  # fmt: skip
+POSITIONS_AFTER_PADDING = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "longformer",
+    "roberta-prelayernorm",
+    "data2vec-text",
+    "xmod",
+    "ibert",
+}
 """Model types that number positions from ``pad_token_id + 1``.
 
 Positions below that are not usable and shorten the context.
 """
 
 TESTED = frozenset({
-    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma", "gemma2", "gemma3",
-    "gemma3_text", "gpt2", "gpt_neox", "llama", "minicpm", "minicpm3", "mistral", "modernbert", "mpnet", "nomic_bert",
-    "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "roberta", "xlm-roberta",
+    "albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "eurobert", "gemma",
+    "gemma2", "gemma3", "gemma3_text", "gpt2", "gpt_neox", "llama", "minicpm", "minicpm3",
+    "mistral", "modernbert", "mpnet", "nomic_bert", "opt", "phi", "phi3", "qwen2", "qwen2_moe",
+    "qwen3", "roberta", "xlm-roberta",
 })  # fmt: skip
 """Model types that a test compares with the plain model (``tests/model/test_families.py``)."""
 
@@ -312,7 +323,8 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
         parts.check_has_tokenizer(files.name, files.folder)
     described = {} if files.gguf else _descriptions(files.folder)
     contents = files.identity | described
-    # One run loads the tokenizer several times, and building it takes longer than reading its files.
+    # One run loads the tokenizer several times, and building it takes longer than reading its
+    # files.
     made = _build_tokenizer(
         files.name,
         files.folder,
@@ -324,7 +336,8 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     if files.gguf is None and _descriptions(files.folder) != described:
         _build_tokenizer.cache_clear()
         raise ModelError(
-            f"the files of {files.name} changed while its tokenizer was read; give the command again"
+            f"the files of {files.name} changed while its tokenizer was read; give the "
+            "command again"
         )
     return tokenizers.Tokenizer.from_str(made)
 

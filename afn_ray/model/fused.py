@@ -34,9 +34,9 @@ LEAST_CAPABILITY = (8, 0)
 NARROWEST, WIDEST = 256, 16_384
 """Smallest and largest number of columns of a row for which the kernel is used.
 
-In narrower rows, memory is no bottleneck: at 256 columns, a batch of 32,768 tokens is 8.4 M numbers,
-whose 12 bytes each take an H200 (4.8 TB/s) 21 us, about the time in which Python launches a kernel
-of Triton. One program of the kernel holds a row of the largest size in registers.
+In narrower rows, memory is no bottleneck: at 256 columns, a batch of 32,768 tokens is 8.4 M
+numbers, whose 12 bytes each take an H200 (4.8 TB/s) 21 us, about the time in which Python launches
+a kernel of Triton. One program of the kernel holds a row of the largest size in registers.
 """
 
 FAULT = "the fused kernel"
@@ -133,7 +133,9 @@ def choose(model: Model, check: Callable[[], None], needs: frozenset[str]) -> No
 
 
 def time_norms(model: Model) -> Times | None:
-    """Durations of one fused tail of ``model`` on a batch, and of torch's kernels; None for none."""
+    """Durations of one fused tail of ``model`` on a batch, and of torch's
+    kernels; None for none.
+    """
     tail = next((part for part in model.module.modules() if isinstance(part, Tail)), None)
     if tail is None:
         return None

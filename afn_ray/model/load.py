@@ -129,13 +129,15 @@ def load_blocks(files: ModelFiles, num_blocks: int) -> Loaded:
 
 
 def _check_dtypes(files: ModelFiles, mapped: MappedFiles) -> None:
-    """Raise ``ModelError`` for weights that are stored as whole numbers: their scales are unknown."""
+    """Raise ``ModelError`` for weights that are stored as whole numbers:
+    their scales are unknown.
+    """
     for name, tensor in mapped.tensors.items():
         if name.endswith("weight") and not tensor.is_floating_point():
             kind = str(tensor.dtype).removeprefix("torch.")
             raise ModelError(
-                f"model {files.name}: {name} is stored as {kind}; expected floating point. Give the "
-                "weights of the model before it was quantized"
+                f"model {files.name}: {name} is stored as {kind}; expected floating point. Give "
+                "the weights of the model before it was quantized"
             )
 
 

@@ -11,9 +11,17 @@ import torch
 from safetensors import safe_open
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 """Dtypes by their names in the files. Tensors of other dtypes are copied at once."""
 
 LENGTH_BYTES = 8
@@ -37,7 +45,8 @@ class MappedFiles:
     def _add(self, path: Path) -> None:
         # The library refuses a damaged header or length.
         with safe_open(path, framework="pt") as checked, path.open("rb") as file:
-            # Private and writable, as torch wants it. Nothing writes: released pages are the file's.
+            # Private and writable, as torch wants it. Nothing writes: released pages are the
+            # file's.
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             begin = LENGTH_BYTES + int.from_bytes(mapped[:LENGTH_BYTES], "little")
             header = json.loads(mapped[LENGTH_BYTES:begin])

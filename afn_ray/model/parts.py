@@ -42,17 +42,25 @@ READABLE = (
 """Text in several scripts, at least one of which every vocabulary covers."""
 
 HEADS = frozenset({
-    "classifier", "cls", "decoder", "dense", "discriminator_predictions", "embed_out", "generator_lm_head",
-    "generator_predictions", "head", "lm_head", "lm_predictions", "logits_proj", "mask_predictions",
-    "multiple_choice_head", "pooler", "pre_classifier", "predictions", "qa_outputs", "score", "sequence_summary",
-    "sop_classifier", "v_head", "vocab_layer_norm", "vocab_projector", "vocab_transform",
+    "classifier", "cls", "decoder", "dense", "discriminator_predictions", "embed_out",
+    "generator_lm_head", "generator_predictions", "head", "lm_head", "lm_predictions",
+    "logits_proj", "mask_predictions", "multiple_choice_head", "pooler", "pre_classifier",
+    "predictions", "qa_outputs", "score", "sequence_summary", "sop_classifier", "v_head",
+    "vocab_layer_norm", "vocab_projector", "vocab_transform",
 })  # fmt: skip
 """Modules after the last block, by their names in transformers and trl.
 
 No layer depends on them.
 """
-BUFFERS = (".position_ids", ".token_type_ids", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias",
-           ".attention.bias", ".attention.masked_bias")  # fmt: skip
+BUFFERS = (
+    ".position_ids",
+    ".token_type_ids",
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 """Suffixes of tensors that older versions of transformers saved and newer versions compute.
 
 They hold positions, masks and frequencies.
@@ -72,8 +80,11 @@ ADAPTED = (
 MOST_NAMES = 3
 """Largest number of tensors or files that a message names."""
 
-ROUNDING = {"ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"), "NVIDIA_TF32_OVERRIDE": ("", "0"),
-            "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("", "0")}  # fmt: skip
+ROUNDING = {
+    "ONEDNN_DEFAULT_FPMATH_MODE": ("", "STRICT"),
+    "NVIDIA_TF32_OVERRIDE": ("", "0"),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": ("", "0"),
+}
 """Environment variables that can round the inputs of float32 products, with their exact values."""
 
 

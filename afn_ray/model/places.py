@@ -1,4 +1,6 @@
-"""The places in blocks from which signals read: found while a block runs, before products are built."""
+"""The places in blocks from which signals read: found while a block runs, before products are
+built.
+"""
 
 from __future__ import annotations
 

@@ -71,9 +71,10 @@ def prepare(
     ``signals.NEEDS``; this function finds their place in each block.
 
     Sets the model's ``packed``, ``why_padded``, ``attention``, ``why_slow``, ``norm``,
-    ``why_eager``, ``has_final_norm`` and ``causal``, and logs what was chosen. Raises ``ModelError`` with the
-    difference and the tolerance, or with the sizes where the model does not fit into the memory.
-    Errors of the device are raised as they are: they say nothing about the model.
+    ``why_eager``, ``has_final_norm`` and ``causal``, and logs what was chosen. Raises
+    ``ModelError`` with the difference and the tolerance, or with the sizes where the model does not
+    fit into the memory. Errors of the device are raised as they are: they say nothing about the
+    model.
     """
     with memory.needed(model.name, model.device, lambda: model.num_bytes):
         _prepare(model, sequences, needs)
@@ -360,8 +361,8 @@ def compare_norms(what: str, got: Norms, expected: Norms, dtype: torch.dtype) ->
     """Raise ``ModelError`` if ``got`` and ``expected`` differ by more than ``TOLERANCE[dtype]``."""
     if not np.isfinite(expected).all():
         raise ModelError(
-            f"self-check failed: {what}: the plain model gives values that are no finite numbers, so "
-            "its weights may be damaged"
+            f"self-check failed: {what}: the plain model gives values that are no finite numbers, "
+            "so its weights may be damaged"
         )
     tolerance = TOLERANCE[dtype]
     differences = np.abs(got - expected) / np.maximum(np.abs(expected), 1e-30)

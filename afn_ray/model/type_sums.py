@@ -62,7 +62,8 @@ class DeviceRows(NamedTuple):
     num_types: int
 
     def add(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Sum of the states by type, int64 [n_types, hidden_size], of ``hidden`` [..., hidden_size].
+        """Sum of the states by type, int64 [n_types, hidden_size], of ``hidden`` [...,
+        hidden_size].
 
         A state is rounded to whole units first: integers add up to the same in any order.
         """

@@ -155,6 +155,7 @@ def _data_bytes() -> int:
 
     It is 0 if the system does not report it.
     """
-    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # noqa: PTH123 - without pathlib
+    # This process does not import pathlib.
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:  # noqa: PTH123
         return int(statm.read().split()[5]) * resource.getpagesize()
     return 0

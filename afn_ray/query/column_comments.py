@@ -1,4 +1,6 @@
-"""Comments on the columns of a run's views: those of the stored tables, and of what views derive."""
+"""Comments on the columns of a run's views: those of the stored tables,
+and of what views derive.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ DERIVED_COLUMNS = {
         "is_word_start": "the token starts a word",
         "is_replaced": "the token covers a U+FFFD that replaced invalid UTF-8 in the corpus",
         "strength_<k>": "L2 norm of the token's hidden state at layer <k>",
-        "quartile_<k>": "1 to 4 by the quartiles of the run's labels at layer <k>; 4 is HIGH; null: "
-        "a special token",
+        "quartile_<k>": "1 to 4 by the quartiles of the run's labels at layer <k>; 4 is HIGH; "
+        "null: a special token",
         "sink_<k>": "strength_<k> is over sink_factor medians; null: a special token",
         "high_own_<k>": "HIGH by Q3 of the document's own group at layer <k>",
     }

@@ -64,16 +64,42 @@ FILE_NAME = re.compile(r"shards(/\w[\w.-]*){3}\.parquet", re.ASCII)
 RUN_FILE_NAME = re.compile(r"runs(/\w[\w.-]*){2}\.parquet", re.ASCII)
 """Safe names of files below a store: the names come from the store and are inserted into SQL."""
 SMALL = {
-    "vocabulary": VOCABULARY_SCHEMA, "thresholds": THRESHOLDS_SCHEMA, "shards": SHARDS_SCHEMA,
-    "histogram": HISTOGRAM_SCHEMA, "files": FILES_SCHEMA, "sources": SOURCES_SCHEMA, "screened": SCREENED_SCHEMA,
-    "strange": STRANGE_SCHEMA, "copied": COPIED_SCHEMA, "languages": LANGUAGES_SCHEMA,
-    "signals": SIGNALS_SCHEMA, "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA, "neurons": NEURONS_SCHEMA,
-    "moments": MOMENTS_SCHEMA, "salience": SALIENCE_SCHEMA, "kept": KEPT_SCHEMA,
-    "groups": GROUPS_SCHEMA, "group_classes": GROUP_CLASSES_SCHEMA,
-}  # fmt: skip
+    "vocabulary": VOCABULARY_SCHEMA,
+    "thresholds": THRESHOLDS_SCHEMA,
+    "shards": SHARDS_SCHEMA,
+    "histogram": HISTOGRAM_SCHEMA,
+    "files": FILES_SCHEMA,
+    "sources": SOURCES_SCHEMA,
+    "screened": SCREENED_SCHEMA,
+    "strange": STRANGE_SCHEMA,
+    "copied": COPIED_SCHEMA,
+    "languages": LANGUAGES_SCHEMA,
+    "signals": SIGNALS_SCHEMA,
+    "signal_vocabulary": SIGNAL_VOCABULARY_SCHEMA,
+    "neurons": NEURONS_SCHEMA,
+    "moments": MOMENTS_SCHEMA,
+    "salience": SALIENCE_SCHEMA,
+    "kept": KEPT_SCHEMA,
+    "groups": GROUPS_SCHEMA,
+    "group_classes": GROUP_CLASSES_SCHEMA,
+}
 """Schemas of a run's small tables, by the names of their views."""
-MAY_LACK = ("histogram", "sources", "screened", "signals", "signal_vocabulary", "neurons", "kept",
-            "groups", "group_classes", "strange", "copied", "salience", "languages", "moments")  # fmt: skip
+MAY_LACK = (
+    "histogram",
+    "sources",
+    "screened",
+    "signals",
+    "signal_vocabulary",
+    "neurons",
+    "kept",
+    "groups",
+    "group_classes",
+    "strange",
+    "copied",
+    "salience",
+    "languages",
+    "moments",
+)
 """Tables that a run may not have, because it is older or did not record them; they are empty."""
 
 

@@ -80,8 +80,8 @@ def rows_of(files: Sequence[ShardFile]) -> str:
     """
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     numbered = (
-        f"SELECT *, file_index AS file, file_row_number AS row FROM read_parquet([{paths}], "  # noqa: S608
-        f"{PLAIN})"
+        "SELECT *, file_index AS file, file_row_number AS row FROM "  # noqa: S608
+        f"read_parquet([{paths}], {PLAIN})"
     )
     if files[0].docs is not None:  # a filter here skips row groups
         begin, end = files[0].docs
@@ -94,8 +94,8 @@ def rows_of(files: Sequence[ShardFile]) -> str:
             f"FROM read_parquet([{paths}], {PLAIN}, filename = true, file_row_number = true)"
         )
     return (
-        f"(SELECT * REPLACE (([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM "  # noqa: S608
-        f"({numbered}))"
+        f"(SELECT * REPLACE "  # noqa: S608
+        f"(([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM ({numbered}))"
     )
 
 
@@ -110,7 +110,10 @@ def answerable(sql: str, recorded: RecordedColumns, lacking: Collection[str]) ->
     """
     if recorded.record not in lacking:
         return sql
-    return f"SELECT t.* FROM {_refused(recorded)} LEFT JOIN ({sql}) AS t ON r.why IS NULL"  # noqa: S608
+    return (
+        f"SELECT t.* FROM {_refused(recorded)} LEFT JOIN ({sql}) AS t ON "  # noqa: S608
+        "r.why IS NULL"
+    )
 
 
 def answerable_value(sql: str, recorded: RecordedColumns, lacking: Collection[str]) -> str:
@@ -156,7 +159,9 @@ def wilson(k: str, n: str) -> tuple[str, str]:
 IGNORABLE = (
     r"\p{Mn}\p{Me}\p{Cf}\p{Lm}\p{Sk}''.\x{2018}\x{2019}\x{2024}:\x{b7}\x{387}\x{55f}\x{5f4}\x{2027}"
 )
-"""Characters, for a class of RE2 in an SQL string, between a final sigma and the end of its word."""
+"""Characters, for a class of RE2 in an SQL string, between a final sigma
+and the end of its word.
+"""
 CASED = r"\p{Lu}\p{Ll}\p{Lt}"
 """Letters with case, for a class of RE2."""
 

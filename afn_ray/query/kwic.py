@@ -39,19 +39,21 @@ def _spelled(rows: str, key: str, offsets: bool, also: str = "") -> str:
         else f"CASE WHEN flags & {WORD_START} <> 0 THEN ' ' ELSE '' END"
     )
     return f"""
-        SELECT {key}, number, min(row) AS row, max(row) AS last_row, any_value(gap ORDER BY position) AS gap,
+        SELECT {key}, number, min(row) AS row, max(row) AS last_row,
+          any_value(gap ORDER BY position) AS gap,
             coalesce(max(surface), ltrim(string_agg(text, '' ORDER BY position))) AS text{also}
         FROM (
             SELECT *, count(*) FILTER (flags & {WORD_START} <> 0) OVER w AS number, {gap} AS gap
-            FROM ({rows}) WHERE flags & {SPECIAL} = 0 WINDOW w AS (PARTITION BY {key} ORDER BY position)
+            FROM ({rows}) WHERE flags & {SPECIAL} = 0
+              WINDOW w AS (PARTITION BY {key} ORDER BY position)
         ) GROUP BY {key}, number"""  # noqa: S608
 
 
 def document_text_macro(rows: str, offsets: bool) -> str:
     """SQL of the text of the document numbered ``document``."""
     of_document = (
-        f"SELECT t.*, s.text, s.is_spaced FROM {rows} t JOIN internal.types s USING (token_id) "  # noqa: S608
-        "WHERE t.doc = document"
+        f"SELECT t.*, s.text, s.is_spaced FROM {rows} t JOIN internal.types s "  # noqa: S608
+        "USING (token_id) WHERE t.doc = document"
     )
     words = _spelled(of_document, "doc", offsets)
     return f"SELECT ltrim(string_agg(gap || text, '' ORDER BY number)) FROM ({words})"  # noqa: S608
@@ -89,11 +91,13 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     return f"""
         WITH {some}, {every},
         found AS MATERIALIZED (
-            SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found) ORDER BY file, row LIMIT {MOST}
+            SELECT DISTINCT file, row FROM (FROM some_found UNION ALL FROM every_found)
+              ORDER BY file, row LIMIT {MOST}
         ),
         {chosen}
         SELECT d.doc, d.doc_id, d.source, {values}{kept_columns}
-        FROM documents d JOIN {_few(found)} k USING (doc) ORDER BY d.doc, k.position"""  # noqa: S608
+        FROM documents d JOIN {_few(found)} k USING (doc)
+          ORDER BY d.doc, k.position"""  # noqa: S608
 
 
 WORDS = "greatest(n, 0)::BIGINT"
@@ -101,7 +105,8 @@ WORDS = "greatest(n, 0)::BIGINT"
 _REFUSED = "error('kwic: {0} is ' || coalesce({0}::VARCHAR, 'NULL') || ', expected {1}')"
 MOST = f"""CASE
     WHEN n IS NULL OR n < 0 THEN {_REFUSED.format("n", "0 or more words on each side")}
-    WHEN most < 0 THEN {_REFUSED.format("most", "0 or more occurrences, or NULL for all")} ELSE most END"""
+    WHEN most < 0 THEN {_REFUSED.format("most", "0 or more occurrences, or NULL for all")}
+      ELSE most END"""
 """SQL of the largest number of occurrences; an error for a wrong number, also of words beside them.
 
 A word that does not occur has no rows, whatever the numbers are.
@@ -117,9 +122,11 @@ ASKED = lower_word("word")
 BESIDE = "replace(strip_accents({}), '\u03c2', '\u03c3')"
 """SQL of a letter without its marks, where both small sigmas are one."""
 MAY_BEGIN = f"""(starts_with(asked, folded) OR starts_with(asked, left(folded, -1)) AND (
-                {BESIDE.format("right(folded, 1)")} = {BESIDE.format("substr(asked, length(folded), 1)")}
+                {BESIDE.format("right(folded, 1)")}
+                  = {BESIDE.format("substr(asked, length(folded), 1)")}
                 OR regexp_matches(text, '[\\x{{1100}}-\\x{{11ff}}]$')))"""
-"""SQL of whether the word ``asked`` may begin with a type: its ``text``, and that as it is compared.
+"""SQL of whether the word ``asked`` may begin with a type: its ``text``, and that as it is
+compared.
 
 The next token may compose with the last character, or make a final sigma of it another one. So
 marks of that character do not count, nor a Hangul syllable whose last letter is still to come.
@@ -200,9 +207,8 @@ class _Surroundings:
     def _near(self, heads: str, beside: str, ends: str = "") -> str:
         """SQL of the tokens up to ``beside`` before and after the words at ``heads``."""
         around = (
-            f"SELECT file, row AS head, row + unnest(range(-{beside}, {MOST_TOKENS} + {beside} + "  # noqa: S608
-            "1)) AS near "
-            f"FROM {heads}"
+            f"SELECT file, row AS head, "  # noqa: S608
+            f"row + unnest(range(-{beside}, {MOST_TOKENS} + {beside} + 1)) AS near FROM {heads}"
         )
         return f"""
             SELECT f.head, t.*, s.text, s.is_spaced{ends}
@@ -224,7 +230,8 @@ class _Surroundings:
         return f"""
             SELECT *, first_row = head - {beside} AND first_position > 0 AS begins_before,
                 end_row = head + {MOST_TOKENS} + {beside} AS ends_behind,
-                begins_before AND number = 0 AS is_cut_before, ends_behind AND last_row = end_row AS is_cut_behind
+                begins_before AND number = 0 AS is_cut_before,
+                ends_behind AND last_row = end_row AS is_cut_behind
             FROM (SELECT *, {PLACE} FROM ({spelled})) WHERE place IS NOT NULL"""  # noqa: S608
 
 
@@ -257,7 +264,10 @@ def _few(rows: str) -> str:
     rows a scan finds. If it expects more rows than there are tokens, it builds the hash table from
     all tokens, which takes 5 GB for 100 M tokens, even if nothing is found.
     """
-    return f"(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM ({rows}) of_these))"  # noqa: S608
+    return (
+        "(SELECT one.* FROM (SELECT unnest(list(of_these)) AS one FROM "  # noqa: S608
+        f"({rows}) of_these))"
+    )
 
 
 def _occurrences(rows: str, name: str, wanted: str, also: str) -> str:
@@ -269,7 +279,8 @@ def _occurrences(rows: str, name: str, wanted: str, also: str) -> str:
     rows ends at once. ``also`` ends the conditions on a head.
     """
     pieces = (
-        f"SELECT file, row AS head, row + unnest(range(0, {MOST_TOKENS} + 1)) AS near "  # noqa: S608
+        f"SELECT file, row AS head, "  # noqa: S608
+        f"row + unnest(range(0, {MOST_TOKENS} + 1)) AS near "
         f"FROM {name}_longer WHERE NOT is_whole"
     )
     return f"""
@@ -294,11 +305,13 @@ def _occurrences(rows: str, name: str, wanted: str, also: str) -> str:
         ),
         {name}_found AS MATERIALIZED (
             FROM {name}_written
-            UNION ALL SELECT file, row FROM {name}_heads h ANTI JOIN {name}_longer USING (file, row) WHERE h.is_whole
+            UNION ALL SELECT file, row FROM {name}_heads h ANTI JOIN {name}_longer USING (file, row)
+              WHERE h.is_whole
             UNION ALL SELECT file, head AS row FROM (
                 SELECT file, head, string_agg(text, '' ORDER BY row) AS spelled FROM (
                     SELECT h.file, head, t.row, s.text,
-                        min(t.row) FILTER (t.row > head AND flags & {CONTINUES} <> 0) OVER (PARTITION BY h.file, head)
+                        min(t.row) FILTER (t.row > head AND flags & {CONTINUES} <> 0)
+                          OVER (PARTITION BY h.file, head)
                             AS stop
                     FROM {rows} t JOIN {_few(pieces)} h ON t.file = h.file AND t.row = h.near
                     JOIN internal.types s USING (token_id)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from afn_ray.query.database import Run
 
 EMPTY_BY_DESIGN = (
-    "signals", "signal_vocabulary", "token_neurons", "neurons", "neuron_types", "sources", "screened", "movers",
-    "drift", "class_drift", "kept", "groups", "group_classes", "group_drift", "group_class_drift", "group_movers",
-    "strange", "copied", "salience", "word_vocabulary", "languages", "moments", "mean_vectors",
-    "word_salience", "word_movers",
+    "signals", "signal_vocabulary", "token_neurons", "neurons", "neuron_types", "sources",
+    "screened", "movers", "drift", "class_drift", "kept", "groups", "group_classes", "group_drift",
+    "group_class_drift", "group_movers", "strange", "copied", "salience", "word_vocabulary",
+    "languages", "moments", "mean_vectors", "word_salience", "word_movers",
 )  # fmt: skip
 """Views that may be empty; their descriptions say when."""
 

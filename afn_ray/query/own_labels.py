@@ -14,9 +14,13 @@ from afn_ray.reduce.sources import Sources
 from afn_ray.store.manifest import RunFolder
 
 SQL_KINDS = {
-    "string": "VARCHAR", "int64": "BIGINT", "double": "DOUBLE", "bool": "BOOLEAN", "date": "DATE",
+    "string": "VARCHAR",
+    "int64": "BIGINT",
+    "double": "DOUBLE",
+    "bool": "BOOLEAN",
+    "date": "DATE",
     "timestamp": "TIMESTAMP",
-}  # fmt: skip
+}
 """Types of kept columns in SQL, by those in Arrow (``kept.KINDS``)."""
 
 

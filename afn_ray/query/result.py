@@ -29,10 +29,23 @@ PLAIN_TYPES = frozenset(
 )
 """SQL types whose Python values are the same from Arrow as from DuckDB."""
 
-OF_ROWS = frozenset({
-    "fetchall", "df", "to_df", "fetchdf", "pl", "fetchnumpy", "to_dicts", "iter_rows", "torch", "tf",
-    "fetch_arrow_table", "fetch_record_batch", "fetch_arrow_reader",
-})  # fmt: skip
+OF_ROWS = frozenset(
+    {
+        "fetchall",
+        "df",
+        "to_df",
+        "fetchdf",
+        "pl",
+        "fetchnumpy",
+        "to_dicts",
+        "iter_rows",
+        "torch",
+        "tf",
+        "fetch_arrow_table",
+        "fetch_record_batch",
+        "fetch_arrow_reader",
+    }
+)
 """Methods of a relation that return rows; the others return a relation or a value."""
 
 

@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -370,8 +371,9 @@ def _text_error(num_bytes: int) -> QueryError:
 
 def _resident_bytes(pid: int) -> int:
     """Resident memory of a process in bytes; 0 if the system does not report it."""
-    with contextlib.suppress(OSError, IndexError), open(f"/proc/{pid}/statm") as statm:  # noqa: PTH123
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    with contextlib.suppress(OSError, IndexError):
+        statm = Path(f"/proc/{pid}/statm").read_text("ascii")
+        return int(statm.split()[1]) * os.sysconf("SC_PAGESIZE")
     return 0
 
 
@@ -405,7 +407,8 @@ def _serve_reads(files: ReadOnlyFiles, connection: socket.socket) -> None:
                 file = files.open(name)
                 file.seek(start)
                 data = file.read(end - start)
-            except Exception as error:  # noqa: BLE001 - told where it was asked; ours are raised there too
+            # The caller's side raises it again, ours too.
+            except Exception as error:  # noqa: BLE001
                 text = (str(error) or type(error).__name__).encode()
             connection.sendall(FRAME.pack(len(text), len(data)) + text)
             connection.sendall(data)

@@ -94,7 +94,8 @@ class Session:
             return answer
         except Unknown:
             return Answer({"unknown": True})
-        except Exception as error:  # noqa: BLE001 - DuckDB's, Arrow's and Python's own, out of memory too
+        # Errors are DuckDB's, Arrow's and Python's own, out of memory too.
+        except Exception as error:  # noqa: BLE001
             return Answer(
                 {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
             )

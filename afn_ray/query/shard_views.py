@@ -40,7 +40,9 @@ class ShardViews:
         return self.files["tokens"]
 
     def sql(self, view: str, part: ShardRange) -> str:
-        """SQL of the rows of ``view`` that belong to ``part``: those of the view, with its columns."""
+        """SQL of the rows of ``view`` that belong to ``part``: those of
+        the view, with its columns.
+        """
         documents = self._files("documents", part)
         recorded = self.recorded
         if self.own_q3 is not None:

@@ -39,13 +39,13 @@ VIEWS = {
     "documents": "one row per document read",
     "vocabulary": "statistics of every type (token_id) that occurs, per layer",
     "word_salience": "the same as salience, of the words of word_vocabulary that have a row",
-    "salience": "how often every type is HIGH, and how often its frequency, positions and documents "
-    "alone would make it so, per layer; empty where the run was not screened",
+    "salience": "how often every type is HIGH, and how often its frequency, positions and "
+    "documents alone would make it so, per layer; empty where the run was not screened",
     "classes": "classes by their tokens, per layer: by the tokens own tags where the corpus is "
     "labelled",
     "words": "one row per word with the strengths of its tokens; special tokens belong to none",
-    "word_vocabulary": "statistics of every word that occurs often enough, in lower case, per layer; "
-    "rarer ones by their first piece and class; empty where the run was not screened",
+    "word_vocabulary": "statistics of every word that occurs often enough, in lower case, per "
+    "layer; rarer ones by their first piece and class; empty where the run was not screened",
     "thresholds": "quartiles of the run per layer, with and without sinks",
     "labels": "the quartiles that labels go by: these, or frozen ones of another run",
     "signals": "how each signal but strength is distributed, per layer; empty where none was "
@@ -69,21 +69,21 @@ VIEWS = {
     "has none",
     "groups": "tokens and thresholds of each group of documents, per layer; empty where the run is "
     "not grouped",
-    "group_classes": "classes of each group by the classes of its types, per layer; empty where the "
-    "run is not grouped",
+    "group_classes": "classes of each group by the classes of its types, per layer; empty where "
+    "the run is not grouped",
     "screened": "the strangest documents, with reasons; empty where the run was not screened",
-    "strange": "how many documents are as strange as that, of all, by source and group; empty where "
-    "none is, or the run was not screened",
-    "copied": "documents with tokens, and how many are copies of earlier ones, by source and group; "
-    "empty where the run was not screened",
+    "strange": "how many documents are as strange as that, of all, by source and group; empty "
+    "where none is, or the run was not screened",
+    "copied": "documents with tokens, and how many are copies of earlier ones, by source and "
+    "group; empty where the run was not screened",
     "movers": "every type here or in the baseline, and how it moved; empty without a baseline",
-    "word_movers": "every word that is frequent enough here and in the baseline, and how it moved, and "
-    "new and vanished ones; empty without a baseline",
+    "word_movers": "every word that is frequent enough here and in the baseline, and how it moved, "
+    "and new and vanished ones; empty without a baseline",
     "drift": "distances of the strengths from the baseline, whole and by source; empty without a "
     "baseline",
     "class_drift": "classes here and in the baseline; empty without a baseline",
-    "group_drift": "distances of the strengths from the baseline by group; empty without a baseline "
-    "of the same groups",
+    "group_drift": "distances of the strengths from the baseline by group; empty without a "
+    "baseline of the same groups",
     "group_class_drift": "classes of each group here and in the baseline; empty without a baseline "
     "of the same groups",
     "group_movers": "the types that moved most in each group; empty without a baseline of the same "
@@ -94,8 +94,18 @@ VIEWS = {
     "run": "the run itself: one row",
 }
 """Descriptions of the views, by name."""
-DERIVED = ("tokens", "documents", "words", "word_vocabulary", "classes", "salience", "word_salience", "token_neurons",
-           "neuron_types", "mean_vectors")  # fmt: skip
+DERIVED = (
+    "tokens",
+    "documents",
+    "words",
+    "word_vocabulary",
+    "classes",
+    "salience",
+    "word_salience",
+    "token_neurons",
+    "neuron_types",
+    "mean_vectors",
+)
 """Views that are read from files; the others are small tables."""
 MACROS = {
     "kwic(word, n := 5, most := NULL)": "where a word occurs, with n words before and after; most: "
@@ -223,10 +233,14 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
     for name, path in files.items():
         columns.append(f"NULL::BIGINT AS {name}" if path is None else name)
         if path is not None:
-            joined += f" LEFT JOIN (SELECT doc, {name} FROM read_parquet({path})) USING (doc)"  # noqa: S608
+            joined += (
+                f" LEFT JOIN (SELECT doc, {name} FROM "  # noqa: S608
+                f"read_parquet({path})) USING (doc)"
+            )
     others = ", ".join(columns)
     return f"""
-        SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), {HASH_ID_CHARS})) AS doc_id, source, "offset",
+        SELECT doc, coalesce(doc_id, left(lower(hex(text_sha256)), {HASH_ID_CHARS})) AS doc_id,
+          source, "offset",
             n_tokens, n_windows, n_chars, n_replaced, lost_bytes, lost_documents,
             lower(hex(text_sha256)) AS text_sha256, status, {others}{means}{kept}
         FROM {source} AS r{joined}"""  # noqa: S608
@@ -258,8 +272,8 @@ def _table_of(path: str | None, empty: str) -> str:
 def mean_vectors_view(path: str | None) -> str:
     """SQL of the ``mean_vectors`` view; ``path`` is the SQL of the table's path, None for none."""
     return (
-        f"SELECT layer, token_id, text, n, mean FROM {_table_of(path, 'no_mean_vectors')} "  # noqa: S608
-        "LEFT JOIN internal.types USING (token_id)"
+        "SELECT layer, token_id, text, n, mean FROM "  # noqa: S608
+        f"{_table_of(path, 'no_mean_vectors')} LEFT JOIN internal.types USING (token_id)"
     )
 
 
@@ -280,11 +294,14 @@ def classes_view(recorded: RecordedColumns) -> str:
         f"""
         SELECT {k}::SMALLINT AS layer, class, sum(n)::BIGINT AS n, sum(n_high)::BIGINT AS n_high,
             sum(value::DOUBLE * n) / sum(n) AS mean, min(value) FILTER (4 * upto >= total) AS q1,
-            min(value) FILTER (2 * upto >= total) AS q2, min(value) FILTER (4 * upto >= 3 * total) AS q3
+            min(value) FILTER (2 * upto >= total) AS q2,
+              min(value) FILTER (4 * upto >= 3 * total) AS q3
         FROM (
-            SELECT *, sum(n) OVER (PARTITION BY class ORDER BY value) AS upto, sum(n) OVER (PARTITION BY class) AS total
+            SELECT *, sum(n) OVER (PARTITION BY class ORDER BY value) AS upto,
+              sum(n) OVER (PARTITION BY class) AS total
             FROM (
-                SELECT {name} AS class, strength_{k} AS value, count(*) AS n, count(*) FILTER (high_{k}) AS n_high
+                SELECT {name} AS class, strength_{k} AS value, count(*) AS n,
+                  count(*) FILTER (high_{k}) AS n_high
                 FROM {source} WHERE NOT is_special GROUP BY ALL
             )
         ) GROUP BY class"""  # noqa: S608
@@ -310,9 +327,10 @@ def _salience_view(key: str, columns: str, source: str) -> str:
         for rank, end in (("rank", "beyond_low"), ("rank_high", "clustered_low"))
     )
     return (
-        f"SELECT layer, {ranks}, {columns}, class, n, n_docs, share_high, share_high_low, "  # noqa: S608
-        "share_high_high, clustered_low, clustered_high, expected, beyond, beyond_low, beyond_high, "
-        f"n_effective FROM (SELECT *, {low} AS clustered_low, {high} AS clustered_high FROM {source})"
+        f"SELECT layer, {ranks}, {columns}, class, n, n_docs, "  # noqa: S608
+        "share_high, share_high_low, share_high_high, clustered_low, clustered_high, "
+        f"expected, beyond, beyond_low, beyond_high, n_effective FROM ("
+        f"SELECT *, {low} AS clustered_low, {high} AS clustered_high FROM {source})"
     )
 
 
@@ -326,10 +344,11 @@ WORD_SALIENCE_VIEW = _salience_view(
 )
 """SQL of the views ``salience`` and ``word_salience``.
 
-``rank`` orders rows by how far they are HIGH beyond their frequency, ``rank_high`` by how often they
-are HIGH; each by the lower end of its interval, so that no rare type leads by chance. Both intervals
-are clustered by document: ``clustered_low`` and ``clustered_high`` are Wilson's of ``n_effective``
-tokens, ``share_high_low`` and ``share_high_high`` those of the vocabulary, of ``n`` tokens.
+``rank`` orders rows by how far they are HIGH beyond their frequency, ``rank_high`` by how often
+they are HIGH; each by the lower end of its interval, so that no rare type leads by chance. Both
+intervals are clustered by document: ``clustered_low`` and ``clustered_high`` are Wilson's of
+``n_effective`` tokens, ``share_high_low`` and ``share_high_high`` those of the vocabulary, of ``n``
+tokens.
 """
 
 # --- words ---

@@ -13,11 +13,15 @@ from afn_ray.reduce import lexicon
 from afn_ray.schema import LANGUAGE, UNTAGGED
 
 CLOSED = "internal.closed_words"
-"""Table of closed-class words: ``word``, in lower case, and the run's ``languages`` that have it."""
+"""Table of closed-class words: ``word``, in lower case, and the run's
+``languages`` that have it.
+"""
 LISTED = "internal.listed"
 """Table of the run's languages that have such words: ``language``."""
 _APOSTROPHES = "'\u2019"
-"""Apostrophes in a closed-class word, or at an end of it: ``lexicon.normalised`` leaves them out."""
+"""Apostrophes in a closed-class word, or at an end of it:
+``lexicon.normalised`` leaves them out.
+"""
 
 
 def class_tables(language: str, small: Mapping[str, pa.Table]) -> dict[str, pa.Table]:
@@ -73,7 +77,8 @@ def classified(words: str, documents: Sequence[ShardFile], recorded: RecordedCol
     return f"""
         SELECT w.doc, w.word, w.text, coalesce(k.class, {name}) AS class,
             w.* EXCLUDE (doc, word, text, of_type, spelling)
-        FROM ({spelled}) w {joins} LEFT JOIN ({_known_words(recorded)}) k ON k.word = w.spelling"""  # noqa: S608
+        FROM ({spelled}) w {joins}
+        LEFT JOIN ({_known_words(recorded)}) k ON k.word = w.spelling"""  # noqa: S608
 
 
 def _known_words(recorded: RecordedColumns) -> str:
@@ -86,8 +91,9 @@ def _known_words(recorded: RecordedColumns) -> str:
         return closed
     # The class of a word is the same at all layers.
     rows = (
-        f"SELECT word, class, NULL AS languages FROM read_parquet({recorded.word_table}) "  # noqa: S608
-        f"WHERE layer = {recorded.layers[0]} AND word IS NOT NULL"
+        "SELECT word, class, NULL AS languages FROM "  # noqa: S608
+        f"read_parquet({recorded.word_table}) WHERE layer = {recorded.layers[0]} AND word IS NOT "
+        "NULL"
     )
     return (
         f"SELECT word, any_value(class) AS class, any_value(languages) AS languages "  # noqa: S608

@@ -63,7 +63,10 @@ def word_counts(run: Run, layer: int) -> WordCounts:
     ``QueryError`` for a query over the run's limits.
     """
     twice_below, n = _ranks(run, layer)
-    ((num_words,),) = run.sql(f"SELECT approx_count_distinct({WORD}) FROM words").fetchall()  # noqa: S608
+    ((num_words,),) = run.sql(
+        "SELECT "  # noqa: S608
+        f"approx_count_distinct({WORD}) FROM words"
+    ).fetchall()
     num_parts = -(-num_words // MAX_GROUPS) or 1
     parts = [
         run.sql(_counted(layer, part, num_parts), ranked=twice_below).to_arrow_table()
@@ -89,7 +92,8 @@ def _ranks(run: Run, layer: int) -> tuple[pa.Table, int]:
     Strengths have few distinct values (15 bits of mantissa), however many words there are.
     """
     table = run.sql(
-        f"SELECT max_strength_{layer} AS strength, count(*) AS n FROM words GROUP BY 1 ORDER BY 1"  # noqa: S608
+        f"SELECT max_strength_{layer} AS strength, count(*) AS n FROM words GROUP BY "  # noqa: S608
+        "1 ORDER BY 1"
     ).to_arrow_table()
     n = table["n"].to_numpy().astype(np.int64)
     upto = np.cumsum(n)
@@ -106,13 +110,15 @@ def _counted(layer: int, part: int, num_parts: int) -> str:
     """
     return f"""
         SELECT CASE WHEN n_word >= {LEAST_N} THEN word END AS word, class, sum(n)::BIGINT AS n,
-            sum(n_tokens)::BIGINT AS n_tokens, sum(n_high)::BIGINT AS n_high, sum(ranks)::DOUBLE AS ranks,
+            sum(n_tokens)::BIGINT AS n_tokens, sum(n_high)::BIGINT AS n_high,
+              sum(ranks)::DOUBLE AS ranks,
             count(*) FILTER (nth = 1) AS words
         FROM (
             SELECT *, sum(n) OVER (PARTITION BY word) AS n_word,
                 row_number() OVER (PARTITION BY word ORDER BY n DESC, class) AS nth
             FROM (
-                SELECT word, class, count(*) AS n, sum(n_tokens) AS n_tokens, count(*) FILTER (is_high) AS n_high,
+                SELECT word, class, count(*) AS n, sum(n_tokens) AS n_tokens,
+                  count(*) FILTER (is_high) AS n_high,
                     sum(twice_below) AS ranks
                 FROM (
                     SELECT {WORD} AS word, coalesce(class, '{UNTAGGED}') AS class, n_tokens,

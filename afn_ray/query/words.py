@@ -44,7 +44,8 @@ def words_view(
         last = part[-1].doc_offset + part[-1].n_documents
         words = _words(part, recorded)
         parts.append(
-            f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < {last}{recorded.and_counts}"
+            f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < "
+            f"{last}{recorded.and_counts}"
         )
     found = classified(" UNION ALL ".join(parts), documents, recorded)
     return answerable(found, recorded, NO_WORDS)
@@ -81,7 +82,8 @@ def _words(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     pieces = f"CASE {lengths} END::BIGINT AS pieces"
     short = ", ".join(_short_columns(recorded))
     long = ", ".join(_long_columns(recorded))
-    # Lists, and no join of the types: DuckDB would build its table from few words, each with the lists.
+    # Lists, and no join of the types: DuckDB would build its table from few words, each with the
+    # lists.
     return f"""
         SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long), (
             SELECT list(text ORDER BY id) AS texts, list({WORD} ORDER BY id) AS spellings
@@ -101,7 +103,8 @@ def _tokens_ahead(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
         columns.append('"end"')
     rows = rows_of(files)
     tokens = f"""
-        SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number, row_number() OVER () AS nth
+        SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number,
+          row_number() OVER () AS nth
         FROM (
             SELECT *, is_first OR flags & {WORD_START} <> 0 AS is_head FROM (
                 SELECT *, coalesce(doc <> lag(doc) OVER (), true) AS is_first
@@ -137,7 +140,8 @@ def _placed_tokens(tokens: str) -> str:
         heads = [f"is_head_{j}" for j in range(1, PIECES - place + 1)]
         cases.append(f"WHEN {place} THEN NOT ({' OR '.join(heads)})")
     return f"""
-        SELECT *, (number - first_number)::INTEGER AS word, CASE place {" ".join(cases)} ELSE true END AS is_long FROM (
+        SELECT *, (number - first_number)::INTEGER AS word,
+          CASE place {" ".join(cases)} ELSE true END AS is_long FROM (
             SELECT *, max(number) FILTER (is_first) OVER (ROWS UNBOUNDED PRECEDING) AS first_number,
                 nth - max(nth) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS place
             FROM ({tokens})

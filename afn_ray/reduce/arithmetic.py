@@ -1,9 +1,9 @@
 """Arithmetic that gives the same bits on every machine.
 
-The exponentials and logarithms of numpy and of the C library, products of matrices (BLAS) and solvers
-(LAPACK) have code of their own for each kind of CPU, and their last bits differ. Everything here
-consists of +, -, *, / and square roots of float64, which IEEE 754 defines to the last bit, and of
-whole numbers. numpy and Python compute these one at a time, and this module fixes their order.
+The exponentials and logarithms of numpy and of the C library, products of matrices (BLAS) and
+solvers (LAPACK) have code of their own for each kind of CPU, and their last bits differ. Everything
+here consists of +, -, *, / and square roots of float64, which IEEE 754 defines to the last bit, and
+of whole numbers. numpy and Python compute these one at a time, and this module fixes their order.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ def total(values: Float64s) -> Float64s:
 
 
 def combined(rows: Float64s, weights: Float64s) -> Float64s:
-    """Sum of ``rows`` [n_rows, n], each times its weight of ``weights`` [n_rows], in their order."""
+    """Sum of ``rows`` [n_rows, n], each times its weight of ``weights``
+    [n_rows], in their order.
+    """
     found = np.zeros(rows.shape[1])
     for row, weight in zip(rows, weights.tolist(), strict=True):
         found += row * weight

@@ -63,9 +63,9 @@ class Comparison:
     ``drift`` (``DRIFT_SCHEMA``) has, for each layer, one row for the whole run (``source`` is null)
     and one for each source of either run. ``classes`` (``CLASS_DRIFT_SCHEMA``) has one row for each
     class of either run. ``movers`` (``MOVERS_SCHEMA``) has one row for each type of either run.
-    ``word_movers`` (``WORD_MOVERS_SCHEMA``) and ``word_classes`` have the same of words, and no rows
-    if a run has no table of them. Within a layer, movers in both runs come first, in ascending order
-    of q. ``groups`` has the same for each group.
+    ``word_movers`` (``WORD_MOVERS_SCHEMA``) and ``word_classes`` have the same of words, and no
+    rows if a run has no table of them. Within a layer, movers in both runs come first, in ascending
+    order of q. ``groups`` has the same for each group.
     """
 
     a: RunFolder
@@ -312,8 +312,8 @@ def notes_on_copies(a: RunFolder, b: RunFolder) -> Iterator[str]:
     copies_a, copies_b = (duplicates.choice_of(run.info) for run in (a, b))
     if copies_a != copies_b:
         yield (
-            f"Copies are counted differently: duplicates is {copies_a} in A and {copies_b} in B, so "
-            "all that is compared differs by that too."
+            f"Copies are counted differently: duplicates is {copies_a} in A and {copies_b} in B, "
+            "so all that is compared differs by that too."
         )
 
 
@@ -339,8 +339,8 @@ def notes_on_classes(a: RunFolder, b: RunFolder) -> Iterator[str]:
     detector_a, detector_b = (run.info["measure"].get("languages") for run in (a, b))
     if detector_a and detector_b and detector_a != detector_b:
         yield (
-            f"Languages were detected by {detector_a} in A and by {detector_b} in B, so documents of "
-            "the same text may have another language, and words another class."
+            f"Languages were detected by {detector_a} in A and by {detector_b} in B, so documents "
+            "of the same text may have another language, and words another class."
         )
     tags_a, tags_b = (run.info["measure"].get("labels") for run in (a, b))
     if tags_a != tags_b:

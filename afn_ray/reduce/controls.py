@@ -1,4 +1,5 @@
-"""Counts by what strength is controlled for: how frequent a type is, its position, the document's length.
+"""Counts by what strength is controlled for: how frequent a type is, its position, the document's
+length.
 
 The scan of ``reduce.screen`` counts the normal tokens in *cells*, and how often a type occurs twice
 in one document. All counts are whole numbers, so sums of shards are exact in any order. Whoever

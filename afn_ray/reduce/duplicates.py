@@ -204,7 +204,9 @@ class _Rows(NamedTuple):
         return [self.take(part_of == part) for part in range(num_parts)]
 
     def grouped(self) -> tuple[_Rows, Ints]:
-        """The rows whose hash occurs more than once, by hash and rank, and where each hash begins."""
+        """The rows whose hash occurs more than once, by hash and rank, and
+        where each hash begins.
+        """
         order = np.argsort(self.keys[:, 0], kind="stable")
         first = self.keys[order, 0]
         is_same = np.zeros(len(first) + 1, bool)  # as the one before

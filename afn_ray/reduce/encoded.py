@@ -8,7 +8,9 @@ from afn_ray.store import parquet
 
 
 def encoded_parts(table: pa.Table, column: str, num_parts: int) -> list[bytes]:
-    """``table`` in encoded parts; part p has the rows whose ``column`` modulo ``num_parts`` is p."""
+    """``table`` in encoded parts; part p has the rows whose ``column``
+    modulo ``num_parts`` is p.
+    """
     part_of = table[column].to_numpy() % num_parts
     parts = (table.filter(pa.array(part_of == part)) for part in range(num_parts))
     return [encode(part) for part in parts]

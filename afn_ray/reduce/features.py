@@ -105,7 +105,9 @@ class TokenCounters(NamedTuple):
     controls: ControlCounter
 
     def add(self, groups: Ints, lengths: Ints, tokens: NormalTokens) -> None:
-        """Count ``tokens`` of a shard, whose documents have ``groups`` and ``lengths`` in tokens."""
+        """Count ``tokens`` of a shard, whose documents have ``groups`` and
+        ``lengths`` in tokens.
+        """
         _, docs, positions, types, flags, by_layer, surface, tag = tokens
         places = places_of(positions, lengths[docs])
         if self.words is not None:
@@ -126,8 +128,8 @@ def scan(
 ) -> list[Any]:
     """Sums by source, features of the documents, ``COPIED_SCHEMA``, control sums, hashes and words.
 
-    The control sums are a flat ``ControlSums``. The hashes of texts and then the ``WordSums`` are in
-    parts; without rules of words there are no ``WordSums``.
+    The control sums are a flat ``ControlSums``. The hashes of texts and then the ``WordSums`` are
+    in parts; without rules of words there are no ``WordSums``.
 
     The sums are histograms: strengths of each layer, each feature, and documents. Their keys hold
     the index of the source above the bin. With ``grouping`` follow the sums of ``GroupCounters``.
@@ -244,7 +246,9 @@ def _scan_tokens(
 
 
 _Held = tuple[npt.NDArray[Any], ...]
-"""Tokens that are not counted yet: the index of each one's source, then its strength at each layer."""
+"""Tokens that are not counted yet: the index of each one's source, then
+its strength at each layer.
+"""
 
 
 def _by_source(keys: Ints, held: Sequence[_Held]) -> Histograms:

@@ -117,7 +117,9 @@ def group_drift(
 
 
 def _first_of(movers: pa.Table, group: str | None) -> Iterator[pa.Table]:
-    """The first ``MOST_MOVERS`` of each status in ``movers``, as rows of ``GROUP_MOVERS_SCHEMA``."""
+    """The first ``MOST_MOVERS`` of each status in ``movers``, as rows of
+    ``GROUP_MOVERS_SCHEMA``.
+    """
     for status in ("both", "new", "vanished"):
         first = movers.filter(pc.equal(movers["status"], status)).slice(0, MOST_MOVERS)
         names = pa.array([group] * len(first), pa.string())

@@ -109,7 +109,8 @@ def _types_table(
 def classes_of(types: pa.Table, vocabulary: pa.Table, *, by_language: bool) -> pa.Table:
     """``types`` of one layer with ``token``, ``text`` and ``class`` of the layer's ``vocabulary``.
 
-    ``by_language``: the groups are languages, so words have the classes that the group's gives them.
+    ``by_language``: the groups are languages, so words have the classes that the group's gives
+    them.
     """
     normal = vocabulary.filter(pc.not_equal(vocabulary["class"], "special"))
     rows = pc.index_in(types["token_id"], value_set=normal["token_id"].combine_chunks())

@@ -43,9 +43,18 @@ RUNS_AT_ONCE = 4
 MOST_NAMES = 20
 """Number of series that an error names."""
 SHOWN = (
-    "began_at", "partition", "layer", "n_tokens", "n_documents", "n_quarantined", "q3", "share_high",
-    "psi", "ks", "state",
-)  # fmt: skip
+    "began_at",
+    "partition",
+    "layer",
+    "n_tokens",
+    "n_documents",
+    "n_quarantined",
+    "q3",
+    "share_high",
+    "psi",
+    "ks",
+    "state",
+)
 """Columns of ``HISTORY_SCHEMA`` that a notebook shows."""
 Place = tuple[int, str | None, str | None]
 """A row of a run: its layer, how the run is grouped (None: all tokens), and the group."""
@@ -75,9 +84,9 @@ def of_store(store: str, series: str | None = None, last: int | None = None) -> 
     """The ``last`` runs, or all, of a series of ``store``; by default that of its latest run.
 
     A first look is passed over where the store is named and a run over a whole corpus is there.
-    Distances from a run's baseline (``psi``, ``ks``, ``js``) are those that its audit kept; those of
-    a run without a verdict are from the night before it. Raises ``StoreError`` for a store without
-    a complete run, and ``ConfigError`` for a series that it does not have.
+    Distances from a run's baseline (``psi``, ``ks``, ``js``) are those that its audit kept; those
+    of a run without a verdict are from the night before it. Raises ``StoreError`` for a store
+    without a complete run, and ``ConfigError`` for a series that it does not have.
     """
     latest = manifest.find_run(store)
     by_series: dict[str, list[RunFolder]] = {}

@@ -104,7 +104,8 @@ def _add(*parts: Sequence[_Counts]) -> list[list[_Counts]]:
 
 
 def describe(table: pa.Table) -> Iterator[str]:
-    """Sentences on the columns of a ``kept`` table that no document has, or whose values are refused.
+    """Sentences on the columns of a ``kept`` table that no document has, or whose values are
+    refused.
 
     They have no value of the corpus.
     """

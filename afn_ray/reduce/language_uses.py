@@ -160,8 +160,8 @@ def without_list(languages: pa.Table) -> str:
         return ""
     more = f" and {len(lacking) - MOST_NAMED} more" if len(lacking) > MOST_NAMED else ""
     return (
-        f"there are no closed-class words of {', '.join(lacking[:MOST_NAMED])}{more}, so words that "
-        "occur mostly there have the class word, neither content nor function"
+        f"there are no closed-class words of {', '.join(lacking[:MOST_NAMED])}{more}, so words "
+        "that occur mostly there have the class word, neither content nor function"
     )
 
 

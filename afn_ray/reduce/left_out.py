@@ -58,7 +58,9 @@ def submit_negative(
 def submit_pairs(
     tasks: Tasks, shards: CommittedShards, layers: Sequence[int], num_parts: int
 ) -> list[list[list[Any]]]:
-    """Leaves of the pairs in shards with documents left out: for each layer handles of its parts."""
+    """Leaves of the pairs in shards with documents left out: for each
+    layer handles of its parts.
+    """
     leaves = []
     for some in _groups(shards):
         args = (_pairs, some, layers, num_parts)
@@ -93,7 +95,9 @@ def _split(handles: Sequence[Any], num_parts: int) -> list[list[Any]]:
 def _negative(
     some: Sequence[_Place], series: Sequence[Series], counted: str, num_parts: int
 ) -> list[Any]:
-    """Encoded parts of the negative sum of each series over documents left out, and of their tags."""
+    """Encoded parts of the negative sum of each series over documents left
+    out, and of their tags.
+    """
     summary = Summary(series, tagged=counted == "tag", spoken=counted == LANGUAGE)
     columns = ["token_id", "flags", *(one.name for one in series)]
     columns += ["tag"] if counted == "tag" else []

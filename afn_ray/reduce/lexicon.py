@@ -1,4 +1,6 @@
-"""Classes of vocabulary types: what a reader sees in a type, and the closed-class words of its language."""
+"""Classes of vocabulary types: what a reader sees in a type, and the closed-class words of its
+language.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ SOURCE = f"closed-class words {CLASSES_VERSION}"
 PACKED = "closed_words.tsv"
 """File beside this module with the closed-class words of all languages.
 
-``python jobs/benchmark.py lexicons`` builds it. A line "[en]", a tab and ``Lexicon.unlisted`` begins
-a language; each line after it has a word, its share and its uses, with tabs between. Lines before
-the first language say what the file was built from.
+``python jobs/benchmark.py lexicons`` builds it. A line "[en]", a tab and ``Lexicon.unlisted``
+begins a language; each line after it has a word, its share and its uses, with tabs between. Lines
+before the first language say what the file was built from.
 """
 MANY = 0.01
 """Least share of a word's uses that the rarer of open and closed needs to make it ambiguous."""
@@ -99,7 +101,8 @@ class Lexicon:
 
 
 def normalised(word: str) -> str:
-    """``word`` in NFC, with one kind of apostrophe, and without apostrophes and hyphens at its ends.
+    """``word`` in NFC, with one kind of apostrophe, and without apostrophes and hyphens at its
+    ends.
 
     So French l', Dutch -ie and English 's are the words l, ie and s.
     """

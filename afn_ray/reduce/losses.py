@@ -74,8 +74,8 @@ def files_table(
 ) -> pa.Table:
     """One row of ``FILES_SCHEMA`` for each file of the corpus, ordered by URI.
 
-    A ``planned`` shard that is not ``committed`` is lost as a whole. ``skipped`` are files that were
-    left out of the corpus. Raises ``StoreError`` for a file that differs from its commit.
+    A ``planned`` shard that is not ``committed`` is lost as a whole. ``skipped`` are files that
+    were left out of the corpus. Raises ``StoreError`` for a file that differs from its commit.
     """
     tasks = tasks or Inline()
     done: set[str] = set()

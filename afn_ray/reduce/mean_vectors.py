@@ -76,8 +76,9 @@ class StateSums:
             before = self._totals[:, slots]  # those of other types do not change
             if max(before.max(initial=0), -before.min(initial=0)) > MOST_TOTAL:
                 raise ShardError(
-                    f"the hidden states of a type add up to more than {MOST_TOTAL // STATE_UNITS:,} "
-                    "in one shard; give a smaller --shard-bytes, or leave --mean-vectors out"
+                    "the hidden states of a type add up to more than "
+                    f"{MOST_TOTAL // STATE_UNITS:,} in one shard; give a smaller --shard-bytes, or "
+                    "leave --mean-vectors out"
                 )
             self._n[slots] += n
             self._totals[:, slots] = before + totals

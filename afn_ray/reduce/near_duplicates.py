@@ -8,7 +8,8 @@ All steps are pure functions under ``reduce.tasks.Tasks``::
 
 A signature has ``NUM_HASHES`` MinHash values of the document's words, in lower case. Documents that
 agree in a whole band of values are compared by all values. The shards' cut and order of work do not
-change the result. Each document takes 144 bytes for each band, in parts of about ``PART_ROWS`` rows.
+change the result. Each document takes 144 bytes for each band, in parts of about ``PART_ROWS``
+rows.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def check_package() -> Any:
         return import_module("rensa")
     except ImportError as error:
         raise ConfigError(
-            'near_duplicates needs the package rensa; pip install "afn-ray[dedup]", on the nodes of '
-            "a cluster too"
+            'near_duplicates needs the package rensa; pip install "afn-ray[dedup]", '
+            "on the nodes of a cluster too"
         ) from error
 
 

@@ -1,9 +1,10 @@
 """Salience beyond frequency: the HIGH share of a type against that of others like it.
 
-``expected`` is the HIGH share that a type would have if its tokens were as often HIGH as the model of
-``smooth`` says for its frequency, and their positions and document lengths. The model is fitted at
-each layer to the cells of ``controls``. A type counts there as at most ``MOST_TOKENS`` tokens, so that
-a few frequent ones do not make the curve, and what is expected of a type is without its own tokens.
+``expected`` is the HIGH share that a type would have if its tokens were as often HIGH as the model
+of ``smooth`` says for its frequency, and their positions and document lengths. The model is fitted
+at each layer to the cells of ``controls``. A type counts there as at most ``MOST_TOKENS`` tokens,
+so that a few frequent ones do not make the curve, and what is expected of a type is without its own
+tokens.
 
 The interval is clustered by document: Wilson's, with as many tokens as independent draws would be
 as sure (Korn and Graubard 1998). That number is n / d, where d is the ratio of two variances of the
@@ -117,7 +118,9 @@ def _root_of_squares(a: Float64s, b: Float64s) -> Float64s:
 
 
 def fit_cells(cells: ControlCells, at: int) -> Fit:
-    """The model of layer number ``at`` of ``cells``, in which each unit has ``MOST_TOKENS`` at most."""
+    """The model of layer number ``at`` of ``cells``, in which each unit has ``MOST_TOKENS`` at
+    most.
+    """
     n, num_units = cells.sizes.keys, cells.sizes.counts
     bins, capped = frequency_bins(n), np.minimum(n, MOST_TOKENS) * num_units
     of_bins = np.bincount(bins, capped)
@@ -198,7 +201,9 @@ def _shares(model: Fit, n: Ints, tokens: Histogram, moved: Float64s) -> tuple[Fl
 
 
 def _slices(tokens: Histogram) -> Iterator[tuple[slice, Histogram, Ints]]:
-    """Types of ``tokens``, some at a time, with their keys, and the place in it of each key's type."""
+    """Types of ``tokens``, some at a time, with their keys, and the place
+    in it of each key's type.
+    """
     first = starts(tokens.keys // NUM_PLACES)
     begin = 0
     while begin < len(first):

@@ -97,13 +97,14 @@ def scan_run(
     asked: Asked,
     tasks: Tasks | None = None,
 ) -> dict[str, pa.Table]:
-    """The tables ``sources``, ``screened``, ``strange``, ``salience`` and ``word_vocabulary`` of a run.
+    """The tables ``sources``, ``screened``, ``strange``, ``salience`` and ``word_vocabulary`` of a
+    run.
 
     ``tasks`` make them, or this process does. With groups, their tables too. ``reduced`` are the
     run's other tables by name; its ``files`` define the sources. ``readable`` has the tokenizer's
-    texts by token id. ``screened`` has at most ``asked.worst`` documents. Of documents with the same
-    text it has the strangest, or the first of several equally strange ones. Raises ``StoreError``
-    for a file that differs from its commit.
+    texts by token id. ``screened`` has at most ``asked.worst`` documents. Of documents with the
+    same text it has the strangest, or the first of several equally strange ones. Raises
+    ``StoreError`` for a file that differs from its commit.
     """
     tasks = tasks or Inline()
     labels = reduced["frozen" if "frozen" in reduced else "thresholds"]

@@ -73,7 +73,9 @@ class CommittedShards:
         return sum(c.counts["tokens"] for c in self.commits) - self.left_out.n_tokens
 
     def places(self) -> Iterator[tuple[Commit, int, Ints]]:
-        """Each commit, run-wide number of its first document, and numbers in it of those left out."""
+        """Each commit, run-wide number of its first document, and numbers
+        in it of those left out.
+        """
         doc_offset = 0
         for commit in self.commits:
             n_documents = commit.counts["documents"]

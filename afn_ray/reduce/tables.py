@@ -37,9 +37,13 @@ from afn_ray.store.commits import Commit
 STATISTICS_SCHEMA = pa.schema(
     [pa.field("special", pa.bool_(), nullable=False)]
     + [pa.field(name, pa.int64(), nullable=False) for name in ("n_word_start", "n_whole")]
-    + [f for f in VOCABULARY_SCHEMA if f.name in
-       ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")]
-)  # fmt: skip
+    + [
+        f
+        for f in VOCABULARY_SCHEMA
+        if f.name
+        in ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")
+    ]
+)
 """Schema of a type's statistics, before the vocabulary adds texts and classes."""
 
 

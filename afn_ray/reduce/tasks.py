@@ -123,7 +123,9 @@ class Cuts(NamedTuple):
 
     @classmethod
     def of(cls, num_parts: int, num_leaves: int, fan_in: int) -> Cuts:
-        """Cuts by which ``num_leaves`` leaves become ``num_parts`` parts, or up to twice as many."""
+        """Cuts by which ``num_leaves`` leaves become ``num_parts`` parts,
+        or up to twice as many.
+        """
         of_leaf = -(-num_parts // max(1, num_leaves))
         return cls(fan_in, 1 << (of_leaf - 1).bit_length(), 1 << (num_parts - 1).bit_length())
 
@@ -139,11 +141,12 @@ def merge_and_cut(
     merge: Callable[..., Sequence[Any]],
     cuts: Cuts,
 ) -> list[Any]:
-    """Handles of the parts of the sum of ``leaves``; each is a list of handles of ``cuts.first`` parts.
+    """Handles of the parts of the sum of ``leaves``; each is a list of handles of ``cuts.first``
+    parts.
 
     ``merge((before, after), *values)`` adds the values of one part, of ``before``, and returns the
-    parts of ``after`` that it is cut into: of part p of ``before``, parts p, p + before, ... Sums are
-    made as soon as their leaves are there: with a small fan-in few leaves wait.
+    parts of ``after`` that it is cut into: of part p of ``before``, parts p, p + before, ... Sums
+    are made as soon as their leaves are there: with a small fan-in few leaves wait.
     """
 
     def add(height: int, sums: list[list[Any]]) -> list[Any]:

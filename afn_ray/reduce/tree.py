@@ -10,8 +10,8 @@ process or in others (``Tasks``)::
     types   a part and the thresholds that label      -> statistics of each type
 
 Pairs of neurons and types are merged in the same way, cut by neuron. Their last step makes the rows
-of both neuron tables. The tags of a labelled corpus, or else the languages of words, are counted for
-each type, and read and merged with the first series.
+of both neuron tables. The tags of a labelled corpus, or else the languages of words, are counted
+for each type, and read and merged with the first series.
 
 Documents that the run leaves out are taken out of the sums by leaves with negative counts
 (``left_out``).
@@ -288,7 +288,8 @@ def _submit_series(
     rules: LabelRules,
     negative: Sequence[list[Any]] = (),
 ) -> tuple[list[Any], list[Any], Any]:
-    """Handles of the results of ``_total`` for one series, of ``_types`` for each part, and of tags.
+    """Handles of the results of ``_total`` for one series, of ``_types`` for each part, and of
+    tags.
 
     Tags, or languages, are read with the first series, so that a summary is read once for both.
     ``negative`` are leaves that take documents out.

@@ -447,7 +447,8 @@ def _at_layer(
     by_token: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]],
     q3: float | None,
 ) -> tuple[Histogram, Histogram, Histogram]:
-    """The first sums of ``LayerSums`` over the words that begin at ``heads`` and have ``sizes`` tokens.
+    """The first sums of ``LayerSums`` over the words that begin at ``heads`` and have ``sizes``
+    tokens.
 
     ``by_token`` are the strengths of all tokens, and those of the strongest token of each word.
     """

@@ -57,7 +57,9 @@ FOLDED_PARTS = 16
 
 
 def cuts(n_strengths: int, num_leaves: int) -> Cuts:
-    """Parts into which sums of so many strengths, of all layers, are cut; each leaf is of a scan."""
+    """Parts into which sums of so many strengths, of all layers, are cut;
+    each leaf is of a scan.
+    """
     return Cuts.of(1 + n_strengths // PART_STRENGTHS, num_leaves, MERGED_AT_ONCE)
 
 
@@ -83,7 +85,9 @@ class Described(NamedTuple):
 
 
 def merge_words(leaves: Iterable[list[Any]], by: Cuts, tasks: Tasks) -> list[Any]:
-    """Handles of the parts of the sum of ``leaves``, which are handles of the parts of some sums."""
+    """Handles of the parts of the sum of ``leaves``, which are handles of
+    the parts of some sums.
+    """
     return merge_and_cut(tasks, leaves, merge, by)
 
 

@@ -25,7 +25,8 @@ CALIBRATION_DOCUMENTS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Calibrator:
-    """Calibrations for runs over one corpus. The store's first run measures; later runs read what it decided.
+    """Calibrations for runs over one corpus. The store's first run measures; later runs read what
+    it decided.
 
     A run that asks for other columns of the same tokens takes over what was decided for them, layer
     by layer, so that columns fit together.
@@ -179,8 +180,8 @@ class Calibrator:
         if self.reduce_only:
             raise StoreError(
                 f"no run in {task.config.store} has decided the precision, the outlier dimensions, "
-                "the mean states or the types of what this config asks for, and --reduce-only decides nothing: give "
-                "the config that measured, or leave --reduce-only out"
+                "the mean states or the types of what this config asks for, and --reduce-only "
+                "decides nothing: give the config that measured, or leave --reduce-only out"
             )
 
     def _measure(self, task: Task, calibration: Callable[[Task, Sequence[str]], T]) -> T:

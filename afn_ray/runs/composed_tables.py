@@ -1,4 +1,6 @@
-"""Tables of a shard from columns of several results of it, row for row and checked against each other."""
+"""Tables of a shard from columns of several results of it, row for row and checked against each
+other.
+"""
 
 from __future__ import annotations
 

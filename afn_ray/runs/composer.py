@@ -1,4 +1,6 @@
-"""A worker whose shards are composed of columns that the store has, and of parts that it measures."""
+"""A worker whose shards are composed of columns that the store has, and of
+parts that it measures.
+"""
 
 from __future__ import annotations
 

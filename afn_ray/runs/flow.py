@@ -1,8 +1,8 @@
 """Chunks of several shards in one model: their batches queue on the device without a gap.
 
 The batches of a chunk are submitted before those of the chunk before it are collected, and those of
-the next shard before the last ones of this shard. A batch has tokens of one chunk alone, so no value
-depends on what else is queued.
+the next shard before the last ones of this shard. A batch has tokens of one chunk alone, so no
+value depends on what else is queued.
 """
 
 from __future__ import annotations
@@ -232,7 +232,9 @@ class Turns:
             self._counters.measured += num_documents
 
     def _change(self, *, batches: int = 0, busy: int = 0, waiting: int = 0) -> None:
-        """Count the time until now for the model or for the wait for text; then change the state."""
+        """Count the time until now for the model or for the wait for text;
+        then change the state.
+        """
         with self._counting:
             now = time.monotonic()
             if self._num_batches:
@@ -351,7 +353,9 @@ class Flow:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Let other shards have the turn in this context, in which the caller of ``measure`` waits."""
+        """Let other shards have the turn in this context, in which the
+        caller of ``measure`` waits.
+        """
         had_turn = self._turn_began is not None
         self._pass_on()
         yield

@@ -31,7 +31,9 @@ def find_types(task: Task, texts: Sequence[str]) -> list[int]:
 
 
 def bounded(texts: Sequence[str], most_chars: int, most_of_one: int) -> list[str]:
-    """The beginnings of ``texts``, each of at most ``most_of_one`` characters, ``most_chars`` in all."""
+    """The beginnings of ``texts``, each of at most ``most_of_one`` characters, ``most_chars`` in
+    all.
+    """
     sample, left = [], most_chars
     for text in texts:
         sample.append(text[: min(most_of_one, left)])

@@ -65,8 +65,8 @@ def prepare(
 ) -> Preparation:
     """Plan the corpus of a normalised config and decide what to measure.
 
-    ``keep`` writes the results of calibrations into the store for later runs. With ``reduce_only`` no
-    calibration runs.
+    ``keep`` writes the results of calibrations into the store for later runs. With ``reduce_only``
+    no calibration runs.
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
     files = measurer.find_model(config)
@@ -183,10 +183,10 @@ def run(
     """Measure every token of ``config.corpus`` and return the complete run, ready for queries.
 
     A shard that the store has is not processed again. The same call thus resumes after a crash and
-    does nothing after success. With ``reduce_only`` no shard is processed and no calibration runs; the
-    store must have the measure, and all shards except ``allow_quarantined``. Raises ``ConfigError``
-    before any work, ``IncompleteRun`` when shards are quarantined or missing (the others are
-    committed), and ``Interrupted`` when the same call resumes the run.
+    does nothing after success. With ``reduce_only`` no shard is processed and no calibration runs;
+    the store must have the measure, and all shards except ``allow_quarantined``. Raises
+    ``ConfigError`` before any work, ``IncompleteRun`` when shards are quarantined or missing (the
+    others are committed), and ``Interrupted`` when the same call resumes the run.
     """
     config = precheck.normalised(config)
     if config.near_duplicates is not None:

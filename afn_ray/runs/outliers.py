@@ -14,7 +14,9 @@ from afn_ray.runs.task import Task
 from afn_ray.runs.worker import with_signals
 
 CALIBRATION_CHARS = 16_384
-"""Text that the calibration measures, in characters: outlier dimensions are the same in any text."""
+"""Text that the calibration measures, in characters: outlier dimensions
+are the same in any text.
+"""
 
 
 def find_dimensions(task: Task, texts: Sequence[str]) -> list[list[int]]:

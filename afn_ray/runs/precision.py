@@ -21,7 +21,9 @@ CALIBRATION_TOKENS = 16_384
 LEAST_TOKENS = 1_000
 """Smallest usable sample, in tokens: a smaller one cannot show a change of one label in 500."""
 CALIBRATION_S = 60.0
-"""Longest time that the calibration measures in float32, in seconds; it then uses the tokens so far."""
+"""Longest time that the calibration measures in float32, in seconds; it then uses the tokens so
+far.
+"""
 MAX_FLIPS = 0.002
 """Share of changed HIGH labels from which on a precision is not safe."""
 MAX_MEDIAN_ERROR = 5e-4
@@ -35,7 +37,9 @@ Other texts than the calibration's may have larger products.
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One half precision compared with float32 on the calibration's tokens, special tokens apart."""
+    """One half precision compared with float32 on the calibration's
+    tokens, special tokens apart.
+    """
 
     dtype: str
     safe: bool
@@ -60,7 +64,9 @@ class Precision:
 
     @property
     def against(self) -> str:
-        """Why the calibration finds the chosen precision unsafe; "" unless the config asked for it."""
+        """Why the calibration finds the chosen precision unsafe;
+        "" unless the config asked for it.
+        """
         return next((t.why for t in self.trials if t.dtype == self.dtype), "")
 
     def is_safe_at(self, layers: Sequence[int]) -> bool:

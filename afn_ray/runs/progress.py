@@ -128,7 +128,9 @@ class Progress:
 
     @property
     def loading_text(self) -> str:
-        """Number of workers with a loaded model, in words; empty once one has or a shard is done."""
+        """Number of workers with a loaded model, in words;
+        empty once one has or a shard is done.
+        """
         if self.num_ready > 0 or self.num_committed > 0:
             return ""
         return f"workers: 0 of {self.num_workers} have loaded the model"

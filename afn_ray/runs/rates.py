@@ -66,13 +66,18 @@ def speed_of(task: Task) -> dict[str, Any]:
 
 RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "speed": (lambda v: isinstance(v, dict), "an object"),
-    "tokens_per_second": (lambda v: isinstance(v, list) and bool(v) and all(is_number(n) and n for n in v),
-                          "a list of numbers over 0"),
+    "tokens_per_second": (
+        lambda v: isinstance(v, list) and bool(v) and all(is_number(n) and n for n in v),
+        "a list of numbers over 0",
+    ),
     "load_s": (is_number, "a number, 0 or more"),
     "machine": (lambda v: isinstance(v, str), "a text"),
-    "versions": (lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str), "an object with that of torch"),
+    "versions": (
+        lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str),
+        "an object with that of torch",
+    ),
     "foreign": (is_number, "a number, 0 or more"),
-}  # fmt: skip
+}
 """Keys that are read from a file by ``afn bench rate --json``: a check and the expected value."""
 
 

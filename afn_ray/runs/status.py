@@ -36,11 +36,14 @@ EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silen
 """Exit code by state; the states in it are final, except "silent"."""
 
 NOTHING: dict[str, Any] = {
-    "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "", "written_at": "", "host": "",
-    "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {}, "tokens": 0, "documents": 0,
+    "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "",
+    "written_at": "", "host": "",
+    "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {},
+    "tokens": 0, "documents": 0,
     "documents_quarantined": 0, "documents_measured": 0, "documents_planned": None,
     "bytes_lost": 0, "bytes_read": 0, "bytes_written": 0, "retries": 0,
-    "tokens_per_s": 0.0, "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [], "num_failures": 0,
+    "tokens_per_s": 0.0, "left_s": None, "last_commit_at": None, "waits_for": "", "failures": [],
+    "num_failures": 0,
     "notices": [], "exit_code": None, "reason": "",
 }  # fmt: skip
 """An empty status: every key, with a value of its type."""
@@ -183,8 +186,8 @@ def read_status(uri: str, last: int = 20) -> Statuses:
     """Status of the run at ``uri``, or of the ``last`` runs of a store, newest first.
 
     The driver of a run writes it into the store every ten seconds, so this works from any machine
-    that reads the store. A run that has no name yet comes first. Raises ``StoreError`` where ``uri`` is neither, and
-    ``Interrupted`` when the store does not answer.
+    that reads the store. A run that has no name yet comes first. Raises ``StoreError`` where
+    ``uri`` is neither, and ``Interrupted`` when the store does not answer.
     """
     uri = uris.absolute(uri).rstrip("/")
     store, name = manifest.split_uri(uri)
@@ -275,7 +278,9 @@ class _StatusReader:
         self._lock = threading.Lock()
 
     def statuses_of_runs(self, names: Sequence[str]) -> list[Status]:
-        """Statuses of the runs ``names``, in that order, without those that ``status_of_run`` lacks."""
+        """Statuses of the runs ``names``, in that order, without those that ``status_of_run``
+        lacks.
+        """
         with ThreadPoolExecutor(checksums.IO_THREADS) as pool:
             found = list(pool.map(self.status_of_run, names))
         statuses: list[Status] = []

@@ -304,7 +304,8 @@ class Processor:
     def record(
         self, shard: Shard, oom_retries: int, folder: Path, name: str
     ) -> shard_files.Attempt:
-        """Measure every token of ``shard`` for the attempt ``name``; write its tables to ``folder``.
+        """Measure every token of ``shard`` for the attempt ``name``; write its tables to
+        ``folder``.
 
         After a failure of memory, later shards begin with a smaller token budget. All batches of a
         shard have the same.

@@ -37,11 +37,12 @@ COLUMNS = (
 )
 """Columns of ``word_vocabulary`` that the rankings read."""
 MEANING = (
-    "Rare words are HIGH more often, so a ranking by HIGH share alone follows rarity. Expected (exp.) is "
-    "the HIGH share of other words as frequent, at the same positions, in documents as long; beyond is "
-    "the HIGH share less that. A word whose interval of beyond is above 0 is salient for more than "
-    "its frequency. Both rankings are by the lower end of a 95 % interval clustered by document. "
-    f"A word is HIGH where its strongest token is; each occurs {LEAST_N} times or more."
+    "Rare words are HIGH more often, so a ranking by HIGH share alone follows rarity. Expected "
+    "(exp.) is the HIGH share of other words as frequent, at the same positions, in documents as "
+    "long; beyond is the HIGH share less that. A word whose interval of beyond is above 0 is "
+    "salient for more than its frequency. Both rankings are by the lower end of a 95 % interval "
+    f"clustered by document. A word is HIGH where its strongest token is; each occurs {LEAST_N} "
+    "times or more."
 )
 """Meaning of the difference, in words for people."""
 

@@ -125,14 +125,15 @@ def _notes(card: Card) -> list[str]:
     ]
     if any(layer.outlier_share is not None for layer in card.layers):
         lines.append(
-            f"'outliers' is the share of the squared norms in {_dimensions(card.layers)} of a layer."
+            "'outliers' is the share of the squared norms in "
+            f"{_dimensions(card.layers)} of a layer."
         )
     else:
         lines.append("'outliers' needs a run with --signals trimmed.")
     if any(layer.moment_shares is not None for layer in card.layers):
         lines.append(
-            "The second moment of the frequent types' states is the squared norm of their mean, plus "
-            "the variance between the means of types, plus that within types."
+            "The second moment of the frequent types' states is the squared norm of their mean, "
+            "plus the variance between the means of types, plus that within types."
         )
     else:
         lines.append("A run with --mean-vectors has the split of the second moment too.")

@@ -124,7 +124,9 @@ def _render_class_drift(layer: int, found: compare.Comparison, console: Console)
 
 
 def _render_movers(layer: int, found: compare.Comparison, console: Console) -> None:
-    """Print the words or types that moved most surely, and the most frequent new and vanished ones."""
+    """Print the words or types that moved most surely, and the most
+    frequent new and vanished ones.
+    """
     movers, kind = found.movers_to_read, found.kind
     here = movers.filter(pc.equal(movers["layer"], layer))
     of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}

@@ -125,7 +125,8 @@ def check(
             checks.append(attempt())
         except AfnError as error:  # its message contains the advice
             checks.append(Check(name, False, str(error), advice))
-        except Exception as error:  # noqa: BLE001 - a broken installation raises anything, and this is who tells
+        # A broken installation raises anything, and this function reports it.
+        except Exception as error:  # noqa: BLE001
             checks.append(
                 Check(
                     name, False, f"{type(error).__name__}: {error}", advice or "please report this"
@@ -445,7 +446,9 @@ def _gpu(index: int, name: str | None) -> Check:
 
 
 def _norms(loaded: Model) -> str:
-    """Addition and normalisation on a GPU: the speed of the one kernel, or the reason against it."""
+    """Addition and normalisation on a GPU: the speed of the one kernel, or
+    the reason against it.
+    """
     from afn_ray.model import time_norms
 
     if (times := time_norms(loaded)) is None:

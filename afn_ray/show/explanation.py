@@ -49,8 +49,8 @@ LEGEND = (
 )
 WORD_HEADS = ("word", "tokens", "strongest", "is", "median", "HIGH", "n")
 WORDS_LEGEND = (
-    "Words of several tokens: is: HIGH if the strongest token is. median, HIGH, n: of the same word "
-    "in the run, in upper or lower case (median of the strongest tokens, share that is HIGH, "
+    "Words of several tokens: is: HIGH if the strongest token is. median, HIGH, n: of the same "
+    "word in the run, in upper or lower case (median of the strongest tokens, share that is HIGH, "
     "occurrences)."
 )
 

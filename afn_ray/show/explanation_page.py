@@ -39,13 +39,15 @@ STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif;
   color: var(--text-0); background: var(--page-0); }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; } dd { margin: 0; overflow-wrap: anywhere; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0 1rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
 fieldset { border: 0; padding: 0; } legend { font-weight: bold; } label { margin-right: 1rem; }
 .text { font-size: 1.2rem; line-height: 2; white-space: pre-wrap; overflow-wrap: anywhere; }
 .q2, .q3, .q4 { border-radius: .2em; padding: .05em 0; }
 .q2 { color: var(--text-2); background: var(--page-2); }
 .q3 { color: var(--text-3); background: var(--page-3); }
-.q4 { color: var(--text-4); background: var(--page-4); font-weight: bold; text-decoration: underline; }
+.q4 { color: var(--text-4); background: var(--page-4); font-weight: bold;
+  text-decoration: underline; }
 .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1rem; }
 .legend span { padding: .1em .4em; border: 1px solid; border-radius: .2em; }
 .table { overflow-x: auto; }
@@ -54,7 +56,8 @@ caption { text-align: left; padding: .3rem 0; }
 th, td { padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--page-2); }
 th:first-child, td:first-child, th:nth-child(3), td:nth-child(3) { text-align: left; }
 td:first-child span { padding: .05em .3em; }
-.values :is(th, td):nth-child(3), .decision :is(th, td):is(:first-child, :nth-child(3)) { text-align: right; }
+.values :is(th, td):nth-child(3),
+.decision :is(th, td):is(:first-child, :nth-child(3)) { text-align: right; }
 .decision :is(th, td).name:is(*, :nth-child(3)) { text-align: left; }
 .table + .table { margin-top: 1rem; }
 .heat { width: auto; border-collapse: separate; border-spacing: 2px; }
@@ -95,7 +98,8 @@ def render_html(explanation: Explanation) -> str:
             f"default-src 'none'; style-src 'sha256-{policy}'; base-uri 'none'; form-action "
             "'none'\">",
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">\n<title>Token Activation Strength of a text</title>',
+            '<meta name="color-scheme" content="light dark">\n<title>Token Activation Strength of '
+            "a text</title>",
             f"<style>{style}</style>\n</head>\n<body>\n<main>\n<h1>Token Activation Strength of a "
             "text</h1>\n<dl>",
             *(f"<dt>{name}</dt><dd>{_html(value)}</dd>" for name, value in facts),
@@ -142,7 +146,8 @@ def _style(layers: tuple[int, ...]) -> str:
 def _html_layer(explanation: Explanation, at: int) -> str:
     layer = explanation.layers[at]
     running = "".join(
-        f'<span class="q{token.readings[at].quartile}" title="{_title(token, at)}">{_html(text)}</span>'
+        f'<span class="q{token.readings[at].quartile}" '
+        f'title="{_title(token, at)}">{_html(text)}</span>'
         if token
         else _html(text)
         for text, token in running_text(explanation)
@@ -153,15 +158,18 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         for quartile, text in limits.items()
     )
     rows = "\n".join(
-        f'<tr><td><span class="q{token.readings[at].quartile or 0}"><bdi>{_html(token_name(token))}</bdi></span></td>'
+        f'<tr><td><span class="q{token.readings[at].quartile or 0}">'
+        f"<bdi>{_html(token_name(token))}</bdi></span></td>"
         + "".join(f"<td>{cell}</td>" for cell in reading_cells(token, token.readings[at]))
         + "</tr>"
         for token in explanation.tokens
     )
     heads = "".join(f'<th scope="col">{head}</th>' for head in HEADS)
     return (
-        f'<section id="layer-{layer}">\n<h2>{layer_name(layer)}</h2>\n<p class="text" dir="auto">{running}</p>\n'
-        f'<ul class="legend" aria-label="Quartiles of {explanation.thresholds[at].n:,} tokens">{legend}</ul>\n'
+        f'<section id="layer-{layer}">\n<h2>{layer_name(layer)}</h2>\n<p class="text" '
+        f'dir="auto">{running}</p>\n'
+        f'<ul class="legend" aria-label="Quartiles of {explanation.thresholds[at].n:,} '
+        f'tokens">{legend}</ul>\n'
         f'<div class="table"><table>\n<caption>Tokens at layer {layer}</caption>\n'
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n"
         f"{_html_words(explanation, at)}{_html_signals(explanation, at)}</section>"
@@ -205,7 +213,8 @@ def _html_table(
         for row in rows
     )
     return (
-        f'<div class="table"><table class="{kind}">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
+        '<div class="table"><table '
+        f'class="{kind}">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>\n"
     )
 
@@ -227,8 +236,10 @@ def _html_sweep(explanation: Explanation) -> str:
         for token in explanation.tokens
     )
     return (
-        f'<div>\n<h2>Layers</h2>\n<div class="table"><table class="heat">\n<caption>Rank of strength by token and layer'
-        f'</caption>\n<thead><tr><th scope="col">token</th>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
+        '<div>\n<h2>Layers</h2>\n<div class="table"><table class="heat">\n<caption>Rank of '
+        "strength by token and layer"
+        "</caption>\n<thead><tr><th "
+        f'scope="col">token</th>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
         "</table></div>\n</div>"
     )
 

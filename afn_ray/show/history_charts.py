@@ -1,4 +1,6 @@
-"""Charts of the last nights of a series, with the broken ones marked, and a table of their figures."""
+"""Charts of the last nights of a series, with the broken ones marked, and
+a table of their figures.
+"""
 
 from __future__ import annotations
 
@@ -120,8 +122,18 @@ def _layers(
 
 
 def _table(nights: Sequence[Mapping[str, Any]], layer: int) -> Table:
-    heads = ("night", "verdict", "limits", "tokens", "documents", "quarantined", "Q3",
-             "HIGH", "PSI", "KS")  # fmt: skip
+    heads = (
+        "night",
+        "verdict",
+        "limits",
+        "tokens",
+        "documents",
+        "quarantined",
+        "Q3",
+        "HIGH",
+        "PSI",
+        "KS",
+    )
     rows = []
     for night, row in zip(_names(nights), nights, strict=True):
         quarantined = row["n_quarantined"]

@@ -1,4 +1,6 @@
-"""Words or types that moved between two runs, each in its context before and now, coloured by quartile."""
+"""Words or types that moved between two runs, each in its context before and now, coloured by
+quartile.
+"""
 
 from __future__ import annotations
 
@@ -149,10 +151,12 @@ def _places_of_words(
     """The first tokens of the examples of ``words``."""
     query = f"""
         SELECT here.word, min({{
-            'far': abs(max_strength_{layer} - q2), 'doc': doc, 'position': position, 'size': n_tokens
+            'far': abs(max_strength_{layer} - q2), 'doc': doc, 'position': position,
+              'size': n_tokens
         }}, {MOST_EXAMPLES})
         FROM (SELECT * REPLACE ({WORD} AS word) FROM words) here JOIN (
-            SELECT word, q2 FROM word_vocabulary WHERE layer = {layer} AND word IN (SELECT unnest($names))
+            SELECT word, q2 FROM word_vocabulary WHERE layer = {layer}
+              AND word IN (SELECT unnest($names))
         ) USING (word) GROUP BY here.word"""  # noqa: S608
     return _found(tables, query, words)
 

@@ -1,4 +1,6 @@
-"""Charts as PNG pictures, for notebooks and files: drawn in this process, in the page's light colours."""
+"""Charts as PNG pictures, for notebooks and files: drawn in this process, in the page's light
+colours.
+"""
 
 from __future__ import annotations
 

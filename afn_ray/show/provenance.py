@@ -1,4 +1,6 @@
-"""Provenance of a run in words: software and devices of its shards, and the command to repeat it."""
+"""Provenance of a run in words: software and devices of its shards, and
+the command to repeat it.
+"""
 
 from __future__ import annotations
 

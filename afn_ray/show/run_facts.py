@@ -105,7 +105,8 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         (
             "finished",
             f"{info['finished_at']}, {info['seconds']:,.0f} s, "
-            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards new{composed}",
+            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards "
+            f"new{composed}",
         ),
     ]
     if missing := info.get("quarantined"):

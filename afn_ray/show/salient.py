@@ -41,14 +41,16 @@ def salient_words(run: Run, layer: int) -> tuple[list[SalientWord], list[Salient
 
     Words are ranked by the end of the interval nearer to the middle. A content word has
     the form ``WORD_FORM`` and is no closed-class word, by the languages of the documents that it
-    occurs in or by the one that the run names. Reads the run's tokens once, or twice to count these.
+    occurs in or by the one that the run names. Reads the run's tokens once, or twice to count
+    these.
     """
     ((q3,),) = run.sql(
         "SELECT q3 FROM labels WHERE layer = ? AND population = 'tokens'", [layer]
     ).fetchall()
     strength = f"mean_strength_{int(layer)}"
     query = f"""
-        SELECT {lower_word("text")} AS spelled, count(*) AS n, count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
+        SELECT {lower_word("text")} AS spelled, count(*) AS n,
+              count(*) FILTER ({is_high(strength, "$q3")}) AS n_high,
                quantile_disc({strength}, 0.5) AS median
         FROM words WHERE regexp_matches(text, $form) GROUP BY ALL HAVING n >= $least
     """  # noqa: S608 - the layer is a number
@@ -72,7 +74,8 @@ def _words_of(run: Run) -> Callable[[str], lexicon.Words | None]:
         words = lexicon.find(language)
         return lambda word: words
     query = f"""
-        SELECT {lower_word("text")} AS spelled, {LANGUAGE}, count(*) FROM words JOIN documents USING (doc)
+        SELECT {lower_word("text")} AS spelled, {LANGUAGE}, count(*)
+              FROM words JOIN documents USING (doc)
         WHERE regexp_matches(text, $form) AND {LANGUAGE} IS NOT NULL
         GROUP BY spelled, {LANGUAGE}
         QUALIFY sum(count(*)) OVER (PARTITION BY spelled) >= $least

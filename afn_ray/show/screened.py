@@ -46,8 +46,10 @@ def screened_documents(
     tokens: dict[int, list[tuple[Any, ...]]] = {r["doc"]: [] for r in rows}
     for layer in {r["layer"] for r in rows}:  # one layer, or none
         ask = f"""
-            SELECT doc, text, surface, is_word_start, {places}, coalesce(quartile_{int(layer)}, 0) FROM tokens
-            WHERE doc IN (SELECT unnest($docs)) AND position <= $last AND NOT is_special ORDER BY doc, position
+            SELECT doc, text, surface, is_word_start, {places},
+          coalesce(quartile_{int(layer)}, 0) FROM tokens
+            WHERE doc IN (SELECT unnest($docs)) AND position <= $last AND NOT is_special
+        ORDER BY doc, position
         """  # noqa: S608 - our own text and a number
         for doc, *token in tables.sql(
             ask, {"docs": list(tokens), "last": MAX_SCREENED_TOKENS}

@@ -145,8 +145,8 @@ class RunSummary:
             )
             labels = [facts.labels["tokens"] for facts in self.layers]
             thresholds += notebook.table(
-                f"Frozen thresholds, of {self.info['config']['thresholds']} (a token at or above Q3 "
-                "is HIGH)",
+                f"Frozen thresholds, of {self.info['config']['thresholds']} (a token at or above "
+                "Q3 is HIGH)",
                 pa.Table.from_pylist(labels, LAYERS).select(["layer", "q1", "q2", "q3"]),
             )
         else:

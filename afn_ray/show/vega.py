@@ -66,10 +66,12 @@ LINE = {"type": "line", "strokeWidth": 2}
 CONFIG: VegaSpec = {
     "font": "system-ui, sans-serif", "background": None, "view": {"stroke": None},
     "axis": {
-        "labelColor": FAINT, "titleColor": FAINT, "gridColor": RULE, "domainColor": RULE, "tickColor": RULE,
+        "labelColor": FAINT, "titleColor": FAINT, "gridColor": RULE, "domainColor": RULE,
+        "tickColor": RULE,
         "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "labelLimit": 240,
     },
-    "legend": {"labelColor": INK, "labelFontSize": 12, "orient": "top", "columns": 3, "symbolOpacity": 1},
+    "legend": {"labelColor": INK, "labelFontSize": 12, "orient": "top", "columns": 3,
+               "symbolOpacity": 1},
     "text": {"fill": FAINT, "fontSize": 11},
     "rule": {"stroke": FAINT},
 }  # fmt: skip
@@ -107,7 +109,9 @@ def category(field: str, title: str | None = None, **more: Any) -> VegaSpec:
 
 
 def intervals(place: VegaSpec) -> VegaSpec:
-    """Layer of a rule from ``low`` to ``high`` for each row that has them, at the rest of ``place``."""
+    """Layer of a rule from ``low`` to ``high`` for each row that has them, at the rest of
+    ``place``.
+    """
     return {
         "transform": [{"filter": "isValid(datum.low)"}],
         "mark": {"type": "rule", "strokeWidth": 2},

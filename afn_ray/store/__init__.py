@@ -5,5 +5,6 @@
 * What the files of a store contain: ``layout``, ``checksums``, ``blocks``, ``parquet``.
 * Shards: ``records`` writes their tables, ``shard_files`` commits and reads them, ``commits``.
 * Runs: ``plans``, ``run_claims``, ``manifest``, ``label_thresholds``, ``calibrations``.
-* What is deleted: ``epochs``, ``retention``, ``leftovers``, ``garbage``, ``gc_report``, ``orphans``.
+* What is deleted: ``epochs``, ``retention``, ``leftovers``, ``garbage``, ``gc_report``,
+``orphans``.
 """

@@ -39,7 +39,9 @@ DAMAGES = (
 )
 """Errors that damaged archives raise."""
 LOCAL_HEADER = struct.Struct("<4s22xHH")
-"""Header before a member of a zip archive: its mark, and the lengths of its name and extra field."""
+"""Header before a member of a zip archive: its mark, and the lengths of
+its name and extra field.
+"""
 
 
 class Member(NamedTuple):
@@ -174,7 +176,9 @@ def _in_tar(file: IO[bytes], archive: FileInfo) -> list[Member]:
 
 
 def _check_member(opened: tarfile.TarFile, info: tarfile.TarInfo, number: int, size: int) -> None:
-    """Raise ``ValueError`` for a member that is cut, shares bytes with another, or is one too many."""
+    """Raise ``ValueError`` for a member that is cut, shares bytes with
+    another, or is one too many.
+    """
     if number > MOST_MEMBERS:
         raise ValueError(f"more than {MOST_MEMBERS} members")
     if len(opened.pax_headers) > MOST_GLOBAL:  # each member has a copy of all
@@ -192,7 +196,9 @@ def _check_member(opened: tarfile.TarFile, info: tarfile.TarInfo, number: int, s
 
 
 def _after_zeros(file: IO[bytes], start: int) -> int | None:
-    """First block of a tar archive at or after byte ``start`` with more than zeros; None if none."""
+    """First block of a tar archive at or after byte ``start`` with more
+    than zeros; None if none.
+    """
     at = start
     file.seek(start)
     while block := file.read(1 << 20):

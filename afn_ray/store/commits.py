@@ -10,15 +10,26 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 COUNTS = (
-    "documents", "empty", "quarantined", "tokens", "special", "windows", "forward_tokens", "chars", "replaced",
-    "lost_bytes", "lost_documents", "lost_unknown",
-)  # fmt: skip
+    "documents",
+    "empty",
+    "quarantined",
+    "tokens",
+    "special",
+    "windows",
+    "forward_tokens",
+    "chars",
+    "replaced",
+    "lost_bytes",
+    "lost_documents",
+    "lost_unknown",
+)
 """Names of the counts in a commit.
 
 ``replaced`` counts characters. ``lost_unknown`` counts losses of an unknown number of documents.
 """
 UNSELECTED = ("unselected", "unselected_bytes", "unselected_unknown")
-"""Names of further counts where a run selects documents: what it leaves out of the files that it reads.
+"""Names of further counts where a run selects documents: what it leaves out of the files that it
+reads.
 
 They are documents, bytes of text, and documents whose condition a null makes unknown.
 """
@@ -191,7 +202,8 @@ def describe_makers(provenance: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def _describe_maker(made_by: Mapping[str, str]) -> str:
-    """Device and kernels that measured a shard, in words. On a CPU, the dtype of the run decides the attention.
+    """Device and kernels that measured a shard, in words. On a CPU, the dtype of the run decides
+    the attention.
 
     Older commits lack ``norm`` and ``experts``: no norm was fused, and experts ran in float32. They
     name no CPU either.

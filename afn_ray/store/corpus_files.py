@@ -81,7 +81,8 @@ def _member_info(archive: FileInfo, member: archives.Member) -> FileInfo:
 
 
 def _members(archive: FileInfo, pattern: str, left_out: set[str] | None) -> list[FileInfo]:
-    """The members of ``archive`` that the glob or name ``pattern`` matches; an empty one matches all.
+    """The members of ``archive`` that the glob or name ``pattern`` matches; an empty one matches
+    all.
 
     Without a ``pattern``, hidden ones are left out. The damaged rest always matches.
     """

@@ -30,8 +30,18 @@ NO_LINKS = frozenset(
     }
 )
 """Errors of filesystems without hard links (FAT, exFAT, SMB, FUSE mounts of buckets or folders)."""
-NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.ENOSYS, errno.EPERM,
-                            errno.EACCES, errno.EISDIR})  # fmt: skip
+NO_FOLDER_SYNC = frozenset(
+    {
+        errno.EINVAL,
+        errno.ENOTSUP,
+        errno.EOPNOTSUPP,
+        errno.EBADF,
+        errno.ENOSYS,
+        errno.EPERM,
+        errno.EACCES,
+        errno.EISDIR,
+    }
+)
 """Errors of filesystems that cannot fsync a folder."""
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 """Errors of filesystems without file locks (NFS without its lock service, some FUSE)."""
@@ -238,7 +248,8 @@ def scratch_folder(given: str | None) -> Path:
     folder and falls back to the working folder.
     """
     named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
-    return Path(given or next(filter(None, named), "/tmp"))  # noqa: S108 - the system's, as tempfile has it
+    # The default is the system's, as in tempfile.
+    return Path(given or next(filter(None, named), "/tmp"))  # noqa: S108
 
 
 def find_lacks(folder: Path) -> list[str]:

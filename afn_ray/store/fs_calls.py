@@ -20,10 +20,19 @@ T = TypeVar("T")
 FOREIGN_ERRORS = frozenset(
     {"BotoCoreError", "ClientError", "HttpError", "GoogleAuthError", "AzureError"}
 )
-NO_CREDENTIALS = frozenset({
-    "NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "TokenRetrievalError", "SSOError",
-    "ProfileNotFound", "DefaultCredentialsError", "RefreshError", "ClientAuthenticationError",
-})  # fmt: skip
+NO_CREDENTIALS = frozenset(
+    {
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "CredentialRetrievalError",
+        "TokenRetrievalError",
+        "SSOError",
+        "ProfileNotFound",
+        "DefaultCredentialsError",
+        "RefreshError",
+        "ClientAuthenticationError",
+    }
+)
 UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
 """Errors of filesystems that do not support a call."""
 NO_DATASET = frozenset({"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"})
@@ -48,8 +57,8 @@ def named_errors(action: str, uri: str, kind: type[AfnError]) -> Iterator[None]:
         names = {cls.__name__ for cls in type(error).__mro__}
         if not names.isdisjoint(NO_CREDENTIALS):
             raise kind(
-                f"{action} {uri}: {short_message(error)}; give credentials in the environment, as for "
-                "the store's own tools"
+                f"{action} {uri}: {short_message(error)}; give credentials in the environment, as "
+                "for the store's own tools"
             ) from error
         # botocore raises ValueError for a malformed endpoint in the environment.
         if isinstance(error, ValueError) and "endpoint" in str(error):
@@ -91,7 +100,8 @@ def _hub_reason(error: OSError) -> str:
     if status in (401, 403, 404):
         return (
             "the Hub has no such dataset, revision or file, or it is private or gated (status "
-            f"{status}); check the name, accept the dataset's terms, and set HF_TOKEN to a token that may read it"
+            f"{status}); check the name, accept the dataset's terms, and set HF_TOKEN to a token "
+            "that may read it"
         )
     return f"the Hub answered with status {status}" if status else ""
 

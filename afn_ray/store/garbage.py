@@ -59,7 +59,9 @@ FOLDERS = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """Objects that no kept run of a store refers to: deleted, or those that ``delete`` would delete."""
+    """Objects that no kept run of a store refers to: deleted, or those that ``delete`` would
+    delete.
+    """
 
     store: str
     kept: tuple[str, ...]
@@ -84,7 +86,9 @@ class Garbage:
 
     @property
     def table(self) -> pa.Table:
-        """One row for each folder: ``kind`` ("run" or "shard"), ``uri``, ``num_files``, ``num_bytes``."""
+        """One row for each folder: ``kind`` ("run" or "shard"), ``uri``, ``num_files``,
+        ``num_bytes``.
+        """
         rows = [{"kind": "run"} | asdict(folder) for folder in self.runs]
         rows += [{"kind": "shard"} | asdict(folder) for folder in self.shards]
         return pa.Table.from_pylist(rows, FOLDERS)

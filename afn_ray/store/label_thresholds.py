@@ -14,10 +14,22 @@ from afn_ray.store import manifest, series
 from afn_ray.store.checksums import short
 from afn_ray.text import printable
 
-BESIDE_STRENGTH = frozenset({
-    "id", "signals", "series", "offsets", "outliers", "neuron_layers", "top_neurons", "neurons_above",
-    "labels", "languages", "mean_types", "means",
-})  # fmt: skip
+BESIDE_STRENGTH = frozenset(
+    {
+        "id",
+        "signals",
+        "series",
+        "offsets",
+        "outliers",
+        "neuron_layers",
+        "top_neurons",
+        "neurons_above",
+        "labels",
+        "languages",
+        "mean_types",
+        "means",
+    }
+)
 """Keys of a measure that change no strength, so that thresholds stay comparable."""
 FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
 """Columns that a run takes from the thresholds of another run."""

@@ -20,8 +20,8 @@ Layout of a store::
     gc/<epoch>.parquet                          what garbage collections condemned (``epochs``)
 
 Nothing depends on the two progress files. Each other file can be verified: a JSON file carries a
-checksum of all its other bytes (``checksummed``), and the size and checksum of a Parquet file are listed
-in the commit.json or run.json that names it.
+checksum of all its other bytes (``checksummed``), and the size and checksum of a Parquet file are
+listed in the commit.json or run.json that names it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ RAY_IGNORE = ".rayignore"
 """File that makes Ray leave a folder out of the files that it uploads with a job."""
 
 STORE_FILE = re.compile(
-    rf"/(?:shards/{HEX.pattern}/{HEX.pattern}/[^/]+|runs/{RUN_NAME.pattern}/[^/]+|pilots/{HEX.pattern}\.json|"
+    rf"/(?:shards/{HEX.pattern}/{HEX.pattern}/[^/]+|"
+    rf"runs/{RUN_NAME.pattern}/[^/]+|pilots/{HEX.pattern}\.json|"
     rf"gc/[0-9]{{8}}\.parquet|{re.escape(RAY_IGNORE)}|"
     rf"probe-{HEX.pattern}|{SCRATCH_PREFIX}[^/]+/[^/]+)$"
 )
@@ -83,10 +84,12 @@ NEURON_TABLES = ("neurons", "pairs")
 """Further tables of a shard whose neurons are recorded."""
 VECTORS = "vectors"
 """Further table of a shard whose hidden states are added up by type."""
-RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "kept", "sources",
-              "screened", "strange", "signals", "signal_vocabulary", "neurons", "neuron_types", "groups", "group_types",
-              "group_classes", "duplicates", "near_duplicates", "copied", "salience", "word_vocabulary",
-              "languages", "moments", "mean_vectors")  # fmt: skip
+RUN_TABLES = (
+    "plan", "shards", "thresholds", "histogram", "vocabulary", "frozen", "files", "kept", "sources",
+    "screened", "strange", "signals", "signal_vocabulary", "neurons", "neuron_types", "groups",
+    "group_types", "group_classes", "duplicates", "near_duplicates", "copied", "salience",
+    "word_vocabulary", "languages", "moments", "mean_vectors",
+)  # fmt: skip
 PROBE = re.compile("probe-[0-9a-f]{32}")
 COMMIT = re.compile(r"commit(?:-([1-9][0-9]{0,8}))?\.json")
 LEASE = re.compile(r"lease-[0-9a-f]{32}\.json")
@@ -95,7 +98,8 @@ SHARD_FILE = re.compile(
 )
 STATUS = "status.json"
 RUN_FILE = re.compile(
-    rf"(run|audited|verdict|accepted|status)\.json|{LEASE.pattern}|({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
+    rf"(run|audited|verdict|accepted|status)\.json|{LEASE.pattern}|"
+    rf"({'|'.join(RUN_TABLES)})(-[0-9a-f]{{16}})?\.parquet"
 )
 
 

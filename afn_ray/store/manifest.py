@@ -30,9 +30,18 @@ from afn_ray.store.layout import PLANNING, RAY_IGNORE, StoreFiles, is_run_name
 from afn_ray.store.shard_files import blocks_by_name, shard_uri
 
 RUN_KEYS: dict[str, type] = {
-    "id": str, "measure": dict, "model": dict, "layers": list, "config": dict, "corpus": dict, "counts": dict,
-    "precision": dict, "tables": dict, "created_at": str, "finished_at": str,
-}  # fmt: skip
+    "id": str,
+    "measure": dict,
+    "model": dict,
+    "layers": list,
+    "config": dict,
+    "corpus": dict,
+    "counts": dict,
+    "precision": dict,
+    "tables": dict,
+    "created_at": str,
+    "finished_at": str,
+}
 """Required keys of run.json, and the types of their values."""
 
 

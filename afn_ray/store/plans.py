@@ -1,4 +1,6 @@
-"""Plans of runs: which shards a run has, and the request that it answers; written first, verified on reading."""
+"""Plans of runs: which shards a run has, and the request that it answers; written first, verified
+on reading.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
 
 
 def cuts_id(config: RunConfig, shard_bytes: int) -> str:
-    """Fingerprint of everything that decides where files are cut; a limit ends the cutting early."""
+    """Fingerprint of everything that decides where files are cut; a
+    limit ends the cutting early.
+    """
     return fingerprint([SCHEMA_VERSION, config.read_options.of_all().as_dict(), shard_bytes])
 
 

@@ -71,7 +71,8 @@ def try_writable(uri: str) -> None:
 
 
 def _is_missing(path: Path) -> bool:
-    return not os.path.exists(path)  # noqa: PTH110 - which pathlib's does not say of a name that is too long
+    # pathlib's ``exists`` does not report a name that is too long.
+    return not os.path.exists(path)  # noqa: PTH110
 
 
 def find_lacks(uri: str) -> list[str]:

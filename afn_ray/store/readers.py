@@ -23,8 +23,8 @@ READ_AHEAD_BYTES = 4 << 20
 def open_read(uri: str) -> IO[bytes]:
     """A seekable binary reader of ``uri``.
 
-    On a remote filesystem it reads ahead and keeps no connection open. That of a member of an archive
-    is a ``MemberFile``.
+    On a remote filesystem it reads ahead and keeps no connection open. That of a member of an
+    archive is a ``MemberFile``.
     """
     if (parts := uris.split_member(uri)) is not None:
         return _open_member(*corpus_files.find_member(*parts))

@@ -31,16 +31,28 @@ ROW_GROUP_ROWS = 1 << 19
 """Rows after which a row group ends: 0.5 M scan fastest, and a document is found in about 3 ms."""
 
 DOC_COLUMN = (
-    "doc counts the documents of this shard from 0: it repeats in every shard, so a join over several "
-    "shards needs the shard beside it"
+    "doc counts the documents of this shard from 0: it repeats in every shard, so a join over "
+    "several shards needs the shard beside it"
 )
 """Note on the column ``doc`` in the footer of each file that has it, for readers of raw files."""
 
 BATCH_ROWS = 1 << 18
 """Rows read at a time."""
 
-_DELTA = ("doc", "position", "start", "end", "offset", "n_tokens", "n_windows", "n_chars", "n_replaced", "bins",
-          "total", "totals")  # fmt: skip
+_DELTA = (
+    "doc",
+    "position",
+    "start",
+    "end",
+    "offset",
+    "n_tokens",
+    "n_windows",
+    "n_chars",
+    "n_replaced",
+    "bins",
+    "total",
+    "totals",
+)
 """Integer columns that are delta-encoded."""
 
 

@@ -113,7 +113,8 @@ def planned_shards(store: str, name: str) -> set[ShardKey]:
                 return set()
         raise StoreError(
             f"{error}; which shards the run refers to is not known, so no shard can be deleted. "
-            f"Restore its plan, or delete {run.uri} to give the run up, then give this command again"
+            f"Restore its plan, or delete {run.uri} to give the run up, then give this "
+            "command again"
         ) from error
     measure_id = fingerprint(header["measure"])
     return {(measure_id, shard.id) for shard in shards}

@@ -50,8 +50,14 @@ REMOTE_ERRNOS = LOCAL_ERRNOS | {
 """Transient errors of a remote filesystem."""
 
 DEFINITE = (
-    FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError,
-)  # fmt: skip
+    FileNotFoundError,
+    FileExistsError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ValueError,
+    TypeError,
+)
 """Errors that another try does not change."""
 
 OFFLINE = "OfflineModeIsEnabled"
@@ -59,20 +65,43 @@ OFFLINE = "OfflineModeIsEnabled"
 
 # Class names of transient errors of botocore, aiohttp, requests, gcsfs, google.auth and azure.core.
 # They are names because the packages are optional.
-TRANSIENT_NAMES = frozenset({
-    "HTTPClientError", "ConnectionError", "ClientConnectionError", "ClientPayloadError", "ServerTimeoutError",
-    "IncompleteReadError", "IncompleteRead", "ResponseParserError", "FlexibleChecksumError", "ChecksumError",
-    "Timeout", "ChunkedEncodingError", "TransportError", "ServiceRequestError", "ServiceResponseError",
-})  # fmt: skip
+TRANSIENT_NAMES = frozenset(
+    {
+        "HTTPClientError",
+        "ConnectionError",
+        "ClientConnectionError",
+        "ClientPayloadError",
+        "ServerTimeoutError",
+        "IncompleteReadError",
+        "IncompleteRead",
+        "ResponseParserError",
+        "FlexibleChecksumError",
+        "ChecksumError",
+        "Timeout",
+        "ChunkedEncodingError",
+        "TransportError",
+        "ServiceRequestError",
+        "ServiceResponseError",
+    }
+)
 
 TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
 """HTTP statuses below 500 of requests that may succeed a moment later."""
 # Transient S3 error codes whose HTTP status says otherwise. A retry restarts a multipart upload
 # that is gone, and corrects the clock after a skewed request.
-TRANSIENT_CODES = frozenset({
-    "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch",
-    "NoSuchUpload", "Throttling", "ThrottlingException", "RequestLimitExceeded",
-})  # fmt: skip
+TRANSIENT_CODES = frozenset(
+    {
+        "RequestTimeout",
+        "RequestTimeTooSkewed",
+        "IncompleteBody",
+        "BadDigest",
+        "XAmzContentSHA256Mismatch",
+        "NoSuchUpload",
+        "Throttling",
+        "ThrottlingException",
+        "RequestLimitExceeded",
+    }
+)
 
 
 def with_retries(
@@ -107,8 +136,8 @@ def with_retries(
             if left <= 0:
                 raise Unavailable(
                     f"{what}: no answer in {attempt + 1} tries over {now - began:.0f} s, last "
-                    f"error {type(error).__name__}: {short_message(error)}; check the store and the "
-                    "network, then run the same command again"
+                    f"error {type(error).__name__}: {short_message(error)}; check the store and "
+                    "the network, then run the same command again"
                 ) from error
             longest = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(attempt, 16))
             time.sleep(min(left, random.uniform(0, longest)))  # noqa: S311
@@ -159,8 +188,8 @@ def is_transient(error: BaseException, *, local: bool = False) -> bool:
 def short_message(error: BaseException) -> str:
     """The message of ``error`` without what is long or secret.
 
-    That is the whole answer, or all tries, which Azure's appends, and the query of each URL: that of
-    a signed one opens its file to everybody.
+    That is the whole answer, or all tries, which Azure's appends, and the query of each URL: that
+    of a signed one opens its file to everybody.
     """
     message = re.split(r"\n(?:RequestId:|Attempted credentials:)", str(error))[0]
     return re.sub(r"(https?://[^\s'\"?]+)\?[^\s'\"]*", r"\1?...", message)

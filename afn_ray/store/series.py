@@ -19,7 +19,9 @@ MOST_CHARS = 200
 
 
 def days_in(path: str) -> Iterator[tuple[date, int, int]]:
-    """Each day in ``path`` with the start and the end of its text; dates of no calendar are none."""
+    """Each day in ``path`` with the start and the end of its text;
+    dates of no calendar are none.
+    """
     for match in re.finditer(DAY, path):
         try:
             yield date.fromisoformat(match[0]), match.start(), match.end()
@@ -94,8 +96,8 @@ def matched_names(
     """Functions that give the sources of two runs names to be matched by.
 
     ``ours`` and ``theirs`` are the corpora. If both have dates and these differ, as from night to
-    night, each run's own dates are replaced by ``DATE`` in its sources. Otherwise names stay as they
-    are.
+    night, each run's own dates are replaced by ``DATE`` in its sources. Otherwise names stay as
+    they are.
     """
     our_days = {day for path in ours for day, _, _ in days_in(path)}
     their_days = {day for path in theirs for day, _, _ in days_in(path)}

@@ -16,8 +16,13 @@ from afn_ray.text import nearest
 
 MOST_BYTES = 1 << 20
 """Largest TOML file, in bytes. Such files are written by hand."""
-MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
-         (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))  # fmt: skip
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
 """Byte order marks and their encodings. UTF-32-LE is first: its mark begins with UTF-16-LE's."""
 STREAMS = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 """Beginnings of paths of open files, as a shell gives them for the output of a command."""

@@ -248,7 +248,8 @@ def upload(local: Path, uri: str) -> None:
 
 @contextlib.contextmanager
 def write_whole(target: str) -> Iterator[IO[bytes]]:
-    """The file or object ``target``, a path or URL, open for writing; it appears whole or not at all.
+    """The file or object ``target``, a path or URL, open for writing; it appears whole or not at
+    all.
 
     An object is gathered in the system's temporary folder, and uploaded on success; it replaces one
     of its name. Raises ``ConfigError`` if ``target`` cannot be opened or written, ``StoreError`` or

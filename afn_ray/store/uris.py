@@ -21,13 +21,15 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": 
 OPTIONS: dict[str, dict[str, Any]] = {
     "s3": {
         "config_kwargs": {
-            "connect_timeout": 5, "read_timeout": 30, "retries": {"total_max_attempts": 3, "mode": "standard"},
+            "connect_timeout": 5,
+            "read_timeout": 30,
+            "retries": {"total_max_attempts": 3, "mode": "standard"},
             "max_pool_connections": 32,
         },
     },
     "gs": {"requests_timeout": 120},  # for a whole request
     "az": {"connection_timeout": 5, "read_timeout": 30},
-}  # fmt: skip
+}
 MEMBER_MARK = "::"
 """Mark between an archive and its member."""
 MEMBER = re.compile(r"(.+?\.(?:zip|tar))::(.*)", re.IGNORECASE | re.DOTALL)

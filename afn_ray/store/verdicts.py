@@ -208,8 +208,8 @@ def accept(run: RunFolder, why: str) -> None:
     why = why.strip()
     if not why or len(why) > MOST_WHY_CHARS:
         raise ConfigError(
-            f"the reason has {len(why):,} characters; expected 1 to {MOST_WHY_CHARS:,}, as in --why "
-            '"the new source is meant to be there"'
+            f"the reason has {len(why):,} characters; expected 1 to {MOST_WHY_CHARS:,}, "
+            'as in --why "the new source is meant to be there"'
         )
     if acceptance_of(run, verdict.broken) is not None:
         raise ConfigError(f"run {run.uri} was accepted before; nothing has changed")
@@ -228,7 +228,8 @@ def accept(run: RunFolder, why: str) -> None:
 
 
 def read_acceptance(run: RunFolder) -> Acceptance | None:
-    """The acceptance in ``accepted.json`` beside ``run``; None without it. Raises ``StoreError`` for damage.
+    """The acceptance in ``accepted.json`` beside ``run``; None without it. Raises ``StoreError``
+    for damage.
 
     Whether it holds for the verdict on the run is what ``acceptance_of`` tells.
     """

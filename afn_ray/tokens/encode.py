@@ -199,7 +199,9 @@ class TextEncoder:
         word_end: Int32,
         problems: dict[int, str],
     ) -> Encoded:
-        """Rows of ``tokens``, each text within its template; ``flags`` and ``word_end`` are theirs."""
+        """Rows of ``tokens``, each text within its template;
+        ``flags`` and ``word_end`` are theirs.
+        """
         lengths, template = tokens.lengths, self.template
         before, after = len(template.prefix), len(template.suffix)
         bounds = np.zeros(len(lengths) + 1, np.int64)

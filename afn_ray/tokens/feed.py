@@ -118,9 +118,9 @@ class Preparer:
     ) -> Prepared:
         """Tokens, windows and batches of ``texts``.
 
-        ``replaced`` marks texts in which U+FFFD stands for invalid UTF-8. ``oom_retries``: how often
-        the token budget is halved. ``refused``: texts with known problems, which are packed as
-        empty ones, and why.
+        ``replaced`` marks texts in which U+FFFD stands for invalid UTF-8. ``oom_retries``: how
+        often the token budget is halved. ``refused``: texts with known problems, which are packed
+        as empty ones, and why.
         """
         began = time.monotonic()
         recipe, template = self.recipe, self.encoder.template

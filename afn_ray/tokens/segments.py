@@ -51,7 +51,9 @@ class TextTokens:
         return cls(lengths, ids, spans[::2].copy(), spans[1::2].copy(), new_word)
 
     def first_cut_at(self, origin: Ints) -> TextTokens:
-        """The same tokens, where the first text is several texts, which begin in it at ``origin``."""
+        """The same tokens, where the first text is several texts, which
+        begin in it at ``origin``.
+        """
         num_tokens = int(self.lengths[0])
         of_text = np.searchsorted(origin, self.start[:num_tokens], side="right") - 1
         begins = np.zeros(len(self.ids), np.int64)

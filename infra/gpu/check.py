@@ -516,7 +516,9 @@ def _paragraphs() -> list[str]:
 def _exact_norms(
     files: model.ModelFiles, sequences: Sequence[Ids], layer: int, device: str
 ) -> npt.NDArray[np.float64]:
-    """Norms of ``hidden_states[layer]`` in float64, one text at a time, as transformers has them."""
+    """Norms of ``hidden_states[layer]`` in float64, one text at a time, as
+    transformers has them.
+    """
     plain: Any = transformers.AutoModel.from_pretrained(
         files.folder, dtype=torch.float64, attn_implementation="eager"
     )
@@ -1063,11 +1065,14 @@ COLUMNS: dict[str, tuple[tuple[str, str, str], ...]] = {
                ("of_tolerance", "of limit", ".2f"), ("repeatable", "repeat", "d")),
     "flips": (("flips", "flips", ".3%"), ("median", "median", ".1e"), ("worst", "worst", ".1e")),
     "ceilings": (("tflops", "TFLOP/s", ".4g"), ("tb_per_s", "TB/s", ".4g")),
-    "speed": (("tokens_per_s", "tokens/s", ",.0f"), ("mfu", "MFU", ".1%"), ("batch_ms", "batch ms", ".2f"),
+    "speed": (("tokens_per_s", "tokens/s", ",.0f"), ("mfu", "MFU", ".1%"),
+              ("batch_ms", "batch ms", ".2f"),
               ("host_ms", "host ms", ".2f")),
-    "pipeline": (("engine_tokens_per_s", "engine tok/s", ",.0f"), ("tuned_tokens_per_s", "tuned tok/s", ",.0f"),
+    "pipeline": (("engine_tokens_per_s", "engine tok/s", ",.0f"),
+                 ("tuned_tokens_per_s", "tuned tok/s", ",.0f"),
                  ("ratio", "ratio", ".2f")),
-    "fused": (("eager_ms", "eager ms", ".3f"), ("fused_ms", "fused ms", ".3f"), ("speedup", "speedup", ".2f")),
+    "fused": (("eager_ms", "eager ms", ".3f"), ("fused_ms", "fused ms", ".3f"),
+              ("speedup", "speedup", ".2f")),
     "feed": (("tokens_per_s", "tokens/s", ",.0f"), ("of_engine", "of engine", ".2f"),
              ("wait_share", "waits", ".0%"), ("cpu_us_per_token", "us/token", ".2f")),
 }  # fmt: skip
@@ -1133,8 +1138,12 @@ def summary(content: dict[str, Any]) -> str:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Check and measure a GPU.")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"), help="file of results; "
-                        "keeps the parts that do not run")  # fmt: skip
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("gpu-check.json"),
+        help="file of results; keeps the parts that do not run",
+    )
     parser.add_argument("--model", help="local folder with real weights, for the label flips")
     parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas")
     parser.add_argument("--dry", action="store_true", help="toy sizes on the CPU")

@@ -50,7 +50,8 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
     """What the API server answers; asked again for ``PATIENCE_S``. Raises ``Refused`` or
     ``Unknown``.
     """
-    server = f"{SCHEME}://{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
+    host, port = (os.environ[f"KUBERNETES_SERVICE_{part}"] for part in ("HOST", "PORT"))
+    server = f"{SCHEME}://{host}:{port}"
     until = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -58,14 +59,16 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
                 (ACCOUNT / name).read_text().strip() for name in ("namespace", "token")
             )
             request = urllib.request.Request(  # noqa: S310 - https, but for tests
-                f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{path}", method=method,
+                f"{server}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{path}",
+                method=method,
                 data=None if body is None else json.dumps(body).encode(),
                 headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
-            )  # fmt: skip
-            context = ssl.create_default_context(
-                cafile=ACCOUNT / "ca.crt"
-            )  # like the token it is renewed under us
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:  # noqa: S310
+            )
+            # Like the token, it is renewed under us.
+            context = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")
+            with urllib.request.urlopen(  # noqa: S310
+                request, timeout=TIMEOUT_S, context=context
+            ) as answer:
                 return dict(json.load(answer))
         except urllib.error.HTTPError as error:
             with error:
@@ -98,10 +101,11 @@ def copy_of(
         "controller": False,
     }
     return {
-        "apiVersion": "ray.io/v1", "kind": "RayJob",
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
         "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
         "spec": {**template["spec"], "suspend": bool(queue)},
-    }  # fmt: skip
+    }
 
 
 def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
@@ -129,7 +133,8 @@ def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
             return
         if time.monotonic() > until:
             raise Unknown(
-                f"RayJob {name} is not of this Job and has not gone for {PATIENCE_S:.0f} s; delete it"
+                f"RayJob {name} is not of this Job and has not gone for {PATIENCE_S:.0f} "
+                "s; delete it"
             )
         print(f"launch: RayJob {name} is of another Job; waiting for it to go", flush=True)
         time.sleep(POLL_S)

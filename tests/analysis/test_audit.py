@@ -302,17 +302,24 @@ COMPARED = Comparison(
     ),
 )
 VALUES: dict[str, tuple[float, str | None]] = {
-    "quarantined_documents": (0.02, None), "quarantined_shards": (0.1, None), "empty_documents": (0.05, None),
-    "psi": (0.125, None), "ks": (0.25, None), "js": (0.5, None), "q1_shift": (0.125, None), "q2_shift": (0.25, None),
-    "q3_shift": (0.25, None), "share_high_shift": (0.125, None), "class_share_shift": (0.25, "function"),
-    "class_high_shift": (0.125, "content"), "max_moved_types": (1, None), "max_new_types": (2, None),
-    "max_vanished_types": (1, None), "max_new_sources": (1, None), "max_vanished_sources": (2, None),
+    "quarantined_documents": (0.02, None), "quarantined_shards": (0.1, None),
+    "empty_documents": (0.05, None),
+    "psi": (0.125, None), "ks": (0.25, None), "js": (0.5, None), "q1_shift": (0.125, None),
+    "q2_shift": (0.25, None),
+    "q3_shift": (0.25, None), "share_high_shift": (0.125, None),
+    "class_share_shift": (0.25, "function"),
+    "class_high_shift": (0.125, "content"), "max_moved_types": (1, None),
+    "max_new_types": (2, None),
+    "max_vanished_types": (1, None), "max_new_sources": (1, None),
+    "max_vanished_sources": (2, None),
     "min_tokens_ratio": (1.25, None), "max_tokens_ratio": (1.25, None),
     "source.psi": (0.25, "long"), "source.ks": (0.5, "longer"), "source.js": (0.0, "cut"),
-    "source.q1_shift": (0.0, "cut"), "source.q2_shift": (0.0, "cut"), "source.q3_shift": (0.5, "long"),
+    "source.q1_shift": (0.0, "cut"), "source.q2_shift": (0.0, "cut"),
+    "source.q3_shift": (0.5, "long"),
     "source.share_high_shift": (0.25, "longer"), "source.min_tokens_ratio": (0.25, "cut"),
     "group.psi": (0.25, "de"), "group.ks": (0.5, "en"), "group.js": (0.5, "(no value)"),
-    "group.q1_shift": (1.0, "(no value)"), "group.q2_shift": (0.25, "(no value)"), "group.q3_shift": (0.5, "de"),
+    "group.q1_shift": (1.0, "(no value)"), "group.q2_shift": (0.25, "(no value)"),
+    "group.q3_shift": (0.5, "de"),
     "group.share_high_shift": (0.5, "en"), "group.min_tokens_ratio": (0.0, "xx"),
     "lost_bytes": (500, "a.gz (50% read)"), "lost_share": (0.25, "a.gz (50% read)"),
     "lost_documents": (86, "86 documents: a.gz (50% read)"), "replaced_characters": (8, "a.gz"),
@@ -415,9 +422,7 @@ def test_the_share_of_replaced_characters_is_at_most_all_of_them() -> None:
     assert one_rule("replaced_share", 0.5, lost=replace(LOST, replaced=10**9)).value == 1.0
 
 
-def test_a_source_that_lost_all_its_tokens_breaks_their_ratio_and_one_that_is_gone_the_limit_on_those() -> (
-    None
-):
+def test_a_source_without_tokens_breaks_their_ratio_and_one_gone_the_limit_on_those() -> None:
     of_ratio = Limit("min_tokens_ratio", 0.25, of="source")
     policy = Policy((Limit("max_vanished_sources", 1), of_ratio))
     gone, ratio = verdict.judge(policy, evidence())
@@ -486,7 +491,9 @@ def test_a_group_without_a_token_in_either_night_is_not_spoken_of() -> None:
 
 
 def ratio_with_others(n: int, limit: Limit) -> Rule:
-    """The verdict on ``limit`` if this run's other groups have ``n`` tokens; xx had 1,000, en 4,000."""
+    """The verdict on ``limit`` if this run's other groups have ``n`` tokens; xx had 1,000, en
+    4,000.
+    """
     others = pa.Table.from_pylist([group_row(2, OTHERS, 0, n)], GROUP_DRIFT_SCHEMA)
     drift = pa.concat_tables([COMPARED.groups.drift, others])
     found = replace(COMPARED, groups=COMPARED.groups._replace(drift=drift))

@@ -82,9 +82,11 @@ def figures(found: claims.Claims) -> By:
 
 
 VARIABLES = {
-    "strength": "strength_3", "attention received": "attention_3", "norm-weighted attention": "attention_norm_3",
+    "strength": "strength_3",
+    "attention received": "attention_3",
+    "norm-weighted attention": "attention_norm_3",
     "rarity (idf)": "idf",
-}  # fmt: skip
+}
 
 
 def auc(values: Any, rows: dict[str, Any]) -> float:
@@ -507,8 +509,8 @@ def test_an_auc_below_chance_is_beaten_by_a_lower_one() -> None:
     )
     found = claims_text.against_controls([main, weaker, stronger])
     assert found.endswith(
-        "strength, layer 4, 0.300. It is reversed, below the 0.5 of chance. Beaten by: rarity (idf), "
-        "0.100."
+        "strength, layer 4, 0.300. It is reversed, below the 0.5 of chance. Beaten by: rarity "
+        "(idf), 0.100."
     )
 
 

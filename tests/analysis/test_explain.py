@@ -767,7 +767,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert": ("DistilBertConfig", {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48,
                                         "problem_type": "multi_label_classification"}),
     "albert": ("AlbertConfig", {"embedding_size": 16, "num_labels": 1}),
-    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_inner": 48, "pad_token_id": 0}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 2, "n_inner": 48,
+                            "pad_token_id": 0}),
     "llama": ("LlamaConfig", {"num_key_value_heads": 1, "pad_token_id": 0}),
     "mpnet": ("MPNetConfig", {"pad_token_id": 1}),
 }  # fmt: skip

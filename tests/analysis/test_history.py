@@ -1,4 +1,6 @@
-"""The history of a series against pandas and scipy over the recorded rows, and what an audit keeps."""
+"""The history of a series against pandas and scipy over the recorded rows,
+and what an audit keeps.
+"""
 
 from __future__ import annotations
 
@@ -48,10 +50,15 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: lis
         (folder / f"dt=2026-11-{day:02d}").mkdir()
         write_jsonl(folder / f"dt=2026-11-{day:02d}" / "a.jsonl", rows)
         flags = {
-            "corpus": [f"{folder}/dt=2026-11-{day:02d}/"], "model": str(tiny_bert), "layers": "0,2",
-            "store": f"{folder}/store", "dtype": "float32", "executor": "inline",
-            "keep_columns": "lang", "group_by": "lang",
-        }  # fmt: skip
+            "corpus": [f"{folder}/dt=2026-11-{day:02d}/"],
+            "model": str(tiny_bert),
+            "layers": "0,2",
+            "store": f"{folder}/store",
+            "dtype": "float32",
+            "executor": "inline",
+            "keep_columns": "lang",
+            "group_by": "lang",
+        }
         config = config_from(flags)
         if day == UNAUDITED:
             with job.run(config, lambda event: None):

@@ -34,7 +34,8 @@ from nights import strictly, validator_of
 
 NEEDED = {"corpus": "a.txt", "model": "m", "store": "s"}
 VALUES: list[Any] = [
-    "", " ", "x", "a b", "1st", "all", "8", "2/3", "0,4,8", "-5", "0.5,", "strength,shift", "neurons",
+    "", " ", "x", "a b", "1st", "all", "8", "2/3", "0,4,8", "-5", "0.5,", "strength,shift",
+    "neurons",
     "year:int64", "x:y", "x:", "é", "cp1251", "a" * 64, "1%",
     "lang = 'de'", True, False, 0, 1, -1, 7, 8, 15, 16, 48, 49, 257, 1023, 1024,
     5001, 10**12, 0.5, 1.5, -0.5, float("inf"), [], ["a"], [""], [1], ["a", "b"], {"a": 1},
@@ -105,9 +106,11 @@ def test_schema_and_parser_take_the_same_values_of_each_key_of_a_run(
     taken = 0
     for value in VALUES:
         # With these, every other need of a key is met, and its own are tried below.
-        around = {} if key in ("signals", "thresholds", "group_by", "screen") else {
-            "signals": "neurons", "thresholds": "t", "group_by": "source", "screen": 9
-        }  # fmt: skip
+        around = (
+            {}
+            if key in ("signals", "thresholds", "group_by", "screen")
+            else {"signals": "neurons", "thresholds": "t", "group_by": "source", "screen": 9}
+        )
         if key == "where":
             around["keep_columns"] = "lang"
         values = {**NEEDED, **around, key: value}
@@ -122,11 +125,17 @@ def test_schema_and_parser_know_what_each_key_of_a_run_needs(tmp_path: Path) -> 
     schema = validator_of("run")
     others: dict[str, list[Any]] = {
         "signals": ["neurons", "shift", "shift, neurons", "neuronsx"],
-        "thresholds": ["t"], "group_by": ["source"], "screen": [0, 1],
-        "top_neurons": [8, 9], "neurons_of": ["all", "high"], "thresholds_by": ["run", "group"],
-        "mean_vectors": [0, 9], "duplicates": ["keep", "once"],
-        "near_duplicates": [0.8], "record": ["all", "summaries"],
-    }  # fmt: skip
+        "thresholds": ["t"],
+        "group_by": ["source"],
+        "screen": [0, 1],
+        "top_neurons": [8, 9],
+        "neurons_of": ["all", "high"],
+        "thresholds_by": ["run", "group"],
+        "mean_vectors": [0, 9],
+        "duplicates": ["keep", "once"],
+        "near_duplicates": [0.8],
+        "record": ["all", "summaries"],
+    }
     assert {name for need in NEEDS for name in (need.key, need.other)} == others.keys()
     refused = 0
     combined: list[dict[str, Any]] = [{}]
@@ -154,13 +163,15 @@ def test_the_schema_of_a_run_tells_an_editor_each_key_with_its_meaning_and_defau
 # --- policy.toml
 
 NUMBERS: list[Any] = [
-    0, 1, 2, 1000, -1, 0.5, 1.5, -0.5, float("inf"), True, "2%", " 0.5 % ", "2 percent", "%", "150%", "-1%",
+    0, 1, 2, 1000, -1, 0.5, 1.5, -0.5, float("inf"), True, "2%", " 0.5 % ", "2 percent", "%",
+    "150%", "-1%",
     "100%", "100.00 %", "100.0001%", "0100%", "00099.5%", "1000%",
     "", "all", "new", "pass", "previous", "week", "weekday", "median:7", "median:1", "3", [], [1],
     "3 mad", " 2.5MAD ", "p99", "P99.5", "p100", "p5", "3 mads", "mad", 28,
 ]  # fmt: skip
 LEVELS: list[Any] = [
-    {}, {"warn": 1}, {"fail": 0.5}, {"warn": "1%"}, {"fail": 2}, {"warn": 0, "fail": 1}, {"warn": -1},
+    {}, {"warn": 1}, {"fail": 0.5}, {"warn": "1%"}, {"fail": 2}, {"warn": 0, "fail": 1},
+    {"warn": -1},
     {"fail": 1, "high": 2}, {"warn": {"fail": 1}}, {"fail": True}, {"warn": "3 mad", "fail": 0.5},
     {"warn": "3 mad", "fail": "2 mad"},
 ]  # fmt: skip
@@ -234,10 +245,19 @@ def entries_of(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[s
 
 
 def test_the_schema_of_a_verdict_takes_what_is_written_and_nothing_that_lacks_an_entry() -> None:
-    run = RunFolder("s/runs/r", "s", "r", {
-        "config": {"corpus": ["/texts/2026-11-02/"]}, "model": {"name": "m"}, "measure": {"id": "x"},
-        "counts": {"tokens": 9, "special": 2, "documents": 1}, "created_at": "", "finished_at": "",
-    })  # fmt: skip
+    run = RunFolder(
+        "s/runs/r",
+        "s",
+        "r",
+        {
+            "config": {"corpus": ["/texts/2026-11-02/"]},
+            "model": {"name": "m"},
+            "measure": {"id": "x"},
+            "counts": {"tokens": 9, "special": 2, "documents": 1},
+            "created_at": "",
+            "finished_at": "",
+        },
+    )
     rules = (
         Rule(Limit("psi", 0.1), 0.32, "broken", "/texts/a"),
         Rule(Limit("ks", None, 0.1), None, "warned", None),

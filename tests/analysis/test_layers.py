@@ -111,7 +111,8 @@ def frame(run: Run, layer: int) -> pd.DataFrame:
     """A row for each word of ``run``, with its rank at ``layer``."""
     words: pd.DataFrame = run.sql(
         'SELECT doc, word, text, class, w.n_tokens AS pieces, "end", text_sha256, '
-        f"max_strength_{layer} AS strength, high_{layer} AS high FROM words w JOIN documents USING (doc)"
+        f"max_strength_{layer} AS strength, high_{layer} AS high FROM words w JOIN "
+        "documents USING (doc)"
     ).df()
     ((q3,),) = run.sql(
         "SELECT q3 FROM thresholds WHERE population = 'tokens' AND layer = $k", {"k": layer}

@@ -1,4 +1,6 @@
-"""Limits that learn: their form, their arithmetic against scipy, and the nights that they learn from."""
+"""Limits that learn: their form, their arithmetic against scipy, and the nights that they learn
+from.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +68,12 @@ def test_a_policy_takes_it_at_either_level_for_every_part(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("psi = \"p10\"", "expected a number from 0, a share as in \"2%\", or what is usual"),
-        ("nights = 7\npsi = \"3 mad\"", "nights is 7; a limit learns from 8 or more"),
-        ("psi = {warn = \"6 mad\", fail = \"3 mad\"}", "psi warns at 6 mad and fails at 3 mad"),
-        ("psi = {warn = \"p99\", fail = \"p99\"}", "no value is a warning alone"),
+        ('psi = "p10"', 'expected a number from 0, a share as in "2%", or what is usual'),
+        ('nights = 7\npsi = "3 mad"', "nights is 7; a limit learns from 8 or more"),
+        ('psi = {warn = "6 mad", fail = "3 mad"}', "psi warns at 6 mad and fails at 3 mad"),
+        ('psi = {warn = "p99", fail = "p99"}', "no value is a warning alone"),
     ],
-)  # fmt: skip
+)
 def test_a_policy_that_cannot_learn_is_refused(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "p.toml").write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -179,7 +181,8 @@ def test_what_is_usual_is_said_in_numbers() -> None:
     lost = Losses(0, 0, 0, 0, 0, 0, (), 0, ())
     found = audit.Audit(BROKEN, (rule,), run, Baseline(None), None, lost, ())
     assert next(audit.lines(found)) == (
-        "BROKEN     psi                            0.031, usual 0.004-0.011 over 21 nights (<= 0.011)"
+        "BROKEN     psi                            0.031, usual 0.004-0.011 over 21 "
+        "nights (<= 0.011)"
     )
     assert message._against(rule) == "usual 0.004-0.011 over 21 nights"
 

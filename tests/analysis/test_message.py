@@ -1,4 +1,6 @@
-"""The message about a night: short, inert, and sent only where it is asked for; URLs stay secret."""
+"""The message about a night: short, inert, and sent only where it is asked
+for; URLs stay secret.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,27 @@ from afn_ray.store.manifest import RunFolder
 from afn_ray.store.verdicts import Acceptance
 from nights import Nights, listening, strictly
 
-EVIL = "<!channel> @everyone [x](http://evil.example/y) **b** _i_ `c` ~~s~~ | # h &lt; www.evil.example\n\n# top \u202e"
+EVIL = (
+    "<!channel> @everyone [x](http://evil.example/y) **b** _i_ `c` ~~s~~ | # h &lt; "
+    "www.evil.example\n\n# top \u202e"
+)
 PAGE = "https://pages.example/audit/report.html"
 
 
 def mover(text: str, status: str, at: int, **columns: Any) -> dict[str, Any]:
     both = {"share_high_a": 0.094, "share_high_b": 0.353, "q": 0.001}
     return {
-        "layer": 4, "token_id": at, "token": text, "text": text, "class": "content", "status": status,
-        "n_a": 30, "n_b": 1200, **(both if status == "both" else {}), **columns,
-    }  # fmt: skip
+        "layer": 4,
+        "token_id": at,
+        "token": text,
+        "text": text,
+        "class": "content",
+        "status": status,
+        "n_a": 30,
+        "n_b": 1200,
+        **(both if status == "both" else {}),
+        **columns,
+    }
 
 
 def night(rules: list[Rule], movers: list[dict[str, Any]], state: str = "broken") -> Audit:
@@ -46,9 +59,13 @@ def night(rules: list[Rule], movers: list[dict[str, Any]], state: str = "broken"
     for row in movers:
         row.setdefault("layer", 4)
     comparison = Comparison(
-        run, run, DRIFT_SCHEMA.empty_table(), CLASS_DRIFT_SCHEMA.empty_table(),
-        pa.Table.from_pylist(movers, MOVERS_SCHEMA), (),
-    )  # fmt: skip
+        run,
+        run,
+        DRIFT_SCHEMA.empty_table(),
+        CLASS_DRIFT_SCHEMA.empty_table(),
+        pa.Table.from_pylist(movers, MOVERS_SCHEMA),
+        (),
+    )
     lost = Losses(0, 0, 0, 0, 0, 0, (), 0, ())
     return Audit(state, tuple(rules), run, Baseline(run), comparison, lost, (), "new", 4)
 
@@ -143,12 +160,14 @@ def test_the_reason_of_an_acceptance_is_inert_and_cut() -> None:
 
 SECRETS = {
     "slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ/#general": "Slack",
-    "workflows://prod.example:443/643a9c2fe1/8f7d6e5c4b": "Power Automate / Workflows (for MSTeams) at prod.example",
+    "workflows://prod.example:443/643a9c2fe1/8f7d6e5c4b": (
+        "Power Automate / Workflows (for MSTeams) at prod.example"
+    ),
     "pagerduty://A1BRTD4JD@TIiajkdnlazkcOXrIdevi7FQ": "Pager Duty",
     "mailtos://sender:hunter2@mail.example": "E-Mail at mail.example",
     "jsons://token:hunter2@hooks.example/643a9c2fe1": "JSON at hooks.example",
     "discord://4174216298/JHMHI8qBe7bk2ZwO5U711o3dV_js": "Discord",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("url", "name"), SECRETS.items())

@@ -119,7 +119,9 @@ STEPS = (
 )
 """Steps of a night, in order; each is called by this name, so it can be replaced."""
 OF_GROUPS = f"{LIMITS.replace('psi = 9', 'psi = 0.1')}[group.lang]\npsi = 0.8\nmin_tokens = 50\n"
-"""Limits on the whole, each source and each group; all hold for verses of one book after another."""
+"""Limits on the whole, each source and each group;
+all hold for verses of one book after another.
+"""
 
 
 def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
@@ -364,9 +366,15 @@ def test_scalar_figures_are_held_against_medians_of_the_recorded_rows(
     """Values of limits equal those that a few lines find in the rows of all nights."""
     dated = Dated(tmp_path, str(tmp_path), tiny_bert, verses)
     keys = (
-        "q1_shift", "q2_shift", "q3_shift", "share_high_shift", "class_share_shift", "class_high_shift",
-        "max_tokens_ratio", "ks",
-    )  # fmt: skip
+        "q1_shift",
+        "q2_shift",
+        "q3_shift",
+        "share_high_shift",
+        "class_share_shift",
+        "class_high_shift",
+        "max_tokens_ratio",
+        "ks",
+    )
     limits = "".join(f"{key} = 1\n" for key in keys[:-1])
     dated.policy.write_text(f'{NEW}baseline = "median:3"\nunjudged = "fail"\n{limits}ks = 1\n')
     policy, config = read_policy(dated.policy), config_from({}, dated.config)

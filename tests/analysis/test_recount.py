@@ -28,7 +28,8 @@ def test_intact_words_with_a_dotted_i_are_proved_and_a_wrong_count_is_found() ->
     tables.execute("CREATE TABLE labels AS SELECT 1 AS layer, 'tokens' AS population, 0.5 AS q3")
     strengths = ", ".join(f"1.0::FLOAT AS {way}_strength_1" for way in WAYS)
     tables.execute(
-        f"""CREATE TABLE words AS SELECT row_number() OVER () AS doc, 0 AS word, text, 1 AS n_tokens,
+        f"""CREATE TABLE words AS SELECT row_number() OVER () AS doc, 0 AS word, text,
+            1 AS n_tokens,
             {strengths} FROM (SELECT unnest($1) AS text)""",
         [DOTTED],
     )

@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the benchmarks that need a checkout."""
     top = grammar.Parser(
         prog="python jobs/benchmark.py",
-        description="Measurements of a checkout; engine, monitor and rate are those of 'afn bench'.",
+        description="Measurements of a checkout; engine, monitor and rate are those of "
+        "'afn bench'.",
     )
     top.set_defaults(command="bench")
     commands = top.add_subparsers(required=True, metavar="WHAT", dest="what")
@@ -46,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
         "audit",
         allow_abbrev=False,
         help="how often each kind of limit wakes somebody rightly, wrongly and not at all",
-        description="Half a year of nights is simulated from histograms made by hand, with a weekly rhythm, growth and "
-        "seven incidents. No model is used.",
+        description="Half a year of nights is simulated from histograms made by hand, with a "
+        "weekly rhythm, growth and seven incidents. No model is used.",
     )
     audit.add_argument(
         "--repeat", type=int, default=20, metavar="N", help="half years (default: 20)"
@@ -64,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
         "groups",
         allow_abbrev=False,
         help="what groups of documents add to the reduce of a run with its scan",
-        description="Shards of up to two million tokens are generated as for sql. Reduces without and with groups take "
-        "turns, each in its own process.",
+        description="Shards of up to two million tokens are generated as for sql. Reduces without "
+        "and with groups take turns, each in its own process.",
     )
     groups.add_argument(
         "--tokens",
@@ -88,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
         "languages",
         allow_abbrev=False,
         help="how often the language of a short text is detected right, and what it costs",
-        description="Texts of several lengths are cut from tagged words, as lexicons takes them. Detectors of other "
-        "packages are measured too, if they are installed.",
+        description="Texts of several lengths are cut from tagged words, as lexicons takes them. "
+        "Detectors of other packages are measured too, if they are installed.",
     )
     languages.add_argument("tagged", type=Path, metavar="TAGGED", help="folder of tagged words")
     languages.add_argument(
@@ -103,9 +104,9 @@ def parser() -> argparse.ArgumentParser:
         "lexicons",
         allow_abbrev=False,
         help="how well the packed lists tell closed-class words from others",
-        description="Lists are built from tagged words and packages of word lists, and scored over the parts that are "
-        "held out in turn. A file of tagged words is named by language, such as en.tsv, and has a form, a tab and "
-        "its universal part of speech on a line.",
+        description="Lists are built from tagged words and packages of word lists, and scored over "
+        "the parts that are held out in turn. A file of tagged words is named by language, such as "
+        "en.tsv, and has a form, a tab and its universal part of speech on a line.",
     )
     lexicons.add_argument("tagged", type=Path, metavar="TAGGED", help="folder of tagged words")
     what = lexicons.add_mutually_exclusive_group()
@@ -117,8 +118,8 @@ def parser() -> argparse.ArgumentParser:
         "reduce",
         allow_abbrev=False,
         help="seconds and memory of the reduce of many shards, in different orders",
-        description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of each type. Every "
-        "reduce has its own process and order; results are compared bit by bit.",
+        description="Summaries are generated: Zipf's law over 30,522 types, lognormal strengths of "
+        "each type. Every reduce has its own process and order; results are compared bit by bit.",
     )
     reduce.add_argument(
         "--shards", type=int, default=10_000, metavar="N", help="summaries (default: 10,000)"
@@ -154,8 +155,8 @@ def parser() -> argparse.ArgumentParser:
         "screen",
         allow_abbrev=False,
         help="how well the screening of documents finds planted junk",
-        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over them (minutes), and "
-        "compares the screening with an order by length and one by idf.",
+        description="Replaces 1 % of the King James verses by junk of six kinds, runs MiniLM over "
+        "them (minutes), and compares the screening with an order by length and one by idf.",
     )
     screen.add_argument(
         "--store",
@@ -167,7 +168,9 @@ def parser() -> argparse.ArgumentParser:
         "signals",
         allow_abbrev=False,
         help="what each signal costs beside strength alone, and a sweep of all layers",
-        description="Whole shards, from JSONL to committed Parquet, by one worker; on a CPU it keeps to one core.",
+        description="Whole shards, from JSONL to committed Parquet, by one worker; on a "
+        "CPU it keeps "
+        "to one core.",
     )
     signals.add_argument(
         "--layer",
@@ -186,8 +189,9 @@ def parser() -> argparse.ArgumentParser:
         "simulate",
         allow_abbrev=False,
         help="what the driver of a huge run takes, and that it loses no shard",
-        description="The real plan, dispatcher, status and reduce over workers and a clock that are fake, with "
-        "crashes, lost nodes, hangs, want of memory and outages of the store. Each run has its own process.",
+        description="The real plan, dispatcher, status and reduce over workers and a clock that "
+        "are fake, with crashes, lost nodes, hangs, want of memory and outages of the store. Each "
+        "run has its own process.",
     )
     simulate.add_argument(
         "--shards", type=int, default=1_000_000, metavar="N", help="shards (default: 1,000,000)"
@@ -202,8 +206,9 @@ def parser() -> argparse.ArgumentParser:
         "sql",
         allow_abbrev=False,
         help="seconds and memory of questions to a large run, and of its reduce",
-        description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each type, shards of two "
-        "million tokens. Every reduce and question has its own process; the memory limit is that of 'afn sql', 2GB.",
+        description="A run is generated: Zipf's law over 30,522 types, lognormal strengths of each "
+        "type, shards of two million tokens. Every reduce and question has its own process; the "
+        "memory limit is that of 'afn sql', 2GB.",
     )
     sql.add_argument(
         "--rows",

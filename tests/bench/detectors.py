@@ -97,11 +97,15 @@ def _row(
         of_language.setdefault(language, []).append(is_right)
     worst = min(of_language, key=lambda code: sum(of_language[code]) / len(of_language[code]))
     return {
-        "detector": name, "length": length, "right": sum(right) / len(texts),
-        "unknown": unknown / len(texts), "us": 1e6 * seconds / len(texts),
+        "detector": name,
+        "length": length,
+        "right": sum(right) / len(texts),
+        "unknown": unknown / len(texts),
+        "us": 1e6 * seconds / len(texts),
         "ns_per_char": 1e9 * seconds / sum(len(text) for _, text in texts),
-        "worst": worst, "worst_right": sum(of_language[worst]) / len(of_language[worst]),
-    }  # fmt: skip
+        "worst": worst,
+        "worst_right": sum(of_language[worst]) / len(of_language[worst]),
+    }
 
 
 def _detectors(on_note: Callable[[str], None]) -> Iterator[tuple[str, Detect]]:
@@ -159,9 +163,12 @@ def _langdetect() -> Detect:
 
 
 OTHERS: dict[str, Callable[[], Detect]] = {
-    "lingua-language-detector": _lingua, "py3langid": _py3langid, "pycld2": _pycld2, "cld3-py": _gcld3,
+    "lingua-language-detector": _lingua,
+    "py3langid": _py3langid,
+    "pycld2": _pycld2,
+    "cld3-py": _gcld3,
     "langdetect": _langdetect,
-}  # fmt: skip
+}
 """Detectors to compare with, by package; none is needed by afn-ray."""
 
 
@@ -172,8 +179,12 @@ def render(result: dict[str, Any], console: Console) -> None:
         table.add_column(heading, justify="right" if table.columns else "left", no_wrap=True)
     for row in result["rows"]:
         table.add_row(
-            row["detector"], f"{row['length']:,}", f"{row['right']:.3f}", f"{row['unknown']:.3f}",
-            f"{row['us']:,.0f}", f"{row['ns_per_char']:,.0f}",
+            row["detector"],
+            f"{row['length']:,}",
+            f"{row['right']:.3f}",
+            f"{row['unknown']:.3f}",
+            f"{row['us']:,.0f}",
+            f"{row['ns_per_char']:,.0f}",
             f"{row['worst']} {row['worst_right']:.2f}",
-        )  # fmt: skip
+        )
     console.print(table)

@@ -70,10 +70,13 @@ IN_TEXTS = Layout(
     "start_in_shard - text_start + length",
 )
 LAYOUTS = {
-    "start, end (today)": Layout(lambda _, s, e: {"start": s, "end": e}, dict.fromkeys(("start", "end"), DELTA)),
-    "start, end, split": Layout(lambda _, s, e: {"start": s, "end": e}, dict.fromkeys(("start", "end"), SPLIT)),
+    "start, end (today)": Layout(lambda _, s, e: {"start": s, "end": e},
+                                 dict.fromkeys(("start", "end"), DELTA)),
+    "start, end, split": Layout(lambda _, s, e: {"start": s, "end": e},
+                                dict.fromkeys(("start", "end"), SPLIT)),
     "start, split, length": Layout(
-        lambda _, s, e: {"start": s, "length": e - s}, {"start": SPLIT, "length": DICTIONARY}, end="start + length",
+        lambda _, s, e: {"start": s, "length": e - s}, {"start": SPLIT, "length": DICTIONARY},
+        end="start + length",
     ),
     "start in shard, text, length": IN_TEXTS,
     "the same, token_id plain, zstd 9": Layout(

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m bench.groups STORE SHARDS GROUP_BY
 
-reduces the shards in STORE once, grouped by the kept column GROUP_BY (empty: not at all), and prints
-one line of JSON. Each reduce has a separate process.
+reduces the shards in STORE once, grouped by the kept column GROUP_BY (empty: not at all), and
+prints one line of JSON. Each reduce has a separate process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Simulate half a year of nights, and count whom each kind of limit wakes rightly, wrongly, not at all.
+"""Simulate half a year of nights, and count whom each kind of limit wakes rightly, wrongly, not at
+all.
 
-Nights are histograms of strengths made by hand: two kinds of text whose shares have a weekly rhythm,
-a volume that grows and is small on weekends, and luck. Seven incidents are injected at known
-nights. Figures, limits and what they learn are those of the audit. Somebody who is woken accepts the
-night the next morning, unless it has an incident that passes: a new normal, or a false alarm.
+Nights are histograms of strengths made by hand: two kinds of text whose shares have a weekly
+rhythm, a volume that grows and is small on weekends, and luck. Seven incidents are injected at
+known nights. Figures, limits and what they learn are those of the audit. Somebody who is woken
+accepts the night the next morning, unless it has an incident that passes: a new normal, or a false
+alarm.
 """
 
 from __future__ import annotations

@@ -89,7 +89,8 @@ class Uses:
     def entry(self) -> Entry | None:
         """The share of the uses that is closed; None without uses.
 
-        The numeral uses of a word that is a pronoun or determiner too, such as one, count as closed.
+        The numeral uses of a word that is a pronoun or determiner too, such as one, count as
+        closed.
         """
         closed = self.closed + (self.numeral if self.closed else 0)
         n = self.closed + self.open + self.numeral
@@ -149,8 +150,8 @@ def build(tagged: Tagged, sources: Sources, elsewhere: Right, unlisted: float) -
     """The lexicon of a language: its closed words, and open ones that are ambiguous.
 
     Words with uses have the share of these that is closed. A word without uses is closed if
-    lists are right about such words at least half of the time. ``elsewhere`` says how right the same
-    packages are in other languages.
+    lists are right about such words at least half of the time. ``elsewhere`` says how right the
+    same packages are in other languages.
     """
     seen = tagged.entries()
     words = {word: one for word, one in seen.items() if one.is_closed or one.is_ambiguous}
@@ -316,7 +317,9 @@ def _cleaned(words: Iterable[str], language: str) -> frozenset[str]:
 
 
 def _is_word(text: str) -> bool:
-    """Whether ``text`` has letters, and beside them only marks, joiners, apostrophes and hyphens."""
+    """Whether ``text`` has letters, and beside them only marks, joiners,
+    apostrophes and hyphens.
+    """
     kinds = [unicodedata.category(c)[0] for c in text if c not in "'-\u200c\u200d"]
     return "L" in kinds and {*kinds} <= {"L", "M"}
 
@@ -344,8 +347,10 @@ def _stopwordsiso() -> dict[str, list[str]]:
 
 
 PACKAGES: dict[str, Callable[[], dict[str, list[str]]]] = {
-    "stopwords": _stopwords, "stop-words": _stop_words, "stopwordsiso": _stopwordsiso,
-}  # fmt: skip
+    "stopwords": _stopwords,
+    "stop-words": _stop_words,
+    "stopwordsiso": _stopwordsiso,
+}
 """Packages of word lists, in the order of a ``Pattern``: each gives its lists by language."""
 
 
@@ -368,7 +373,10 @@ class Language:
 
 
 def read_languages(folder: Path) -> list[Language]:
-    """The languages with a file in ``folder``. Raises ``ConfigError`` if there are fewer than two."""
+    """The languages with a file in ``folder``.
+
+    Raises ``ConfigError`` if there are fewer than two.
+    """
     found = []
     for file in sorted(folder.glob("*.tsv")):
         sentences = read_tagged(file)
@@ -424,7 +432,9 @@ def lexicons_without_tagged(tagged: Sequence[Language]) -> dict[str, Lexicon]:
 
 
 def score_alone(one: Language, tagged: Sequence[Language], packages: tuple[str, ...]) -> Score:
-    """How well ``one`` is classed without its tagged words, if there are the lists of ``packages``."""
+    """How well ``one`` is classed without its tagged words, if there are
+    the lists of ``packages``.
+    """
     elsewhere = _rightness_of([t for t in tagged if t is not one], packages, math.inf)
     words = build(Tagged([], one.code), one.with_lists(packages), elsewhere, 1.0)
     return score(words, one.sentences)
@@ -438,9 +448,14 @@ def _rightness_of(others: Iterable[Language], packages: Iterable[str], most_uses
 
 def _row(code: str, words: Lexicon, found: Score) -> dict[str, Any]:
     return {
-        "language": code, "n": found.n, "closed": found.closed, "entries": len(words.words),
-        "right": found.share, "right_open": found.open_share, "right_closed": found.closed_share,
-    }  # fmt: skip
+        "language": code,
+        "n": found.n,
+        "closed": found.closed,
+        "entries": len(words.words),
+        "right": found.share,
+        "right_open": found.open_share,
+        "right_closed": found.closed_share,
+    }
 
 
 def made_from(tagged: Iterable[Language]) -> Iterator[str]:

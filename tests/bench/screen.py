@@ -86,9 +86,13 @@ def _mash(verse: str, dice: random.Random) -> str:
 
 
 KINDS: dict[str, Callable[[str, random.Random], str]] = {
-    "base64": _base64, "mojibake": _mojibake, "foreign language": _foreign, "boilerplate": _boilerplate,
-    "a phrase repeated": _repeated, "keyboard mash": _mash,
-}  # fmt: skip
+    "base64": _base64,
+    "mojibake": _mojibake,
+    "foreign language": _foreign,
+    "boilerplate": _boilerplate,
+    "a phrase repeated": _repeated,
+    "keyboard mash": _mash,
+}
 """Function that generates the junk in place of a verse, by kind.
 
 Junk is about as long as the verse, except boilerplate and long repetitions.

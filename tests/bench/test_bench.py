@@ -528,7 +528,10 @@ def test_numbers_of_processes_are_whole() -> None:
 
 
 def test_the_watch_tells_whose_work_it_is() -> None:
-    burn = "import time\nx = b'1' * (32 << 20)\nend = time.monotonic() + 1.5\nwhile time.monotonic() < end: pass"
+    burn = (
+        "import time\nx = b'1' * (32 << 20)\nend = time.monotonic() + 1.5\nwhile "
+        "time.monotonic() < end: pass"
+    )
     with subprocess.Popen([sys.executable, "-c", burn]) as own, machine.Watch([own.pid]) as watch:
         own.wait()
     assert watch.peak_bytes > 32 << 20

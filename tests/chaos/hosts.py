@@ -33,9 +33,11 @@ START_S = 90.0
 """How long a Ray, a node or a server may take to answer."""
 NODES = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
 HEALTH_CHECKS = {
-    "RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "1000", "RAY_health_check_failure_threshold": "3",
-}  # fmt: skip
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
 """A node that is silent is declared dead after about 6 s instead of about 40."""
 PREEMPTION = 2  # Ray's DrainNodeReason
 

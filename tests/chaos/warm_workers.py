@@ -181,7 +181,8 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    # Python's own streams remember what kind of files the template had: seekable ones, if it began so.
+    # Python's own streams remember what kind of files the template had: seekable ones, if it began
+    # so.
     sys.stdin, sys.stdout, sys.stderr = (
         open(number, mode, buffering, closefd=False)  # noqa: SIM115 - as long as the process
         for number, mode, buffering in ((0, "r", -1), (1, "w", -1), (2, "w", 1))

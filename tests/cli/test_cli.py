@@ -537,11 +537,16 @@ def test_the_parser_has_no_option_without_help() -> None:
     [
         (Counters(model_s=9.0, wait_s=1.0, tokenize_s=5.0), ""),
         (Counters(model_s=1.0, wait_s=3.0, tokenize_s=5.0), ""),  # too early to tell
-        (Counters(model_s=6.0, wait_s=4.0, tokenize_s=5.0, read_s=1.0),
-         "40% of the time waiting for the tokenizer: try more --tokenizer-workers"),
-        (Counters(model_s=6.0, wait_s=4.0, tokenize_s=1.0, read_s=5.0), "40% of the time waiting for the corpus"),
+        (
+            Counters(model_s=6.0, wait_s=4.0, tokenize_s=5.0, read_s=1.0),
+            "40% of the time waiting for the tokenizer: try more --tokenizer-workers",
+        ),
+        (
+            Counters(model_s=6.0, wait_s=4.0, tokenize_s=1.0, read_s=5.0),
+            "40% of the time waiting for the corpus",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_progress_line_says_what_the_models_wait_for(seconds: Counters, says: str) -> None:
     work = replace(seconds, documents=1, tokens=100, forward_tokens=110)
     assert work.bottleneck == says

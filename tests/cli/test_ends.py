@@ -46,9 +46,11 @@ ENDS: dict[str, tuple[Callable[[], int], int, str]] = {
     "another OSError": (raising(OSError(errno.EIO, "input/output error")), 1, "failed"),
     "a fault of ours": (raising(ZeroDivisionError("by zero")), 1, "failed"),
     "text of another encoding": (
-        raising(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")), 2, "failed"
+        raising(UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid")),
+        2,
+        "failed",
     ),
-}  # fmt: skip
+}
 """A command's end: what it does, the exit code of ``afn run``, the event."""
 
 

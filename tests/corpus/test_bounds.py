@@ -56,7 +56,8 @@ from afn_ray.corpus import listing, reading, row_groups, sources, streams
 from afn_ray.store import corpus_files
 from afn_ray.corpus_values import ReadOptions
 for uri in sys.argv[1:]:
-    options = ReadOptions("auto", "text", "id" if uri.endswith("id.jsonl") else None, "line", 8 << 20, None)
+    id_column = "id" if uri.endswith("id.jsonl") else None
+    options = ReadOptions("auto", "text", id_column, "line", 8 << 20, None)
     slice = listing._whole(corpus_files.stat(uri), options)
     problems = {}
     try:
@@ -64,7 +65,8 @@ for uri in sys.argv[1:]:
             if slice.format == "parquet":
                 documents = row_groups.parquet_documents(source, slice, options)
             else:
-                documents = reading._documents(streams.Stream(source, slice.compression), slice, options)
+                stream = streams.Stream(source, slice.compression)
+    documents = reading._documents(stream, slice, options)
             for document in documents:
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1

@@ -457,7 +457,10 @@ def test_blank_lines_crlf_and_bom() -> None:
 
 
 def test_only_what_was_replaced_in_the_text_counts() -> None:
-    row = b'{"other": "\xff\xff", "text": "a\xff\xe2\x82b\xef\xbf\xbd\\ufffd\\ud800\\ud83d\\ude00", "id": "\xc3\xa9"}'
+    row = (
+        b'{"other": "\xff\xff", "text": "a\xff\xe2\x82b\xef\xbf\xbd\\ufffd\\ud800\\ud83d\\ude00", '
+        b'"id": "\xc3\xa9"}'
+    )
     document = one(row, "jsonl", IDS)
     assert document.text == "a\ufffd\ufffdb\ufffd\ufffd\ufffd\U0001f600"
     assert (document.num_replaced, document.doc_id) == (3, "\xe9")
@@ -932,7 +935,10 @@ def test_csv_gives_back_what_was_written(rows: list[tuple[str, str]], bom: bool)
 
 
 def test_csv_rows_that_are_not_right() -> None:
-    data = b'id,text\n1,a\n2\n3,c,d\n\n4,\n5,x\x00\xff\n\xff,e\n6,"line\r\n\r\nline ""q"""\n7,a\rb\n8,last\n'
+    data = (
+        b'id,text\n1,a\n2\n3,c,d\n\n4,\n5,x\x00\xff\n\xff,e\n6,"line\r\n\r\nline '
+        b'""q"""\n7,a\rb\n8,last\n'
+    )
     documents = read_all(remember(data, "csv"), IDS)
     problems = ["row has 1 fields, the header has 2", "row has 3 fields, the header has 2"]
     assert texts(documents) == [
@@ -991,9 +997,11 @@ def test_csv_fields_longer_than_the_module_likes() -> None:
     )
 
 
-SPARK = [r'"a","He said \"hi\" and left, then"', r'"b","ends with a backslash \\"', r'c,C:\temp', r'"d","say \"\""',
+SPARK = [r'"a","He said \"hi\" and left, then"', r'"b","ends with a backslash \\"', r'c,C:\temp',
+         r'"d","say \"\""',
          r'"e","C:\temp, or so"', '"f","two\\\nlines"', '"g",""']  # fmt: skip
-SPARK_TEXTS = ['He said "hi" and left, then', "ends with a backslash \\", r"C:\temp", 'say ""', r"C:\temp, or so",
+SPARK_TEXTS = ['He said "hi" and left, then', "ends with a backslash \\", r"C:\temp", 'say ""',
+               r"C:\temp, or so",
                "two\nlines", ""]  # fmt: skip
 
 
@@ -1126,9 +1134,14 @@ def test_a_header_without_the_column_is_told_by_what_is_wrong_with_it(
 # ---------------------------------------------------------------------------------------------
 
 TYPES = [
-    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(),
-    pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
-]  # fmt: skip
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.dictionary(pa.int32(), pa.string()),
+    pa.dictionary(pa.int8(), pa.large_string()),
+]
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
@@ -1176,12 +1189,15 @@ UUIDS = [uuid.UUID(int=n) for n in (0x31323334_3536_3738_9000_616263646566, 2**1
 IDS_OF_TYPES: dict[str, tuple[Any, list[str | None]]] = {
     "uuid": (pa.array([u.bytes for u in UUIDS], pa.uuid()), [str(u) for u in UUIDS]),
     "bytes": (pa.array([b"ab", b"\xff\x00", None]), ["ab", "\\xff00", None]),
-    "16 bytes": (pa.array([u.bytes for u in UUIDS], pa.binary(16)), [UUIDS[0].hex, UUIDS[1].hex, "00" * 16]),
+    "16 bytes": (pa.array([u.bytes for u in UUIDS], pa.binary(16)),
+                 [UUIDS[0].hex, UUIDS[1].hex, "00" * 16]),
     "int64": (pa.array([-(2**63), 2**63 - 1, None]), [str(-(2**63)), str(2**63 - 1), None]),
-    "uint64": (pa.array([2**64 - 1, 2**64 - 2, 0], pa.uint64()), [str(2**64 - 1), str(2**64 - 2), "0"]),
+    "uint64": (pa.array([2**64 - 1, 2**64 - 2, 0], pa.uint64()),
+               [str(2**64 - 1), str(2**64 - 2), "0"]),
     "decimal": (pa.array([Decimal("1.50"), Decimal("12345678901234567890.12"), None]),
                 ["1.50", "12345678901234567890.12", None]),
-    "date": (pa.array([date(2024, 2, 29), None, date(1, 1, 1)]), ["2024-02-29", None, "0001-01-01"]),
+    "date": (pa.array([date(2024, 2, 29), None, date(1, 1, 1)]),
+             ["2024-02-29", None, "0001-01-01"]),
     "timestamp": (pa.array([1, 2, None], pa.timestamp("ns", "UTC")),
                   ["1970-01-01 00:00:00.000000001Z", "1970-01-01 00:00:00.000000002Z", None]),
     "time": (pa.array([1, 2, None], pa.time64("us")), ["00:00:00.000001", "00:00:00.000002", None]),
@@ -1235,10 +1251,16 @@ def test_no_two_ids_of_bytes_are_one(tmp_path: Path, kind: pa.DataType) -> None:
 
 @pytest.mark.parametrize(
     "column",
-    [pa.array([1.5, 2.5]), pa.array([[1], [2]]), pa.array([{"a": 1}, None]), pa.nulls(2),
-     pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())), pa.array([1, 2], pa.float16())],
+    [
+        pa.array([1.5, 2.5]),
+        pa.array([[1], [2]]),
+        pa.array([{"a": 1}, None]),
+        pa.nulls(2),
+        pa.array([[("a", 1)], []], pa.map_(pa.string(), pa.int64())),
+        pa.array([1, 2], pa.float16()),
+    ],
     ids=lambda column: str(column.type),
-)  # fmt: skip
+)
 def test_parquet_ids_that_are_none_are_refused_before_anything_is_read(
     tmp_path: Path, column: pa.Array
 ) -> None:

@@ -90,9 +90,13 @@ def test_an_answer_that_fails_in_passing_is_asked_for_again(hub: Hub) -> None:
 
 
 def test_a_run_over_a_private_dataset_leaves_no_token_anywhere(
-    hub: Hub, tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    hub: Hub,
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     hub.token = TOKEN
     place = f"hf://datasets/{REPO}/data/train-*.parquet"
     caplog.set_level(logging.DEBUG)

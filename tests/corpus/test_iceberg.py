@@ -1,4 +1,6 @@
-"""The files of one version of an Iceberg table are a corpus; rows that differ from it are refused."""
+"""The files of one version of an Iceberg table are a corpus;
+rows that differ from it are refused.
+"""
 
 from __future__ import annotations
 
@@ -242,7 +244,9 @@ def test_deleted_rows_are_refused(catalog: Any, tmp_path: Path) -> None:
 
 
 def _with_deletes(table: Any, folder: Path) -> dict[str, Any]:
-    """The metadata of ``table`` with a file of deleted positions, as Spark's merge-on-read writes it."""
+    """The metadata of ``table`` with a file of deleted positions, as Spark's merge-on-read writes
+    it.
+    """
     from pyiceberg import manifest
     from pyiceberg.manifest import (
         DataFile,
@@ -262,11 +266,23 @@ def _with_deletes(table: Any, folder: Path) -> dict[str, Any]:
     snapshot = table.current_snapshot()
     data = str(folder / "deletes.parquet")
     file = DataFile.from_args(
-        content=DataFileContent.POSITION_DELETES, file_path=data, file_format=FileFormat.PARQUET,
-        partition=Record(), record_count=1, file_size_in_bytes=1, column_sizes={}, value_counts={},
-        null_value_counts={}, nan_value_counts={}, lower_bounds={}, upper_bounds={}, split_offsets=[],
-        equality_ids=None, sort_order_id=None, spec_id=0,
-    )  # fmt: skip
+        content=DataFileContent.POSITION_DELETES,
+        file_path=data,
+        file_format=FileFormat.PARQUET,
+        partition=Record(),
+        record_count=1,
+        file_size_in_bytes=1,
+        column_sizes={},
+        value_counts={},
+        null_value_counts={},
+        nan_value_counts={},
+        lower_bounds={},
+        upper_bounds={},
+        split_offsets=[],
+        equality_ids=None,
+        sort_order_id=None,
+        spec_id=0,
+    )
     io = table.io
     output = io.new_output(str(folder / "deletes.avro"))
     with Deletes(table.spec(), table.schema(), output, snapshot.snapshot_id, "null") as writer:

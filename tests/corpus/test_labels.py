@@ -49,9 +49,11 @@ GOOD: list[tuple[object, object, str, list[Span]]] = [
     (["The", "old dog", "", "."], ["DET", None, "X", "PUNCT"], "The old dog  .",
      [Span(0, 3, "DET"), Span(13, 14, "PUNCT")]),
     (["a", "b"], [0, 12], "a b", [Span(0, 1, "0"), Span(2, 3, "12")]),
-    ("The  old\ndog", ["DET", "", "NOUN"], "The  old\ndog", [Span(0, 3, "DET"), Span(9, 12, "NOUN")]),
+    ("The  old\ndog", ["DET", "", "NOUN"], "The  old\ndog",
+     [Span(0, 3, "DET"), Span(9, 12, "NOUN")]),
     ("née 漢字", ["ADJ", "NOUN"], "née 漢字", [Span(0, 3, "ADJ"), Span(4, 6, "NOUN")]),
-    ("Ann met Bob", [{"start": 8, "end": 11, "label": "PER"}, {"start": 0, "end": 3, "label": "PER", "id": 1}],
+    ("Ann met Bob", [{"start": 8, "end": 11, "label": "PER"},
+                     {"start": 0, "end": 3, "label": "PER", "id": 1}],
      "Ann met Bob", [Span(0, 3, "PER"), Span(8, 11, "PER")]),
     ("Ann met Bob", [[0, 3, "PER"], [3, 3, "nothing"]], "Ann met Bob", [Span(0, 3, "PER")]),
     ("Ann met Bob", [], "Ann met Bob", []),
@@ -326,12 +328,16 @@ def test_a_newdoc_begins_a_document_of_sentences() -> None:
         ("2\told\told", "two\told\told", "line 4 is word 'two', expected 2"),
         ("2\told\told", "1\told\told", "line 4 is word '1', expected 2"),
         ("2\told\told", "2\t \told", "line 4 has no form"),
-        ("2\told\told\tADJ", "2\told\told\tA\x07J", "the tag of 'old' is 'A.x07J', expected characters that can"),
+        (
+            "2\told\told\tADJ",
+            "2\told\told\tA\x07J",
+            "the tag of 'old' is 'A.x07J', expected characters that can",
+        ),
         ("2\told\told\tADJ", "2\told\told\tspecial", "the tag of 'old' is 'special'"),
         ("7\t.\t.", "7-9\t.\t.", "line 9 ends the sentence at word 6, expected 9"),
         ("7\t.\t.", "7-6\t.\t.", "line 9 is word '7-6', expected 7"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_sentence_is_quarantined_alone(old: str, new: str, why: str) -> None:
     assert old in SAMPLE
     bad, good = read_all(remember(SAMPLE.replace(old, new, 1).encode(), "conllu"))

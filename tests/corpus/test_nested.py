@@ -1,4 +1,6 @@
-"""Dotted paths lead to nested values, the same in JSON and Parquet; lists of strings become a text."""
+"""Dotted paths lead to nested values, the same in JSON and Parquet;
+lists of strings become a text.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ CHAT = ReadOptions(
     keep="day:date,meta.lang,messages.0.role",
 )
 ROWS: list[dict[str, Any]] = [
-    {"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}],
-     "meta": {"lang": "de", "id": 1}},
+    {
+        "messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}],
+        "meta": {"lang": "de", "id": 1},
+    },
     {"messages": [{"role": "user", "content": "alone"}], "meta": {"lang": None, "id": 2}},
     {"messages": [], "meta": None},
     {"messages": None, "meta": {"lang": "fr", "id": 4}},
-    {"messages": [{"role": "user", "content": "c"}, {"role": None, "content": "é"}],
-     "meta": {"lang": "it", "id": None}},
-]  # fmt: skip
+    {
+        "messages": [{"role": "user", "content": "c"}, {"role": None, "content": "é"}],
+        "meta": {"lang": "it", "id": None},
+    },
+]
 
 
 def read(path: Path, options: ReadOptions, shard_bytes: int = 1 << 20) -> list[Document]:
@@ -120,13 +126,17 @@ def test_uuids_dates_and_fixed_lists_are_found_at_paths_of_parquet(tmp_path: Pat
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("meta.lng", r"no column 'meta.lng'.*it has: messages, meta, meta.lang, meta.id; did you mean meta.lang"),
+        (
+            "meta.lng",
+            r"no column 'meta.lng'.*it has: messages, meta, meta.lang, meta.id; "
+            "did you mean meta.lang",
+        ),
         ("messages.0.text", r"it has: messages, meta, messages.0.role, messages.0.content"),
         ("messages.content", r"it has: messages, meta, messages.0;"),
         ("messages.-1.content", r"it has: messages, meta, messages.0;"),
         ("mta.lang", r"it has: messages, meta$"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_path_is_refused_with_what_is_beside_it(
     ending: str, column: str, message: str, tmp_path: Path
 ) -> None:
@@ -213,9 +223,13 @@ def test_a_run_keeps_nested_columns_by_names_without_dots(tiny_bert: Path, tmp_p
     ]
     write_jsonl(tmp_path / "c.jsonl", rows)
     config = config_of(
-        tiny_bert, tmp_path / "c.jsonl", tmp_path / "s", text_column="messages.0.content",
-        keep_columns="meta.lang", group_by="meta_lang",
-    )  # fmt: skip
+        tiny_bert,
+        tmp_path / "c.jsonl",
+        tmp_path / "s",
+        text_column="messages.0.content",
+        keep_columns="meta.lang",
+        group_by="meta_lang",
+    )
     with afn_ray.run(config) as run:
         found = run.sql(
             "SELECT meta_lang, count(*) FROM documents GROUP BY ALL ORDER BY 1"
@@ -229,9 +243,13 @@ def test_names_of_kept_paths_are_checked_by_what_they_become() -> None:
     assert [column.name for column in columns] == ["meta_lang", "meta_year"]
     assert kept.canonical(columns) == "meta.lang,meta.year:int64"
     for spec, message in (
-        ("meta.lang,meta_lang", "twice"), ("n.tokens", "writes itself"), ("a..b", "expected names"),
-        (".a", "expected names"), ("a.", "expected names"), ("a." + "b" * 62, "at most 63"),
-    ):  # fmt: skip
+        ("meta.lang,meta_lang", "twice"),
+        ("n.tokens", "writes itself"),
+        ("a..b", "expected names"),
+        (".a", "expected names"),
+        ("a.", "expected names"),
+        ("a." + "b" * 62, "at most 63"),
+    ):
         with pytest.raises(ConfigError, match=message):
             config_of(Path("m"), "c", "s", keep_columns=spec)
 

@@ -30,13 +30,17 @@ def choose(place: str, *patterns: str, day: str = "latest") -> tuple[str, list[s
 
 LAYOUTS = [
     # files, the pattern, what it is narrowed to, and the files of that day
-    (["dt=2026-11-01/a.jsonl", "dt=2026-11-02/a.jsonl", "dt=2026-11-02/b/c.jsonl", "dt=none/a.jsonl"],
+    (["dt=2026-11-01/a.jsonl", "dt=2026-11-02/a.jsonl", "dt=2026-11-02/b/c.jsonl",
+      "dt=none/a.jsonl"],
      "dt=*/", "dt=2026-11-02", 2),
-    (["dt=2026-11-02/lang=de/a.jsonl", "dt=2026-11-02/lang=en/a.jsonl", "dt=2026-11-01/lang=de/a.jsonl"],
+    (["dt=2026-11-02/lang=de/a.jsonl", "dt=2026-11-02/lang=en/a.jsonl",
+      "dt=2026-11-01/lang=de/a.jsonl"],
      "dt=*/lang=*/*.jsonl", "dt=2026-11-02/lang=*/*.jsonl", 2),
-    (["lang=de/dt=2026-11-01/a.jsonl", "lang=de/dt=2026-11-02/a.jsonl", "lang=en/dt=2026-11-02/a.jsonl"],
+    (["lang=de/dt=2026-11-01/a.jsonl", "lang=de/dt=2026-11-02/a.jsonl",
+      "lang=en/dt=2026-11-02/a.jsonl"],
      "lang=*/dt=*/*.jsonl", "lang=*/dt=2026-11-02/*.jsonl", 2),
-    (["20261101/a.jsonl", "20261102/a.jsonl", "_20261103/a.jsonl", ".20261103/a.jsonl"], "*/", "20261102", 1),
+    (["20261101/a.jsonl", "20261102/a.jsonl", "_20261103/a.jsonl", ".20261103/a.jsonl"], "*/",
+     "20261102", 1),
     (["news-20261101.jsonl", "news-20261102.jsonl", "other-20261103.jsonl"],
      "news-*.jsonl", "news-20261102.jsonl", 1),
     (["news-20261101-0.jsonl", "news-20261102-0.jsonl", "news-20261102-1.jsonl"],
@@ -45,7 +49,8 @@ LAYOUTS = [
      "*-part-*.jsonl", "2026-11-02-part-*.jsonl", 2),
     (["dt=2026-11-02T00/a.jsonl", "dt=2026-11-02T12/a.jsonl", "dt=2026-11-01T12/a.jsonl"],
      "dt=*/*.jsonl", "dt=2026-11-02*/*.jsonl", 2),
-    (["2026-10-31/a.jsonl", "2026-11-01/a.jsonl", "2026-11-02/a.jsonl"], "2026-1?-[0-3]*/", "2026-11-02", 1),
+    (["2026-10-31/a.jsonl", "2026-11-01/a.jsonl", "2026-11-02/a.jsonl"], "2026-1?-[0-3]*/",
+     "2026-11-02", 1),
 ]  # fmt: skip
 
 

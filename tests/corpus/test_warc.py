@@ -41,8 +41,10 @@ def record(
 ) -> bytes:
     """A record of WARC."""
     head = (
-        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:{number}>\r\nWARC-Date: 2026-11-01T10:00:0"
-        f"{number % 10}Z\r\nWARC-Target-URI: http://a.test/{number}\r\nContent-Type: {of}\r\nContent-Length: "
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Record-ID: <urn:{number}>\r\nWARC-Date: "
+        "2026-11-01T10:00:0"
+        f"{number % 10}Z\r\nWARC-Target-URI: http://a.test/{number}\r\nContent-Type: "
+        f"{of}\r\nContent-Length: "
         f"{length if length >= 0 else len(content)}\r\n\r\n"
     )
     return head.encode() + content + b"\r\n\r\n"
@@ -94,10 +96,14 @@ def test_bodies_of_responses_are_texts_in_order(
         record(0, b"software: x\r\n", "warcinfo", "application/warc-fields"),
         page(1),
         record(2, b"GET / HTTP/1.1\r\n\r\n", "request", "application/http; msgtype=request"),
-        response(3, "naïve <b>text</b>".encode("cp1252"), b"Content-Type: text/plain; charset=latin-1\r\n"),
+        response(
+            3,
+            "naïve <b>text</b>".encode("cp1252"),
+            b"Content-Type: text/plain; charset=latin-1\r\n",
+        ),
         record(4, b"already a text", "conversion", "text/plain"),
         page(5),
-    ]  # fmt: skip
+    ]
     documents = read(tmp_path, b"".join(map(pack, records)), name=f"c.{ending}")
     assert [(d.doc_id, d.text) for d in documents] == [
         ("<urn:1>", "Page 1 é & more."),
@@ -149,10 +155,14 @@ def test_headers_are_columns_in_any_case(tmp_path: Path) -> None:
         (coded(brotli.compress(TEXT)[:-2], b"Content-Encoding: br"), "the end is missing after"),
         (coded(gzip.compress(TEXT) + b"x", b"Content-Encoding: gzip"), "body cannot be decoded"),
         (coded(b"24\r\n" + TEXT + b"\r\n", b"Transfer-Encoding: chunked"), "none was the last"),
-        (coded(b"25\r\n" + TEXT + b"\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"), "does not end after"),
-        (coded(TEXT, b"Content-Length: 99"), "body was cut: it has 36 bytes, but its header states 99"),
-        (page(9).replace(b"WARC-Date", b"WARC-Truncated: time\r\nWARC-Date"), "WARC-Truncated: time"),
-        (response(9, b"a", b"Content-Type: text/plain; charset=klingon\r\n"), "'klingon' is unknown"),
+        (coded(b"25\r\n" + TEXT + b"\r\n0\r\n\r\n", b"Transfer-Encoding: chunked"),
+         "does not end after"),
+        (coded(TEXT, b"Content-Length: 99"),
+         "body was cut: it has 36 bytes, but its header states 99"),
+        (page(9).replace(b"WARC-Date", b"WARC-Truncated: time\r\nWARC-Date"),
+         "WARC-Truncated: time"),
+        (response(9, b"a", b"Content-Type: text/plain; charset=klingon\r\n"),
+         "'klingon' is unknown"),
         (record(9, b"abc", "continuation"), "continues another one"),
         (b"WARC/1.0\r\nX: " + b"y" * 70_000 + b"\r\n\r\n", "no header with Content-Length"),
     ],
@@ -391,9 +401,12 @@ def test_texts_of_another_extractor_are_other_shards_and_planned_anew(
 ) -> None:
     (tmp_path / "c.warc.gz").write_bytes(b"".join(gzip.compress(page(i)) for i in range(9)))
     config = config_of(
-        tiny_bert, tmp_path / "c.warc.gz", tmp_path / "s", id_column="WARC-Target-URI",
+        tiny_bert,
+        tmp_path / "c.warc.gz",
+        tmp_path / "s",
+        id_column="WARC-Target-URI",
         keep_columns="WARC-Date:timestamp",
-    )  # fmt: skip
+    )
     with afn_ray.run(config) as run:
         found = run.sql('SELECT doc_id, "WARC-Date" FROM documents ORDER BY 1').fetchall()
         assert [doc_id for doc_id, _ in found] == [f"http://a.test/{i}" for i in range(9)]

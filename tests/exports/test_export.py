@@ -432,8 +432,10 @@ def test_an_export_to_a_bucket_has_every_row(run: Run, object_store: str, tmp_pa
         target = f"{object_store}/{format}"
         options: dict[str, Any] = {"format": format, "iceberg": table, "file_bytes": FILE_BYTES}
         done = afn_ray.export(run, target, **options)
-        found = [pq.read_table(pa.BufferReader(storage.read_bytes(f"{target}/data/{file.name}")))
-                 for file in done.files]  # fmt: skip
+        found = [
+            pq.read_table(pa.BufferReader(storage.read_bytes(f"{target}/data/{file.name}")))
+            for file in done.files
+        ]
         assert len(found) > 2
         assert in_order(pa.concat_tables(found).to_pylist()) == in_order(asked(run))
         assert storage.list_names(f"{target}/written") == []
@@ -454,7 +456,10 @@ def test_the_command_writes_says_so_and_leaves_with_a_code(
     code, said = typed("--table", "thresholds", "--json")
     assert code == 0 and json.loads(said)["num_new"] == 0
     assert "1 file of them was there" in typed("--table", "thresholds")[1]
-    assert typed() == (2, f"afn: {tmp_path}/t holds another export: its table is thresholds, here it "
-                          "is tokens; give another folder, or remove that one\n")  # fmt: skip
+    assert typed() == (
+        2,
+        f"afn: {tmp_path}/t holds another export: its table is thresholds, here it "
+        "is tokens; give another folder, or remove that one\n",
+    )
     assert typed("--catalog", "x")[0] == typed("--sql", "FROM nothing")[0] == 2
     assert "'0MiB' is not a size" in typed("--file-size", "0MiB")[1]

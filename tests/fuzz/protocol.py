@@ -1,13 +1,13 @@
 """A model of the protocol of ``store.epochs``: a gc, a run and ``verify --clean``, call by call.
 
-Each process is a generator that yields its calls and is sent what they gave. ``explore`` makes every
-call in every order from every state that can be reached, each state once, and so tries all orders,
-kills at any call included: what holds in every state holds wherever a process dies.
+Each process is a generator that yields its calls and is sent what they gave. ``explore`` makes
+every call in every order from every state that can be reached, each state once, and so tries all
+orders, kills at any call included: what holds in every state holds wherever a process dies.
 
 A state is the files of the store, and of each process its position and its local variables. Hence
 two rules for the processes: no ``for`` loop holds a call (its iterator would be a part of the state
-that no variable shows), and a variable that is not needed any more is deleted (two states that differ
-in it alone would both be tried).
+that no variable shows), and a variable that is not needed any more is deleted (two states that
+differ in it alone would both be tried).
 """
 
 from __future__ import annotations

@@ -33,8 +33,10 @@ from conftest import config_of, edit_checksummed, listed, recommit, rewrite, wri
 NUM_STORES = {"short": 4, "long": 1000}
 
 WEIRD: list[Any] = [
-    None, True, -1, 0, 1, 1.5, 1e308, -(2**63), 2**64, 10**30, float("nan"), "", "x", "../../etc/passwd", "\x1b[31m",
-    "😀", "2026-13-99T99:99:99", [], [[]], {}, {"a": {"b": []}}, ["x"] * 50, "9" * 400, [None], {"": None},
+    None, True, -1, 0, 1, 1.5, 1e308, -(2**63), 2**64, 10**30, float("nan"), "", "x",
+    "../../etc/passwd", "\x1b[31m",
+    "😀", "2026-13-99T99:99:99", [], [[]], {}, {"a": {"b": []}}, ["x"] * 50, "9" * 400, [None],
+    {"": None},
 ]  # fmt: skip
 
 
@@ -286,7 +288,8 @@ def test_what_was_altered_and_sealed_again_is_a_finding_a_refusal_or_an_answer(
             except AfnError as error:
                 assert str(error), (seed, name, what)
                 ends[f"{name} refuses"] += 1
-            except Exception as error:  # noqa: BLE001 - every one of them, with the line that raised it
+            # All errors are printed, with the line that raised each.
+            except Exception as error:  # noqa: BLE001
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 at = f"{Path(where.filename).name}:{where.lineno}"
                 crashes.append(f"seed {seed}: {what}: {name}: {error!r} at {at}")

@@ -51,8 +51,12 @@ def zstd(data: bytes) -> bytes:
 
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd
-}  # fmt: skip
+    "": bytes,
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd,
+}
 CHECKSUMMED = ("gz", "bz2", "xz")
 
 Rows = list[tuple[str, str]]

@@ -278,23 +278,29 @@ EACH_OTHER = ("gc", "gc 2")
 """Collections that may give up because of each other."""
 SCENARIOS = {
     "gc and run": Scenario(lambda d, w: [Process("gc", collect), run_of(d, "a")], revived),
-    "gc and a run of more": Scenario(lambda d, w: [Process("gc", collect), run_of(d, "a", "b")], two_garbage),
-    "gc and a run of what is kept": Scenario(lambda d, w: [Process("gc", collect), run_of(d, "b")], revived),
-    "verify and run": Scenario(lambda d, w: [Process("verify", clean), run_of(d, "a", "c")], revived),
-    "verify and a resumed run": Scenario(lambda d, w: [Process("verify", clean), run_of(d, "a")], half),
+    "gc and a run of more": Scenario(lambda d, w: [Process("gc", collect), run_of(d, "a", "b")],
+                                     two_garbage),
+    "gc and a run of what is kept": Scenario(lambda d, w: [Process("gc", collect), run_of(d, "b")],
+                                             revived),
+    "verify and run": Scenario(lambda d, w: [Process("verify", clean), run_of(d, "a", "c")],
+                               revived),
+    "verify and a resumed run": Scenario(lambda d, w: [Process("verify", clean), run_of(d, "a")],
+                                         half),
     "gc and a run taken up": Scenario(overtaken, lambda d: d.run("a")),
     "gc and a half run taken up": Scenario(overtaken, half),
     "gc and a zombie": Scenario(zombie, lambda d: None, may_fail=("run",)),
     "two gcs": Scenario(lambda d, w: two_gcs(), revived, EACH_OTHER, coarse=True),
     "gc, verify and run": Scenario(
-        lambda d, w: [Process("gc", collect), Process("verify", clean), run_of(d, "a")], in_the_way, switches=SWITCHES
+        lambda d, w: [Process("gc", collect), Process("verify", clean), run_of(d, "a")], in_the_way,
+        switches=SWITCHES
     ),
     "two gcs and run": Scenario(
         lambda d, w: [*two_gcs(), run_of(d, "a")], revived, EACH_OTHER, switches=SWITCHES
     ),
     **{
         f"gc whose DELETE {at} acts {how}, and run": Scenario(
-            lambda d, w: [Process("gc", collect), run_of(d, "a"), Process("echo", w.echo)], revived, lost=how, at=at
+            lambda d, w: [Process("gc", collect), run_of(d, "a"), Process("echo", w.echo)], revived,
+            lost=how, at=at
         )
         for how in ("late", "twice") for at in (0, 1)
     },
@@ -457,22 +463,21 @@ def epoch_first(patch: pytest.MonkeyPatch) -> None:
 BROKEN: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None]]] = {
     "gc looks once": ("gc and run", lambda p: p.setattr(garbage, "_claimed", nothing_claimed)),
     "a run looks before its claim": ("gc and run", epoch_first),
-    "a name is used again": (
-        "gc whose DELETE 0 acts twice, and run", reused_name
-    ),
-    "a name is used again beside two gcs": (
-        "two gcs and run", reused_name
-    ),
+    "a name is used again": ("gc whose DELETE 0 acts twice, and run", reused_name),
+    "a name is used again beside two gcs": ("two gcs and run", reused_name),
     "verify removes what no commit names": (
-        "verify and run", lambda p: p.setattr(orphans, "may_remove", lambda *a, **k: True)
+        "verify and run",
+        lambda p: p.setattr(orphans, "may_remove", lambda *a, **k: True),
     ),
     "a run that was given up can end": (
-        "gc and a zombie", lambda p: p.setattr(manifest, "condemn_run", lambda *a, **k: True)
+        "gc and a zombie",
+        lambda p: p.setattr(manifest, "condemn_run", lambda *a, **k: True),
     ),
     "a lease counts for nothing": (
-        "gc and a half run taken up", lambda p: p.setattr(layout, "LEASE", re.compile("no-file"))
+        "gc and a half run taken up",
+        lambda p: p.setattr(layout, "LEASE", re.compile("no-file")),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)

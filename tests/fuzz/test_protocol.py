@@ -167,12 +167,13 @@ BROKEN: dict[str, tuple[str, dict[str, Any]]] = {
     "gc looks once": ("gc, verify and run", {"look_again": False}),
     "a run looks before its claim": ("gc, verify and run", {"claim_first": False}),
     "a name is used again": (
-        "gc, verify and run, and DELETEs that act again", {"generations": False}
+        "gc, verify and run, and DELETEs that act again",
+        {"generations": False},
     ),
     "verify removes what no commit names": ("gc, verify and run", {"plans": False}),
     "a run that was given up can end": ("gc, verify and a zombie", {"condemn": False}),
     "a lease counts for nothing": ("gc, verify and a half run taken up", {"leases": False}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)

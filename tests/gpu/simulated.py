@@ -1,11 +1,11 @@
 """A simulated CUDA device: tensors that say ``cuda:0`` over memory of the CPU.
 
 The CPU computes the values. What a GPU would be asked for is logged: kernels, copies, and what the
-host waits for. A tensor on the wrong device, a shape that flash attention refuses and a dtype that a
-CUDA kernel does not take raise the errors that torch raises on a GPU. The bytes of the tensors that
-live on the device are counted. What a copy to pinned memory brings is there once the host has waited
-for an event that was recorded after it, or for the device. A launch takes a millisecond, whatever it
-computes. torch's grouped products of mixtures run as on the CPU.
+host waits for. A tensor on the wrong device, a shape that flash attention refuses and a dtype that
+a CUDA kernel does not take raise the errors that torch raises on a GPU. The bytes of the tensors
+that live on the device are counted. What a copy to pinned memory brings is there once the host has
+waited for an event that was recorded after it, or for the device. A launch takes a millisecond,
+whatever it computes. torch's grouped products of mixtures run as on the CPU.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The GPU check runs without a GPU, Ray or DuckDB at toy size, and loses one part's figures at most."""
+"""The GPU check runs without a GPU, Ray or DuckDB at toy size, and loses one part's figures at
+most.
+"""
 
 from __future__ import annotations
 
@@ -161,7 +163,8 @@ def drills(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
         given = sys.argv[1:]
         codes = {{}}
-        parts = {{"hang": check.Part(hang, 1), "die": check.Part(die, 60), "fail": check.Part(fail, 60)}}
+        parts = {{"hang": check.Part(hang, 1), "die": check.Part(die, 60)}}
+        parts["fail"] = check.Part(fail, 60)
         check.PARTS = parts | {{"device": check.PARTS["device"]}}
         first = check.main([*given, "--parts", ",".join(check.PARTS)])
 
@@ -215,7 +218,10 @@ def test_parts_of_another_machine_are_neither_kept_nor_lost(drills: Any) -> None
     assert code == 2
     first["parts"]["device"]["rows"]["machine"]["torch"] = "1.0"
     assert content == first
-    said = rf"apart\.json has other parts \(hang, die\), and torch was 1\.0, and is {torch.__version__}"
+    said = (
+        r"apart\.json has other parts \(hang, die\), and torch was 1\.0, and is "
+        rf"{torch.__version__}"
+    )
     assert len(re.findall(said.replace("+", "\\+"), done.stderr)) == 1
 
 

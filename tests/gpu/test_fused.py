@@ -164,7 +164,9 @@ def test_a_failed_self_check_with_the_kernel_puts_torchs_back(
 
 @pytest.mark.parametrize("extra", [0, 2, 9])
 def test_the_time_of_the_kernel_has_no_part_in_the_choice(extra: int, folder: Folder) -> None:
-    """A worker with a busy GPU would choose otherwise than its neighbours, and measure otherwise."""
+    """A worker with a busy GPU would choose otherwise than its neighbours,
+    and measure otherwise.
+    """
     with simulated.device(kernel=altered(same, extra)):
         loaded = load(folder("bert"), "float16", "cuda")
         assert loaded.norm == fused.FUSED

@@ -31,9 +31,13 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Pa
 
     def make(stored: torch.dtype) -> Path:
         config = transformers.BertConfig(
-            vocab_size=200, hidden_size=WIDTH, num_hidden_layers=10, num_attention_heads=4,
-            intermediate_size=4 * WIDTH, max_position_embeddings=40,
-        )  # fmt: skip
+            vocab_size=200,
+            hidden_size=WIDTH,
+            num_hidden_layers=10,
+            num_attention_heads=4,
+            intermediate_size=4 * WIDTH,
+            max_position_embeddings=40,
+        )
         folder = tmp_path_factory.mktemp("deep")
         torch.manual_seed(0)
         transformers.BertModel(config).to(stored).save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""The Triton kernel gives what torch gives, in triton's interpreter, and compiles for each kind of GPU."""
+"""The Triton kernel gives what torch gives, in triton's interpreter, and compiles for each kind of
+GPU.
+"""
 
 from __future__ import annotations
 

@@ -10,9 +10,14 @@ from typing import Any
 
 CONTEXT = 40
 SMALL: dict[str, Any] = {
-    "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48,
-    "max_position_embeddings": CONTEXT, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 200,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": CONTEXT,
+    "pad_token_id": 0,
+}
 ROBERTA = SMALL | {"max_position_embeddings": CONTEXT + 2, "pad_token_id": 1}
 GROUPED = SMALL | {"num_key_value_heads": 2}
 PACKED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -22,12 +27,15 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "camembert": ("CamembertConfig", ROBERTA),
     "electra": ("ElectraConfig", SMALL | {"embedding_size": 16}),
     "albert": ("AlbertConfig", SMALL | {"embedding_size": 16}),
-    "distilbert": ("DistilBertConfig", {"vocab_size": 200, "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 48,
+    "distilbert": ("DistilBertConfig",
+                   {"vocab_size": 200, "dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 48,
                                         "max_position_embeddings": CONTEXT}),
-    "modernbert": ("ModernBertConfig", SMALL | {"local_attention": 16, "global_attn_every_n_layers": 2}),
+    "modernbert": ("ModernBertConfig",
+                   SMALL | {"local_attention": 16, "global_attn_every_n_layers": 2}),
     "nomic-bert": ("NomicBertConfig", SMALL),
     "eurobert": ("EuroBertConfig", GROUPED),
-    "gpt2": ("GPT2Config", {"vocab_size": 200, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": CONTEXT,
+    "gpt2": ("GPT2Config", {"vocab_size": 200, "n_embd": 32, "n_layer": 4, "n_head": 4,
+                            "n_positions": CONTEXT,
                             "bos_token_id": 0, "eos_token_id": 0}),
     "gpt-neox": ("GPTNeoXConfig", SMALL),
     "llama": ("LlamaConfig", GROUPED),
@@ -38,10 +46,14 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", GROUPED | {"head_dim": 8}),
     "gemma3": ("Gemma3TextConfig", GROUPED | {"head_dim": 8, "sliding_window": 12}),
     "gemma": ("GemmaConfig", GROUPED | {"head_dim": 8}),
-    "minicpm3": ("MiniCPM3Config", SMALL | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12,
-                                            "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}),
-    "opt": ("OPTConfig", {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
-                          "ffn_dim": 48, "max_position_embeddings": CONTEXT, "word_embed_proj_dim": 32}),
+    "minicpm3": ("MiniCPM3Config",
+                 SMALL | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12,
+                                            "qk_nope_head_dim": 8, "qk_rope_head_dim": 4,
+                                            "v_head_dim": 6}),
+    "opt": ("OPTConfig", {"vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 4,
+                          "num_attention_heads": 4,
+                          "ffn_dim": 48, "max_position_embeddings": CONTEXT,
+                          "word_embed_proj_dim": 32}),
 }  # fmt: skip
 PADDED: dict[str, tuple[str, dict[str, Any]]] = {
     "mpnet": ("MPNetConfig", ROBERTA),
@@ -74,7 +86,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta-v3": ("DebertaV2Config", DEBERTA_V3),
     "gemma3-with-images": ("Gemma3Config", {
         "text_config": PACKED["gemma3"][1], "mm_tokens_per_image": 4, "image_token_index": 199,
-        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+                          "num_attention_heads": 2,
                           "image_size": 28, "patch_size": 14},
     }),
 }  # fmt: skip

@@ -1,4 +1,6 @@
-"""Experts of mixtures multiply in the dtype that was asked for, or the run says that they do not."""
+"""Experts of mixtures multiply in the dtype that was asked for, or the run
+says that they do not.
+"""
 
 from __future__ import annotations
 

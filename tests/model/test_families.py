@@ -25,7 +25,8 @@ from afn_ray.model import files
 from conftest import find_model, save_model
 from families import CONTEXT, DEBERTA_V3, FAMILIES, GROUPED, PADDED, SMALL
 
-NO_FINAL_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "albert", "distilbert", "nomic_bert",
+NO_FINAL_NORM = {"bert", "roberta", "xlm-roberta", "camembert", "electra", "albert", "distilbert",
+                 "nomic_bert",
                  "mpnet", "deberta-v2"}  # fmt: skip
 """Model types whose ``hidden_states`` end with the last block's output as it is."""
 LAYERS = [0, 1, 2, 3]
@@ -187,7 +188,8 @@ class MiniCPMConfig(PretrainedConfig):
     model_type = "minicpm"
 
     def __init__(self, scale_emb=12, scale_depth=1.4, num_hidden_layers=4, **rest):
-        self.scale_emb, self.scale_depth, self.num_hidden_layers = scale_emb, scale_depth, num_hidden_layers
+        self.scale_emb, self.scale_depth = scale_emb, scale_depth
+        self.num_hidden_layers = num_hidden_layers
         super().__init__(**rest)
 """,
     "modeling_minicpm.py": """
@@ -211,8 +213,10 @@ class MiniCPMDecoderLayer(nn.Module):
         super().__init__()
         width, self.heads = config.hidden_size, config.num_attention_heads
         self.scale = config.scale_depth / config.num_hidden_layers**0.5
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.gate_proj, self.up_proj = (nn.Linear(width, config.intermediate_size, bias=False) for _ in range(2))
+        products = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = products
+        inner = config.intermediate_size
+        self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
         self.down_proj = nn.Linear(config.intermediate_size, width, bias=False)
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width), nn.RMSNorm(width)
 
@@ -220,9 +224,11 @@ class MiniCPMDecoderLayer(nn.Module):
         x = self.input_layernorm(hidden_states)
         made = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
         q, k, v = (m.unflatten(-1, (self.heads, -1)).transpose(1, 2) for m in made)
-        scores = rotate(q, position_ids) @ rotate(k, position_ids).transpose(-1, -2) * q.shape[-1] ** -0.5
+        scores = rotate(q, position_ids) @ rotate(k, position_ids).transpose(-1, -2)
+        scores = scores * q.shape[-1] ** -0.5
         shares = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min).softmax(-1)
-        hidden_states = hidden_states + self.scale * self.o_proj((shares @ v).transpose(1, 2).flatten(2))
+        mixed = self.o_proj((shares @ v).transpose(1, 2).flatten(2))
+        hidden_states = hidden_states + self.scale * mixed
         x = self.post_attention_layernorm(hidden_states)
         x = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
         return (hidden_states + self.scale * x,)
@@ -234,11 +240,14 @@ class MiniCPMModel(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(MiniCPMDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = (MiniCPMDecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = nn.RMSNorm(config.hidden_size)
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, output_hidden_states=False):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, output_hidden_states=False
+    ):
         n = input_ids.shape[1]
         mask = torch.ones(n, n, dtype=torch.bool).tril()
         if attention_mask is not None:
@@ -250,7 +259,8 @@ class MiniCPMModel(PreTrainedModel):
             states += (hidden,)
             hidden = layer(hidden, mask, position_ids)[0]
         hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(hidden, hidden_states=(*states, hidden) if output_hidden_states else None)
+        states = (*states, hidden) if output_hidden_states else None
+        return BaseModelOutputWithPast(hidden, hidden_states=states)
 """,
 }
 """A MiniCPM in its own words, as its first versions come: they are of no class that transformers

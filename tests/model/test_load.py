@@ -150,10 +150,14 @@ def test_weights_of_blocks_that_do_not_run_may_be_anything(bert: Path) -> None:
 @pytest.mark.parametrize(
     ("depth", "why"),
     [
-        (3, r"hold 16 tensors that BertModel does not have .*layer\.3\..*config\.json says 3 blocks"),
+        (
+            3,
+            r"hold 16 tensors that BertModel does not have .*"
+            r"layer\.3\..*config\.json says 3 blocks",
+        ),
         (6, r"32 weights are not in its files .*encoder\.layer\.4\..*config\.json says 6 blocks"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("num_blocks", [1, 2, 6])
 def test_a_config_with_another_number_of_blocks_is_refused(
     num_blocks: int, depth: int, why: str, bert: Path

@@ -1,4 +1,6 @@
-"""The signal ``centred_mean``: strength without the layer's mean state, which a calibration finds."""
+"""The signal ``centred_mean``: strength without the layer's mean state,
+which a calibration finds.
+"""
 
 from __future__ import annotations
 

@@ -183,8 +183,13 @@ def test_no_input_is_kept_behind_a_batch(tiny_bert: Path) -> None:
 # --------------------------------------------------------------------------------------
 
 
-SMALL = {"vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-         "intermediate_size": 48}  # fmt: skip
+SMALL = {
+    "vocab_size": 30522,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
 
 
 @pytest.mark.parametrize("layers", [[2], [0, 3]])
@@ -803,7 +808,9 @@ def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None
 def test_a_tokenizer_is_built_once_for_the_same_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each caller has its own; whatever changes in a file, and a model without room for it, is seen."""
+    """Each caller has its own; whatever changes in a file, and a model without room for it, is
+    seen.
+    """
     build, built = transformers.AutoTokenizer.from_pretrained, []
 
     def count(*args: Any, **options: Any) -> Any:
@@ -923,14 +930,22 @@ def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("edit", "changes", "why"),
     [
-        (with_lora, {}, r"hold 2 tensors that BertModel does not have .*query\.lora_A\.default\.weight.*merge it into"),
-        (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, {}, r"does not have .*merge it into"),
-        (dict, {"num_hidden_layers": 2}, r"hold 16 tensors .*encoder\.layer\.2\..*config\.json says 2 blocks"),
-        (dict, {"num_hidden_layers": 4}, r"16 weights are not in its files .*encoder\.layer\.3\..*says 4 blocks of 32"),
+        (with_lora, {},
+         r"hold 2 tensors that BertModel does not have .*"
+          r"query\.lora_A\.default\.weight.*merge it into"),
+        (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, {},
+         r"does not have .*merge it into"),
+        (dict, {"num_hidden_layers": 2},
+         r"hold 16 tensors .*encoder\.layer\.2\..*config\.json says 2 blocks"),
+        (dict, {"num_hidden_layers": 4},
+         r"16 weights are not in its files .*encoder\.layer\.3\..*says 4 blocks of 32"),
         (dict, {"hidden_size": 16}, r"embeddings\.LayerNorm\.bias is \(32,\), expected \(16,\)"),
-        (dict, {"vocab_size": 30600}, r"1 tensor of its files .* is \(30522, 32\), expected \(30600, 32\)"),
-        (lambda w: w | {"emb_ln.weight": torch.rand(32)}, {}, r"hold 1 tensor that BertModel does not have .*emb_ln"),
-        (lambda w: w | {"encoder.cls.weight": torch.rand(32)}, {}, r"hold 1 tensor .*encoder\.cls\.weight"),
+        (dict, {"vocab_size": 30600},
+         r"1 tensor of its files .* is \(30522, 32\), expected \(30600, 32\)"),
+        (lambda w: w | {"emb_ln.weight": torch.rand(32)}, {},
+         r"hold 1 tensor that BertModel does not have .*emb_ln"),
+        (lambda w: w | {"encoder.cls.weight": torch.rand(32)}, {},
+         r"hold 1 tensor .*encoder\.cls\.weight"),
     ],
 )  # fmt: skip
 def test_weights_and_a_config_that_are_not_of_one_model_are_refused(
@@ -944,10 +959,13 @@ def test_weights_and_a_config_that_are_not_of_one_model_are_refused(
 
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [("BertConfig", "MaskedLM"), ("RobertaConfig", "SequenceClassification"), ("DistilBertConfig", "MaskedLM"),
-     ("ElectraConfig", "PreTraining"), ("ModernBertConfig", "MaskedLM"), ("NomicBertConfig", "SequenceClassification"),
+    [("BertConfig", "MaskedLM"), ("RobertaConfig", "SequenceClassification"),
+     ("DistilBertConfig", "MaskedLM"),
+     ("ElectraConfig", "PreTraining"), ("ModernBertConfig", "MaskedLM"),
+     ("NomicBertConfig", "SequenceClassification"),
      ("EuroBertConfig", "SequenceClassification"), ("DebertaV2Config", "SequenceClassification"),
-     ("GPTNeoXConfig", "CausalLM"), ("LlamaConfig", "TokenClassification"), ("AlbertConfig", "PreTraining"),
+     ("GPTNeoXConfig", "CausalLM"), ("LlamaConfig", "TokenClassification"),
+     ("AlbertConfig", "PreTraining"),
      ("OPTConfig", "SequenceClassification")],
 )  # fmt: skip
 def test_heads_that_no_layer_depends_on_may_be_in_the_weights(

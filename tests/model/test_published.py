@@ -124,7 +124,9 @@ def _measured(folder: Path, texts: list[str], tmp_path: Path) -> tuple[Any, list
 def test_attention_self_is_one_minus_the_mixing_ratio_of_weights(
     tiny_bert: Path, verses: list[str], tmp_path: Path
 ) -> None:
-    """The run's signal is the table's Attn-W, token by token; parts add up to the block's output."""
+    """The run's signal is the table's Attn-W, token by token;
+    parts add up to the block's output.
+    """
     own, ids = _measured(tiny_bert, [text for text in verses[:20] if len(text) < 150], tmp_path)
     mixing = _plain_mixing(tiny_bert, ids)
     np.testing.assert_allclose(1 - own, mixing[:, 0], atol=1e-5)

@@ -206,14 +206,20 @@ def test_without_gain_and_bias_every_strength_is_the_root_of_the_width(minilm: P
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_blocks_that_end_in_a_sum_have_no_gain_to_leave_out(name: str, family: Any) -> None:  # noqa: F811
+def test_blocks_that_end_in_a_sum_have_no_gain_to_leave_out(
+    name: str,
+    family: Any,  # noqa: F811
+) -> None:
     folder, _ = family(name)
     with pytest.raises(ModelError, match="do not end with a LayerNorm"):
         load(folder, Centred.needs)
 
 
 @pytest.mark.parametrize("name", ["bert", "albert", "mpnet", "deberta-v2"])
-def test_gains_are_found_in_padded_and_in_shared_blocks(name: str, family: Any) -> None:  # noqa: F811
+def test_gains_are_found_in_padded_and_in_shared_blocks(
+    name: str,
+    family: Any,  # noqa: F811
+) -> None:
     for got in measure(load(family(name)[0], Centred.needs), [Centred()]):
         for values in got.values():
             np.testing.assert_allclose(values, np.sqrt(32), rtol=1e-3)
@@ -319,7 +325,8 @@ def test_tables_of_signals_are_what_the_rows_give(made: RunConfig) -> None:
         assert per_type == n_types
         differ = """
             SELECT count(*) FROM signal_vocabulary v JOIN (
-                SELECT token_id, is_special, count(*) AS n, median(shift_3) AS middle, max(shift_3) AS most
+                SELECT token_id, is_special, count(*) AS n, median(shift_3) AS middle,
+                    max(shift_3) AS most
                 FROM tokens GROUP BY ALL
             ) t ON v.token_id = t.token_id AND (v.class = 'special') = t.is_special
             WHERE v.layer = 3 AND v.signal = 'shift' AND (v.n <> t.n OR v.max <> t.most)"""

@@ -845,9 +845,12 @@ def test_a_link_out_of_the_store_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "/etc/passwd", "../x.parquet", "shards/m/s0/../x.parquet", "shards/../../x.parquet", "shards/m/../x.parquet",
-        "shards/m/s0/x.csv", "file:///etc/passwd", "s3://bucket/shards/m/s/x.parquet", "shards/m/s0/x'.parquet",
-        "shards/m/s0/a.parquet\n", "", "shards/m//x.parquet", "shards/m/s0/t/x.parquet", "shards\\m\\s\\x.parquet",
+        "/etc/passwd", "../x.parquet", "shards/m/s0/../x.parquet", "shards/../../x.parquet",
+        "shards/m/../x.parquet",
+        "shards/m/s0/x.csv", "file:///etc/passwd", "s3://bucket/shards/m/s/x.parquet",
+        "shards/m/s0/x'.parquet",
+        "shards/m/s0/a.parquet\n", "", "shards/m//x.parquet", "shards/m/s0/t/x.parquet",
+        "shards\\m\\s\\x.parquet",
     ],
 )  # fmt: skip
 def test_a_name_that_is_no_shards_file_is_refused(tmp_path: Path, name: str) -> None:
@@ -1051,7 +1054,8 @@ FAR = "to_hours(90000000)"
 
 @pytest.mark.parametrize(
     "value",
-    [FAR, f"-{FAR}", f"[{FAR}]", f"[NULL, {FAR}]::INTERVAL[2]", f"MAP {{'a': {FAR}}}", f"MAP {{{FAR}: 1}}",
+    [FAR, f"-{FAR}", f"[{FAR}]", f"[NULL, {FAR}]::INTERVAL[2]", f"MAP {{'a': {FAR}}}",
+     f"MAP {{{FAR}: 1}}",
      f"{{'a': [{{'it''s': {FAR}}}]}}", f"row(1, {FAR})", f"union_value(k := {FAR})"],
 )  # fmt: skip
 def test_an_interval_that_arrow_would_alter_is_refused(run: Run, value: str) -> None:

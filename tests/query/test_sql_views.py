@@ -183,7 +183,8 @@ def test_words_are_those_that_were_written(run: Run) -> None:
         for i, w in enumerate(words)
     ]
     got = run.sql(
-        'SELECT doc, word, text, n_tokens, position, start, "end", max_strength_8 AS max, first_strength_8 AS first, '
+        'SELECT doc, word, text, n_tokens, position, start, "end", max_strength_8 AS max, '
+        "first_strength_8 AS first, "
         "mean_strength_8 AS mean FROM words ORDER BY doc, word"
     ).to_dicts()
     assert got == expected

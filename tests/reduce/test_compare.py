@@ -647,7 +647,9 @@ def test_words_that_moved_are_those_of_the_tables_of_words(compared: Comparison)
                 assert row[f"n_{side}"] == (of_run["n"] if of_run else 0)
                 for name, column in (("share_high", "share_high"), ("median", "q2")):
                     assert row[f"{name}_{side}"] == (of_run[column] if of_run else None)
-            assert (row["text"], row["class"]) == ((of_b or of_a)["text"], (of_b or of_a)["class"])  # type: ignore[index]
+            of_either = of_b or of_a
+            assert of_either is not None
+            assert (row["text"], row["class"]) == (of_either["text"], of_either["class"])
             if of_a and of_b:
                 counts = (np.array([of[name]]) for of in (of_a, of_b) for name in ("n_high", "n"))
                 (z,), (p,) = two_proportions(*counts)

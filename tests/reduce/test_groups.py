@@ -79,8 +79,10 @@ def tokens_of(uri: str) -> pd.DataFrame:
     """The recorded normal tokens with the group of their document and the class of their type."""
     with afn_ray.open_run(uri) as run:
         return run.sql(
-            'SELECT t.doc, t.token_id, t.strength_1, t.strength_2, t.high_1, t.high_2, d.lang AS "group", '
-            "c.class FROM tokens t JOIN documents d USING (doc) JOIN (SELECT token_id, class FROM vocabulary "
+            "SELECT t.doc, t.token_id, t.strength_1, t.strength_2, t.high_1, t.high_2, d.lang "
+            'AS "group", '
+            "c.class FROM tokens t JOIN documents d USING (doc) JOIN (SELECT token_id, class "
+            "FROM vocabulary "
             "WHERE layer = 1 AND class <> 'special') c USING (token_id) WHERE NOT is_special"
         ).df()
 
@@ -117,7 +119,8 @@ def test_groups_add_up_to_the_run_whose_thresholds_stay_beside_them(
 ) -> None:
     (found,) = table(
         nights[1],
-        "SELECT sum(n)::BIGINT AS n, sum(n_high)::BIGINT AS n_high, sum(n_documents)::BIGINT AS docs "
+        "SELECT sum(n)::BIGINT AS n, sum(n_high)::BIGINT AS n_high, "
+        "sum(n_documents)::BIGINT AS docs "
         "FROM groups WHERE layer = 2",
     )
     (whole,) = table(nights[1], "FROM labels WHERE layer = 2 AND population = 'tokens'")
@@ -211,7 +214,8 @@ def test_small_groups_beyond_the_limit_are_one_group_of_a_name_that_says_so(
         assert run.info["counts"]["shards_reused"] == run.info["counts"]["shards"]
         rows = run.sql("FROM groups WHERE layer = 2").to_arrow_table().to_pylist()
         sizes = run.sql(
-            "SELECT lang, sum(n_tokens) FROM documents WHERE lang IS NOT NULL GROUP BY ALL ORDER BY 2 DESC, 1"
+            "SELECT lang, sum(n_tokens) FROM documents WHERE lang IS NOT NULL GROUP BY ALL ORDER "
+            "BY 2 DESC, 1"
         ).fetchall()
     largest = sorted(name for name, _ in sizes[:5])
     assert [row["group"] for row in rows] == [*largest, OTHERS, None]
@@ -270,11 +274,15 @@ def test_groups_by_source_are_the_sources(nights: tuple[RunConfig, str, str]) ->
 @pytest.mark.parametrize(
     ("uri", "value"),
     [
-        ("s3://b/dt=1/lang=de/a.jsonl", "de"), ("/c/lang=pt%2FBR/x.txt", "pt/BR"), ("/c/lang=/x.txt", ""),
-        ("/lang=de/lang=en/x.txt", "en"), ("/c/language=de/x.txt", None), ("/c/lang=de.txt", None),
+        ("s3://b/dt=1/lang=de/a.jsonl", "de"),
+        ("/c/lang=pt%2FBR/x.txt", "pt/BR"),
+        ("/c/lang=/x.txt", ""),
+        ("/lang=de/lang=en/x.txt", "en"),
+        ("/c/language=de/x.txt", None),
+        ("/c/lang=de.txt", None),
         ("/c/lang=__HIVE_DEFAULT_PARTITION__/x.txt", None),
     ],
-)  # fmt: skip
+)
 def test_a_partition_key_is_read_off_the_folders(uri: str, value: str | None) -> None:
     assert partition_of(uri, "lang") == value
 
@@ -458,8 +466,10 @@ VALUES: dict[str, pa.Array] = {
     "double": pa.array([0.0, -0.0, None, 1e20, 0.1]),
     "bool": pa.array([True, False, None]),
     "date": pa.array([date(2026, 11, 2), None, date.min]),
-    "timestamp": pa.array([datetime(2026, 11, 2, 3, 4, 5, 7), None, datetime.max], kept.KINDS["timestamp"]),
-}  # fmt: skip
+    "timestamp": pa.array(
+        [datetime(2026, 11, 2, 3, 4, 5, 7), None, datetime.max], kept.KINDS["timestamp"]
+    ),
+}
 FILES = pa.array(["s/lang=de/a", "s/lang=en/a", "s/lang=en/b", "s/rest/a"]).dictionary_encode()
 
 
@@ -482,10 +492,16 @@ def test_sql_finds_the_group_that_the_reduce_counted_a_document_in(by: str, most
     names = [*distinct[:most], *([OTHERS] if len(distinct) > most else []), None]
     grouping = grouping._replace(names=tuple(dict.fromkeys(names)))
     expected = [grouping.names[at] for at in grouping.index_of(documents)]
-    folder = manifest.RunFolder("s/runs/r", "s", "r", {
-        "config": {"group_by": name, "keep_columns": f"c:{by}" if by in VALUES else None},
-        "layers": [1], "tables": ["groups"],
-    })  # fmt: skip
+    folder = manifest.RunFolder(
+        "s/runs/r",
+        "s",
+        "r",
+        {
+            "config": {"group_by": name, "keep_columns": f"c:{by}" if by in VALUES else None},
+            "layers": [1],
+            "tables": ["groups"],
+        },
+    )
     numbers = [float(at) for at in range(len(grouping.names))]
     small = {
         "groups": pa.table({"layer": [1] * len(numbers), "group": grouping.names, "q3": numbers}),

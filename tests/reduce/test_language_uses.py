@@ -152,8 +152,9 @@ def test_a_language_whose_words_all_have_several_tokens_is_counted_and_named() -
     uses = LanguageUses(TypeTags.merge([TypeTags.from_table(shard)] * 2))
     table = uses.table()
     assert [tuple(row.values()) for row in table.to_pylist()] == [
-        ("ta", 12, 0, 0, False), ("en", 8, 8, 4, True),
-    ]  # fmt: skip
+        ("ta", 12, 0, 0, False),
+        ("en", 8, 8, 4, True),
+    ]
     assert "no closed-class words of ta (60.0% of words)" in without_list(table)
     assert describe(table) == "ta 60.0%, en 40.0% (detected, of words)"
     assert uses.of(0) == Uses({}) and uses.of(12) == Uses({"en": 2})
@@ -164,8 +165,11 @@ def test_languages_without_a_list_are_named_with_their_share() -> None:
     spoken = pa.array(["en", "en", "sw", "unknown", "sw", "en", "ht", "en"])
     table = LanguageUses(TypeTags.of(types, spoken)).table()
     assert [(r["language"], r["n_words"], r["has_list"]) for r in table.to_pylist()] == [
-        ("en", 4, True), ("sw", 2, False), ("ht", 1, False), ("unknown", 1, False),
-    ]  # fmt: skip
+        ("en", 4, True),
+        ("sw", 2, False),
+        ("ht", 1, False),
+        ("unknown", 1, False),
+    ]
     said = without_list(table)
     assert "closed-class words of sw (25.0% of words), ht (12.5%" in said
     assert describe(table) == ("en 50.0%, sw 25.0%, ht 12.5%, unknown 12.5% (detected, of words)")

@@ -131,7 +131,8 @@ def test_every_text_has_one_class(
 
 
 CLOSED = {
-    "en": "us the of and shall will may must upon without unto thou thee thy ye hath one don't it's 's",
+    "en": "us the of and shall will may must upon without unto thou thee thy ye hath one "
+    "don't it's 's",
     "fr": "au aux du des l' qu’ le et",
     "pt": "dos da no pelo nos e",
     "es": "del al el y",
@@ -175,9 +176,14 @@ def test_words_that_are_used_as_both_are_marked(text: str) -> None:
 
 def test_the_class_of_a_word_and_how_sure_it_is() -> None:
     words = {
-        "both": Entry(0.5, 4), "mostly": Entry(0.25, 4), "once": Entry(1.0, 1), "the": Entry(0.995, 1000),
-        "listed": Entry(0.75, 0), "us": Entry(1.0, 8), "US": Entry(0.0, 8),
-    }  # fmt: skip
+        "both": Entry(0.5, 4),
+        "mostly": Entry(0.25, 4),
+        "once": Entry(1.0, 1),
+        "the": Entry(0.995, 1000),
+        "listed": Entry(0.75, 0),
+        "us": Entry(1.0, 8),
+        "US": Entry(0.0, 8),
+    }
     found = Lexicon(0.875, words)
     assert found.guess("both") == Guess("function", 0.5, True)
     assert found.guess("Mostly") == Guess("content", 4 / 6, True)
@@ -207,8 +213,12 @@ def test_a_language_is_found_by_its_code_whatever_follows() -> None:
 def test_without_closed_class_words_a_word_is_a_word() -> None:
     names = {text: guess(text, "xx").name for text in ("the", "lord", ".", "7", "�")}
     assert names == {
-        "the": "word", "lord": "word", ".": "punctuation", "7": "number", "�": "fragment",
-    }  # fmt: skip
+        "the": "word",
+        "lord": "word",
+        ".": "punctuation",
+        "7": "number",
+        "�": "fragment",
+    }
 
 
 def test_every_entry_of_the_packed_file_can_be_found() -> None:

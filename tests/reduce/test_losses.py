@@ -296,7 +296,8 @@ def test_files_of_one_name_are_told_apart() -> None:
 
 @pytest.mark.parametrize(
     ("n", "said"),
-    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (43_210, "43 kB"), (9_990_000, "10 MB"),
+    [(0, "0 bytes"), (1, "1 byte"), (999, "999 bytes"), (1000, "1.0 kB"), (43_210, "43 kB"),
+     (9_990_000, "10 MB"),
      (1_234_567, "1.2 MB"), (5 * 10**15, "5.0 PB"), (5 * 10**19, "50,000 PB")],
 )  # fmt: skip
 def test_bytes_in_words(n: int, said: str) -> None:

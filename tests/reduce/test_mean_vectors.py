@@ -111,7 +111,10 @@ def test_sums_are_those_of_the_recorded_states(
 
 def test_strengths_are_the_same_to_the_bit_beside_them(made: RunConfig, tmp_path: Path) -> None:
     alone = replace(made, mean_vectors=0, signals="strength", store=str(tmp_path / "store"))
-    sql = "SELECT doc, position, token_id, strength_0, strength_2, strength_3 FROM tokens ORDER BY ALL"
+    sql = (
+        "SELECT doc, position, token_id, strength_0, strength_2, strength_3 FROM tokens "
+        "ORDER BY ALL"
+    )
     with afn_ray.run(alone) as one, afn_ray.open_run(made.store) as other:
         assert one.sql(sql).fetchall() == other.sql(sql).fetchall()
         assert not {"moments", "mean_vectors"} & one.info["tables"].keys()

@@ -37,7 +37,8 @@ from test_signals import load
 
 TOP = 5
 BEHIND = re.compile(
-    r"\.(output\.dense|ffn_output|ffn\.lin2|mlp\.Wo|mlp\.c_proj|mlp\.dense_4h_to_h|mlp\.down_proj|mlp\.fc2|fc2)$"
+    r"\.(output\.dense|ffn_output|ffn\.lin2|mlp\.Wo|mlp\.c_proj|"
+    r"mlp\.dense_4h_to_h|mlp\.down_proj|mlp\.fc2|fc2)$"
 )
 """The last product of a block's MLP, by its name in each family; in BERT's kin attention has one
 like it.

@@ -229,7 +229,8 @@ def test_thresholds_and_vocabulary_are_duckdbs(store: str, scratch: Path) -> Non
         main = next(r for r in tables["thresholds"].to_pylist() if r["layer"] == layer)
         assert [main["q1"], main["q2"], main["q3"]] == quartiles
         expected = db.execute(
-            f"""SELECT id, special, count(*), count(DISTINCT doc), min(strength), quantile_disc(strength, 0.25),
+            f"""SELECT id, special, count(*), count(DISTINCT doc), min(strength),
+                quantile_disc(strength, 0.25),
                 quantile_disc(strength, 0.5), quantile_disc(strength, 0.75), max(strength),
                 count(*) FILTER (strength >= {quartiles[2]!r})
                 FROM rows_of GROUP BY ALL ORDER BY special, id"""
@@ -381,7 +382,8 @@ def test_special_tokens_alone_have_no_threshold(store: str, scratch: Path) -> No
 
 def test_a_damaged_summary_is_named(store: str, scratch: Path) -> None:
     commit = _commit(store, scratch, 0, _corpus(9, 10))
-    uri = f"{shard_files.shard_uri(store, MEASURE_ID, commit.shard)}/{commit.files['summary']['name']}"
+    folder = shard_files.shard_uri(store, MEASURE_ID, commit.shard)
+    uri = f"{folder}/{commit.files['summary']['name']}"
     data = bytearray(storage.read_bytes(uri))
     data[len(data) // 2] ^= 1
     storage.delete([uri])
@@ -591,7 +593,8 @@ def test_a_damaged_summary_is_named_from_the_leaves_of_a_tree_on_ray(
 ) -> None:
     corpus = _corpus(11, 70)
     commits = [_commit(store, scratch, i, corpus.part(i, i + 1)) for i in range(70)]
-    uri = f"{shard_files.shard_uri(store, MEASURE_ID, commits[3].shard)}/{commits[3].files['summary']['name']}"
+    folder = shard_files.shard_uri(store, MEASURE_ID, commits[3].shard)
+    uri = f"{folder}/{commits[3].files['summary']['name']}"
     storage.delete([uri])
     storage.write_once(uri, b"something else")
     with (

@@ -340,7 +340,9 @@ NUM_TYPES = 300
 
 
 def test_intervals_cover_the_truth_over_clustered_corpora() -> None:
-    """500 corpora of one population of documents; documents, and types in them, are HIGH together."""
+    """500 corpora of one population of documents; documents, and types in
+    them, are HIGH together.
+    """
     rng = np.random.default_rng(8)
     log_odds = rng.normal(-0.5, 1.0, NUM_TYPES)
     shares, expected, lows, highs, counts = [], [], [], [], []

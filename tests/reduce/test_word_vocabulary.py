@@ -37,7 +37,9 @@ ODD = [
     "x" * 450,
     "\U0001f600\U0001f600 ok",
 ]
-"""Texts whose words are hard to compare: case, accents, a long word, characters that no type has."""
+"""Texts whose words are hard to compare: case, accents, a long word,
+characters that no type has.
+"""
 
 
 @pytest.fixture(scope="module", params=["bert", "gpt"])
@@ -359,7 +361,9 @@ def test_rows_are_the_same_for_any_cut_order_and_number_of_parts(
 
 
 def test_a_part_of_the_sums_does_not_grow_with_the_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Corpora of new words each: 16 times the corpus has 16 times the parts, at no height larger."""
+    """Corpora of new words each: 16 times the corpus has 16 times the
+    parts, at no height larger.
+    """
     monkeypatch.setattr(word_tables, "PART_STRENGTHS", 2000)
     merge, most = word_sums.merge, {}
     for num_leaves in (4, 16, 64):
@@ -424,9 +428,13 @@ def test_classes_are_those_of_the_word_or_of_its_tags() -> None:
     plain = {row["word"]: row for row in table_of([documents], 2, False).to_pylist() if row["word"]}
     found = {word: plain[word]["class"] for word in ("the", "season", "sea", "7", ",", "ahab")}
     assert found == {
-        "the": "function", "season": "content", "sea": "content", "7": "number", ",": "punctuation",
+        "the": "function",
+        "season": "content",
+        "sea": "content",
+        "7": "number",
+        ",": "punctuation",
         "ahab": "content",
-    }  # fmt: skip
+    }
     the = lexicon.find("en").guess("the")  # type: ignore[union-attr]
     assert plain["the"]["class_confidence"] == pytest.approx(the.confidence, abs=0.02)
     assert plain["will"]["is_ambiguous"] and not plain["sea"]["is_ambiguous"]

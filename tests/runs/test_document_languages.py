@@ -326,9 +326,13 @@ def test_a_labelled_corpus_has_languages_and_keeps_its_tags(
     ]
     corpus = write_jsonl(tmp_path / "c.jsonl", tagged)
     config = config_of(
-        tiny_bert, corpus, tmp_path / "store", layers="1", labels="tags",
+        tiny_bert,
+        corpus,
+        tmp_path / "store",
+        layers="1",
+        labels="tags",
         group_by="detected_language",
-    )  # fmt: skip
+    )
     with afn_ray.run(config) as run:
         rows: list[Any] = run.sql("SELECT detected_language FROM documents ORDER BY doc").fetchall()
         assert rows == [("en",), ("de",)]

@@ -229,8 +229,10 @@ CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
     "append to a small file": (1, 1, lambda f, g, v: add(f, "f.jsonl", v[:1])),
     # that slice and those behind it: they begin elsewhere
     "insert a line": (1, 3, lambda f, g, v: insert(f, g, 2)),
-    "edit a line to another of its length": (1, 1, lambda f, g, v: replace_in(f / "b.jsonl", B, b"the", b"THE")),
-    "edit a line to a longer one": (1, 4, lambda f, g, v: replace_in(f / "b.jsonl", B + 99, b"the", b"these")),
+    "edit a line to another of its length": (1, 1, lambda f, g,
+                                             v: replace_in(f / "b.jsonl", B, b"the", b"THE")),
+    "edit a line to a longer one": (1, 4, lambda f, g,
+                                    v: replace_in(f / "b.jsonl", B + 99, b"the", b"these")),
     "truncate in a slice": (1, 1, lambda f, g, v: truncate(f, g, 2, 0.5)),
     "truncate at the end of a slice": (1, 0, lambda f, g, v: truncate(f, g, 2, 1.0)),
     "empty a large file": (1, 1, lambda f, g, v: os.truncate(f / "b.jsonl", 0)),
@@ -244,7 +246,8 @@ CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
     "change a text": (1, 1, lambda f, g, v: (f / "a0.txt").write_text("another")),
     "change a CSV": (1, 1, lambda f, g, v: replace_in(f / "c.csv", 99, b"the", b"a")),
     "change what is compressed": (1, 1, lambda f, g, v: write_gzip(f, "another")),
-    "change a row group": (1, 1, lambda f, g, v: write_parquet(f, [*v[300:315], v[308], *v[316:324]])),
+    "change a row group": (1, 1, lambda f, g,
+                           v: write_parquet(f, [*v[300:315], v[308], *v[316:324]])),
     "add a row group": (1, 1, lambda f, g, v: write_parquet(f, v[300:332])),
     "all at once": (5, 5, change_all),
 }  # fmt: skip

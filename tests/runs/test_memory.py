@@ -21,7 +21,8 @@ from afn_ray.cli.commands import main
 try:
     main(sys.argv[1:])
 finally:
-    # Not getrusage: its maximum counts what this process was before exec, a copy of the one that runs the tests.
+    # Not getrusage: its maximum counts what this process was before exec, a copy of the one that
+    # runs the tests.
     status = Path("/proc/self/status").read_text()
     print("peak", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024)
 """
@@ -94,11 +95,13 @@ sys.stdin.readline()
 wall, cpu = time.monotonic(), time.process_time()
 for shard in shards:
     processor.process(shard)
-    resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
+    status = Path("/proc/self/status").read_text()
+    resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", status)[1]) * 1024)
 wall, cpu = time.monotonic() - wall, time.process_time() - cpu
 processor.close()
 print(json.dumps({
-    "resident": resident, "torch": torch.get_num_threads(), "arrow": pyarrow.cpu_count(), "cores": cpu / wall,
+    "resident": resident, "torch": torch.get_num_threads(), "arrow": pyarrow.cpu_count(),
+    "cores": cpu / wall,
     "tokens": processor.counters.tokens,
 }))
 """

@@ -64,8 +64,8 @@ CASES: dict[str, tuple[list[Node], dict[str, Any], int, int, str]] = {
         {"tokenizer_workers": 6},
         4,
         6,
-        "each node with 8 GPUs and 16 CPUs has room for 2 of 8 workers, since a worker takes 7 CPUs: "
-        "give fewer --tokenizer-workers",
+        "each node with 8 GPUs and 16 CPUs has room for 2 of 8 workers, since a worker takes 7 "
+        "CPUs: give fewer --tokenizer-workers",
     ),
     "as many as asked for": ([Node(16, 8)], {"tokenizer_workers": 6, "workers": 2}, 2, 6, ""),
     "fewer workers": ([Node(16, 8)], {"workers": 2}, 2, 7, ""),
@@ -220,8 +220,8 @@ def test_nodes_that_come_later_get_workers_and_are_looked_at_too(
     assert made.grow(100) == 10  # of two CPUs each
     assert made.grow(100) == 10
     assert made.notices == [
-        "each node with 8 GPUs and 4 CPUs has room for 2 of 8 workers, since a worker takes 2 CPUs, "
-        "as many as fit on the nodes that were up first: set a smaller number for all with "
+        "each node with 8 GPUs and 4 CPUs has room for 2 of 8 workers, since a worker takes 2 "
+        "CPUs, as many as fit on the nodes that were up first: set a smaller number for all with "
         "--tokenizer-workers"
     ]
 

@@ -1,5 +1,5 @@
-"""Half precision is taken where a calibration finds it safe, is refused where it is not, and the store
-remembers.
+"""Half precision is taken where a calibration finds it safe, is refused where it is not, and the
+store remembers.
 """
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_her
     )
     text = printed_estimate(found, capsys)
     assert re.search(
-        r"rate     not known: the workers' device is cuda and this machine's is cpu: .*'afn bench rate ",
+        r"rate     not known: the workers' device is cuda and this machine's is cpu: "
+        r".*'afn bench rate ",
         text,
     )
     assert (
@@ -470,6 +471,7 @@ def table(tokens: float) -> dict[str, str]:
         cost.total for cost in (*lines, monthly) if cost is not None and cost.total is not None
     ]
     assert len(totals) == 5
+    merge_gb = distinct_pairs(tokens) * PAIR_BYTES / parts / 1e9
     return {
         "corpus, GB": f"{num_bytes / 1e9:,.0f}",
         "shards of 16 MiB": f"{shards:,}",
@@ -479,7 +481,7 @@ def table(tokens: float) -> dict[str, str]:
         "GET and HEAD": f"{gets:,}",
         "worker-hours": f"{hours:,.0f}",
         "reduce and screening, core-hours": f"{reduce_hours:,.1f}",
-        "memory of a merge of the reduce, GB": f"{distinct_pairs(tokens) * PAIR_BYTES / parts / 1e9:.1f}",
+        "memory of a merge of the reduce, GB": f"{merge_gb:.1f}",
         "memory of the driver for its shards, GB": f"{shards * DRIVER_BYTES / 1e9:,.2f}",
         "workers, USD": f"{lines[0].total:,.0f}",
         "head, USD": f"{lines[1].total:,.0f}",

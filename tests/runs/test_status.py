@@ -47,8 +47,10 @@ MONITORING, GUIDE = INFRA / "monitoring", INFRA / "guide" / "seeing.md"
 MARK = "zyxwmark"
 """In every text of the corpus of the live run, so that its logs can be searched for it."""
 EXACT = (
-    "tokens_total", "documents_total", "documents_quarantined_total", "shards_total", "bytes_read_total",
-    "bytes_written_total", "shards_quarantined", "shard_seconds_count", "shards_queued", "shards_running",
+    "tokens_total", "documents_total", "documents_quarantined_total", "shards_total",
+    "bytes_read_total",
+    "bytes_written_total", "shards_quarantined", "shard_seconds_count", "shards_queued",
+    "shards_running",
     "workers_wanted", "workers_ready",
 )  # fmt: skip
 
@@ -343,9 +345,11 @@ def test_a_run_that_has_just_begun_is_under_way_and_not_killed(
 @pytest.mark.parametrize(
     "text",
     ["[" * 200_000, "[]", "{}", '{"schema_version": 1}', "x" * 99, "9" * 5000,
-     json.dumps(status.NOTHING | {"shards": {"planned": "many"}}), json.dumps(status.NOTHING | {"left_s": "soon"}),
+     json.dumps(status.NOTHING | {"shards": {"planned": "many"}}),
+     json.dumps(status.NOTHING | {"left_s": "soon"}),
      json.dumps(status.NOTHING | {"documents_planned": "some"}),
-     json.dumps(status.NOTHING | {"failures": ["none"]}), json.dumps(status.NOTHING | {"corpus": [1]}),
+     json.dumps(status.NOTHING | {"failures": ["none"]}),
+     json.dumps(status.NOTHING | {"corpus": [1]}),
      json.dumps(status.NOTHING | {"reason": "x" * status.MOST_BYTES})],
 )  # fmt: skip
 def test_a_strangers_status_is_none(make_config: MakeConfig, corpus: str, text: str) -> None:
@@ -606,7 +610,8 @@ class Unlucky(pool._Worker):
         return super().process(shard, oom_retries)
 
 pool._Worker = Unlucky
-ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+         logging_level="ERROR",
          object_store_memory=128 << 20, _system_config={"metrics_report_interval_ms": 1000})
 try:
     cli.main(sys.argv[2:])
@@ -616,7 +621,8 @@ except SystemExit as end:
 url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
 shards = len(list(Path(sys.argv[1]).rglob("commit.json")))
 until, text = time.monotonic() + 30, ""
-while not any(x.startswith("ray_afn_shards_total") and x.endswith(f" {shards}.0") for x in text.splitlines()):
+done = re.compile(rf"^ray_afn_shards_total.* {shards}\\.0$", re.M)
+while not done.search(text):
     assert time.monotonic() < until, text
     time.sleep(0.5)
     text = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).read().decode()
@@ -624,7 +630,8 @@ time.sleep(2)
 text = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url).read().decode()
 Path(sys.argv[1] + ".metrics").write_text(text)
 logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-Path(sys.argv[1] + ".workers").write_text("".join(p.read_text() for p in sorted(logs.glob("worker-*.err"))))
+texts = [p.read_text() for p in sorted(logs.glob("worker-*.err"))]
+Path(sys.argv[1] + ".workers").write_text("".join(texts))
 ray.shutdown()
 sys.exit(code)
 """

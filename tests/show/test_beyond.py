@@ -1,4 +1,6 @@
-"""The two rankings of words side by side: their order, which words they have, and how they are shown."""
+"""The two rankings of words side by side: their order, which words they have, and how they are
+shown.
+"""
 
 from __future__ import annotations
 
@@ -146,9 +148,11 @@ def test_only_open_classes_are_ranked(classes: list[str], kept: set[str]) -> Non
     "word",
     [
         "of", "na\u00efve", "jusqu'\u00e0", "don\u2019t", "o'er", "beer-sheba", "mother-in-law",
-        "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd", "\u0e44\u0e21\u0e48",
+        "\u0939\u093f\u0928\u094d\u0926\u0940", "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd",
+        "\u0e44\u0e21\u0e48",
         "\u0634\u064f\u0643\u0652\u0631", "\u7684", "\u6211", "\u6211\u4eec", "\U00020000",
-        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\ubb3c", "\ub9d0", "\ua000", "\U00017000",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "\ubb3c", "\ub9d0", "\ua000",
+        "\U00017000",
     ],
 )  # fmt: skip
 def test_words_of_every_script_are_ranked(word: str) -> None:
@@ -157,7 +161,8 @@ def test_words_of_every_script_are_ranked(word: str) -> None:
 
 @pytest.mark.parametrize(
     "word",
-    ["", "a", "\u00e9", "\u0e01", "\u064f\u0652", "\u0301a", "'tis", "cats'", "-", "''", "a-", "a--b", "3d",
+    ["", "a", "\u00e9", "\u0e01", "\u064f\u0652", "\u0301a", "'tis", "cats'", "-", "''", "a-",
+     "a--b", "3d",
      "abc1", "a.b", "ab\n", "ab\u202e", "\u2e80", "\u3002", "\u3042",
      "\u30a2", "\u3131", "\u1112", "\ua490", "\u03ae"],
 )  # fmt: skip

@@ -74,7 +74,8 @@ def test_figures_of_each_layer_are_those_of_the_rows(made: RunConfig, card: Card
             assert list(layer.outlier_dimensions) == run.info["measure"]["outliers"][k]
             distances = run.sql(
                 f"SELECT quantile_disc(x, 0.5), stddev_pop(x) / avg(x), max(x) "
-                f"FROM (SELECT strength_centred_mean_{k}::DOUBLE AS x FROM tokens WHERE NOT is_special)"
+                f"FROM (SELECT strength_centred_mean_{k}::DOUBLE AS x FROM tokens WHERE "
+                "NOT is_special)"
             ).fetchall()
             assert layer.centred == pytest.approx(distances[0], rel=1e-9)
             (row,) = run.sql(

@@ -16,12 +16,23 @@ vl_convert = pytest.importorskip("vl_convert")
 
 def night(n: int, **changes: Any) -> dict[str, Any]:
     row = {
-        "run": f"r{n}", "measure": "m", "began_at": datetime(2026, 11, 1, 3) + timedelta(days=n),
-        "partition": date(2026, 11, 1) + timedelta(days=n), "layer": 8, "n_tokens": 1000 + n,
-        "n_documents": 10, "n_quarantined": None if n == 2 else n, "q3": 14.5, "share_high": 0.25, "classes": [],
-        "psi": n / 100 if n else None, "ks": n / 200 if n else None, "state": "held",
-        "broken": [], "warned": [],
-    }  # fmt: skip
+        "run": f"r{n}",
+        "measure": "m",
+        "began_at": datetime(2026, 11, 1, 3) + timedelta(days=n),
+        "partition": date(2026, 11, 1) + timedelta(days=n),
+        "layer": 8,
+        "n_tokens": 1000 + n,
+        "n_documents": 10,
+        "n_quarantined": None if n == 2 else n,
+        "q3": 14.5,
+        "share_high": 0.25,
+        "classes": [],
+        "psi": n / 100 if n else None,
+        "ks": n / 200 if n else None,
+        "state": "held",
+        "broken": [],
+        "warned": [],
+    }
     return row | changes
 
 
@@ -75,8 +86,17 @@ def test_each_chart_has_each_night_of_the_whole_corpus_with_its_state() -> None:
 def test_the_table_has_the_figures_of_a_night() -> None:
     rows = history_charts(NIGHTS, 8)[0].table.rows
     assert rows[1] == (
-        "2026-11-02", "broken", "psi, <b>ks</b>", "1,001", "10", "1", "14.500", "25.0%", "0.0100", "0.0050"
-    )  # fmt: skip
+        "2026-11-02",
+        "broken",
+        "psi, <b>ks</b>",
+        "1,001",
+        "10",
+        "1",
+        "14.500",
+        "25.0%",
+        "0.0100",
+        "0.0050",
+    )
     assert rows[0][-2:] == ("–", "–") and rows[2][5] == "–"
 
 

@@ -60,7 +60,9 @@ class Written(NamedTuple):
 def written(
     tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list[str]
 ) -> Written:
-    """Two nights, the second with hostile text, as ``afn audit`` writes them; the past is made up."""
+    """Two nights, the second with hostile text, as ``afn audit`` writes
+    them; the past is made up.
+    """
     nights = Nights(tmp_path_factory.mktemp("night") / "nights", tiny_bert, verses, POLICY)
     nights.add(0, 0, 300)
     assert nights.begin() == 0
@@ -138,8 +140,12 @@ def test_earlier_nights_are_the_audited_ones_of_the_same_measure_layer_and_windo
     runs = [complete(tmp_path, at, "other" if at.day == 3 else "m") for at in began]
     kept = StoredVerdict("held", "all", 8, None, (), (), (), {"psi": 0.25})
     changes = {
-        1: {"state": "broken", "broken": ("psi",)}, 2: {}, 3: {}, 4: {"layer": 0}, 5: {"window": "new"},
-    }  # fmt: skip
+        1: {"state": "broken", "broken": ("psi",)},
+        2: {},
+        3: {},
+        4: {"layer": 0},
+        5: {"window": "new"},
+    }
     for day, change in changes.items():
         verdicts.write_verdict(runs[day - 1], replace(kept, **change))  # type: ignore[arg-type]
     verdicts.accept(runs[0], "meant")
@@ -262,8 +268,12 @@ def test_each_limit_has_a_row_with_value_limit_usual_range_and_a_drawing_with_it
         rows[cells[0]] = cells[1:]
     assert sorted(rows) == sorted(KEYS) and next(iter(rows)) == "js"  # not judged comes first
     assert [rows[key][0] for key in KEYS] == [
-        "✖ broken", "▲ warned", "◆ not judged", "● held", "● held"
-    ]  # fmt: skip
+        "✖ broken",
+        "▲ warned",
+        "◆ not judged",
+        "● held",
+        "● held",
+    ]
     kept = verdicts.read_verdict(written.run)
     assert kept is not None and kept.figures["psi"] is not None
     psi = f"{kept.figures['psi']:.5g}"
@@ -296,7 +306,8 @@ COVERED = """() => [...document.querySelectorAll('.limits')].flatMap(table => {
     const boxes = [...table.querySelectorAll('small, b, td span.state, svg')]
         .map(e => [e, e.getBoundingClientRect()]).filter(([, box]) => box.width);
     return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) =>
-        p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)
+        p.left < q.right - 1 && q.left < p.right - 1 &&
+            p.top < q.bottom - 1 && q.top < p.bottom - 1)
         .map(([b]) => a.textContent + ' / ' + b.textContent));
 })"""
 """Parts of the limits that overlap."""
@@ -330,7 +341,8 @@ CONTRAST = """() => {
         .filter(e => [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
         .map(e => {
             const [a, b] = [light(rgb(getComputedStyle(e).color)), light(behind(e))].sort();
-            return [e.className + ' ' + e.textContent.slice(0, 30), (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
+            return [e.className + ' ' + e.textContent.slice(0, 30),
+            (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05)];
         }).filter(([, ratio]) => ratio < 4.5);
 }"""
 """Texts with less contrast than WCAG 2.2 AA asks for."""

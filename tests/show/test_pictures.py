@@ -1,4 +1,6 @@
-"""Charts as pictures: the same pixels in fewer bytes, in colours, and a table where none can be drawn."""
+"""Charts as pictures: the same pixels in fewer bytes, in colours, and a table where none can be
+drawn.
+"""
 
 from __future__ import annotations
 

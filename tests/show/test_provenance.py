@@ -29,8 +29,10 @@ from conftest import config_of, edit_checksummed
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"offsets": False, "layers": "0, 4", "workers": 3, "revision": "$(rm -rf ~); 'x'", "trust_remote_code": True},
-     {"corpus": ("/data/a b/*.jsonl", "/data/it's <script>"), "sink_factor": 12.5, "format": "txt"}],
+    [{}, {"offsets": False, "layers": "0, 4", "workers": 3, "revision": "$(rm -rf ~); 'x'",
+          "trust_remote_code": True},
+     {"corpus": ("/data/a b/*.jsonl", "/data/it's <script>"), "sink_factor": 12.5,
+      "format": "txt"}],
 )  # fmt: skip
 def test_the_command_gives_the_config_back(changes: dict[str, Any]) -> None:
     config = replace(

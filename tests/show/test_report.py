@@ -37,10 +37,15 @@ from conftest import edit_checksummed, write_jsonl
 MAX_PAGE_BYTES = 3_000_000
 EVIL = "<script>window.ran = 1</script>"
 HOSTILE = [
-    EVIL, "</script><script>window.ran = 2</script>", "<img src=x onerror='window.ran = 3'>", "{{ 7 * 7 }} {% raw %}",
-    "</style><style>body { display: none }", "a\u2028b\u202eevil\u202c", "<!-- <script>",
+    EVIL,
+    "</script><script>window.ran = 2</script>",
+    "<img src=x onerror='window.ran = 3'>",
+    "{{ 7 * 7 }} {% raw %}",
+    "</style><style>body { display: none }",
+    "a\u2028b\u202eevil\u202c",
+    "<!-- <script>",
     "\"'><svg onload=window.ran=4>",
-]  # fmt: skip
+]
 FILE = "<img src=x onerror='window.ran = 5'>\u202e.jsonl"
 
 
@@ -645,7 +650,8 @@ def test_light_and_dark_are_two_colourings_of_the_same_drawing(
 ) -> None:
     tab = opened(color_scheme="light")
     look = """() => [getComputedStyle(document.body).backgroundColor,
-        getComputedStyle(document.querySelector('[data-chart=histogram-3] svg path[aria-roledescription]')).fill,
+        getComputedStyle(document.querySelector(
+            '[data-chart=histogram-3] svg path[aria-roledescription]')).fill,
         getComputedStyle(document.querySelector('[data-chart=classes] svg text')).fill]"""
     light, pictures = tab.evaluate(look), [tab.screenshot(full_page=True)]
     assert light[0] == "rgb(251, 250, 248)"

@@ -253,14 +253,17 @@ def test_dates_that_python_does_not_have_are_text(run: Run, format: str) -> None
 @pytest.mark.parametrize(
     ("sql", "note"),
     [
-        ("FROM movers", "empty without a baseline"), ("FROM neurons", "none were recorded"),
+        ("FROM movers", "empty without a baseline"),
+        ("FROM neurons", "none were recorded"),
         ("FROM vocabulary WHERE layer = 5", "layer 5 was not recorded; the run has 0, 8"),
         ("FROM vocabulary WHERE class = 'noun'", "no type is of class 'noun'; the run has content"),
-        ("FROM kwic('river bank')", "takes one word"), ("SELECT 1 WHERE false", ""), ("FROM vocabulary", ""),
+        ("FROM kwic('river bank')", "takes one word"),
+        ("SELECT 1 WHERE false", ""),
+        ("FROM vocabulary", ""),
         (f"SELECT 1 WHERE 'layer = {'9' * 5000}' = ''", ""),
         ("FROM kwic('zzzz', 2)", "no word is 'zzzz'"),
     ],
-)  # fmt: skip
+)
 def test_an_empty_answer_says_why(
     run: Run, sql: str, note: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -439,9 +442,13 @@ def test_ctrl_c_stops_a_query_and_not_the_prompt(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("FROM thres", "FROM thresholds"), ("SELECT tokens.e", 'SELECT tokens."end"'), (".sch", ".schema"),
-     (".schema vocab", ".schema vocabulary")],
-)  # fmt: skip
+    [
+        ("FROM thres", "FROM thresholds"),
+        ("SELECT tokens.e", 'SELECT tokens."end"'),
+        (".sch", ".schema"),
+        (".schema vocab", ".schema vocabulary"),
+    ],
+)
 def test_a_completion_replaces_the_word_and_no_more(run: Run, text: str, expected: str) -> None:
     [completion] = shell._Completer(run.tables()).get_completions(Document(text), CompleteEvent())
     assert text[: len(text) + completion.start_position] + completion.text == expected

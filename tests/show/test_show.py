@@ -32,7 +32,8 @@ from afn_ray.store.manifest import RunFolder
 from conftest import RUN_INFO
 
 CLASSES = ("content", "function", "fragment", "number", "punctuation")
-COUNTS = {"documents": 31_103, "empty": 2, "quarantined": 1, "tokens": 1_000_000, "special": 62_200, "windows": 31_100,
+COUNTS = {"documents": 31_103, "empty": 2, "quarantined": 1, "tokens": 1_000_000, "special": 62_200,
+          "windows": 31_100,
           "forward_tokens": 1_250_000, "chars": 9, "shards": 9, "shards_reused": 4}  # fmt: skip
 FILES = [
     dict.fromkeys(FILES_SCHEMA.names, 0)

@@ -350,7 +350,10 @@ class Gate:
         with client:
             request = _request(client)
             if mode == "busy":
-                body = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+                body = (
+                    b"<Error><Code>SlowDown</Code><Message>Reduce your request "
+                    b"rate.</Message></Error>"
+                )
                 head = (
                     b"HTTP/1.1 503 Slow Down\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
                     % len(body)
@@ -531,9 +534,15 @@ def test_a_url_with_credentials_is_refused_without_echo(uri: str) -> None:
 
 @pytest.mark.parametrize(
     "uri",
-    ["s3://bucket/a@b.txt", "s3://bucket/a:b@c/x", "memory://bucket/what?.txt", "s3://bucket/monkey=1?.txt",
-     "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/name/a@b", "memory://a/x?a=b"],
-)  # fmt: skip
+    [
+        "s3://bucket/a@b.txt",
+        "s3://bucket/a:b@c/x",
+        "memory://bucket/what?.txt",
+        "s3://bucket/monkey=1?.txt",
+        "s3://arn:aws:s3:us-east-1:123456789012:accesspoint/name/a@b",
+        "memory://a/x?a=b",
+    ],
+)
 def test_other_urls_are_not_taken_for_one(s3_server: str, uri: str) -> None:
     uris.open_filesystem(uri)
 

@@ -11,6 +11,7 @@ import pickle
 import socket
 import ssl
 import time
+from functools import partial
 
 import aiohttp
 import botocore.exceptions
@@ -148,8 +149,10 @@ def test_these_do_not(error: BaseException) -> None:
     assert not is_transient(error, local=True)
 
 
-@pytest.mark.parametrize(("number", "passes"), [(errno.ESTALE, True), (errno.EINTR, True), (errno.EIO, False),
-                                                (errno.ENOSPC, False), (errno.EBUSY, False)])  # fmt: skip
+@pytest.mark.parametrize(("number", "passes"),
+                         [(errno.ESTALE, True), (errno.EINTR, True), (errno.EIO, False),
+                                                (errno.ENOSPC, False),
+                                                (errno.EBUSY, False)])  # fmt: skip
 def test_a_disk_that_fails_goes_on_failing(number: int, passes: bool) -> None:
     assert is_transient(_os_error(number), local=True) is passes
 
@@ -203,7 +206,8 @@ class _Clock:
 def test_a_bucket_that_refuses_for_20_s_is_survived(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(50):
         clock = _Clock(monkeypatch)
-        assert with_retries(lambda: clock.fail_until(20), "writing x", local=False) == "answer"  # noqa: B023
+        fails = partial(clock.fail_until, 20)
+        assert with_retries(fails, "writing x", local=False) == "answer"
         assert 20 <= clock.now - 1000 <= 20 + retry.LONGEST_WAIT_S
         for i, wait in enumerate(clock.waits):
             assert 0 <= wait <= min(retry.LONGEST_WAIT_S, retry.FIRST_WAIT_S * 2**i)

@@ -412,10 +412,15 @@ if "spawn_main" in " ".join(sys.orig_argv):
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("what", "said"),
-    [("os._exit(3)", r"died as it started \(exit code 3\)"),
-     ("os.kill(os.getpid(), 9)", r"died as it started \(signal 9, Killed, as for want of memory\)"),
-     ("import time; time.sleep(600)", r"has not started in")],
-)  # fmt: skip
+    [
+        ("os._exit(3)", r"died as it started \(exit code 3\)"),
+        (
+            "os.kill(os.getpid(), 9)",
+            r"died as it started \(signal 9, Killed, as for want of memory\)",
+        ),
+        ("import time; time.sleep(600)", r"has not started in"),
+    ],
+)
 def test_a_tokenizer_process_that_does_not_start_is_an_error_and_no_hang(
     what: str,
     said: str,

@@ -1,4 +1,6 @@
-"""The detected language of a text: what is found, what is unsure, and what the answer depends on."""
+"""The detected language of a text: what is found, what is unsure, and what
+the answer depends on.
+"""
 
 from __future__ import annotations
 

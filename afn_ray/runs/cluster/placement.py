@@ -136,8 +136,8 @@ def _too_few_cpus(config: RunConfig, node: Node, tokenizers: int) -> str:
         return f"{found}, since a worker takes {cpus}: give fewer --tokenizer-workers"
     if tokenizers:
         return (
-            f"{found}, since a worker takes {cpus}, as many as fit on the nodes that were up first: "
-            "set a smaller number for all with --tokenizer-workers"
+            f"{found}, since a worker takes {cpus}, as many as fit on the nodes that were up "
+            "first: set a smaller number for all with --tokenizer-workers"
         )
     return (
         f"{found}, with {cpus} each: that is too few CPUs for the GPUs, whose models may wait for "
@@ -156,7 +156,8 @@ def _idle_gpus(config: RunConfig, nodes: Sequence[Node]) -> str:
         return ""
     return (
         f"{count(num_workers, 'worker')} with --workers-per-gpu {per_gpu} may take only "
-        f"{count(num_filled, 'GPU')}, and the others stay idle: give more --workers, or leave it out"
+        f"{count(num_filled, 'GPU')}, and the others stay idle: give more --workers, or "
+        "leave it out"
     )
 
 

@@ -50,7 +50,8 @@ class _Worker:
             if task.device == "cuda" and task.config.workers_per_gpu > 1:
                 model.limit_memory(task.config.workers_per_gpu)
             self._processor = Composer(task) if task.composition else Processor(task)
-        except Exception as error:  # noqa: BLE001 - raised where it arrives as it is; from here Ray would send its text
+        # The driver raises it as it is; raised here, Ray would send its text.
+        except Exception as error:  # noqa: BLE001
             self._error = error
 
     def process(self, shard: Shard, oom_retries: int) -> tuple[Commit, Counters]:

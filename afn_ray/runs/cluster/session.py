@@ -20,7 +20,8 @@ LEAST_BYTES = 16 << 20
 
 def folder() -> Path:
     """Ray's folder for sessions, from ``RAY_TMPDIR`` or ``TMPDIR``."""
-    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray")  # noqa: S108 - Ray's default
+    named = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR")
+    return Path(named or "/tmp", "ray")  # noqa: S108 - Ray's default
 
 
 def check() -> None:
