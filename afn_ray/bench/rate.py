@@ -27,7 +27,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CorpusError
-from afn_ray.runs import job, plan, precheck, worker
+from afn_ray.runs import plan, precheck, preparation, worker
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.rates import speed_of
@@ -64,7 +64,7 @@ def measure(
         num_bytes = write_corpus(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
         asked = replace(asked, shard_bytes=max(1024, num_bytes // NUM_SHARDS))
         with one_core(device):
-            prepared = job.prepare(
+            prepared = preparation.prepare(
                 asked, lambda event: on_note(event.message) if event.message else None, keep=False
             )
             task = prepared.task

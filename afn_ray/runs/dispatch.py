@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from afn_ray import logs
 from afn_ray.corpus_values import Shard
@@ -26,12 +26,12 @@ from afn_ray.errors import (
     Unavailable,
 )
 from afn_ray.runs.deadlines import SLOTS, Deadlines, Flight
+from afn_ray.runs.outcome import State
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, Pool, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, Progress, total
 from afn_ray.runs.reasons import reason
 from afn_ray.runs.waiting import WaitLimit
-from afn_ray.store.commits import Commit, Commits
-from afn_ray.text import count
+from afn_ray.store.commits import Commit
 
 ATTEMPTS = 2
 """Charged attempts after which a shard is quarantined.
@@ -60,45 +60,8 @@ DRAIN_S = 1.0
 """
 LONGEST_PAUSE_S = 60.0
 """Longest pause between two worker starts while starts fail, in seconds."""
-MOST_REASONS = 3
-"""Largest number of reasons that are reported for shards that cannot be composed."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class State:
-    """Outcome of a call so far for its shards; shards that the store had before do not count."""
-
-    num_shards: int
-    num_documents: int | None = None  # None: unknown before the files are read
-    num_workers: int = 0
-    commits: Commits = field(default_factory=Commits)
-    failures: dict[str, str] = field(default_factory=dict)  # shard id -> why it is quarantined
-    stopped: str = ""  # why the run stopped with shards undone; empty: it did not
-    retries: int = 0
-    num_lost: int = 0  # worker processes that died or were killed early
-    # sums of the commits' counts, of shards, and of bytes read and written
-    counts: Counter[str] = field(default_factory=Counter)
-    notices: list[str] = field(default_factory=list)  # messages for people
-    not_composed: list[Shard] = field(default_factory=list)  # to be measured as a whole
-    why_not_composed: Counter[str] = field(default_factory=Counter)  # their number by reason
-    # of pools that have ended
-    work: Counters = field(default_factory=Counters)
-    seconds: float = 0.0
-
-    def describe_not_composed(self) -> Iterator[str]:
-        """Sentences on the shards that cannot be composed, one for each of the main reasons."""
-        main = self.why_not_composed.most_common(MOST_REASONS)
-        for why, num in main:
-            yield f"{count(num, 'shard')} measured as a whole: {why}"
-        if num_others := len(self.not_composed) - sum(num for _, num in main):
-            yield f"{count(num_others, 'more shard')} measured as a whole, for other reasons"
-
-    @classmethod
-    def of(cls, shards: Sequence[Shard]) -> State:
-        """State before any of ``shards`` is assigned."""
-        return cls(len(shards), _num_documents(shards))
 
 
 OnProgress = Callable[[Progress], None]
@@ -351,8 +314,7 @@ class Dispatcher:
             self._quarantine(shard, reason(error))  # a changed file is no sign of a systemic fault
             return
         if isinstance(error, CannotCompose):
-            self.state.not_composed.append(shard)
-            self.state.why_not_composed[reason(error).removeprefix("CannotCompose: ")] += 1
+            self.state.not_composed.add(shard, error)
             return
         if isinstance(error, OutOfMemory) and self._halve(shard):
             self._retry(shard, self._todo, reason(error))
@@ -551,16 +513,3 @@ class Dispatcher:
                 elif isinstance(event, Silent):
                     self._forget(event.worker)
         self._report()
-
-
-def _num_documents(shards: Iterable[Shard]) -> int | None:
-    """Documents of ``shards``; None where a slice does not state their number, or not all count."""
-    total = 0
-    for shard in shards:
-        if shard.options.selects:
-            return None
-        for piece in shard.slices:
-            if piece.num_documents < 0:
-                return None
-            total += piece.num_documents
-    return total

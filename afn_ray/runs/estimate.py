@@ -17,11 +17,10 @@ from afn_ray.runs import cluster, composition, precheck
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.events import OnEvent
-from afn_ray.runs.job import prepare, take_stock
 from afn_ray.runs.measurer import Measurer, text_encoder
+from afn_ray.runs.preparation import Preparation, prepare, take_stock
 from afn_ray.runs.prices import Cost, Prices, bill, read_prices
 from afn_ray.runs.rates import Rate, read_rate, speed_of
-from afn_ray.runs.results import Preparation
 from afn_ray.runs.task import Task
 from afn_ray.store import probes, readers, series
 from afn_ray.store.commits import Commit

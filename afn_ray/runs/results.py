@@ -6,13 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from afn_ray import model
-from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import IncompleteRun
 from afn_ray.reduce import lexicon, losses
-from afn_ray.runs import precision
-from afn_ray.runs.task import Task
+from afn_ray.runs.preparation import Preparation
 from afn_ray.store import (
     plans,
 )
@@ -25,20 +22,6 @@ The limit keeps run.json small enough to read.
 """
 MOST_CHARS = 1000
 """Longest reason of a missing shard in run.json, in characters."""
-
-
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """The work of a run, before the store's shards are known."""
-
-    config: RunConfig
-    device: str  # device of the workers
-    files: model.ModelFiles
-    plan: plans.Plan
-    begun_ns: int  # time before the first file was listed, in nanoseconds
-    decided: precision.Precision
-    task: Task
-    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``label_thresholds.find_frozen``
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import STATISTICS_SCHEMA, TokenTexts
 from afn_ray.runs import dispatch
 from afn_ray.runs.dispatch import ATTEMPTS
+from afn_ray.runs.outcome import State
 from afn_ray.runs.plan import group_slices
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.reporter import reported
@@ -260,7 +261,7 @@ def simulate(num_shards: int, num_workers: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _check(plan: plans.Plan, crowd: Crowd, state: dispatch.State) -> None:
+def _check(plan: plans.Plan, crowd: Crowd, state: State) -> None:
     """Assert that each shard ended once: committed, or quarantined through its own fault."""
     assert not state.stopped, state.stopped
     planned = {s.id for s in plan.shards}

@@ -30,7 +30,7 @@ from afn_ray.reduce import mean_vectors
 from afn_ray.reduce import shards as shard_reading
 from afn_ray.reduce.mean_vectors import StateSums, StateTotals, flat
 from afn_ray.reduce.tasks import Inline
-from afn_ray.runs import estimate, job, precheck, worker
+from afn_ray.runs import estimate, precheck, preparation, worker
 from afn_ray.runs.measurer import Measurer, find_model
 from afn_ray.schema import STATE_UNITS
 from afn_ray.store import manifest, plans, shard_files, storage
@@ -217,7 +217,7 @@ def test_moments_are_those_of_the_rows_and_the_mean_vectors(
 def test_workers_and_order_change_no_bit(made: RunConfig, tmp_path: Path) -> None:
     """Two workers in turn, the last shard first, against one worker in order."""
     other = precheck.normalised(replace(made, store=str(tmp_path / "store")))
-    asked = job.prepare(other, lambda event: None, keep=True)
+    asked = preparation.prepare(other, lambda event: None, keep=True)
     workers = [worker.Processor(asked.task) for _ in range(2)]
     for at, shard in enumerate(reversed(asked.plan.shards)):
         workers[at % 2].process(shard)

@@ -31,9 +31,9 @@ from afn_ray.runs.dispatch import (
     POLL_S,
     QUARANTINES_IN_ROW,
     Dispatcher,
-    State,
     Tolerance,
 )
+from afn_ray.runs.outcome import State
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
 from afn_ray.runs.progress import Counters, Progress
 from afn_ray.runs.waiting import NOTICE_AFTER_S

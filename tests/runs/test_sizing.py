@@ -33,7 +33,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpora
 from afn_ray.errors import AfnError, ConfigError, StoreError
 from afn_ray.reduce import tree
-from afn_ray.runs import cluster, estimate, job, measurer, precheck, rates
+from afn_ray.runs import cluster, estimate, job, measurer, precheck, preparation, rates
 from afn_ray.runs.plan import make_plan
 from afn_ray.runs.prices import Prices, bill, read_prices
 from afn_ray.runs.rates import Rate
@@ -199,7 +199,7 @@ def test_without_a_rate_no_time_and_no_money_is_told_of_a_device_that_is_not_her
     assert "money    store: " in text
     assert not re.search(r"hours|tokens/s|worker_hour|workers:|the run: [0-9]", text)
 
-    asked = job.prepare(precheck.normalised(config), lambda event: None, keep=False)
+    asked = preparation.prepare(precheck.normalised(config), lambda event: None, keep=False)
     rate = {
         "speed": rates.speed_of(asked.task),
         "tokens_per_second": [50.0],

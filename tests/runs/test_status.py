@@ -33,8 +33,8 @@ from afn_ray.errors import ConfigError, IncompleteRun, StoreError, Unavailable
 from afn_ray.runs import cluster, dispatch, status, status_text
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
-from afn_ray.runs.dispatch import State
 from afn_ray.runs.events import Event, Planned, Reducing, Starting, Warned, Working
+from afn_ray.runs.outcome import State
 from afn_ray.runs.progress import Counters, Progress
 from afn_ray.runs.reporter import Reporter
 from afn_ray.store import garbage, layout, manifest, probes, run_claims, storage, uris

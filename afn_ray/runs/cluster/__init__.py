@@ -19,8 +19,9 @@ from afn_ray.runs.cluster.metrics import Published
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.cluster.pool import RayPool
 from afn_ray.runs.composition import Group
-from afn_ray.runs.dispatch import Dispatcher, OnProgress, State, Tolerance
+from afn_ray.runs.dispatch import Dispatcher, OnProgress, Tolerance
 from afn_ray.runs.inline import InlinePool
+from afn_ray.runs.outcome import State
 from afn_ray.runs.pool import Pool
 from afn_ray.runs.progress import Progress
 from afn_ray.runs.task import Task
@@ -104,8 +105,8 @@ def _dispatch(
     for group in groups:
         last: Sequence[Shard] = ()
         if group is groups[-1]:
-            last = state.not_composed
-            state.notices += state.describe_not_composed()
+            last = state.not_composed.shards
+            state.notices += state.not_composed.describe()
         shards = [*group.shards, *last]
         if not shards or state.stopped:
             continue
