@@ -17,18 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afn_ray.analysis.policy import read_policy
-from afn_ray.config import (
+from afn_ray.config import HINTS, RunConfig, resolve_layers
+from afn_ray.errors import ConfigError
+from afn_ray.option_rules import (
     CHOICES,
-    HINTS,
     LANGUAGE,
     MOST_MEAN_VECTORS,
     MOST_QUARANTINED,
     MOST_WORKERS_PER_GPU,
     SERIES,
-    RunConfig,
-    resolve_layers,
 )
-from afn_ray.errors import ConfigError
 from afn_ray.runs.prices import read_prices
 from afn_ray.runs.rates import read_rate
 from afn_ray.store.settings import MOST_BYTES, config_from

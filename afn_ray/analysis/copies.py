@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated, TypedDict
 
 from afn_ray.analysis.own_parts import NEAR, OwnParts
-from afn_ray.config import CHOICES
 from afn_ray.errors import QueryError, StoreError
+from afn_ray.option_rules import CHOICES
 from afn_ray.reduce import duplicates, near_duplicates
 from afn_ray.reduce.group_drift import grouped_by
 from afn_ray.store.manifest import RunFolder

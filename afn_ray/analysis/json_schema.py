@@ -13,10 +13,10 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints, is_typeddict
 
-from afn_ray import config
+from afn_ray import option_rules
 from afn_ray.analysis import learned, limits, policy
 from afn_ray.analysis.limits import PART_LIMITS, WHOLE_LIMITS, Limit
-from afn_ray.config import DEFAULTS, HINTS, RunConfig
+from afn_ray.config import DEFAULTS, HINTS, LAYER, SIGNAL, RunConfig
 from afn_ray.errors import ConfigError
 
 Schema = dict[str, Any]
@@ -40,7 +40,7 @@ def run_schema() -> Schema:
         "properties": {f.name: _of_key(f.name, f.metadata["help"]) for f in fields(RunConfig)},
         "required": [name for name, default in DEFAULTS.items() if default is MISSING],
         "additionalProperties": False,
-        "allOf": [_of_need(need) for need in config.NEEDS],
+        "allOf": [_of_need(need) for need in option_rules.NEEDS],
     }
 
 
@@ -109,21 +109,21 @@ def _of_key(name: str, help: str) -> Schema:
     (schema["type"],) = (
         title for kind, title in TYPES.items() if HINTS[name] in (kind, kind | None)
     )
-    if name in config.CHOICES:
-        schema["enum"] = list(config.CHOICES[name])
-    if name in config.NOT_EMPTY:
+    if name in option_rules.CHOICES:
+        schema["enum"] = list(option_rules.CHOICES[name])
+    if name in option_rules.NOT_EMPTY:
         schema["minLength"] = 1
     if name in PATTERNS:
         schema["pattern"] = PATTERNS[name]
-    for bound, table in (("minimum", config.LEAST), ("maximum", config.MOST)):
+    for bound, table in (("minimum", option_rules.LEAST), ("maximum", option_rules.MOST)):
         if name in table:
             schema[bound] = table[name]
-    if name in config.ABOVE:
-        schema |= {"exclusiveMinimum": config.ABOVE[name], "maximum": sys.float_info.max}
+    if name in option_rules.ABOVE:
+        schema |= {"exclusiveMinimum": option_rules.ABOVE[name], "maximum": sys.float_info.max}
     return schema
 
 
-def _of_need(need: config.Need) -> Schema:
+def _of_need(need: option_rules.Need) -> Schema:
     """Schema that a key with another value than its default sets for another key."""
     default = DEFAULTS[need.key]
     is_set: Schema = {} if default is None else {"not": {"const": default}}
@@ -145,9 +145,9 @@ def _list_of(entry: re.Pattern[str]) -> str:
 
 
 PATTERNS = {
-    **{name: _whole(form.pattern.pattern) for name, form in config.FORMS.items()},
-    "layers": _whole(rf"\s*all\s*|{_list_of(config.LAYER)}"),
-    "signals": _whole(_list_of(config.SIGNAL)),
+    **{name: _whole(form.pattern.pattern) for name, form in option_rules.FORMS.items()},
+    "layers": _whole(rf"\s*all\s*|{_list_of(LAYER)}"),
+    "signals": _whole(_list_of(SIGNAL)),
 }
 """Patterns of texts in ``run.toml``, by key."""
 

@@ -29,12 +29,13 @@ from tokenizers import Tokenizer
 from afn_ray import kept, model
 from afn_ray.bench import BUILT_IN_TOKENIZER, TOKENS_PER_WORKER, machine, rate
 from afn_ray.bench.texts import Writer, save_bert, save_bert_with
-from afn_ray.config import AUTO_LANGUAGE, RunConfig
+from afn_ray.config import RunConfig
 from afn_ray.corpus import reading
 from afn_ray.corpus_values import Shard
 from afn_ray.model.engine import STRENGTH
 from afn_ray.model.signals import Signal, measured
 from afn_ray.model.type_sums import Chosen
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.runs import measurer, plan, worker
 from afn_ray.runs.recorder import Recorder
 from afn_ray.store import plans, records

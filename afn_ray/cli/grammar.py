@@ -15,8 +15,9 @@ from afn_ray import __version__, bench
 from afn_ray.analysis import json_schema
 from afn_ray.cli import arguments, comparisons, export, questions
 from afn_ray.cli.arguments import EPILOG, Commands, help_of, positive
-from afn_ray.config import CHOICES, HINTS, RunConfig
+from afn_ray.config import HINTS, RunConfig
 from afn_ray.errors import ConfigError
+from afn_ray.option_rules import CHOICES
 from afn_ray.text import nearest
 
 VERIFY_EPILOG = (

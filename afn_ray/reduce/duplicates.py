@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from afn_ray.config import CHOICES
+from afn_ray.option_rules import CHOICES
 from afn_ray.reduce.features import read_columns
 from afn_ray.reduce.shards import CommittedFile, CommittedShards, LeftOut
 from afn_ray.reduce.stats import Ints

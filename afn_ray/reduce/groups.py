@@ -18,9 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.errors import ConfigError
 from afn_ray.kept import Kept
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.reduce.counters import KeyCounter
 from afn_ray.reduce.histogram import BIN_BITS, Histogram, to_bins
 from afn_ray.reduce.shards import CommittedFile, CommittedShards

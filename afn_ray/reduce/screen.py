@@ -49,8 +49,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.config import AUTO_LANGUAGE
 from afn_ray.kept import KINDS, Kept, beside
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.reduce import word_tables
 from afn_ray.reduce.controls import Controls, frequency_bins
 from afn_ray.reduce.copied import add_copies

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.config import AUTO_LANGUAGE
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.histogram import (
     BIN_BITS,

@@ -9,16 +9,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from afn_ray.config import (
-    AUTO_LANGUAGE,
-    BUILT_IN_SIGNALS,
-    SIGNAL_GROUP,
-    RunConfig,
-    resolve_layers,
-    signal_names,
-)
+from afn_ray.config import BUILT_IN_SIGNALS, SIGNAL_GROUP, RunConfig, resolve_layers, signal_names
 from afn_ray.corpus import listing
 from afn_ray.errors import ConfigError, ModelError
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.reduce import near_duplicates
 from afn_ray.runs import address
 from afn_ray.store import disk, manifest, probes, uris

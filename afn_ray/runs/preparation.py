@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from afn_ray import model, token_rows
-from afn_ray.config import AUTO_LANGUAGE, RunConfig
+from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import IncompleteRun, StoreError
 from afn_ray.measure import Measure
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.reduce import lexicon
 from afn_ray.runs import cluster, events, measurer, precision, worker
 from afn_ray.runs.calibrator import Calibrator

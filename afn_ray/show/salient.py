@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
-from afn_ray.config import AUTO_LANGUAGE
+from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.query.database import Run
 from afn_ray.query.expressions import is_high, lower_word
 from afn_ray.reduce import lexicon

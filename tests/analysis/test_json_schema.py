@@ -24,8 +24,9 @@ from afn_ray.analysis.limits import (
 from afn_ray.analysis.policy import OPTIONS, read_policy
 from afn_ray.analysis.verdict import Rule
 from afn_ray.cli import commands
-from afn_ray.config import CHOICES, DEFAULTS, NEEDS, RunConfig
+from afn_ray.config import DEFAULTS, RunConfig
 from afn_ray.errors import ConfigError
+from afn_ray.option_rules import CHOICES, NEEDS
 from afn_ray.reduce.losses import Losses
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
