@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from afn_ray.show.beyond import Rankings, rankings
     from afn_ray.show.card import Card
     from afn_ray.show.card import card_of as model_card
-    from afn_ray.show.doctor import Diagnosis
+    from afn_ray.show.diagnosis import Diagnosis
     from afn_ray.show.doctor import check as check_installation
     from afn_ray.show.report import run_charts, write_report
     from afn_ray.show.summary import RunSummary, summarise
@@ -143,7 +143,7 @@ _LAZY = {
     "Chart": "show.vega",
     "Claims": "analysis.claims",
     "Comparison": "reduce.compare",
-    "Diagnosis": "show.doctor",
+    "Diagnosis": "show.diagnosis",
     "Estimate": "runs.estimate",
     "Explanation": "analysis.explanation",
     "Exported": "exports.export",

@@ -24,7 +24,7 @@ from afn_ray.config import HINTS, RunConfig
 from afn_ray.exports import export
 from afn_ray.query import views
 from afn_ray.runs import status
-from afn_ray.show import beyond, card, doctor, summary
+from afn_ray.show import beyond, card, diagnosis, summary
 from afn_ray.store import garbage
 from conftest import command_parsers
 
@@ -58,7 +58,7 @@ def test_tables_of_the_python_api() -> None:
         "Audit.table": audit.RULES,
         "Card.table": card.LAYER_FIGURES,
         "Claims.table": claims.FIGURES,
-        "Diagnosis.table": doctor.CHECKS,
+        "Diagnosis.table": diagnosis.CHECKS,
         "Explanation.table": explanation.TOKENS,
         "Explanation.word_table": explanation.WORDS,
         "Exported.table": export.FILES,

@@ -235,10 +235,10 @@ def _schema(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from afn_ray.show import doctor
+    from afn_ray.show import diagnosis, doctor
 
     found = doctor.check(args.model, args.store, args.address)
-    doctor.render(found, Console(highlight=False))
+    diagnosis.render(found, Console(highlight=False))
     if found.failed:
         names = ", ".join(found.failed)
         raise ConfigError(f"{len(found.failed)} of {len(found.checks)} checks failed: {names}")

@@ -6,28 +6,22 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from afn_ray import cgroup, notebook, nvidia
+from afn_ray import cgroup, nvidia
 from afn_ray.errors import AfnError, ConfigError
-from afn_ray.runs.address import check as check_address
 from afn_ray.runs.address import of_cluster
+from afn_ray.show import ray_check
+from afn_ray.show.diagnosis import Check, Diagnosis
 from afn_ray.store import disk
-from afn_ray.text import count, printable
+from afn_ray.text import count
 
 if TYPE_CHECKING:  # a broken torch is a failed check, so nothing here imports it at once
     from afn_ray.model import Model
@@ -39,48 +33,10 @@ LOW_BYTES, LEAST_BYTES = 4 << 30, 512 << 20
 
 A shard's unfinished files take about 50 MB a worker; a GB of text takes about 2 GB.
 """
-RAY_S = 150.0
 RATE_S = 1.0
 """Least time in seconds for which the rate of a GPU is measured."""
 RATE_TOKENS = 131_072
 """About the number of tokens that a GPU measures at a time."""
-
-
-CHECKS = pa.schema(
-    [("name", pa.string()), ("ok", pa.bool_()), ("found", pa.string()), ("advice", pa.string())]
-)
-"""Columns of ``Diagnosis.table``, the fields of ``Check``."""
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Result of one check."""
-
-    name: str
-    ok: bool | None  # None: a warning, or not tried
-    found: str
-    advice: str = ""  # what to do; empty where nothing is wrong
-
-
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """Results of all checks of an installation, in the order of their use by a run."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        """Names of the checks that failed."""
-        return tuple(check.name for check in self.checks if check.ok is False)
-
-    @property
-    def table(self) -> pa.Table:
-        """One row for each check; ``ok`` null: a warning, or not tried."""
-        rows = [asdict(check) for check in self.checks]
-        return pa.Table.from_pylist(rows, CHECKS)
-
-    def _repr_html_(self) -> str:
-        return notebook.table("Checks of this installation", self.table)
 
 
 def check(
@@ -102,7 +58,7 @@ def check(
         ("Python", _python, ""),
         ("packages", _packages, ""),
         ("torch", _torch, f"reinstall torch: {_install('torch')}"),
-        ("Ray", lambda: _ray(address), f"reinstall Ray: {_install('ray')}"),
+        ("Ray", lambda: ray_check.check(address), f"reinstall Ray: {_install('ray')}"),
         (
             "model",
             lambda: _model(model),
@@ -271,110 +227,6 @@ def _space(name: str, folder: Path, otherwise: str) -> Check:
     return Check(name, True, found)
 
 
-# --- Ray
-
-
-def _ray(address: str | None) -> Check:
-    """Check Ray in a process of its own, so that everything it starts ends with it."""
-    from afn_ray.runs.cluster import access
-
-    began = time.monotonic()
-    exposed = False
-    if address is not None:
-        try:
-            check_address(address)
-        except ConfigError as error:
-            return Check(
-                "Ray",
-                False,
-                str(error),
-                "set --address or RAY_ADDRESS to that, or unset it for a local Ray",
-            )
-        exposed = not access.is_loopback(address)
-        if refused := access.unreachable(address):
-            return Check(
-                "Ray", False, refused, "check the address (host:6379), the cluster and firewalls"
-            )
-        try:
-            is_open = exposed and access.is_open(address)
-        except ConfigError as error:
-            return Check(
-                "Ray",
-                False,
-                str(error),
-                "ask the administrator of the cluster how its nodes are started",
-            )
-        if is_open:
-            return Check(
-                "Ray",
-                False,
-                f"the cluster at {address} answers without a token: anyone who reaches it can run "
-                "code there",
-                access.HOW_TO_CLOSE,
-            )
-    done = _probe(address)
-    if done.returncode == 0:
-        found, *notices = done.stdout.strip().splitlines()
-        found = "; ".join([found, *notices, f"{time.monotonic() - began:.0f} s"])
-        if exposed and os.environ.get("RAY_USE_TLS") != "1":
-            return Check(
-                "Ray",
-                None,
-                f"{found}; its token travels in clear text",
-                "set RAY_USE_TLS=1 and its certificates on every node and here, or keep others off "
-                "that network",
-            )
-        if notices:
-            return Check("Ray", None, found, "use nodes with more CPUs for each GPU")
-        return Check("Ray", True, found)
-    message = (done.stderr.strip().splitlines() or ["its process died"])[-1].removesuffix(
-        "; 'afn doctor' tells more"
-    )
-    if "Unauthenticated" in done.stderr or "AuthenticationError" in done.stderr:
-        return Check(
-            "Ray",
-            False,
-            f"the cluster at {address} wants a token, and not the one we have, if any",
-            "set RAY_AUTH_TOKEN to the cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it",
-        )
-    if address is None:
-        return Check("Ray", False, message, "small runs work without Ray: --executor inline")
-    return Check(
-        "Ray",
-        False,
-        message,
-        "the cluster needs this Ray and Python version, and afn-ray on its nodes",
-    )
-
-
-def _probe(address: str | None) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from afn_ray.show import doctor; doctor.probe_ray(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, *([address] if address else [])]
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    try:
-        return subprocess.run(  # noqa: S603
-            command, env=env, capture_output=True, text=True, timeout=RAY_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        errors = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else ""
-        return subprocess.CompletedProcess(
-            command, 1, "", f"{errors}\nno answer within {RAY_S:g} s"
-        )
-
-
-def probe_ray(address: str | None = None) -> None:
-    """Body of the process of ``_probe``.
-
-    Prints Ray's resources and then notices, a line each, or exits with the error as the last line.
-    """
-    try:
-        from afn_ray.runs.cluster import connection
-
-        print(*connection.probe(address), sep="\n")
-    except (AfnError, ImportError) as error:
-        sys.exit(" ".join(str(error).split()))
-
-
 # --- model and store
 
 
@@ -498,32 +350,3 @@ def _store(uri: str | None) -> Check:
         found += f"; its filesystem lacks {' and '.join(lacks)}"
     space = _space("store", Path(uris.absolute(uri)), "use another --store")
     return Check("store", space.ok, f"{found}; {space.found}", space.advice)
-
-
-# --- rendering
-
-MARKS = {
-    True: ("ok", "bold green"),
-    None: ("warning", "bold yellow"),
-    False: ("FAILED", "bold red"),
-}
-
-
-def render(found: Diagnosis, console: Console) -> None:
-    """Print the checks as a table; each mark has a word as well as a colour."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in ("", "check", "found"):
-        table.add_column(head, no_wrap=head != "found", overflow="fold")
-    for c in found.checks:
-        text = Text(printable(c.found, keep="\n"))
-        if c.advice:
-            text.append("\n-> " + printable(c.advice, keep="\n"), "bold")
-        table.add_row(Text(*MARKS[c.ok]), Text(c.name), text)
-    console.print(table)
-    num_failed = len(found.failed)
-    num_warned = sum(c.ok is None for c in found.checks)
-    console.print(
-        f"  {len(found.checks)} checks: {num_failed} failed, {num_warned} warnings"
-        if num_failed or num_warned
-        else "  all good"
-    )

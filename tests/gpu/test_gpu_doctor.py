@@ -11,8 +11,8 @@ import torch
 
 import simulated
 from afn_ray import nvidia
-from afn_ray.show import doctor
-from afn_ray.show.doctor import Check
+from afn_ray.show import doctor, ray_check
+from afn_ray.show.diagnosis import Check
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little to measure, and no Ray."""
     monkeypatch.setattr(doctor, "RATE_TOKENS", 200)
     monkeypatch.setattr(doctor, "RATE_S", 0.01)
-    monkeypatch.setattr(doctor, "_ray", lambda address: Check("Ray", True, "not tried here"))
+    monkeypatch.setattr(ray_check, "check", lambda address: Check("Ray", True, "not tried here"))
     monkeypatch.setattr(nvidia, "driver_version", lambda: "580.65.06")
 
 

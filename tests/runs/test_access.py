@@ -25,7 +25,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, Interrupted
 from afn_ray.runs import address
 from afn_ray.runs.cluster import access, connection, session
-from afn_ray.show import doctor
+from afn_ray.show import ray_check
 from conftest import write_jsonl
 
 pytestmark = pytest.mark.ray
@@ -131,7 +131,7 @@ def test_an_open_cluster_is_refused_and_joined_only_by_a_flag_that_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
-    found = doctor._ray(open_head)
+    found = ray_check.check(open_head)
     assert (
         found.ok is False
         and "without a token" in found.found
@@ -174,7 +174,7 @@ def test_a_cluster_with_a_token_takes_it_and_no_other(
 ) -> None:
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    found = doctor._ray(token_head)
+    found = ray_check.check(token_head)
     assert (
         found.ok is None and "ran a task of afn-ray" in found.found and "clear text" in found.found
     )
@@ -255,7 +255,7 @@ def test_what_has_not_the_form_of_an_address_says_what_to_do(
         connection.joined(RunConfig(corpus=("c",), model="m", store="/s")),
     ):
         pytest.fail("joined")
-    found = doctor._ray(where)
+    found = ray_check.check(where)
     assert found.ok is False and found.advice
 
 

@@ -33,7 +33,7 @@ from afn_ray.runs.cluster import connection, placement, pool
 from afn_ray.runs.cluster.placement import MOST_TOKENIZERS, Node, place
 from afn_ray.runs.events import Event, Working
 from afn_ray.runs.task import Task
-from afn_ray.show import doctor
+from afn_ray.show import ray_check
 from conftest import MakeConfig, write_jsonl
 
 
@@ -446,7 +446,7 @@ def test_the_doctor_says_how_many_workers_a_run_has(
     def probe(address: str | None) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess([], 0, "\n".join(connection.probe(address)) + "\n", "")
 
-    monkeypatch.setattr(doctor, "_probe", probe)
+    monkeypatch.setattr(ray_check, "_probe", probe)
     for nodes, ok, said in (
         ([Node(64, 0)], True, "a run has 64 workers;"),
         ([Node(64, 0), Node(16, 8)], True, "a run has 8 workers, each on a GPU, each with 1 token"),
@@ -457,7 +457,7 @@ def test_the_doctor_says_how_many_workers_a_run_has(
         ),
     ):
         fake_ray.at = nodes
-        found = doctor._ray(None)
+        found = ray_check.check(None)
         assert found.ok is ok and said in found.found
         assert ("more CPUs" in found.advice) == (ok is None)
 

@@ -26,8 +26,9 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs.cluster import access, connection, session
-from afn_ray.show import doctor
-from afn_ray.show.doctor import Check, Diagnosis, check, render
+from afn_ray.show import doctor, ray_check
+from afn_ray.show.diagnosis import Check, Diagnosis, render
+from afn_ray.show.doctor import check
 
 NAMES = ["Python", "packages", "torch", "Ray", "model", "scratch space", "store"]
 
@@ -44,7 +45,7 @@ def completed(code: int, out: str = "", err: str = "") -> subprocess.CompletedPr
 
 @pytest.fixture
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_ray", lambda address: Check("Ray", True, "not tried here"))
+    monkeypatch.setattr(ray_check, "check", lambda address: Check("Ray", True, "not tried here"))
 
 
 def running(mark: str) -> list[str]:
@@ -252,36 +253,36 @@ def test_what_a_stores_filesystem_lacks_is_said(
 def test_an_open_cluster_is_refused_before_it_gets_our_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "_probe", lambda address: pytest.fail("sent our token"))
+    monkeypatch.setattr(ray_check, "_probe", lambda address: pytest.fail("sent our token"))
     monkeypatch.setattr(access, "unreachable", lambda where: None)
     monkeypatch.setattr(access, "is_open", lambda where: True)
-    found = doctor._ray("10.0.0.7:6379")
+    found = ray_check.check("10.0.0.7:6379")
     assert (
         found.ok is False
         and "without a token" in found.found
         and "RAY_AUTH_MODE=token" in found.advice
     )
-    client = doctor._ray("ray://127.0.0.1:10001")
+    client = ray_check.check("ray://127.0.0.1:10001")
     assert client.ok is False and "Ray Client" in client.found
-    monkeypatch.setattr(doctor, "_probe", lambda address: completed(0, "Ray ran a task"))
+    monkeypatch.setattr(ray_check, "_probe", lambda address: completed(0, "Ray ran a task"))
     for address in (
         "127.0.0.1:6379",
         "localhost:6379",
         "[::1]:6379",
         None,
     ):  # none of another machine's
-        assert doctor._ray(address).ok is True
+        assert ray_check.check(address).ok is True
 
 
 def test_a_token_in_clear_text_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_probe", lambda address: completed(0, "Ray ran a task"))
+    monkeypatch.setattr(ray_check, "_probe", lambda address: completed(0, "Ray ran a task"))
     monkeypatch.setattr(access, "unreachable", lambda where: None)
     monkeypatch.setattr(access, "is_open", lambda where: False)
     monkeypatch.delenv("RAY_USE_TLS", raising=False)
-    found = doctor._ray("10.0.0.7:6379")
+    found = ray_check.check("10.0.0.7:6379")
     assert found.ok is None and "clear text" in found.found and "RAY_USE_TLS=1" in found.advice
     monkeypatch.setenv("RAY_USE_TLS", "1")
-    assert doctor._ray("10.0.0.7:6379").ok is True
+    assert ray_check.check("10.0.0.7:6379").ok is True
 
 
 @pytest.mark.parametrize(
@@ -303,22 +304,22 @@ def test_a_token_in_clear_text_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_cluster_that_does_not_take_our_task(
     error: str, found: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "_probe", lambda address: completed(1, "", error))
+    monkeypatch.setattr(ray_check, "_probe", lambda address: completed(1, "", error))
     monkeypatch.setattr(access, "unreachable", lambda where: None)
     monkeypatch.setattr(access, "is_open", lambda where: False)
-    got = doctor._ray("cluster.example:6379")
+    got = ray_check.check("cluster.example:6379")
     assert got.ok is False and found in got.found and advice in got.advice
 
 
 def test_an_address_where_nobody_answers_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        doctor, "_probe", lambda *_, **__: pytest.fail("asked Ray, which takes a minute")
+        ray_check, "_probe", lambda *_, **__: pytest.fail("asked Ray, which takes a minute")
     )
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound and not listening: refuses
-        found = doctor._ray(f"127.0.0.1:{held.getsockname()[1]}")
+        found = ray_check.check(f"127.0.0.1:{held.getsockname()[1]}")
     assert found.ok is False and "nothing answers at 127.0.0.1" in found.found
-    found = doctor._ray("127.0.0.1:no-port")
+    found = ray_check.check("127.0.0.1:no-port")
     assert found.ok is False and "no address of a Ray cluster" in found.found
 
 
@@ -329,7 +330,7 @@ def test_the_address_of_the_environment_is_tried(monkeypatch: pytest.MonkeyPatch
         tried.append(address)
         return Check("Ray", True, "")
 
-    monkeypatch.setattr(doctor, "_ray", ray)
+    monkeypatch.setattr(ray_check, "check", ray)
     monkeypatch.setattr(doctor, "_model", lambda name: Check("model", True, ""))
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.7:6379")
     check(None, None, None)
@@ -349,9 +350,9 @@ def test_the_probe_s_process_says_what_is_wrong_in_its_last_line(
 
     monkeypatch.setattr(connection, "probe", failing)
     with pytest.raises(SystemExit, match=r"^the cluster at x:1 cannot be reached: no route$"):
-        doctor.probe_ray("x:1")
+        ray_check.probe("x:1")
     monkeypatch.setattr(connection, "probe", lambda address: [f"fine: {address}", "few CPUs"])
-    doctor.probe_ray()
+    ray_check.probe()
     assert capsys.readouterr().out == "fine: None\nfew CPUs\n"
 
 
