@@ -4,9 +4,11 @@ above.
 
 from __future__ import annotations
 
+import ast
 import mmap
 import re
 import tomllib
+from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -26,10 +28,13 @@ PRIVATE = {
         ("ray._private.state", "state.get_draining_nodes"),
         ("ray._private.state", "state._connect_and_get_accessor"),
         ("ray._private.utils", "get_num_cpus"),
+        ("ray.actor", "ActorHandle._actor_id"),
     ],
+    "fsspec": [("fsspec.asyn", "AsyncFileSystem._find")],
     "torch": [
         ("torch", "ops.mkldnn._linear_pointwise"),
         ("torch", "ops.mkldnn._reorder_linear_weight"),
+        ("torch", "cuda._is_in_bad_fork"),
         # Of the simulated GPU of the tests.
         ("torch", "Tensor._make_wrapper_subclass"),
         ("torch._C", "DisableTorchFunctionSubclass"),
@@ -38,9 +43,13 @@ PRIVATE = {
     ],
     "transformers": [
         ("transformers", "BertModel._can_record_outputs"),
+        ("transformers", "BertModel._can_set_attn_implementation"),
+        ("transformers", "PreTrainedConfig._attn_implementation"),
         ("transformers.modeling_gguf_pytorch_utils", "tqdm"),
     ],
 }
+PUBLIC_IN_SPITE_OF_THEIR_NAMES = {"_asdict", "_exit", "_fields", "_replace", "_SubParsersAction"}
+"""Documented names of the standard library, and a type of argparse that only annotations name."""
 PROJECT = Path(__file__).parents[1] / "pyproject.toml"
 
 
@@ -52,6 +61,40 @@ def test_a_private_part_that_is_used_is_there(module: str, name: str) -> None:
     for attribute in name.split("."):
         part = getattr(part, attribute)
     assert part is not None
+
+
+def test_a_pool_lists_its_processes() -> None:
+    """``tokens.feed`` watches and ends them."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    assert ",<" in project["requires-python"]
+    with ProcessPoolExecutor(1) as pool:
+        assert dict(pool._processes or {}) == {}
+
+
+def test_no_other_private_part_is_used() -> None:
+    """A name counts as ours if the package defines it anywhere."""
+    listed = {name.rpartition(".")[2] for parts in PRIVATE.values() for _, name in parts}
+    listed |= {"_processes", *PUBLIC_IN_SPITE_OF_THEIR_NAMES}
+    ours, used = set[str](), set[str]()
+    for path in (PROJECT.parent / "afn_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    ours.add(name)
+                case ast.AnnAssign(target=ast.Name(id=name)):
+                    ours.add(name)
+                case ast.Attribute(attr=name, ctx=ast.Store()):
+                    ours.add(name)
+                case ast.Attribute(attr=name):
+                    used.add(name)
+                case ast.Call(
+                    func=ast.Name(id="getattr" | "hasattr" | "setattr"),
+                    args=[_, ast.Constant(value=str(name)), *_],
+                ):
+                    used.add(name)
+    private = {name for name in used - ours if name.startswith("_") and not name.endswith("__")}
+    assert private - listed == set()
+    assert private > {"_linear_pointwise", "_can_record_outputs", "_actor_id"}
 
 
 def test_ray_has_the_option_that_starts_no_process_beforehand() -> None:

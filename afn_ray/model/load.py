@@ -263,6 +263,7 @@ def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Modu
 
     Raises ``ModelError`` if there are none.
     """
+    # The attribute is private; no public one names the modules that make ``hidden_states``.
     recorded = getattr(model, "_can_record_outputs", None) or {}
     spec = recorded.get("hidden_states")
     classes = []

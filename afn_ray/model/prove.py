@@ -178,6 +178,7 @@ def _choose_attention(model: Model, probes: Sequence[Probe]) -> None:
 
     Both are checked with the plain linear layers, in float32.
     """
+    # Both attributes are private: transformers has a public way to set attention, none to read it.
     before = model.module.config._attn_implementation
     try:
         if "position_ids" not in inspect.signature(model.module.forward).parameters:

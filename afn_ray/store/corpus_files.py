@@ -206,6 +206,7 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any
 
 def _has_own_find(fs: fsspec.AbstractFileSystem) -> bool:
     """Whether the class of ``fs`` replaces fsspec's generic ``find()``."""
+    # fsspec has no public name for the method that asynchronous filesystems replace.
     if getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find):
         return True
     if isinstance(fs, AsyncFileSystem):

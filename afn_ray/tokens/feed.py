@@ -402,7 +402,10 @@ def _cancel(item: Any) -> None:
 
 
 def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
-    """Processes of a pool; there are none before its first chunk."""
+    """Processes of a pool; there are none before its first chunk.
+
+    The attribute is private: Python before 3.14 has no public way to end a pool's processes.
+    """
     return list((getattr(executor, "_processes", None) or {}).values())
 
 

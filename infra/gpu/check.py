@@ -999,6 +999,7 @@ def _in_child(run: Check, arguments: Sequence[str]) -> None:
     os.setsid()  # its own processes end with it
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)
+    # torch has no public question for it.
     if getattr(torch.cuda, "_is_in_bad_fork", lambda: False)():
         target = ["--out", str(run.report.path), "--parts", run.part, "--here"]
         command = [sys.executable, __file__, *arguments, *target]

@@ -422,21 +422,24 @@ def _ran_out_of_memory(process: str) -> bool:
 
 
 def _has_place(actor: Any) -> bool:
-    """Whether ``actor`` has resources, and so a process; Ray's pid of a waiting actor is 0."""
+    """Whether ``actor`` has resources, and so a process; Ray's pid of a waiting actor is 0.
+
+    The public state API (``ray.util.state``) needs Ray's dashboard, which may not run.
+    """
     from ray._private.state import state
 
     return bool(state.actor_table(actor._actor_id.hex()).get("Pid"))
 
 
 def _restarts(actor: Any) -> int:
-    """Number of times that Ray has restarted the process of ``actor``."""
+    """Number of times that Ray has restarted the process of ``actor``; private as above."""
     from ray._private.state import state
 
     return int(state.actor_table(actor._actor_id.hex()).get("NumRestarts", 0))
 
 
 def _leaving_nodes() -> frozenset[str]:
-    """Ids of nodes that are being drained, for example on a notice of preemption."""
+    """Ids of nodes that are being drained, for example on a notice of preemption; private too."""
     from ray._private.state import state
 
     return frozenset(state.get_draining_nodes())
