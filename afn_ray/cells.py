@@ -92,7 +92,7 @@ def cell_text(value: Any) -> str:
 
 
 def is_number(kind: pa.DataType) -> bool:
-    """Whether values of the type ``kind`` are aligned as numbers."""
+    """True if values of the type ``kind`` are aligned as numbers."""
     return bool(
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     )

@@ -203,7 +203,7 @@ Condition = Compare | IsTrue | In | Like | IsNull | Not | Joined
 
 
 def is_like(text: str, form: str) -> bool:
-    """Whether ``text`` has the ``form`` of SQL's LIKE, in time of the product of their lengths."""
+    """True if ``text`` has the ``form`` of SQL's LIKE, in time of the product of their lengths."""
     at = place = 0
     star = after = -1  # the last % of the form, and the place of the text that it reaches to
     while at < len(text):
@@ -238,7 +238,7 @@ def parse(text: str, columns: kept.Kept) -> Condition:
 
 
 def _is_canonical(text: str, columns: kept.Kept) -> bool:
-    """Whether ``text`` is a condition as this module writes it, with more
+    """True if ``text`` is a condition as this module writes it, with more
     spaces than the user's.
     """
     if len(text) > LONGER * MOST_CHARS:
@@ -364,7 +364,7 @@ class _Parser:
         return Literal(value, token)
 
     def _takes(self, word: str) -> bool:
-        """Whether ``word`` is next; if so, it is read."""
+        """True if ``word`` is next; if so, it is read."""
         kind, token = self._tokens[self._at]
         found = kind in ("name", "sign") and token.upper() == word
         self._at += found

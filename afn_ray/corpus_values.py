@@ -42,7 +42,7 @@ class ReadOptions:
 
     @property
     def selects(self) -> bool:
-        """Whether not all documents may be selected."""
+        """True if not all documents may be selected."""
         return bool(self.sample or self.where)
 
     def of_all(self) -> ReadOptions:
@@ -79,7 +79,7 @@ class ReadOptions:
 
     @property
     def _has_paths(self) -> bool:
-        """Whether a column but the kept ones has a dot in its name."""
+        """True if a column but the kept ones has a dot in its name."""
         columns = (self.text_column, self.id_column, self.labels)
         return any("." in column for column in columns if column)
 

@@ -48,7 +48,7 @@ class Measure:
     window_tokens: int
     overlap_tokens: int
     offsets: bool
-    """Whether character offsets are recorded."""
+    """True if character offsets are recorded."""
     dtype: str
     """Dtype of the matrix products."""
     neuron_layers: tuple[int, ...] = ()
@@ -113,12 +113,12 @@ class Measure:
 
     @property
     def tagged(self) -> bool:
-        """Whether the corpus is labelled."""
+        """True if the corpus is labelled."""
         return self.labels is not None
 
     @property
     def detected(self) -> bool:
-        """Whether the languages of documents are detected."""
+        """True if the languages of documents are detected."""
         return self.languages is not None
 
     def as_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def driver_version() -> str | None:
 
 
 def why_no_gpu(torch: str, cuda: str | None) -> str:
-    """Why torch sees no GPU on this machine, and what to do.
+    """Reason why torch sees no GPU on this machine, and what to do.
 
     ``torch`` is its version; ``cuda`` is the version of CUDA that it is built for, if any.
     """

@@ -55,7 +55,7 @@ class Need(NamedTuple):
     message: str
 
     def is_met_by(self, value: Any) -> bool:
-        """Whether ``value`` of ``other`` is as needed."""
+        """True if ``value`` of ``other`` is as needed."""
         if value is None:
             return False
         if "pattern" in self.rule:

@@ -32,7 +32,7 @@ def canonical(text: str) -> str:
 
 
 def is_drawn(doc_id: str, share: Fraction, salt: str = "") -> bool:
-    """Whether the sample of ``share`` has the document ``doc_id``.
+    """True if the sample of ``share`` has the document ``doc_id``.
 
     It depends on nothing else, and a larger sample has all documents of a smaller one. Samples with
     different ``salt`` are independent of each other.

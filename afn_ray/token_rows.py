@@ -64,7 +64,7 @@ def record_of(info: Mapping[str, Any]) -> str:
 
 
 def is_complete(record: str) -> bool:
-    """Whether a run whose config has ``record`` keeps all rows."""
+    """True if a run whose config has ``record`` keeps all rows."""
     return record == ALL
 
 

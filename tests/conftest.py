@@ -93,7 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def fuzz_length(request: pytest.FixtureRequest) -> str:
-    """How long the fuzzers of tests/fuzz go on: ``short``, the gate's, or ``long`` with
+    """Length of the fuzzers of tests/fuzz: ``short``, the gate's, or ``long`` with
     ``--fuzz-long``.
     """
     return "long" if request.config.getoption("--fuzz-long") else "short"
@@ -366,7 +366,7 @@ def make_config(tmp_path: Path, tiny_bert: Path) -> MakeConfig:
 
 
 def printed(render: Any, result: dict[str, Any]) -> str:
-    """What ``render`` of a module that measures prints where it is piped, once no line is too
+    """Output of ``render`` of a module that measures where it is piped, once no line is too
     wide.
     """
     out = io.StringIO()
@@ -431,7 +431,7 @@ def edit_table(run_uri: str, name: str, edit: Callable[[pa.Table], pa.Table]) ->
 
 
 def listed(name: str, data: bytes) -> dict[str, Any]:
-    """What run.json says of a file."""
+    """Entry of run.json for a file."""
     return {
         "name": name,
         "bytes": len(data),
@@ -551,7 +551,7 @@ def flags_of(*parsers: argparse.ArgumentParser) -> set[str]:
 
 
 def fenced(page: str, language: str) -> list[str]:
-    """What stands between fences of ``language`` in the Markdown ``page``."""
+    """Texts between fences of ``language`` in the Markdown ``page``."""
     return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
 
 
@@ -708,7 +708,7 @@ def ground(
     verses: list[str],
     s3_server: str,
 ) -> Ground:
-    """What a chaos test stands on, on a disk and in a bucket."""
+    """Ground of a chaos test, on a disk and in a bucket."""
     from ground import make_ground
 
     folder = tmp_path_factory.mktemp(f"ground-{request.param}")
@@ -752,7 +752,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a process that has joined no Ray: another test's may be there."""
+    """State of a process that has joined no Ray: another test's may be there."""
     from afn_ray.runs.cluster import access
 
     access.choose_token(own=False)  # before Ray is imported

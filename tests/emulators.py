@@ -38,7 +38,7 @@ SEAWEED_PORTS = (
     "filer.port.grpc",
 )
 START_S = 60.0
-"""How long a server may take to answer."""
+"""Longest time for a server to answer."""
 
 
 @contextlib.contextmanager

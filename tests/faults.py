@@ -32,7 +32,7 @@ SLOW_S = 0.002
 
 
 def s3_error(code: str, status: int, operation: str = "PutObject") -> BaseException:
-    """What s3fs raises when S3 answers ``code`` with the HTTP ``status``."""
+    """Error of s3fs when S3 answers ``code`` with the HTTP ``status``."""
     answer = {
         "Error": {"Code": code, "Message": f"said {code}"},
         "ResponseMetadata": {"HTTPStatusCode": status},
@@ -59,7 +59,7 @@ TRANSIENT: tuple[Callable[[], BaseException], ...] = (
 
 @dataclass
 class Schedule:
-    """Which call goes wrong and how; a call's fate depends on the seed, its method, its path and
+    """Faults of calls; a call's fate depends on the seed, its method, its path and
     its turn there.
 
     So it does not depend on the order of threads. ``injected`` counts what was done, by kind and

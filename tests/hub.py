@@ -17,7 +17,7 @@ REPO = "someone/texts"
 
 @dataclass
 class Hub:
-    """What the double serves, and what it was asked."""
+    """Files that the double serves, and requests that it got."""
 
     files: dict[str, bytes]  # of the dataset ``REPO``, by path
     token: str = ""  # that a request must carry; empty: the dataset is public

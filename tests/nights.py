@@ -39,7 +39,7 @@ PRELOADED = [
     "afn_ray.show.report",
     "transformers.models.bert.modeling_bert",
 ]
-"""What takes seconds to import; a job is a fork of a process that has it."""
+"""Imports that take seconds; a job is a fork of a process that has it."""
 
 
 def real_job(folder: Path, *arguments: str, dies_at: str = "") -> tuple[int, str, str]:
@@ -216,7 +216,7 @@ def listening() -> Iterator[Hook]:
 
 @functools.cache
 def validator_of(name: str) -> jsonschema.Draft202012Validator:
-    """What checks values by the published schema ``name``."""
+    """A validator of values by the published schema ``name``."""
     schema = json_schema.SCHEMAS[name]()
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)

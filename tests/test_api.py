@@ -104,7 +104,7 @@ def test_a_command_calls_the_public_function(
 
 
 def test_the_package_loads_only_what_is_used() -> None:
-    """What measures needs torch; what reads a run does not."""
+    """A function that measures needs torch; one that reads a run does not."""
     measuring = {"dry_run", "explain", "run", "run_audit", "verify_store"}
     measuring |= {"Audit", "Estimate", "Verification"}  # in the modules of these functions
     light = sorted(set(afn_ray._LAZY) - measuring)

@@ -77,8 +77,8 @@ def test_the_least_quota_on_the_way_up_counts(tmp_path: Path) -> None:
 
 
 def test_quotas_of_version_1_count_in_either_view_of_a_container(tmp_path: Path) -> None:
-    """As the host sees it, as a container does whose mount begins at its own group, and as one of a
-    namespace.
+    """Paths as the host sees them, as a container does whose mount begins at its own group, and as
+    one of a namespace.
     """
     for at, (top, group, below) in enumerate(
         (

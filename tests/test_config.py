@@ -82,7 +82,7 @@ def _values(name: str) -> st.SearchStrategy[Any]:
 
 
 def _has_what_it_needs(request: dict[str, Any]) -> bool:
-    """Whether no value asks for others beside it."""
+    """True if no value asks for others beside it."""
     if request.get("mean_vectors") and request.get("duplicates", "keep") != "keep":
         return False
     if "where" in request and "keep_columns" not in request:
@@ -314,7 +314,7 @@ def test_a_config_behind_a_url_is_the_file(quiet_place: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["corpus", "store", "scratch", "thresholds"])
 def test_a_relative_place_behind_a_url_is_refused(name: str, memory: str, tmp_path: Path) -> None:
-    """Where it leads would depend on the machine. In a file of this machine, and as a flag, it may
+    """Its target would depend on the machine. In a file of this machine, and as a flag, it may
     be.
     """
     text = _toml({"corpus": "/c", "store": "/s", "model": "m", name: "results/here"})
@@ -340,7 +340,7 @@ def test_a_file_that_nobody_wrote_by_hand_is_refused_before_it_is_read_whole(mem
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_config_of_an_editor_on_windows_is_the_same(encoding: str, tmp_path: Path) -> None:
-    """With a byte order mark and its line ends; the other order of bytes too."""
+    """Files with a byte order mark and its line ends; the other order of bytes too."""
     text = 'corpus = "caf\u00e9"\nmodel = "m"\nstore = "s"\n'
     file = tmp_path / "run.toml"
     data = text.replace("\n", "\r\n").encode(encoding)

@@ -72,7 +72,7 @@ def lint(tool: str, file: Path) -> None:
 
 
 def instructions() -> list[tuple[str, list[str]]]:
-    """What a builder reads in the Containerfile: each instruction and its words."""
+    """Instructions of the Containerfile, each with its words, as a builder reads them."""
     lines = (INFRA / "Containerfile").read_text().splitlines()
     text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
     joined = (
@@ -328,8 +328,8 @@ def test_a_field_that_an_old_kuberay_does_not_know_leaves_nothing_open() -> None
 
 @pytest.mark.parametrize("folder", ["once", "nightly", "raycronjob"])
 def test_pods_are_restricted(rendered: dict[str, list[Manifest]], folder: str) -> None:
-    """As Kubernetes' Pod Security Standard "restricted" has it, which the namespace enforces; and
-    more.
+    """Pods keep Kubernetes' Pod Security Standard "restricted", which the namespace
+    enforces; and more.
     """
     (added,) = (c for words in of_image("RUN") for c in commands_in(words) if c[0] == "useradd")
     uid = added[added.index("--uid") + 1]
@@ -743,7 +743,7 @@ def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class Api:
-    """As much of an API server as a launcher meets. ``answers``: status codes given before it
+    """The part of an API server that a launcher meets. ``answers``: status codes given before it
     works.
 
     ``batch``: Jobs by name. As KubeRay does, it submits a RayJob by a Job of the same name, and
@@ -1084,7 +1084,7 @@ def test_a_ray_cluster_on_machines(cloud: str, run_config: RunConfig) -> None:
 
 
 def of_ray(name: str, *words: str) -> dict[str, Any]:
-    """What Ray's own parser makes of ``words`` after ``ray`` and the name of a command."""
+    """Result of Ray's own parser for ``words`` after ``ray`` and the name of a command."""
     from ray.scripts import scripts
 
     group: Any = scripts.cli

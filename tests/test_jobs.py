@@ -131,7 +131,7 @@ class Head:
         )
 
     def wait(self, name: str) -> tuple[str, int | None, str]:
-        """How job ``name`` ended: its status, the exit code of its script, and its logs."""
+        """End of job ``name``: its status, the exit code of its script, and its logs."""
         until = time.monotonic() + PATIENCE_S
         while not self.client.get_job_status(name).is_terminal():
             assert time.monotonic() < until, self.client.get_job_logs(name)
@@ -365,8 +365,8 @@ ENDS = {
 
 
 def test_every_script_says_how_it_ended(head: Head, bucket: str, tiny_bert: Path) -> None:
-    """By its exit code, by the job's status, and in its logs, which the status of a failed job
-    quotes.
+    """The failure shows in its exit code, the job's status, and in its logs, which the status of a
+    failed job quotes.
 
     Nothing is shipped: the image has the package.
     """

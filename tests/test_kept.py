@@ -338,7 +338,7 @@ def test_documents_kwic_and_screened_have_the_values_of_the_corpus(made: Made) -
 def test_a_column_may_have_the_name_of_anything_that_documents_lack(
     spec: str, tmp_path: Path, tiny_bert: Path
 ) -> None:
-    """Of a macro's parameters, and of columns of other tables, whatever their type."""
+    """Names of a macro's parameters, and of columns of other tables, whatever their type."""
     names = [column.name for column in kept.parse(spec)]
     corpus = write_jsonl(
         tmp_path / "c.jsonl", [{"text": "the dog and the hill", **dict.fromkeys(names, 7)}]

@@ -1,4 +1,4 @@
-"""What a run measures, and the fingerprint of it."""
+"""Measure of a run, and the fingerprint of it."""
 
 from __future__ import annotations
 

@@ -1,20 +1,42 @@
-"""Names: a class of the package has one meaning, wherever it is read."""
+"""Names and docstrings: a name has one meaning, and a docstring begins with its subject."""
 
 from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "afn_ray"
+PROJECT = Path(__file__).parents[1]
+ORPHANS = {"As", "By", "How", "Of", "That", "What", "Where", "Whether", "Which", "Why"}
+"""First words of a sentence that has no subject."""
+
+
+@cache
+def trees(*folders: str) -> dict[str, ast.Module]:
+    """Syntax tree of each module in ``folders``, by its path."""
+    paths = [path for folder in folders for path in (PROJECT / folder).rglob("*.py")]
+    return {p.relative_to(PROJECT).as_posix(): ast.parse(p.read_text("utf-8")) for p in paths}
+
+
+def docstrings(tree: ast.Module) -> Iterator[str]:
+    """Docstrings of modules, classes, functions and constants."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        for statement in node.body:
+            match statement:
+                case ast.Expr(value=ast.Constant(value=str(text))):
+                    yield text
 
 
 def test_two_public_classes_do_not_share_a_name() -> None:
     places = defaultdict(list)
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.parse(path.read_text("utf-8")).body:
+    for path, tree in trees("afn_ray").items():
+        for node in tree.body:
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-                places[node.name].append(path.relative_to(PACKAGE).as_posix())
+                places[node.name].append(path)
     assert len(places) > 100
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
@@ -22,8 +44,8 @@ def test_two_public_classes_do_not_share_a_name() -> None:
 def test_an_alias_that_two_modules_define_is_the_same_type() -> None:
     """``OnMessage = Callable[[str], None]`` may stand in two rooms; it may not differ."""
     types = defaultdict(set)
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.parse(path.read_text("utf-8")).body:
+    for tree in trees("afn_ray").values():
+        for node in tree.body:
             if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
                 continue
             name = node.targets[0].id
@@ -31,3 +53,11 @@ def test_an_alias_that_two_modules_define_is_the_same_type() -> None:
                 types[name].add(ast.unparse(node.value))
     assert len(types) > 20
     assert {name: found for name, found in types.items() if len(found) > 1} == {}
+
+
+def test_docstrings_begin_with_their_subject() -> None:
+    read = {**trees("afn_ray"), **trees("jobs", "infra", "tests")}
+    found = [(path, text) for path, tree in read.items() for text in docstrings(tree)]
+    assert len(found) > 3000
+    orphaned = [(path, text) for path, text in found if text.split()[0].rstrip(",") in ORPHANS]
+    assert orphaned == []

@@ -112,7 +112,7 @@ def test_a_package_whose_private_parts_are_used_is_bounded_from_above(package: s
 
 
 def test_the_oldest_torch_is_the_oldest_with_flash_attention() -> None:
-    """What asks for torch, what pins it and what speaks of it agree."""
+    """Requirements, pins and pages name the same torch."""
     project = tomllib.loads(PROJECT.read_text())["project"]
     (required,) = (Requirement(r) for r in project["dependencies"] if r.startswith("torch>"))
     (oldest,) = (s.version for s in required.specifier if s.operator == ">=")

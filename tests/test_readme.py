@@ -24,16 +24,16 @@ from conftest import command_parsers, fenced, flags_of, stop_after, write_jsonl
 ROOT = Path(__file__).parent.parent
 GUIDE = ("questions", "python", "signals", "audit", "engine", "store", "export")
 PAGES = (ROOT / "README.md", *(ROOT / "infra" / "guide" / f"{name}.md" for name in GUIDE))
-"""In the order in which their commands can be given: those of one stand on what those before it
-made.
+"""Pages in the order in which their commands can be given: those of one stand on what those before
+it made.
 """
 TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minilm: Path) -> Path:
-    """What the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's store
-    over fewer verses.
+    """Things that the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's
+    store over fewer verses.
     """
     folder = tmp_path_factory.mktemp("readme")
     (folder / "corpus").mkdir()
@@ -52,7 +52,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minil
 
 
 def measure(folder: Path, corpus: str, store: str, model: Path) -> None:
-    """What ``afn run`` in ``folder`` does to measure ``corpus`` as the demo is measured."""
+    """Does what ``afn run`` in ``folder`` does to measure ``corpus`` as the demo is measured."""
     flags = {"store": store, "model": model, "id-column": "citation", "executor": "inline"}
     layers = demo.demo_config(store).layers
     words = ["run", corpus, f"--layers={layers}", *(f"--{k}={v}" for k, v in flags.items())]
@@ -100,7 +100,7 @@ def newcomer(
     verses: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Newcomer:
-    """In a folder with a corpus of two shards and a line that is none, a model, and a demo over
+    """Run in a folder with a corpus of two shards and a line that is none, a model, and a demo over
     fewer verses.
     """
     (tmp_path / "corpus").mkdir()
@@ -197,7 +197,7 @@ def test_every_other_command_runs_in_order(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In this process, for most of them take less time than to load torch.
+    """Run them in this process, for most of them take less time than to load torch.
 
     Benchmarks, jobs and ``afn doctor`` are run by their own tests; here their flags are parsed.
     """
@@ -282,7 +282,7 @@ def test_the_job_that_the_readme_submits_is_one_of_the_project() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """In every page of the project: files that exist, and headings that are there."""
+    """Links in every page of the project: files that exist, and headings that are there."""
     pages = [ROOT / "README.md", *(ROOT / "infra").rglob("*.md"), *(ROOT / ".github").glob("*.md")]
     assert len(pages) > 8
     for page in pages:

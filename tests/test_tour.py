@@ -44,7 +44,9 @@ def executed(notebook: Any, folder: Path) -> Any:
 
 
 def values(output: Any) -> list[str | float]:
-    """What ``output`` shows, in order: texts, and numbers as numbers; a picture is one word."""
+    """Values that ``output`` shows, in order: texts, and numbers as
+    numbers; a picture is one word.
+    """
     if output.output_type == "stream":
         return [output.text]
     shown = output.data

@@ -71,7 +71,7 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether the policy holds."""
+        """True if the policy holds."""
         return self.state == HELD
 
     @property
@@ -231,7 +231,7 @@ def _judge(
 
 
 def _is_excused(rule: Rule, evidence: Evidence, few: Collection[str], *, begins: bool) -> bool:
-    """Whether ``rule`` lacks what no first night has: of a series that ``begins``, or of its
+    """True if ``rule`` lacks what no first night has: of a series that ``begins``, or of its
     groups.
 
     ``few`` are the reasons of limits that had too few nights to learn from.
@@ -353,7 +353,7 @@ def _distances(comparison: Comparison | None) -> Iterator[Distance]:
 
 
 class AcceptanceJson(TypedDict):
-    """Why a broken night may be a baseline."""
+    """Reason why a broken night may be a baseline."""
 
     why: Annotated[str, "the reason that was given"]
     accepted_at: Annotated[str, "when it was given, ISO 8601 in UTC"]

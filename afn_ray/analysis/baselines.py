@@ -35,13 +35,13 @@ class Baseline:
     median_of: tuple[RunFolder, ...] = ()
     """Runs whose medians stand in for the scalar figures of ``run``, newest first."""
     is_median: bool = False
-    """Whether scalar figures are held against medians."""
+    """True if scalar figures are held against medians."""
     is_refused: bool = False
-    """Whether a night would be the baseline if it were not broken."""
+    """True if a night would be the baseline if it were not broken."""
 
 
 def is_kind(baseline: str) -> bool:
-    """Whether ``baseline`` is a kind of baseline, not a run's URI."""
+    """True if ``baseline`` is a kind of baseline, not a run's URI."""
     return any(baseline in kinds for kinds in BASELINES.values()) or baseline.startswith("median:")
 
 
@@ -126,7 +126,7 @@ def _asked_alike(config: RunConfig) -> Iterator[RunFolder]:
 
 
 def _has_layers(run: RunFolder, config: RunConfig) -> bool:
-    """Whether ``run`` has the layers that ``config`` asks for of the same model."""
+    """True if ``run`` has the layers that ``config`` asks for of the same model."""
     recorded = run.info["config"].get("layers")
     if recorded == config.layers:
         return True

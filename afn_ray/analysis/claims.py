@@ -293,7 +293,7 @@ def _rank_correlations(here: _Layer) -> Iterator[Figure]:
 
 
 def _explained_by_controls(here: _Layer) -> Iterator[Figure]:
-    """How much of HIGH its controls explain; nothing where no token is HIGH, or every one is."""
+    """Share of HIGH that its controls explain; nothing where no token is HIGH, or every one is."""
     if not 0 < here.total("high") < here.total("n"):
         return
     for name in MODELS:
@@ -302,7 +302,7 @@ def _explained_by_controls(here: _Layer) -> Iterator[Figure]:
 
 
 def _agreement(here: _Layer, rival: Variable) -> Iterator[Figure]:
-    """How far strength and a rival agree at one layer."""
+    """Agreement of strength and a rival at one layer."""
     name = rival.name
     of_rival = (f"{name} {sum_}" for sum_ in ("y", "yy", "xy"))
     y, yy, xy = of_rival

@@ -73,7 +73,7 @@ class _Asked:
 
     @property
     def has_all_rows(self) -> bool:
-        """Whether there is a run, and it keeps the rows of all tokens."""
+        """True if there is a run, and it keeps the rows of all tokens."""
         return self._run is not None and token_rows.is_complete(
             token_rows.record_of(self._run.info)
         )

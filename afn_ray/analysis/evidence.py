@@ -64,7 +64,9 @@ class Evidence:
 
     @property
     def groups_lacking(self) -> str | None:
-        """Why the groups cannot be held against the baseline: it has others; None if they can."""
+        """Reason why the groups cannot be held against the baseline: it has others; None if they
+        can.
+        """
         if self.comparison is None or self.comparison.groups.by is not None:
             return None
         if (by := grouped_by(self.run)) is None:

@@ -1,4 +1,5 @@
-"""How much of HIGH simple variables explain: the deviance of a smooth model, next to that of none.
+"""Share of HIGH that simple variables explain: the deviance of a smooth model, next to that of
+none.
 
 The models are those of ``reduce.smooth``, fitted to all tokens of the sample, each with weight 1.
 """

@@ -296,12 +296,12 @@ def _differences(a: RunFolder, b: RunFolder) -> list[str]:
 
 
 def _folded(side: Side) -> str:
-    """How many words of ``side`` have no row, and how often they occur."""
+    """Number of words of ``side`` without a row, and of their occurrences."""
     return f"{count(side.words.num_folded, 'word')} ({side.words.n_folded:,} in all)"
 
 
 def _notes_on_pieces(a: Side, b: Side) -> Iterator[str]:
-    """How many tokens a word has, if the sides differ: the strongest of more is HIGH more often."""
+    """Number of tokens of a word, if the sides differ: the strongest of more is HIGH more often."""
     of_a, of_b = (f"{side.words.n_tokens / side.words.n:.2f}" for side in (a, b))
     if of_a != of_b:
         yield (
@@ -311,7 +311,7 @@ def _notes_on_pieces(a: Side, b: Side) -> Iterator[str]:
 
 
 def _notes_on_texts(texts: Texts) -> Iterator[str]:
-    """How far the two corpora are the same."""
+    """Overlap of the two corpora."""
     if texts.is_cut:
         yield (
             f"Only the {texts.n_a:,} and {texts.n_b:,} documents with the lowest hashes of their "

@@ -32,7 +32,7 @@ class Learned:
         return f"{self.mads:g} mad"
 
     def is_within(self, other: Learned) -> bool:
-        """Whether this range lies within that of ``other``; False if the forms differ."""
+        """True if this range lies within that of ``other``; False if the forms differ."""
         if self.share is not None and other.share is not None:
             return self.share < other.share
         if self.mads is not None and other.mads is not None:
@@ -85,7 +85,7 @@ def usual(limit: Learned, values: Sequence[float]) -> UsualRange | None:
 
 
 def reason(limit: Learned, values: Sequence[float]) -> str:
-    """Why ``limit`` could not be judged by ``values``: they are few, or reach down to 0."""
+    """Reason why ``limit`` could not be judged by ``values``: they are few, or reach down to 0."""
     if len(values) < LEAST_NIGHTS:
         return (
             f'"{limit}" needs the figure of {LEAST_NIGHTS} earlier nights; there are {len(values)}'

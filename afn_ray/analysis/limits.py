@@ -125,27 +125,27 @@ class Limit:
 
     @property
     def is_minimum(self) -> bool:
-        """Whether the value must be at least the limit, not at most."""
+        """True if the value must be at least the limit, not at most."""
         return self.key.startswith("min_")
 
     @property
     def needs_baseline(self) -> bool:
-        """Whether the value compares the run with another one."""
+        """True if the value compares the run with another one."""
         return self.key in DRIFT_LIMITS
 
     @property
     def is_whole(self) -> bool:
-        """Whether the value is a whole number."""
+        """True if the value is a whole number."""
         is_number_of = self.key.startswith("max_") and not self.key.endswith("_ratio")
         return is_number_of or self.key in WHOLE
 
     @property
     def learns(self) -> bool:
-        """Whether a level is learned from earlier nights."""
+        """True if a level is learned from earlier nights."""
         return isinstance(self.fail, Learned) or isinstance(self.warn, Learned)
 
     def is_beyond(self, value: float, limit: Level | None) -> bool:
-        """Whether ``value`` is beyond ``limit``, a level that is a number."""
+        """True if ``value`` is beyond ``limit``, a level that is a number."""
         if limit is None:
             return False
         assert not isinstance(limit, Learned)
@@ -182,7 +182,7 @@ def parse(file: str | Path, key: str, value: object, of: str = "") -> Limit:
 
 
 def _may_come_first(limit: Limit, warn: Level, fail: Level) -> bool:
-    """Whether a value may be beyond ``warn`` and not beyond ``fail``.
+    """True if a value may be beyond ``warn`` and not beyond ``fail``.
 
     Nobody knows before the night if one of them learns and the other does not.
     """

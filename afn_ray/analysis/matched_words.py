@@ -62,7 +62,7 @@ class Texts:
     n_b: int
     n_both: int  # documents of either that are matched with one of the other
     is_cut: bool
-    """Whether only texts with the lowest hashes were read, as a run has more than fit."""
+    """True if only texts with the lowest hashes were read, as a run has more than fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def _documents(run: Run) -> _Documents:
 
 
 def _has_match(documents: _Documents, others: _Documents) -> npt.NDArray[np.bool_]:
-    """Whether ``others`` have as many copies of each text as it has up to this document."""
+    """True if ``others`` have as many copies of each text as it has up to this document."""
     text = documents.text
     nth = np.arange(len(text)) - np.searchsorted(text, text)
     copies = np.searchsorted(others.text, text, "right") - np.searchsorted(others.text, text)

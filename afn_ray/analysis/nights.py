@@ -19,9 +19,9 @@ class Night:
     partition: str | None = None
     """Date of the partition to measure, or "latest"; None: the latest if the window is "new"."""
     first_night: bool = False
-    """Whether limits may stay unjudged because the series has no baseline yet."""
+    """True if limits may stay unjudged because the series has no baseline yet."""
     frozen: bool = False
-    """Whether to label with the thresholds of the runs before."""
+    """True: label with the thresholds of the runs before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Covered:
     message: str | None
     """Sentence that names the chosen partition; None if the night covers the whole corpus."""
     is_late: bool
-    """Whether a part of a newer partition is there, but not all of it."""
+    """True if a part of a newer partition is there, but not all of it."""
 
 
 def choose_partition(config: RunConfig, policy: Policy, night: Night) -> Covered:

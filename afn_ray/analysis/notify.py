@@ -54,7 +54,7 @@ def check_webhook(url: str, allow_http: bool) -> str:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether ``host`` is this machine itself, which nobody listens in on."""
+    """True if ``host`` is this machine itself, which nobody listens in on."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -156,7 +156,7 @@ class OwnParts:
 
 
 def lacking(run: RunFolder, key: str) -> str | None:
-    """Why ``run`` has no figure for the limit ``key``; None if it has."""
+    """Reason why ``run`` has no figure for the limit ``key``; None if it has."""
     if key == NEAR and "near_duplicates" not in run.info["tables"]:
         return near_duplicates.NOT_LOOKED_FOR
     if key not in TABLES or TABLES[key] in run.info["tables"]:

@@ -120,7 +120,9 @@ def check(policy: Policy, run: RunFolder) -> None:
 
 
 def lacking(policy: Policy, run: RunFolder) -> str | None:
-    """Why ``run`` can never be held against the limits of ``policy`` on parts; None if it can."""
+    """Reason why ``run`` can never be held against the limits of ``policy`` on parts; None if it
+    can.
+    """
     has_scan = "sources" in run.info["tables"]
     record = token_rows.record_of(run.info)
     return _lacking(policy, f"run {run.uri}", grouped_by(run), record, has_scan=has_scan)
@@ -138,7 +140,8 @@ def check_asked(policy: Policy, config: RunConfig) -> None:
 def _lacking(
     policy: Policy, run: str, by: str | None, record: str, *, has_scan: bool
 ) -> str | None:
-    """Why limits of ``policy`` on parts lack something in ``run``, in words, grouped ``by`` a key.
+    """Reason why limits of ``policy`` on parts lack something in ``run``, in words, grouped ``by``
+    a key.
 
     ``record`` are the rows that it keeps, and ``has_scan`` says whether it was screened.
     """
@@ -231,7 +234,7 @@ def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
 
 
 def _nothing_to_judge(limit: Limit, evidence: Evidence) -> str | None:
-    """Why no part has a figure for ``limit``, however large it is; None if some may have."""
+    """Reason why no part has a figure for ``limit``, however large it is; None if some may have."""
     if limit.key in own_parts.FIGURES:
         return own_parts.lacking(evidence.run, limit.key)
     if (comparison := evidence.comparison) is None:
@@ -255,7 +258,7 @@ def _too_small(limit: Limit, policy: Policy) -> str:
 
 
 def _hidden(limit: Limit, policy: Policy, evidence: Evidence) -> str | None:
-    """Why the worst ratio of tokens is only a bound; None if it is not."""
+    """Reason why the worst ratio of tokens is only a bound; None if it is not."""
     if limit.key not in RATIOS or evidence.comparison is None:
         return None
     parts = Parts.of(limit.of, policy, evidence, evidence.comparison)

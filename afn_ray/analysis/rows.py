@@ -368,7 +368,7 @@ def _check_tokens_of_lists(part: pa.Table, batch: pa.RecordBatch, which: Ints, a
 
 
 def _are_recordable(lists: pa.ListArray, most: int) -> bool:
-    """Whether each list has at most ``most`` values, finite, not 0, in descending order."""
+    """True if each list has at most ``most`` values, finite, not 0, in descending order."""
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     if lengths.max(initial=0) > most:
         return False

@@ -405,7 +405,7 @@ class RunCheck:
         return tables
 
     def _has_comparable_words(self, measure: Measure) -> bool:
-        """Whether the run has a table of words, and not by other classes, which make other rows."""
+        """True if the run has a table of words, and not by other classes, which make other rows."""
         of_same_classes = self.folder.info.get("function_words") == lexicon.SOURCE
         return "word_vocabulary" in self.folder.info["tables"] and (
             measure.tagged or of_same_classes

@@ -52,7 +52,7 @@ def services(urls: Sequence[str], allow_http: bool) -> list[Any]:
 
 
 def _is_open(service: Any) -> bool:
-    """Whether ``service`` sends to a host in clear text, by its scheme or by a mode in its URL.
+    """True if ``service`` sends to a host in clear text, by its scheme or by a mode in its URL.
 
     A service without a host in its URL sends to this machine, or to its own address by https.
     """

@@ -17,15 +17,15 @@ class Standing(NamedTuple):
     since: str
     """End of the first run with this verdict, ISO 8601 in UTC."""
     is_repeated: bool = False
-    """Whether an earlier audit gave the same verdict on the same text."""
+    """True if an earlier audit gave the same verdict on the same text."""
     was_told: bool = False
-    """Whether somebody was notified of it."""
+    """True if somebody was notified of it."""
     acceptance: Acceptance | None = None
     """Somebody's word that the night may be a baseline although it is broken."""
 
     @property
     def is_known(self) -> bool:
-        """Whether the verdict needs no further notification."""
+        """True if the verdict needs no further notification."""
         return self.is_repeated and (self.was_told or self.acceptance is not None)
 
 

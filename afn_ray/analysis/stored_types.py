@@ -44,7 +44,7 @@ def with_classes(tables: Mapping[str, pa.Table], vocabulary: pa.Table) -> dict[s
 
 
 def has_decomposed_forms(tables: Mapping[str, pa.Table]) -> bool:
-    """Whether an older version listed forms of words that are not composed (NFC)."""
+    """True if an older version listed forms of words that are not composed (NFC)."""
     if "word_vocabulary" not in tables:
         return False
     forms = pc.list_flatten(tables["word_vocabulary"]["forms"])

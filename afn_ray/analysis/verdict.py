@@ -52,7 +52,7 @@ class Rule:
         return self.limit.name
 
     def is_beyond(self, value: float) -> bool:
-        """Whether ``value`` is beyond the level that the rule is beyond:
+        """True if ``value`` is beyond the level that the rule is beyond:
         broken, or of a warning.
         """
         level = self.limit.fail if self.state == BROKEN else self.limit.warn
@@ -60,7 +60,7 @@ class Rule:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the limit is not broken; None: it was not judged."""
+        """True if the limit is not broken; None: it was not judged."""
         return None if self.state == NOT_JUDGED else self.state != BROKEN
 
 

@@ -157,7 +157,7 @@ def _result(
 
 
 def _without_package(variants: Sequence[str]) -> dict[str, str]:
-    """Why a variant is skipped, for those whose optional package is not installed."""
+    """Reason why a variant is skipped, for those whose optional package is not installed."""
     skipped = {}
     for variant in variants:
         package = NEEDS.get(variant)

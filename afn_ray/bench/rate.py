@@ -145,7 +145,7 @@ def _warm_up(
 
 @contextlib.contextmanager
 def one_core(device: str) -> Iterator[None]:
-    """When ``device`` is the CPU, restrict this process to one core while the block runs."""
+    """Restrict this process to one core while the block runs."""
     before, threads = os.sched_getaffinity(0), torch.get_num_threads()
     if device == "cpu":
         os.sched_setaffinity(0, {min(before)})

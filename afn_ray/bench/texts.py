@@ -252,7 +252,7 @@ class Writer:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether ``text`` is a word of at least two ASCII letters."""
+    """True if ``text`` is a word of at least two ASCII letters."""
     return len(text) > 1 and text.isalpha() and text.isascii()
 
 

@@ -33,13 +33,13 @@ def _is_binary(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type holds strings, or bytes that may be UTF-8."""
+    """True if an Arrow type holds strings, or bytes that may be UTF-8."""
     kind = storage_type(kind)
     return _is_string(kind) or _is_binary(kind) or is_any(kind, "null")
 
 
 def is_id(kind: Any) -> bool:
-    """Whether an Arrow type is suitable for ids.
+    """True if an Arrow type is suitable for ids.
 
     Floats are not: two large whole numbers can become the same float.
     """
@@ -52,7 +52,7 @@ def is_id(kind: Any) -> bool:
 
 
 def is_kept(kind: Any) -> bool:
-    """Whether an Arrow type holds single values, which can be kept."""
+    """True if an Arrow type holds single values, which can be kept."""
     return is_id(kind) or is_any(storage_type(kind), "floating", "null")
 
 

@@ -204,7 +204,9 @@ def _why_not_csv(error: csv.Error, raw: list[str], options: ReadOptions) -> str:
 
 
 def _other_reading(fields: list[str], raw: list[str], options: ReadOptions) -> str:
-    """Why another CSV dialect reads the row differently from ``fields``; empty if none does."""
+    """Reason why another CSV dialect reads the row differently from
+    ``fields``; empty if none does.
+    """
     # The substring test comes first: most lines fail it, and the pattern is slow.
     if any(' "' in line and SPACED.search(line) for line in raw):
         with_spaces = [field.lstrip(" ") for field in fields]

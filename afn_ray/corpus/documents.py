@@ -139,7 +139,7 @@ def problem(
 
 
 def garbled(text: str, num_replaced: int, encoding: str = "") -> str:
-    """Why ``text`` is not readable text, and the likely cause; empty if it is readable.
+    """Reason why ``text`` is not readable text, and the likely cause; empty if it is readable.
 
     ``num_replaced`` is the number of its replaced characters; ``encoding`` is the one that was
     given.

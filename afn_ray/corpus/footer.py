@@ -40,7 +40,7 @@ class ColumnChunk(NamedTuple):
     """Size after decompression, in bytes."""
     num_values: int
     has_deltas: bool
-    """Whether it has one of ``ENCODINGS_OF_DELTAS``."""
+    """True if it has one of ``ENCODINGS_OF_DELTAS``."""
 
 
 def read_chunks(source: Source) -> list[list[ColumnChunk]]:

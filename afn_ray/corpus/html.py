@@ -135,7 +135,7 @@ class _OpenElements:
 
     @property
     def has_foreign(self) -> bool:
-        """Whether SVG or MathML may be open."""
+        """True if SVG or MathML may be open."""
         return self._foreign > 0
 
     def start(self, name: str) -> None:

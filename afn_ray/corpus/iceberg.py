@@ -63,7 +63,7 @@ class _Wanted(NamedTuple):
     numbers: tuple[bytes, ...]
     """Field ids on the way; none if the table has no such value now."""
     may_lack: bool
-    """Whether a data file without it has nulls."""
+    """True if a data file without it has nulls."""
 
 
 def find_version(pattern: str) -> Version | None:

@@ -83,7 +83,7 @@ def _json_id(value: object, column: str) -> str | None:
 
 
 class _NotJson(str):
-    """Why a line is not JSON."""
+    """Reason why a line is not JSON."""
 
 
 def parse(line: str) -> Any:

@@ -125,7 +125,7 @@ def _with_whole_archives(skipped: Sequence[FileInfo], files: Sequence[FileInfo])
 
 
 def _why_empty(skipped: Sequence[FileInfo]) -> str:
-    """Why no file is left of the ``skipped`` ones, and what to do."""
+    """Reason why no file is left of the ``skipped`` ones, and what to do."""
     if all(is_store_file(file.uri) for file in skipped):
         return (
             f"all {len(skipped):,} files found are of an afn-ray store, as {skipped[0].uri}; a "
@@ -199,7 +199,7 @@ def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
 
 
 def _spread(files: Sequence[FileInfo]) -> list[FileInfo]:
-    """At most ``SAMPLE_FILES`` of ``files``, evenly spaced."""
+    """Up to ``SAMPLE_FILES`` of ``files``, evenly spaced."""
     num_files = min(SAMPLE_FILES, len(files))
     return [files[i * (len(files) - 1) // max(num_files - 1, 1)] for i in range(num_files)]
 
@@ -252,12 +252,12 @@ def rest_bytes(file: FileInfo, options: ReadOptions, piece: FileSlice) -> int:
 
 
 def is_outdated(slices: Sequence[FileSlice], options: ReadOptions) -> bool:
-    """Whether remembered ``slices`` of a file would be read in another way today."""
+    """True if remembered ``slices`` of a file would be read in another way today."""
     return any(piece.format != _format(piece.uri, options) for piece in slices)
 
 
 def sample(files: Sequence[FileInfo], options: ReadOptions, max_documents: int) -> list[Document]:
-    """At most ``max_documents`` readable documents from up to 8 files, evenly spaced in ``files``.
+    """Up to ``max_documents`` readable documents of up to 8 files, evenly spaced in ``files``.
 
     At most about 1 MB of each file is read. Of a longer text file, the sample has the beginning.
     """

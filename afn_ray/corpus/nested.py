@@ -162,7 +162,7 @@ def values_at(batch: Any, path: str) -> Any:
 
 
 def is_list(kind: pa.DataType | None) -> bool:
-    """Whether an Arrow type is one of lists."""
+    """True if an Arrow type is one of lists."""
     tests = ("list", "large_list", "fixed_size_list", "list_view", "large_list_view")
     return kind is not None and any(getattr(pa.types, f"is_{name}")(kind) for name in tests)
 

@@ -93,7 +93,7 @@ def _only_one(corpus: Sequence[str], day: date | None) -> Partition:
 def _lacking(
     day: date | None, patterns: Sequence[str], found: Sequence[dict[date, list[str]]]
 ) -> str:
-    """Why a day, or any, is not in all of the globs."""
+    """Reason why a day, or any, is not in all of the globs."""
     what = "no date is in all of them" if day is None else f"there is no partition {day}"
     lines = []
     for pattern, days in zip(patterns, found, strict=True):

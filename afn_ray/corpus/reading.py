@@ -169,7 +169,7 @@ def _check(slice: FileSlice, options: ReadOptions, trusted: str = "") -> FileInf
 
 
 def _is_part(slice: FileSlice, options: ReadOptions) -> bool:
-    """Whether ``slice`` can be unchanged although the file has another size."""
+    """True if ``slice`` can be unchanged although the file has another size."""
     return _is_row_groups(slice) or (is_lines(slice.format, options) and not slice.compression)
 
 
@@ -263,7 +263,7 @@ def _add_json_columns(
 
 
 def sample(slice: FileSlice, options: ReadOptions, max_documents: int) -> list[Document]:
-    """At most ``max_documents`` readable documents from the beginning of ``slice``, a whole file.
+    """Up to ``max_documents`` readable documents from the beginning of ``slice``, a whole file.
 
     About 1 MB is read at most.
     """
@@ -354,10 +354,10 @@ def _line_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> I
 
 
 def is_lines(format: str, options: ReadOptions) -> bool:
-    """Whether every line is a document."""
+    """True if every line is a document."""
     return format == "jsonl" or (format == "txt" and options.txt_documents == "line")
 
 
 def is_stream(format: str, options: ReadOptions) -> bool:
-    """Whether documents follow each other, so that the beginning of a file has some."""
+    """True if documents follow each other, so that the beginning of a file has some."""
     return format in ("csv", "conllu") or format.startswith(WARC) or is_lines(format, options)

@@ -145,7 +145,7 @@ def check_kept_types(file: Any, uri: str, options: ReadOptions) -> None:
 
 
 def _is_of(path: str, columns: Sequence[str]) -> bool:
-    """Whether the leaf column at ``path`` belongs to one of ``columns``."""
+    """True if the leaf column at ``path`` belongs to one of ``columns``."""
     return any(path == column or path.startswith(column + ".") for column in columns)
 
 

@@ -13,7 +13,7 @@ from afn_ray.schema import HASH_ID_CHARS
 from afn_ray.store.commits import UNSELECTED
 
 Judge = Callable[[Document], bool | None]
-"""Whether a document is selected; None: a null makes the condition unknown."""
+"""True if a document is selected; None: a null makes the condition unknown."""
 
 
 @dataclass(slots=True)

@@ -93,7 +93,7 @@ class Source:
 
     @property
     def is_altered(self) -> bool:
-        """Whether it is a whole member of an archive, read in order, with
+        """True if it is a whole member of an archive, read in order, with
         another checksum there.
         """
         is_whole = self.start == 0 and self._summed_bytes == getattr(self._file, "size", -1)

@@ -286,7 +286,7 @@ class Stream:
 
     @property
     def is_plain(self) -> bool:
-        """Whether its bytes are those of the file."""
+        """True if its bytes are those of the file."""
         return not self._compression and not self.encoding
 
     def stored(self, num_bytes: int) -> int:

@@ -157,7 +157,7 @@ def _tokens_of(sentence: Sequence[tuple[int, str]], labels: str) -> list[_Conllu
 
 
 def begins_document(line: str) -> bool:
-    """Whether ``line`` of CoNLL-U is the comment that begins a document of several sentences."""
+    """True if ``line`` of CoNLL-U is the comment that begins a document of several sentences."""
     return line.startswith("#") and line[1:].split("=")[0].strip() in ("newdoc", "newdoc id")
 
 

@@ -283,7 +283,7 @@ class _Page:
 
     @property
     def is_document(self) -> bool:
-        """Whether it has a body, or should have one."""
+        """True if it has a body, or should have one."""
         if self.problem:
             return True
         if self.kind != "response":

@@ -199,7 +199,7 @@ class Model:
 
     @property
     def is_mixture(self) -> bool:
-        """Whether blocks have experts whose products are no linear layers."""
+        """True if blocks have experts whose products are no linear layers."""
         return self._sizes.experts > 0
 
     @contextmanager
@@ -470,7 +470,7 @@ class Model:
 
 
 def _mask(lengths: Sequence[int]) -> npt.NDArray[np.bool_]:
-    """Whether each place of a padded batch has a token, [n_sequences, longest]."""
+    """True if each place of a padded batch has a token, [n_sequences, longest]."""
     mask: npt.NDArray[np.bool_] = np.arange(max(lengths)) < np.asarray(lengths)[:, None]
     return mask
 

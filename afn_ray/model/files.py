@@ -384,7 +384,7 @@ def _build_tokenizer(
 
 
 def is_device_fault(error: BaseException) -> bool:
-    """Whether ``error`` comes from an accelerator, which may be unusable afterwards."""
+    """True if ``error`` comes from an accelerator, which may be unusable afterwards."""
     kind = getattr(torch, "AcceleratorError", None)
     return (kind is not None and isinstance(error, kind)) or any(
         name in str(error) for name in ACCELERATORS

@@ -70,7 +70,7 @@ _log = logging.getLogger(__name__)
 
 
 class Unfused(Exception):
-    """Why a model adds and normalises by torch's kernels."""
+    """Reason why a model adds and normalises by torch's kernels."""
 
 
 class Times(NamedTuple):
@@ -194,7 +194,7 @@ def _norm_of(tail: torch.nn.Module) -> torch.nn.LayerNorm:
 
 
 def _is_tail(module: torch.nn.Module) -> bool:
-    """Whether ``module`` has the layers of ``BertOutput``; ``_compared`` checks what it does."""
+    """True if ``module`` has the layers of ``BertOutput``; ``_compared`` checks what it does."""
     layers = dict(module.named_children())
     norm = layers.get("LayerNorm")
     return (

@@ -78,7 +78,7 @@ class Product(torch.nn.Module):
 
 @cache  # a model has hundreds of products, and each trial wakes every thread
 def _can_prepack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes correct products from reordered weights of ``dtype`` here.
+    """True if oneDNN computes correct products from reordered weights of ``dtype`` here.
 
     The operators are private to torch, so this function tries them on a small product.
     """
@@ -100,7 +100,7 @@ def _can_prepack(dtype: torch.dtype) -> bool:
 
 
 def has_fast_products(dtype: str, device: str) -> bool:
-    """Whether ``device`` reports that it multiplies faster in half precision than in float32."""
+    """True if ``device`` reports that it multiplies faster in half precision than in float32."""
     if device == "cuda":
         return dtype == "float16" or torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()

@@ -26,7 +26,7 @@ MARKS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` means that the device or this process ran out of memory."""
+    """True if ``error`` means that the device or this process ran out of memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:  # a file cannot be mapped

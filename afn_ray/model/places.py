@@ -137,7 +137,7 @@ def _find_place(model: Model, calls: Sequence[_Call], norm: str, needs: frozense
 
 
 def _follows(call: _Call) -> bool:
-    """Whether the input of ``call`` is the output of attention, unchanged."""
+    """True if the input of ``call`` is the output of attention, unchanged."""
     return call.attended is not None and torch.equal(
         call.input.flatten(), call.attended.output.flatten()
     )

@@ -213,7 +213,7 @@ def _choose_attention(model: Model, probes: Sequence[Probe]) -> None:
 
 
 def _masks_only(config: Any, context_tokens: int) -> bool:
-    """Whether the config limits which tokens a token sees.
+    """True if the config limits which tokens a token sees.
 
     Some families apply such a limit only in the mask, and packed attention builds no mask.
     """
@@ -303,12 +303,12 @@ def _build_again(model: Model, **options: Any) -> None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether ``error`` says something about the model, and not about memory or the device."""
+    """True if ``error`` says something about the model, and not about memory or the device."""
     return not memory.is_out_of_memory(error) and not is_device_fault(error)
 
 
 def _is_of_dtype(error: BaseException) -> bool:
-    """Whether ``error`` is one of half precision: values that differ, or a dtype not taken."""
+    """True if ``error`` is one of half precision: values that differ, or a dtype not taken."""
     return isinstance(error, ModelError) or OF_DTYPE.search(str(error)) is not None
 
 
@@ -328,7 +328,7 @@ def _check_centred(model: Model, ids: Sequence[int]) -> None:
 
 
 def _is_causal(model: Model, ids: Sequence[int]) -> bool:
-    """Whether a token sees only the tokens to its left.
+    """True if a token sees only the tokens to its left.
 
     In that case a change of the last input does not change the outputs before it.
     """

@@ -79,7 +79,7 @@ class Signal(ABC):
     number_columns: ClassVar[tuple[str, ...]] = ()
     """Names of whole numbers below 2^31 measured beside ``columns``; only ``neurons`` has any."""
     is_series: ClassVar[bool] = True
-    """Whether each of ``columns`` is a column of the tokens table; false if they have their own."""
+    """True if each of ``columns`` is a column of the tokens table; false if they have their own."""
 
     @abstractmethod
     def measure(self, site: Site) -> Sequence[torch.Tensor]:

@@ -178,7 +178,7 @@ class Run:
         return why_no_rows(self, query)
 
     def why_some(self, query: str) -> list[str]:
-        """Why ``query`` may see rows of some tokens alone; nothing if the run keeps all."""
+        """Reason why ``query`` may see rows of some tokens alone; nothing if the run keeps all."""
         return why_some_rows(self.info, query)
 
     def close(self) -> None:

@@ -37,9 +37,9 @@ class RecordedColumns:
     others: Sequence[Series]
     """Series beside strength."""
     offsets: bool
-    """Whether tokens have ``start`` and ``end``."""
+    """True if tokens have ``start`` and ``end``."""
     tagged: bool
-    """Whether tokens have ``tag``."""
+    """True if tokens have ``tag``."""
     kept: Sequence[str] = ()
     """Names of the documents' kept columns; they come from users, so SQL needs them ``quoted``."""
     copies: str | None = None
@@ -52,7 +52,7 @@ class RecordedColumns:
     """SQL of the path of the run's table ``mean_vectors``; None if it has none."""
 
     detected: bool = False
-    """Whether documents have a detected language."""
+    """True if documents have a detected language."""
 
     record: str = token_rows.ALL
     """Rows of tokens that the run keeps, as the config's ``record``."""

@@ -26,7 +26,7 @@ OF_TOKENS = re.compile(r"\b(tokens|words|kwic|classes|document_text)\b")
 
 
 def why_some_rows(info: Mapping[str, Any], query: str) -> list[str]:
-    """Why ``query`` sees rows of some tokens alone; ``info`` is the run's run.json."""
+    """Reason why ``query`` sees rows of some tokens alone; ``info`` is the run's run.json."""
     record = token_rows.record_of(info)
     if token_rows.is_complete(record) or not (found := OF_TOKENS.search(query)):
         return []
@@ -57,7 +57,7 @@ def why_no_rows(run: Run, query: str) -> list[str]:
 
 
 def _about_kwic(query: str) -> str | None:
-    """Why ``kwic`` found nothing, if ``query`` calls it."""
+    """Reason why ``kwic`` found nothing, if ``query`` calls it."""
     if found := re.search(r"\bkwic\(\s*'((?:[^']|'')*\S\s+\S(?:[^']|'')*)'", query):
         return (
             f"kwic takes one word, and {found[1]!r} is several: ask for one and filter by its "

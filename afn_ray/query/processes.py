@@ -58,7 +58,7 @@ LIMITS = tuple(getattr(resource, name) for name in dir(resource) if name.startsw
 """Numbers of the system's limits on a process."""
 
 CAN_FORK = sys.platform == "linux" and hasattr(os, "pidfd_open")
-"""Whether templates are used. A fork is not safe with the system libraries of macOS."""
+"""True if templates are used. A fork is not safe with the system libraries of macOS."""
 IDLE_S = 60.0
 """Time without a fork after which a template ends, in seconds."""
 FORK_S = 120.0

@@ -50,7 +50,7 @@ OF_ROWS = frozenset(
 
 
 def _has_duckdb_types(schema: pa.Schema) -> bool:
-    """Whether ``schema`` has a type of DuckDB's own, which Arrow has as an extension type."""
+    """True if ``schema`` has a type of DuckDB's own, which Arrow has as an extension type."""
     return "extension<" in str(schema.types)
 
 

@@ -203,7 +203,7 @@ def readable(message: str, limits: QueryLimits | None = None) -> str:
 
 
 def _is_broken(answer: Answer) -> bool:
-    """Whether DuckDB must be restarted after an internal error or refused memory."""
+    """True if DuckDB must be restarted after an internal error or refused memory."""
     by_system = "alloc" in answer.fields.get("error", "") and OUT_OF_MEMORY.search(
         answer.fields["error"]
     )
@@ -239,7 +239,7 @@ class _Child:
         threading.Thread(target=_serve, args=(files, served), daemon=True).start()
 
     def is_usable(self) -> bool:
-        """Whether the process is alive and was started by this process, not by its parent."""
+        """True if the process is alive and was started by this process, not by its parent."""
         return self._owner == os.getpid() and self._process.poll() is None
 
     def set_up(self, setup: Setup) -> Answer:

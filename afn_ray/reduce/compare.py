@@ -308,7 +308,7 @@ def notes_on_losses(name: str, run: RunFolder) -> Iterator[str]:
 
 
 def notes_on_copies(a: RunFolder, b: RunFolder) -> Iterator[str]:
-    """Whether the runs count copies of a text in the same way."""
+    """True if the runs count copies of a text in the same way."""
     copies_a, copies_b = (duplicates.choice_of(run.info) for run in (a, b))
     if copies_a != copies_b:
         yield (

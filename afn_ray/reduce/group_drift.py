@@ -134,7 +134,7 @@ def _labelled_by(labels: str, table: pa.Table) -> pa.Table:
 
 
 def labels_by_group(run: RunFolder) -> bool:
-    """Whether the tokens of ``run`` are labelled by their group's own Q3 too."""
+    """True if the tokens of ``run`` are labelled by their group's own Q3 too."""
     return run.info["config"].get("thresholds_by") == "group" and "groups" in run.info["tables"]
 
 
@@ -148,7 +148,7 @@ def grouping_column(run: RunFolder) -> KeptColumn | None:
 
 
 def grouped_by_language(run: RunFolder) -> bool:
-    """Whether detected languages make the groups of ``run``.
+    """True if detected languages make the groups of ``run``.
 
     An older run may have a kept column, or a key of the path, of their name.
     """

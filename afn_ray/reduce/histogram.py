@@ -259,7 +259,7 @@ class SeriesSummary:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> SeriesSummary:
-        """From the rows of one series in ``SUMMARY_SCHEMA``."""
+        """Read from the rows of one series in ``SUMMARY_SCHEMA``."""
         if not len(table):
             return cls.empty()
         table = table.combine_chunks()

@@ -131,7 +131,7 @@ def _night(run: RunFolder) -> tuple[date, str]:
 
 
 def began_at(run: RunFolder) -> datetime:
-    """When ``run`` began, UTC, without a time zone."""
+    """Time at which ``run`` began, UTC, without a time zone."""
     return datetime.strptime(run.id.partition("-")[0], STAMP)
 
 

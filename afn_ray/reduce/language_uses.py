@@ -68,7 +68,7 @@ _KINDS = ("content", "function")
 
 
 def _probability(name: str, guess: Guess) -> float:
-    """How sure ``guess`` is of the class ``name``, one of two."""
+    """Certainty of ``guess`` about the class ``name``, one of two."""
     return guess.confidence if guess.name == name else 1 - guess.confidence
 
 

@@ -47,17 +47,17 @@ class Entry(NamedTuple):
 
     @property
     def is_closed(self) -> bool:
-        """Whether at least half of the uses are closed."""
+        """True if at least half of the uses are closed."""
         return self.share >= 0.5
 
     @property
     def is_ambiguous(self) -> bool:
-        """Whether the tagged words have it as open and as closed, each not just by mistake."""
+        """True if the tagged words have it as open and as closed, each not just by mistake."""
         return self.uses > 0 and MANY <= self.share <= 1 - MANY
 
     @property
     def confidence(self) -> float:
-        """How sure the class of the word is; few uses make less sure (Laplace's rule)."""
+        """Certainty of the word's class; few uses make less sure (Laplace's rule)."""
         right = self.share if self.is_closed else 1 - self.share
         return (right * self.uses + 1) / (self.uses + 2) if self.uses else right
 

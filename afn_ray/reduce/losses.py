@@ -52,7 +52,7 @@ class Losses:
 
     @property
     def any(self) -> bool:
-        """Whether a file lost something; replaced characters do not count."""
+        """True if a file lost something; replaced characters do not count."""
         return self.num_files > 0
 
     @property
@@ -219,7 +219,7 @@ def _largest(files: pa.Table, column: str) -> list[dict[str, Any]]:
 
 
 def lost_something(files: pa.Table) -> pa.Array:
-    """Whether each row has a loss."""
+    """True if each row has a loss."""
     has_loss = [files[name].to_numpy() > 0 for name in LOST]
     return pa.array(np.any(has_loss, axis=0), pa.bool_())
 

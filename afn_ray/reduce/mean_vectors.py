@@ -123,7 +123,7 @@ class StateTotals:
 
     @classmethod
     def of_table(cls, table: pa.Table, types: Sequence[int], hidden_size: int) -> StateTotals:
-        """From rows of ``VECTORS_SCHEMA`` of one layer and one shard."""
+        """Read from rows of ``VECTORS_SCHEMA`` of one layer and one shard."""
         n = np.zeros(len(types), np.int64)
         totals = np.zeros((len(types), hidden_size), np.int64)
         slots = np.searchsorted(types, table["token_id"].to_numpy())
@@ -147,7 +147,7 @@ class StateTotals:
         return np.asarray(totals / STATE_UNITS / self.n[found][:, None])
 
     def encoded(self) -> bytes:
-        """For transfer between processes."""
+        """Form for transfer between processes."""
         return encode(pa.table({"n": self.n, "high": _cells(self.high), "low": _cells(self.low)}))
 
     @classmethod

@@ -46,7 +46,7 @@ PART_ROWS = 500_000
 READ_BYTES = 64 << 20
 """Bytes of token files that one call reads; a larger shard has a call of its own."""
 NOT_LOOKED_FOR = "near-copies were not looked for: give run.toml near_duplicates"
-"""Why a run has no figure of near-copies."""
+"""Reason why a run has no figure of near-copies."""
 CHANCE = 1 / 256
 """Chance that the lowest eight bits of two different MinHash values are equal."""
 

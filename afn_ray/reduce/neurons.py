@@ -86,7 +86,7 @@ class Pairs:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Pairs:
-        """From rows of ``PAIRS_SCHEMA`` of one layer."""
+        """Read from rows of ``PAIRS_SCHEMA`` of one layer."""
         neurons = table["neuron"].to_numpy().astype(np.int64)
         token_ids = table["token_id"].to_numpy()
         return cls(
@@ -97,7 +97,7 @@ class Pairs:
         )
 
     def to_table(self, layer: int) -> pa.Table:
-        """As rows of ``PAIRS_SCHEMA``; the inverse of ``from_table``."""
+        """Rows of ``PAIRS_SCHEMA``; the inverse of ``from_table``."""
         columns = {
             "layer": np.full(len(self.keys), layer, np.int16),
             "neuron": self.neurons,

@@ -98,7 +98,7 @@ def salience_columns(
 
 
 def beyond(share: Float64s, n_effective: Float64s, expected: Expected) -> dict[str, Float64s]:
-    """How far each HIGH share is from what is expected, with its interval.
+    """Distance of each HIGH share from what is expected, with its interval.
 
     The intervals of the two are combined as by Zou and Donner (2008).
     """

@@ -39,7 +39,9 @@ class Spoken(NamedTuple):
 
     @classmethod
     def of(cls, docs: npt.NDArray[np.int32], languages: pa.Array) -> Spoken:
-        """From each token's document ``docs``, an index of ``languages``: strings with nulls."""
+        """Read from each token's document ``docs``, an index of
+        ``languages``: strings with nulls.
+        """
         coded = languages.dictionary_encode()
         codes = coded.indices.fill_null(-1).to_numpy()
         return cls(codes[docs], coded.dictionary.to_pylist())
@@ -159,7 +161,7 @@ class Summary:
 
 
 def whole_words(docs: npt.NDArray[np.int32], flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Whether each token is a whole word, bool [n].
+    """True if each token is a whole word, bool [n].
 
     A whole word starts a word, and the next token of the document does not continue it. ``docs``
     and ``flags`` [n] belong to the tokens of whole documents.

@@ -93,7 +93,7 @@ def spearman(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float | None:
 def is_high(
     strengths: npt.NDArray[Any], q3: float | npt.NDArray[np.float32] | None
 ) -> npt.NDArray[np.bool_]:
-    """Whether each strength is HIGH: at or above ``q3``, the Q3 of the thresholds that label.
+    """True if each strength is HIGH: at or above ``q3``, the Q3 of the thresholds that label.
 
     With labels by group, ``q3`` has one for each strength.
     Without a Q3, as in a run without tokens, none is. ``query.expressions.is_high`` is the same

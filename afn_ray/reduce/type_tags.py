@@ -68,7 +68,7 @@ class TypeTags:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> TypeTags:
-        """From the tag rows of ``TAGGED_SUMMARY_SCHEMA``."""
+        """Read from the tag rows of ``TAGGED_SUMMARY_SCHEMA``."""
         n = table["counts"].combine_chunks().flatten()
         return cls(pa.table({"token_id": table["token_id"], "tag": table["tag"], "n": n}))
 

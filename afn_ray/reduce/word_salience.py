@@ -28,7 +28,7 @@ class CountedWords(NamedTuple):
 
 
 def counted_words(sums: WordSums, named: WordSums) -> CountedWords:
-    """From the ``sums`` of all words of a part, and those of the words with rows."""
+    """Built from the ``sums`` of all words of a part, and those of the words with rows."""
     bins = frequency_bins(sums.n)
     cells = ControlCells(
         Histogram.of(sums.n),

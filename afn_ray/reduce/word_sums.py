@@ -251,12 +251,12 @@ class WordCounter:
 
     @property
     def tagged(self) -> bool:
-        """Whether tokens need their tags."""
+        """True if tokens need their tags."""
         return self._rules.tagged
 
     @property
     def by_language(self) -> bool:
-        """Whether languages of documents stand for tags."""
+        """True if languages of documents stand for tags."""
         return self._rules.by_language
 
     def add(self, tokens: WordTokens) -> None:
@@ -372,7 +372,7 @@ class WordCounter:
 
 
 def sequences(types: Int32s, heads: Ints, sizes: Ints, lengths: Ints) -> tuple[Ints, Ints, Ints]:
-    """Which words have the same tokens, up to those that reach ``WORD_CHARS`` characters.
+    """Words that have the same tokens, up to those that reach ``WORD_CHARS`` characters.
 
     The words begin at ``heads`` [n_words] of ``types`` and have ``sizes`` tokens; ``lengths`` are
     those of the texts of all types. Returns for each word the index of its sequence, and for each

@@ -75,7 +75,7 @@ class Described(NamedTuple):
 
     @property
     def by_language(self) -> bool:
-        """Whether forms are counted by the languages of documents, which give the classes."""
+        """True if forms are counted by the languages of documents, which give the classes."""
         return self.language == AUTO_LANGUAGE and not self.tagged
 
     @property
@@ -114,7 +114,7 @@ def word_vocabulary(parts: Sequence[Any], described: Described, tasks: Tasks) ->
 
 
 def _sizes(sums: WordSums) -> list[Histogram]:
-    """How many words occur how often."""
+    """Number of words by number of occurrences."""
     return [Histogram.of(sums.n)]
 
 
@@ -266,7 +266,7 @@ class _Kinds(NamedTuple):
 
     @classmethod
     def of(cls, sums: WordSums, described: Described) -> _Kinds:
-        """From the forms of each word, and its tags if classes are tags."""
+        """Built from the forms of each word, and its tags if classes are tags."""
         forms = _by_frequency(sums.forms, "form")
         begins = starts(forms["word"].to_numpy())
         if described.tagged:

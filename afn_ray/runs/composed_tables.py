@@ -170,7 +170,7 @@ class _Rows:
 
 
 def _are_equal(a: pa.Array, b: pa.Array) -> bool:
-    """Whether both have the same values and nulls; dictionaries may differ."""
+    """True if both have the same values and nulls; dictionaries may differ."""
     if pa.types.is_dictionary(a.type):
         a, b = a.dictionary_decode(), b.dictionary_decode()
     return bool(a.equals(b))

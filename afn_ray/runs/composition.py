@@ -51,12 +51,12 @@ class Work:
 
     @property
     def needs_model(self) -> bool:
-        """Whether something is measured."""
+        """True if something is measured."""
         return bool(self.measured) or any(needs_model(group.task) for group in self.composed)
 
 
 def plan(task: Task, todo: Sequence[Shard]) -> Work:
-    """How the shards ``todo``, which the store lacks, come about. Writes nothing.
+    """Plan for the shards ``todo``, which the store lacks. Writes nothing.
 
     Shards that do not keep the rows of all tokens are measured as a whole.
     """
@@ -114,7 +114,7 @@ def describe(work: Work) -> str:
 
 
 def needs_model(task: Task) -> bool:
-    """Whether a worker of ``task`` measures."""
+    """True if a worker of ``task`` measures."""
     return task.composition is None or task.composition.rest is not None
 
 

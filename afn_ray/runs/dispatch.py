@@ -157,7 +157,7 @@ class Dispatcher:
         return self.state
 
     def _has_work(self) -> bool:
-        """Whether a shard is queued or in flight."""
+        """True if a shard is queued or in flight."""
         return bool(self._todo or self._suspects) or any(self._running.values())
 
     # --- assignment

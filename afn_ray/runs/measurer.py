@@ -303,7 +303,7 @@ class Measurer:
         return prepared, run(prepared, True)
 
     def _takes_probe(self) -> bool:
-        """Whether the model still measures a probe of the self-check."""
+        """True if the model still measures a probe of the self-check."""
         ids = np.asarray(self._probe, np.int64)
         try:
             values = self.model.measure(ids, [len(ids)], self.signals)
@@ -327,7 +327,7 @@ def _check_identity(task: Task, found: dict[str, str]) -> None:
 
 
 def _may_blame(error: BaseException) -> bool:
-    """Whether a text may have caused ``error`` in a forward pass."""
+    """True if a text may have caused ``error`` in a forward pass."""
     return (
         culprits.is_of_input(error)
         and not model.is_out_of_memory(error)

@@ -169,7 +169,7 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
 
 
 def is_trusted(version: str, hashed_ns: int) -> bool:
-    """Whether a file's ``version`` proves that the file is the one hashed at ``hashed_ns``."""
+    """True if a file's ``version`` proves that the file is the one hashed at ``hashed_ns``."""
     kind, _, value = version.partition(":")
     if kind == "etag":
         return True

@@ -12,7 +12,7 @@ from afn_ray.store.commits import Commit
 
 
 class Cause(Enum):
-    """Why a worker lost its process, as far as its pool knows."""
+    """Reason why a worker lost its process, as far as its pool knows."""
 
     CRASH = "its worker's process died"
     MEMORY = "its worker's node ran out of memory"
@@ -77,7 +77,7 @@ class Pool(Protocol):
     """Workers in any place, identified by numbers."""
 
     can_replace: bool
-    """Whether a worker has a process of its own, which can be killed and restarted."""
+    """True if a worker has a process of its own, which can be killed and restarted."""
 
     def grow(self, num_useful: int) -> int:
         """Start workers up to the number wanted, at most ``num_useful``; return their number.

@@ -64,13 +64,13 @@ class Precision:
 
     @property
     def against(self) -> str:
-        """Why the calibration finds the chosen precision unsafe;
+        """Reason why the calibration finds the chosen precision unsafe;
         "" unless the config asked for it.
         """
         return next((t.why for t in self.trials if t.dtype == self.dtype), "")
 
     def is_safe_at(self, layers: Sequence[int]) -> bool:
-        """Whether a trial found the dtype safe at all ``layers``."""
+        """True if a trial found the dtype safe at all ``layers``."""
         asked = {str(layer) for layer in layers}
         return any(t.dtype == self.dtype and t.safe and asked <= {*t.flips} for t in self.trials)
 

@@ -67,7 +67,7 @@ def bill(
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a number of 0 or more that a float can hold."""
+    """True if ``value`` is a number of 0 or more that a float can hold."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)

@@ -90,7 +90,7 @@ class Progress:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a worker has loaded the model."""
+        """True if a worker has loaded the model."""
         return self.num_ready > 0 or self.num_done > 0
 
     @property

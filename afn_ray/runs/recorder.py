@@ -283,7 +283,7 @@ def _counts(chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> dict[str, int
 def _bad_documents(
     docs: npt.NDArray[np.int32], values: Values, num_documents: int
 ) -> npt.NDArray[np.bool_]:
-    """Whether a document has a value that is negative, not finite or too large, [n_documents].
+    """True if a document has a value that is negative, not finite or too large, [n_documents].
 
     ``docs`` are the documents of the values, counted from 0.
     """

@@ -228,7 +228,7 @@ def _read(uri: str) -> dict[str, Any] | None:
 
 
 def _is_status(body: Any) -> bool:
-    """Whether ``body`` has the keys and types of a status: anyone may write to a store."""
+    """True if ``body`` has the keys and types of a status: anyone may write to a store."""
     if not isinstance(body, dict):
         return False
     for name, like in NOTHING.items():
@@ -251,7 +251,7 @@ def _is_status(body: Any) -> bool:
 
 
 def _is_like(value: Any, like: Any) -> bool:
-    """Whether ``value`` has the type of ``like``, a value of ``NOTHING``."""
+    """True if ``value`` has the type of ``like``, a value of ``NOTHING``."""
     if like is None:
         return value is None or isinstance(value, int | float | str)
     if isinstance(like, int | float):
@@ -260,12 +260,12 @@ def _is_like(value: Any, like: Any) -> bool:
 
 
 def _are_counts(value: dict[str, Any], names: Sequence[str]) -> bool:
-    """Whether ``value`` is empty or has an integer for each of ``names``."""
+    """True if ``value`` is empty or has an integer for each of ``names``."""
     return not value or all(type(value.get(name)) is int for name in names)
 
 
 def _is_failure(value: Any) -> bool:
-    """Whether ``value`` describes a quarantined shard."""
+    """True if ``value`` describes a quarantined shard."""
     return isinstance(value, dict) and {"shard", "uri", "reason"} <= value.keys()
 
 

@@ -17,7 +17,7 @@ from afn_ray.tokens.encode import Encoded
 
 Bools = npt.NDArray[np.bool_]
 RowFilter = Callable[[Sequence[Document], Encoded, Mapping[Series, Float32s]], Bools]
-"""Whether the row of each token of some documents is kept, [n_tokens]."""
+"""True if the row of each token of some documents is kept, [n_tokens]."""
 
 
 def row_filter(record: str) -> RowFilter | None:
@@ -43,7 +43,7 @@ def row_filter(record: str) -> RowFilter | None:
 def _are_high(
     least: Mapping[int, float], encoded: Encoded, by_series: Mapping[Series, Float32s]
 ) -> Bools:
-    """Whether each token is HIGH at one of the layers of ``least``; special ones are not."""
+    """True if each token is HIGH at one of the layers of ``least``; special ones are not."""
     found = np.zeros(len(encoded.docs), bool)
     for layer, q3 in least.items():
         found |= is_high(by_series[Series(STRENGTH, layer)], q3)

@@ -151,7 +151,7 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
 
 
 def wants(task: Task, need: str) -> bool:
-    """Whether a signal of ``task`` needs ``need``, one of ``signals.NEEDS``."""
+    """True if a signal of ``task`` needs ``need``, one of ``signals.NEEDS``."""
     return any(need in s.needs for s in find_signals(task.config.signals)[0])
 
 

@@ -105,7 +105,7 @@ def _head(name: str) -> str:
 
 
 def _fitting(names: Sequence[str], by_n: Sequence[int], width: int) -> list[int]:
-    """Of the indexes ``by_n`` of ``names``, the first that fit into ``width``, ascending."""
+    """First indexes ``by_n`` of ``names`` that fit into ``width``, ascending."""
     left = width - len("tokens ")
     fitting = []
     for at in by_n:

@@ -24,7 +24,7 @@ from afn_ray.show.vega import (
 
 
 def claims_charts(found: claims.Claims, layer: int) -> list[tuple[str, str, list[Chart]]]:
-    """For each claim its question, the sentence on its controls, and one chart per quantity.
+    """Each claim's question, the sentence on its controls, and one chart per quantity.
 
     Charts show figures of ``layer``, of layer 0 and without a layer; for the claim about layers,
     those of all layers. The tables have every layer.

@@ -146,7 +146,7 @@ def _write_parquet(reader: pa.RecordBatchReader, out: IO[bytes]) -> None:
 
 
 def _is_flat(kind: pa.DataType) -> bool:
-    """Whether Arrow's own CSV form of the type is used."""
+    """True if Arrow's own CSV form of the type is used."""
     return bool(
         pa.types.is_integer(kind)
         or pa.types.is_floating(kind)

@@ -135,7 +135,7 @@ class RunSummary:
 
     @property
     def is_frozen(self) -> bool:
-        """Whether frozen thresholds decide HIGH, and not the run's own."""
+        """True if frozen thresholds decide HIGH, and not the run's own."""
         return any(facts.labels != facts.thresholds for facts in self.layers)
 
     def _repr_html_(self) -> str:

@@ -59,11 +59,13 @@ class Member(NamedTuple):
     stored_name: str = ""
     """Name in the directory of a zip archive, as it is stored."""
     problem: str = ""
-    """Why the bytes cannot be listed: they are no file, but the damaged rest of the archive."""
+    """Reason why the bytes cannot be listed: they are no file, but the
+    damaged rest of the archive.
+    """
 
 
 def is_archive(uri: str) -> bool:
-    """Whether the name of ``uri`` is that of an archive."""
+    """True if the name of ``uri`` is that of an archive."""
     return bool(ENDING.search(uri))
 
 

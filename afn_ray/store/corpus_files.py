@@ -137,7 +137,7 @@ def find_files(pattern: str, left_out: set[str] | None = None) -> list[FileInfo]
 
 
 def _is_utf8(name: str) -> bool:
-    """Whether all bytes of ``name`` were UTF-8; Python decodes others as lone surrogates."""
+    """True if all bytes of ``name`` were UTF-8; Python decodes others as lone surrogates."""
     if name.isascii():
         return True
     return not any("\ud800" <= character <= "\udfff" for character in name)
@@ -163,7 +163,7 @@ def _match(
 
 
 def _is_glob(path: str) -> bool:
-    """Whether ``path`` contains one of ``WILDCARDS``."""
+    """True if ``path`` contains one of ``WILDCARDS``."""
     return any(character in path for character in WILDCARDS)
 
 
@@ -205,7 +205,7 @@ def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any
 
 
 def _has_own_find(fs: fsspec.AbstractFileSystem) -> bool:
-    """Whether the class of ``fs`` replaces fsspec's generic ``find()``."""
+    """True if the class of ``fs`` replaces fsspec's generic ``find()``."""
     # fsspec has no public name for the method that asynchronous filesystems replace.
     if getattr(type(fs), "_find", None) not in (None, AsyncFileSystem._find):
         return True

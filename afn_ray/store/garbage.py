@@ -166,7 +166,7 @@ class _Snapshot:
 
     @property
     def found(self) -> bool:
-        """Whether there is anything to delete."""
+        """True if there is anything to delete."""
         if self.doomed_runs or self.doomed or self.leftovers:
             return True
         return any(self.files_of(name) for name in self.dead_runs)

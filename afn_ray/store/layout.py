@@ -66,7 +66,7 @@ STORE_FILE = re.compile(
 
 
 def is_run_name(name: str) -> bool:
-    """Whether ``name`` is a valid name of a run."""
+    """True if ``name`` is a valid name of a run."""
     match = RUN_NAME.fullmatch(name)
     try:
         return match is not None and bool(datetime.strptime(match[1], STAMP))
@@ -75,7 +75,7 @@ def is_run_name(name: str) -> bool:
 
 
 def is_store_file(uri: str) -> bool:
-    """Whether the path of ``uri`` is that of a file in any store or scratch folder."""
+    """True if the path of ``uri`` is that of a file in any store or scratch folder."""
     return STORE_FILE.search(uri) is not None
 
 
@@ -151,7 +151,7 @@ def sort_files(store: str, files: Iterable[storage.StoredFile]) -> StoreFiles:
 
 
 def _is_probe(name: str) -> bool:
-    """Whether ``name`` is a probe file, or a temporary copy of ``PLANNING``."""
+    """True if ``name`` is a probe file, or a temporary copy of ``PLANNING``."""
     final = _final(name)
     if final == PLANNING:
         return name != PLANNING

@@ -64,12 +64,12 @@ def run_names(store: str) -> list[str]:
 
 
 def is_copy(run: RunFolder) -> bool:
-    """Whether ``run`` is a copy of a complete run under another name. A copy counts as foreign."""
+    """True if ``run`` is a copy of a complete run under another name. A copy counts as foreign."""
     return bool(run.info) and run.info["id"] != run.id
 
 
 def is_copied(store: str, name: str) -> bool:
-    """Whether the run ``name`` is a copy of another run; False if its run.json is damaged."""
+    """True if the run ``name`` is a copy of another run; False if its run.json is damaged."""
     try:
         return is_copy(open_folder(store, name))
     except StoreError:
@@ -244,7 +244,7 @@ def find_run(uri: str) -> RunFolder:
 
 
 def is_named_by(run: RunFolder, uri: str) -> bool:
-    """Whether ``uri``, at which ``run`` was found, names the run itself and not its store."""
+    """True if ``uri``, at which ``run`` was found, names the run itself and not its store."""
     return run.uri == uris.absolute(uri).rstrip("/")
 
 
@@ -302,7 +302,7 @@ def mark_audited(run: RunFolder) -> None:
 
 
 def is_audited(run: RunFolder) -> bool:
-    """Whether ``mark_audited`` was called for ``run``. A damaged mark raises ``StoreError``."""
+    """True if ``mark_audited`` was called for ``run``. A damaged mark raises ``StoreError``."""
     uri = uris.join(run.uri, "audited.json")
     body = read_json(uri)
     return body is not None and body.get("run") == run.id

@@ -42,7 +42,7 @@ class Age:
         return Orphan(file.uri, file.size, age_s, removable)
 
     def is_reached(self, age_s: float) -> bool:
-        """Whether a file that is ``age_s`` seconds old is old enough."""
+        """True if a file that is ``age_s`` seconds old is old enough."""
         return age_s >= 3600 * self.min_age_h
 
 
@@ -84,7 +84,7 @@ class Plans:
 
 
 def may_remove(place: ShardKey, generation: int, *, committed: bool, plans: Plans) -> bool | None:
-    """Whether a file that no commit names can be removed from the folder of the shard at ``place``.
+    """True if a file that no commit names can be removed from the folder of the shard at ``place``.
 
     It can be removed if no attempt can name it any more. None means: only if it is old, because the
     run of its attempt is gone or was complete.

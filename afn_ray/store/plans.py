@@ -235,7 +235,7 @@ def _shards_of(
 
 
 def created_at(run: manifest.RunFolder) -> str:
-    """When the run began, in ISO 8601, UTC. Raises ``StoreError`` if its plan is gone."""
+    """Time at which the run began, in ISO 8601, UTC. Raises ``StoreError`` if its plan is gone."""
     plan = read_plan(run.store, run.id)
     if plan is None:
         raise StoreError(

@@ -1,4 +1,4 @@
-"""Which runs a garbage collection keeps."""
+"""Runs that a garbage collection keeps."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def kept_runs(
 
 
 def _is_leased(files: Iterable[storage.StoredFile], old_s: float) -> bool:
-    """Whether one of the ``files`` of a complete run is the recent lease of a reader."""
+    """True if one of the ``files`` of a complete run is the recent lease of a reader."""
     leases = [file for file in files if layout.LEASE.fullmatch(file.name)]
     return not is_old(leases, old_s)
 
 
 def _is_under_way(store: str, there: layout.StoreFiles, name: str, old_s: float) -> bool:
-    """Whether a file of the incomplete run ``name``, or of a shard that it lists, is recent."""
+    """True if a file of the incomplete run ``name``, or of a shard that it lists, is recent."""
     files = list(there.runs[name])
     for place in planned_shards(store, name):
         files += there.shards.get(place, [])
@@ -121,10 +121,10 @@ def planned_shards(store: str, name: str) -> set[ShardKey]:
 
 
 def is_old(files: Iterable[storage.StoredFile], old_s: float) -> bool:
-    """Whether the last change of every one of ``files`` is at or before ``old_s``, a Unix time."""
+    """True if the last change of every one of ``files`` is at or before ``old_s``, a Unix time."""
     return max((file.modified_s for file in files), default=0.0) <= old_s
 
 
 def has_file(files: Iterable[storage.StoredFile], name: str) -> bool:
-    """Whether one of ``files`` is called ``name``."""
+    """True if one of ``files`` is called ``name``."""
     return any(file.name == name for file in files)

@@ -1,4 +1,4 @@
-"""Which filesystem errors are transient, and how a call is retried after one."""
+"""Transient errors of filesystems, and retries of a call after one."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ _next_warning_s = 0.0
 
 
 def _may_warn(now: float) -> bool:
-    """Whether a further warning is due.
+    """True if a further warning is due.
 
     The calls of many threads fail together, and one warning is enough.
     """
@@ -160,7 +160,7 @@ def _may_warn(now: float) -> bool:
 
 
 def is_transient(error: BaseException, *, local: bool = False) -> bool:
-    """Whether the same call may succeed a moment later.
+    """True if the same call may succeed a moment later.
 
     ``error`` comes from a filesystem; its causes are considered too. ``local`` means a local or
     mounted disk.

@@ -143,7 +143,7 @@ def _new_run(
 
 
 def _is_begun(store: str, name: str) -> bool:
-    """Whether the folder ``name`` is a run with a plan, and not a copy."""
+    """True if the folder ``name`` is a run with a plan, and not a copy."""
     if not storage.exists(uris.join(store, "runs", name, "plan.parquet")):
         return False
     return not manifest.is_copied(store, name)

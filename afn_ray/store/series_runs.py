@@ -71,7 +71,7 @@ def day_of(run: RunFolder) -> date | None:
 
 
 def is_comparable(run: RunFolder, other: RunFolder, layer: int | None = None) -> bool:
-    """Whether the strengths of two complete runs can be compared, at ``layer`` or at any.
+    """True if the strengths of two complete runs can be compared, at ``layer`` or at any.
 
     Their measures have one base: they may differ in layers and signals.
     """
@@ -97,7 +97,7 @@ def alike(
 
 
 def selects_alike(run: RunFolder, config: Mapping[str, Any]) -> bool:
-    """Whether a run with ``config`` selects documents as the complete ``run``.
+    """True if a run with ``config`` selects documents as the complete ``run``.
 
     A first look is no night of whole corpora, even under the same name of a series. The dates in a
     condition may differ.
@@ -136,7 +136,7 @@ def nights_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFold
 
 
 def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
-    """Whether a run before ``run`` is of the same night, by its request or its text."""
+    """True if a run before ``run`` is of the same night, by its request or its text."""
     request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
 
     def is_same_night(earlier: RunFolder) -> bool:
@@ -173,7 +173,7 @@ def partitions_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[Run
 
 
 def is_before(run: RunFolder, tonight: date | None) -> bool:
-    """Whether ``run`` covers a partition before that of ``tonight``."""
+    """True if ``run`` covers a partition before that of ``tonight``."""
     day = day_of(run)
     return day is not None and tonight is not None and day < tonight
 
@@ -184,7 +184,7 @@ def _shards(run: RunFolder) -> pa.Table:
 
 
 def _has_same_text(run: RunFolder, other: RunFolder) -> bool:
-    """Whether both complete runs read the same documents, whatever rows they keep of them."""
+    """True if both complete runs read the same documents, whatever rows they keep of them."""
     options, their_options = (
         RunConfig.of_stored(one.info["config"]).read_options for one in (run, other)
     )

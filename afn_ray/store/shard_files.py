@@ -39,19 +39,19 @@ def shard_uri(store: str, measure_id: str, shard: str) -> str:
 
 
 def _are_counts(value: Any) -> bool:
-    """Whether ``value`` is a dict of counts that can be added up."""
+    """True if ``value`` is a dict of counts that can be added up."""
     if not isinstance(value, dict):
         return False
     return all(type(count) is int and 0 <= count < 1 << 62 for count in value.values())
 
 
 def _is_duration(value: Any) -> bool:
-    """Whether ``value`` is a number of seconds that can be added up."""
+    """True if ``value`` is a number of seconds that can be added up."""
     return type(value) in (int, float) and 0 <= value < 1e12
 
 
 def _are_texts(value: Any) -> bool:
-    """Whether ``value`` is a dict of strings."""
+    """True if ``value`` is a dict of strings."""
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
@@ -113,7 +113,7 @@ def _file_name(entry: Any) -> str:
 
 
 def _stays_in_folder(name: str) -> bool:
-    """Whether ``name`` is a file in the shard's own folder."""
+    """True if ``name`` is a file in the shard's own folder."""
     return "/" not in name and name not in ("", ".", "..")
 
 

@@ -80,7 +80,7 @@ def read_if_there(uri: str, most_bytes: int | None = None) -> bytes | None:
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder at ``uri`` now."""
+    """True if there is a file or folder at ``uri`` now."""
     fs, path = uris.open_filesystem(uri)
     info = call_with_retries(fs, "examining", uri, StoreError, lambda: find_entry(fs, path))
     return info is not None

@@ -103,13 +103,13 @@ def join(uri: str, *parts: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Whether ``uri`` is on a local or mounted disk."""
+    """True if ``uri`` is on a local or mounted disk."""
     archive, _ = split_member(uri) or (uri, "")
     return isinstance(open_filesystem(archive)[0], LocalFileSystem)
 
 
 def is_process_memory(uri: str) -> bool:
-    """Whether ``uri`` is in the memory of this process, which other processes cannot read."""
+    """True if ``uri`` is in the memory of this process, which other processes cannot read."""
     return bool(open_filesystem(uri)[0].protocol == "memory")
 
 

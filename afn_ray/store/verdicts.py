@@ -78,7 +78,7 @@ class StoredVerdict:
     terms: Mapping[str, str] = field(default_factory=dict)
     """Settings under which each figure was found, by name; older verdicts lack them."""
     told: bool = False
-    """Whether this verdict was reported to somebody: to every place that the audit notified."""
+    """True if this verdict was reported to somebody: to every place that the audit notified."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Acceptance(NamedTuple):
     """Names of the limits that were broken; None: all, as in files from before they were kept."""
 
     def covers(self, broken: Iterable[str]) -> bool:
-        """Whether this is a word on every limit of ``broken``."""
+        """True if this is a word on every limit of ``broken``."""
         return self.broken is None or self.broken.issuperset(broken)
 
 
@@ -262,7 +262,7 @@ def acceptance_of(run: RunFolder, broken: Iterable[str]) -> Acceptance | None:
 
 
 def may_be_baseline(run: RunFolder) -> bool:
-    """Whether later nights may be held against ``run``: no limit is broken, or it was accepted.
+    """True if later nights may be held against ``run``: no limit is broken, or it was accepted.
 
     A night that a policy counts as broken because limits could not be judged is one, as otherwise
     there might never be enough of them. A run without a verdict has that of the run over the same

@@ -25,7 +25,7 @@ _CATEGORIES = [unicodedata.category(chr(c))[0] for c in range(0x2E80)]
 _MARK = np.array([c == "M" for c in _CATEGORIES])
 _LETTER = np.array([c in "LM" for c in _CATEGORIES])
 _IS_SPACE = np.array([chr(c).isspace() for c in range(0x3002)])
-"""Whether each character up to U+3001 is white space; none above is."""
+"""True if each character up to U+3001 is white space; none above is."""
 
 
 def all_characters(texts: Sequence[str]) -> tuple[Characters, Ints]:
@@ -38,7 +38,7 @@ def all_characters(texts: Sequence[str]) -> tuple[Characters, Ints]:
 
 
 def is_space(characters: Characters, at: Ints) -> Bools:
-    """Whether the characters ``at`` are white space, bool [n_at].
+    """True if the characters ``at`` are white space, bool [n_at].
 
     Indices outside ``characters`` mean its first or last one.
     """
@@ -46,12 +46,12 @@ def is_space(characters: Characters, at: Ints) -> Bools:
 
 
 def is_mark(characters: Characters, at: Ints) -> Bools:
-    """Whether the characters ``at`` are marks that a word may need joining at, bool [n_at]."""
+    """True if the characters ``at`` are marks that a word may need joining at, bool [n_at]."""
     return _MARK[_taken(characters, at, len(_MARK) - 1)]
 
 
 def is_letter(characters: Characters, at: Ints) -> Bools:
-    """Whether the characters ``at`` are letters or marks, of scripts below U+2E80; bool [n_at]."""
+    """True if the characters ``at`` are letters or marks, of scripts below U+2E80; bool [n_at]."""
     return _LETTER[_taken(characters, at, len(_LETTER) - 1)]
 
 

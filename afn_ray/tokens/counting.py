@@ -159,7 +159,7 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
 
 
 def _is_unknown(piece: FileSlice, options: ReadOptions) -> bool:
-    """Whether the number of selected documents of ``piece`` is unknown."""
+    """True if the number of selected documents of ``piece`` is unknown."""
     return piece.num_documents < 0 or bool(options.where)
 
 
@@ -219,7 +219,7 @@ def _student(variances: Sequence[tuple[float, int]]) -> float:
 
 
 def _is_cut(piece: FileSlice, options: ReadOptions) -> bool:
-    """Whether any part of ``piece`` can be read without the text before it."""
+    """True if any part of ``piece`` can be read without the text before it."""
     # UTF-16 has no such parts; the number of its documents is -1, or that of a limit.
     return (
         reading.is_lines(piece.format, options)

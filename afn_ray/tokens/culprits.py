@@ -12,7 +12,7 @@ REASON_CHARS = 200
 
 
 def is_of_input(error: BaseException) -> bool:
-    """Whether the input may have caused ``error``.
+    """True if the input may have caused ``error``.
 
     Memory, a disk, a signal and an ``AfnError`` are other causes. A panic of a Rust library is a
     ``BaseException`` that no handler for ordinary errors catches; here it counts as an ordinary

@@ -329,7 +329,7 @@ def _words(
 
 
 def _word_starts(tokens: TextTokens, new_text: Bools, characters: Characters, base: Ints) -> Bools:
-    """Which text tokens start a word: [n_tokens].
+    """Text tokens that start a word: [n_tokens].
 
     A word starts at the first token of a text, at a new word of the pre-tokenizer, and at a token
     with white space before or at its first character. The last rule is for tokenizers without a
@@ -363,7 +363,7 @@ def _shifted(values: Integers) -> Integers:
 
 
 def _has_marks(characters: Characters) -> bool:
-    """Whether there may be a mark among ``characters``."""
+    """True if there may be a mark among ``characters``."""
     return int(characters.max(initial=0)) >= FIRST_MARK
 
 
@@ -414,7 +414,7 @@ def _num_marks(ends: Ints, limits: Ints, characters: Characters) -> Int32:
 
 
 def _covers(tokens: TextTokens, character: int, characters: Characters, origin: Ints) -> Bools:
-    """Whether each token covers ``character``, a code point: [n_tokens]."""
+    """True if each token covers ``character``, a code point: [n_tokens]."""
     at = np.flatnonzero(characters == character)
     base = np.repeat(origin[:-1], tokens.lengths)
     first, last = (np.searchsorted(at, base + edge) for edge in (tokens.start, tokens.end))

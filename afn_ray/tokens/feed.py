@@ -333,7 +333,7 @@ class Chunks:
             ) from error
 
     def is_ready(self) -> bool:
-        """Whether the next chunk, an error or the end is there without a wait."""
+        """True if the next chunk, an error or the end is there without a wait."""
         if self._stopped.is_set():
             return True
         if not self._first:
@@ -410,7 +410,7 @@ def _processes(executor: Executor) -> list[multiprocessing.process.BaseProcess]:
 
 
 def _is_ready(started: Future[None] | None) -> bool:
-    """Whether a process has started without an error."""
+    """True if a process has started without an error."""
     return (
         started is not None
         and started.done()

@@ -195,14 +195,14 @@ def _settings(part: Any) -> dict[str, Any]:
 
 
 def _is_local(token: AddedToken) -> bool:
-    """Whether ``token`` in a text is text, or is found by its own characters, none a space."""
+    """True if ``token`` in a text is text, or is found by its own characters, none a space."""
     reaches_out = token.lstrip or token.rstrip or token.single_word
     has_space = any(character.isspace() for character in token.content)
     return token.special or not (reaches_out or has_space)
 
 
 def _splits_before_spaces(splitter: Mapping[str, Any]) -> bool:
-    """Whether a pre-tokenizer of bytes is known to split before every space after a word."""
+    """True if a pre-tokenizer of bytes is known to split before every space after a word."""
     *first, last = splitter.get("pretokenizers", [splitter])
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         return False
@@ -215,7 +215,7 @@ def _splits_before_spaces(splitter: Mapping[str, Any]) -> bool:
 
 
 def _treats_all_alike(processor: Mapping[str, Any]) -> bool:
-    """Whether a post-processor of bytes treats the first token of a text like the others.
+    """True if a post-processor of bytes treats the first token of a text like the others.
 
     Their offsets may leave out spaces; the first one's may leave out all spaces but one.
     """
@@ -241,5 +241,5 @@ def _before_spaces(characters: Characters) -> Bools:
 
 
 def _is_between_words(segment: str) -> bool:
-    """Whether ``segment`` begins with a space and does not end with white space."""
+    """True if ``segment`` begins with a space and does not end with white space."""
     return segment[0] == " " and not segment[-1].isspace()

@@ -66,7 +66,7 @@ class Speller:
         begin: Ints,
         end: Ints,
     ) -> Bools:
-        """Whether each word differs from the texts of its tokens, bool [n_words].
+        """True if each word differs from the texts of its tokens, bool [n_words].
 
         ``token_ids`` are those of the words, one after the other, and ``num_tokens`` how many each
         has, at least 1. A word is written in ``characters`` from ``begin`` to ``end``.

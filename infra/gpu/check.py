@@ -197,7 +197,7 @@ class Report:
             file.write((json.dumps(content, indent=1) + "\n").encode())
 
     def part(self, name: str) -> dict[str, Any]:
-        """What the file has of the part ``name``."""
+        """Rows of the file for the part ``name``."""
         part: dict[str, Any] = self.read()["parts"].get(name, {"rows": {}})
         return part
 
@@ -262,7 +262,7 @@ class Check:
         return str(folder)
 
     def load_bert(self, dtype: str) -> model.Model:
-        """That model at ``LAYER``, proved and ready."""
+        """The model at ``LAYER``, proved and ready."""
         probes = [random_ids([n], made_texts.VOCABULARY).tolist() for n in (4, 30, 250)]
         return load(self.bert(), [LAYER], dtype, self.device, probes)
 
@@ -324,7 +324,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 
 
 def check_device(run: Check) -> None:
-    """What the figures were measured on."""
+    """Machine on which the figures were measured."""
     run.row("machine", partial(_machine, run.device))
 
 
@@ -466,7 +466,9 @@ def _has_flash(device: str) -> bool:
 def _count_syncs(
     submit: Callable[[], model.Pending], device: str
 ) -> tuple[model.Pending, int | None]:
-    """What ``submit`` returns, and how often it waited for the GPU; None without a GPU."""
+    """Result of ``submit``, and the number of times that it waited for the
+    GPU; None without a GPU.
+    """
     if device != "cuda":
         return submit(), None
     torch.cuda.set_sync_debug_mode("warn")
@@ -1049,7 +1051,7 @@ def run_part(
 
 
 def failures(content: dict[str, Any]) -> list[str]:
-    """What failed: one line for each part or row with an error."""
+    """Failures: one line for each part or row with an error."""
     found = []
     for name, part in content["parts"].items():
         if "error" in part:
@@ -1177,7 +1179,7 @@ def check_machine(args: argparse.Namespace) -> None:
 
 
 def is_results(content: Any) -> bool:
-    """Whether ``content``, from a JSON file, has the form of this check's results."""
+    """True if ``content``, from a JSON file, has the form of this check's results."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return False
     parts = content.get("parts")
@@ -1211,7 +1213,7 @@ def open_results(path: Path, empty: dict[str, Any]) -> dict[str, Any]:
 
 
 def why_apart(earlier: dict[str, Any], now: dict[str, Any]) -> str:
-    """In what two results of the part ``device`` differ; empty if in nothing."""
+    """Differences of two results of the part ``device``; empty if in nothing."""
     facts = [part.get("rows", {}).get("machine", {}) for part in (earlier, now)]
     if not all("torch" in each for each in facts):
         return "where they were measured is not known"

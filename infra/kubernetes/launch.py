@@ -43,11 +43,11 @@ class Refused(Exception):
 
 
 class Unknown(Exception):
-    """For ``PATIENCE_S`` nothing could be learnt or done; it says nothing of the RayJob."""
+    """Nothing could be learnt or done for ``PATIENCE_S``; it says nothing of the RayJob."""
 
 
 def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the API server answers; asked again for ``PATIENCE_S``. Raises ``Refused`` or
+    """Answer of the API server; asked again for ``PATIENCE_S``. Raises ``Refused`` or
     ``Unknown``.
     """
     host, port = (os.environ[f"KUBERNETES_SERVICE_{part}"] for part in ("HOST", "PORT"))
@@ -170,7 +170,7 @@ def launch(template: str, job: str, job_uid: str, queue: str) -> int:
 
 
 def main(template: str) -> int:
-    """What to leave with. Python's own 1, of an error nobody thought of, would say that the RayJob
+    """Exit code. Python's own 1, of an error nobody thought of, would say that the RayJob
     failed.
     """
     try:

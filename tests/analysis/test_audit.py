@@ -816,7 +816,7 @@ def test_a_night_that_was_not_judged_is_reported_and_is_the_next_ones_baseline(
 
 
 def test_a_first_night_excuses_only_what_lacks_a_baseline(nights: Nights) -> None:
-    """On another night it changes nothing, nor does it excuse a source that is too small.
+    """It changes nothing on another night, nor does it excuse a source that is too small.
 
     Nor does it stand in for the acceptance of a broken night.
     """

@@ -1,4 +1,4 @@
-"""What broke, by name: junk and lost bytes by source and group; and what is done about it."""
+"""Names of what broke: junk and lost bytes by source and group; and what is done about it."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_junk_is_limited_by_group_with_enough_tokens(caught: Caught) -> None:
 
 
 def test_lost_bytes_of_groups_are_those_of_their_documents(tmp_path: Path, tiny_bert: Path) -> None:
-    """By a kept column from the documents, by a key of the path and by source from the files."""
+    """Groups are by a kept column, by a key of the path, and by source."""
     texts = [("en", "x" * 90), ("de", "y" * 700), ("de", "z"), ("de", "y" * 800), (None, "w" * 900)]
     for lang in ("en", "de"):
         (tmp_path / "c" / f"dt={lang}").mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_limit_on_junk_wants_a_screening_and_is_not_judged_of_an_older_run(
 def test_a_broken_limit_names_sources_groups_and_documents_with_reasons_and_texts(
     caught: Caught,
 ) -> None:
-    """In audit.json, in the output and on the page."""
+    """The place is named in audit.json, in the output and on the page."""
     rules = {rule.key: rule for rule in caught.broken.rules}
     rule, whole = rules["source.junk_share"], rules["junk_share"]
     sources, groups, documents = (

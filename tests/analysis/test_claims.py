@@ -141,8 +141,8 @@ def test_shift_and_what_layers_have_in_common(figures: By, rows: dict[str, Any])
 
 
 def paired_auc_differences(rows: dict[str, Any], k: int) -> list[float]:
-    """Of the AUC at layer ``k`` and that at layer 0, over 1,000 slow samples of the same
-    documents.
+    """Differences of the AUC at layer ``k`` from that at layer 0, over 1,000 slow samples of the
+    same documents.
     """
     dice, documents = (
         np.random.default_rng(1),

@@ -256,7 +256,9 @@ def psi_of(a: RunFolder, b: RunFolder) -> float:
 def test_a_limit_learns_from_nights_that_may_be_baselines(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From those that kept the figure, and from the one without an audit, which is judged again."""
+    """Figures come from those that kept it, and from the one without an audit, which is judged
+    again.
+    """
     copied = copy_of(store, tmp_path)
     first, second, third, fourth, last = runs_of(copied)
     policy = replace(read_policy(policy_of(tmp_path)), unjudged="fail")
@@ -290,7 +292,9 @@ def test_a_limit_learns_from_nights_that_may_be_baselines(
 def test_an_audit_reads_each_complete_run_once(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For its baseline, the nights that limits learn from, its standing, and its page."""
+    """It counts as earlier for its baseline, the nights that limits learn from, its standing, and
+    its page.
+    """
     copied = copy_of(store, tmp_path)
     runs = runs_of(copied)
     read: list[str] = []

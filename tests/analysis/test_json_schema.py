@@ -80,7 +80,7 @@ def toml_of(values: dict[str, Any]) -> str:
 
 
 def refusal_of_run(values: dict[str, Any], folder: Path) -> str | None:
-    """What the parser of run.toml says against a file with ``values``; None: nothing."""
+    """Error of the parser of run.toml against a file with ``values``; None: nothing."""
     return refusal(lambda file: config_from({}, file), values, folder)
 
 
@@ -177,7 +177,7 @@ LEVELS: list[Any] = [
     {"warn": "3 mad", "fail": "2 mad"},
 ]  # fmt: skip
 ORDER_OF_LEVELS = "so no value is a warning alone"
-"""What a schema cannot say: that a warning must come first, which differs with the limit."""
+"""A schema cannot say that a warning must come first, which differs with the limit."""
 
 
 @pytest.mark.parametrize("key", [*WHOLE_LIMITS, *OPTIONS, "kss", ""])

@@ -102,7 +102,7 @@ the policy is broken: 3 limits of 4
 
 
 def test_a_message_says_what_is_usual_for_limits_that_are_numbers_too() -> None:
-    """By the nights that the page draws: eight or more."""
+    """The picture has the nights that the page draws: eight or more."""
     ratio = Rule(Limit("min_tokens_ratio", 0.9), 0.25, "broken", None)
     usual = {"psi": UsualRange(0.004, 0.011, 21), "min_tokens_ratio": UsualRange(0.97, 1.02, 8)}
     lines = message(night([PSI, ratio], []), None, usual).body.splitlines()

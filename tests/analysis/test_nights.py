@@ -250,7 +250,7 @@ def test_two_series_of_one_store_do_not_meet(dated: Dated) -> None:
 
 
 def test_one_folder_after_another_in_the_config_is_one_series(dated: Dated) -> None:
-    """With the window that covers the whole corpus, which here is what the config names."""
+    """The window covers the whole corpus, which here is what the config names."""
     dated.policy.write_text("ks = 0.0001\n")
     text = dated.config.read_text()
     found = []

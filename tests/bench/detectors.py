@@ -34,7 +34,7 @@ Detect = Callable[[str], str | None]
 
 
 def texts_of(file: Path, length: int, most: int) -> list[str]:
-    """At most ``most`` texts of about ``length`` characters, whole words, from a tagged file."""
+    """Up to ``most`` texts of about ``length`` characters, whole words, from a tagged file."""
     sentences = [[form for form, _ in sentence] for sentence in read_tagged(file)]
     count = SENTENCES if length == max(LENGTHS) else 1
     begins = list(range(len(sentences) - count))

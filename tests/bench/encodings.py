@@ -39,7 +39,7 @@ class Layout:
     """Columns in the place of ``start`` and ``end``, with their encodings."""
 
     columns: Callable[[Ints, Ints, Ints], Mapping[str, Ints]]
-    """From ``doc``, ``start`` and ``end``."""
+    """Columns made of ``doc``, ``start`` and ``end``."""
     encodings: Mapping[str, str]
     start: str = "start"
     """SQL of the first character of a token."""

@@ -47,7 +47,7 @@ Float64s = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is wrong with the text of one night."""
+    """Fault of one night's text."""
 
     junk: float = 0  # share of tokens that are junk, with low strengths
     kept: float = 1  # share of the text that arrives
@@ -93,7 +93,7 @@ def half_year(seed: int, incidents: Sequence[Incident] = INCIDENTS) -> list[Nigh
 
 
 def _changes(night: int, incidents: Sequence[Incident]) -> list[Change]:
-    """What is wrong with ``night``, and what has become normal."""
+    """Fault of ``night``, and the faults that have become normal."""
     found = []
     for incident in incidents:
         if night < incident.begin or not (night < incident.end or incident.stays):
@@ -213,7 +213,7 @@ def broken_nights(nights: Sequence[Night], kind: Kind) -> list[int]:
 
 
 class Count(NamedTuple):
-    """What the alarms of a half year are worth."""
+    """Worth of the alarms of half a year."""
 
     rightly: int  # incidents that woke somebody
     missed: tuple[str, ...]  # names of those that woke nobody

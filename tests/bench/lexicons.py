@@ -42,9 +42,9 @@ UNLISTED = Entry(0.0, 0)
 Sentence = list[tuple[str, str]]
 """The forms of a sentence, each with its tag."""
 Pattern = tuple[bool, ...]
-"""For each list of a language, whether it has the word."""
+"""True for each list of a language that has the word."""
 Right = Mapping[Pattern, tuple[int, int]]
-"""How many rare words of a pattern the tagged words have as closed, and how many they have."""
+"""Numbers of tagged rare words of each pattern: closed ones, and all."""
 
 
 class Sources(NamedTuple):
@@ -55,7 +55,7 @@ class Sources(NamedTuple):
     contractions: frozenset[str]  # closed; the tagged words have their parts instead
 
     def pattern(self, word: str) -> Pattern:
-        """Which of the lists have ``word``."""
+        """Lists that have ``word``."""
         return tuple(word in words for words in self.lists.values())
 
     def listed(self) -> set[str]:
@@ -125,7 +125,7 @@ class Tagged:
 
 
 def is_apart(form: Entry, word: Entry) -> bool:
-    """Whether a form of ``word`` has a class of its own, and uses enough to say so."""
+    """True if a form of ``word`` has a class of its own, and uses enough to say so."""
     return form.uses >= LEAST_FORM and form.is_closed != word.is_closed
 
 
@@ -171,7 +171,9 @@ def build(tagged: Tagged, sources: Sources, elsewhere: Right, unlisted: float) -
 
 
 def rightness(seen: Mapping[str, Entry], sources: Sources, most_uses: float = RARE) -> Right:
-    """How often lists are right about the words in ``seen`` with few uses, by pattern."""
+    """Counts of the words in ``seen`` with few uses, by pattern of the
+    lists: closed ones, and all.
+    """
     counts: dict[Pattern, tuple[int, int]] = {}
     for word in sources.listed() & seen.keys():
         if seen[word].uses <= most_uses:
@@ -317,7 +319,7 @@ def _cleaned(words: Iterable[str], language: str) -> frozenset[str]:
 
 
 def _is_word(text: str) -> bool:
-    """Whether ``text`` has letters, and beside them only marks, joiners,
+    """True if ``text`` has letters, and beside them only marks, joiners,
     apostrophes and hyphens.
     """
     kinds = [unicodedata.category(c)[0] for c in text if c not in "'-\u200c\u200d"]
@@ -432,8 +434,8 @@ def lexicons_without_tagged(tagged: Sequence[Language]) -> dict[str, Lexicon]:
 
 
 def score_alone(one: Language, tagged: Sequence[Language], packages: tuple[str, ...]) -> Score:
-    """How well ``one`` is classed without its tagged words, if there are
-    the lists of ``packages``.
+    """Score of the classes of ``one``, built without its tagged words from
+    lists of ``packages``.
     """
     elsewhere = _rightness_of([t for t in tagged if t is not one], packages, math.inf)
     words = build(Tagged([], one.code), one.with_lists(packages), elsewhere, 1.0)
@@ -441,7 +443,7 @@ def score_alone(one: Language, tagged: Sequence[Language], packages: tuple[str, 
 
 
 def _rightness_of(others: Iterable[Language], packages: Iterable[str], most_uses: float) -> Right:
-    """How right the lists of ``packages`` are in ``others``."""
+    """Accuracy of the lists of ``packages`` in ``others``."""
     names = list(packages)
     return add_up(rightness(other.seen, other.with_lists(names), most_uses) for other in others)
 

@@ -27,7 +27,7 @@ def quiet() -> list[half_year.Night]:
 def test_each_incident_changes_its_nights_and_no_others(
     nights: list[half_year.Night], quiet: list[half_year.Night]
 ) -> None:
-    """With one luck, up to the first change; after it the numbers drawn differ."""
+    """Nights of one seed are equal up to the first change; after it the numbers drawn differ."""
     same = [
         np.array_equal(a.histogram.counts, b.histogram.counts)
         for a, b in zip(nights, quiet, strict=True)

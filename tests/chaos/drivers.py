@@ -22,7 +22,7 @@ PRELOADED = [
     "afn_ray.model",
     "transformers.models.bert.modeling_bert",
 ]
-"""What takes seconds to import; a driver is a fork of a process that has it."""
+"""Imports that take seconds; a driver is a fork of a process that has it."""
 
 
 def _become_afn(arguments: list[str], said: str, environment: dict[str, str]) -> None:
@@ -65,7 +65,7 @@ class Driver:
         return self.process.is_alive()
 
     def signal(self, number: signal.Signals) -> None:
-        """To the driver alone; nothing when it has ended."""
+        """Send a signal to the driver alone; nothing when it has ended."""
         if self.process.is_alive() and self.process.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)

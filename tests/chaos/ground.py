@@ -1,4 +1,4 @@
-"""What a chaos test stands on: a corpus of small shards, a model, and the rows that an undisturbed
+"""Ground of a chaos test: a corpus of small shards, a model, and the rows that an undisturbed
 run records.
 """
 

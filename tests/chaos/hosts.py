@@ -28,9 +28,11 @@ from warm_workers import FAULTS, PYTHON_PATH, choose
 ATOMIC_S3 = Path(__file__).parents[1] / "atomic_s3.py"
 """Server of S3."""
 OBJECT_STORE_BYTES = 80 << 20
-"""Of each node, near the least that Ray takes: only shards and commits travel through it."""
+"""Object store of each node, near the least that Ray takes: only shards and commits travel through
+it.
+"""
 START_S = 90.0
-"""How long a Ray, a node or a server may take to answer."""
+"""Longest time for a Ray, a node or a server to answer."""
 NODES = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -73,12 +75,12 @@ class Chaos:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of a process that shall load the plugin, and of all that it starts."""
+        """Environment of a process that shall load the plugin, and of all that it starts."""
         inherited = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         return inherited | {FAULTS: str(self.file), "PYTHONPATH": PYTHON_PATH}
 
     def plan(self, *faults: dict[str, Any], slow_s: float = 0.0) -> None:
-        """From now on these faults, none of them hit yet, and an empty log."""
+        """Start these faults, none of them hit yet, and an empty log."""
         for old in self.log.parent.glob(f"{self.log.name}*"):
             old.unlink()
         new = self.file.with_suffix(".new")
@@ -86,7 +88,7 @@ class Chaos:
         new.replace(self.file)
 
     def events(self, point: str, **fields: Any) -> list[Event]:
-        """What the log has of ``point``, in order; ``fields`` choose by value."""
+        """Entries of the log for ``point``, in order; ``fields`` choose by value."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         events: list[Event] = [json.loads(line) for line in lines]
         return [
@@ -262,7 +264,7 @@ def _own_nodes() -> None:
 
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "c": "10.77.0.3"}
-"""Of the hosts, in their namespaces alone."""
+"""Addresses of the hosts, in their namespaces alone."""
 NAMESPACE = re.compile("afn-([0-9]+)-[abc]")
 
 
@@ -306,7 +308,7 @@ class Hosts:
             raise
 
     def within(self, host: str) -> list[str]:
-        """What to put before a command that is to run on ``host``."""
+        """Words to put before a command that is to run on ``host``."""
         return ["ip", "netns", "exec", _namespace(host)]
 
     def start(self, host: str, *arguments: str) -> Path:

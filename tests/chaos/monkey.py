@@ -23,7 +23,7 @@ from hosts import Chaos
 
 POINTS = ("process", "measured", "uploaded", "committed")
 RAY_EVERY = 4
-"""Of so many rounds one is on Ray: it takes as long as the others together."""
+"""One of so many rounds is on Ray: it takes as long as the others together."""
 FAULTS_IN_ROUND = 25
 
 

@@ -1,4 +1,4 @@
-"""How a command ends: the exit code of the last log line is the one that the shell sees."""
+"""End of a command: the exit code of the last log line is the one that the shell sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strangers write is bounded and runs nothing: corpora, models and stores made to hurt whoever
+"""Files of strangers are bounded and runs nothing: corpora, models and stores made to hurt whoever
 reads them.
 """
 
@@ -150,7 +150,7 @@ def test_a_bomb_costs_its_own_file_and_what_came_before_it_stays(tmp_path: Path)
 
 
 class Evil:
-    """What runs code as it is unpickled."""
+    """A class that runs code as it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

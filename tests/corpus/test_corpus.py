@@ -98,7 +98,7 @@ def texts(documents: Sequence[Document]) -> list[str | None]:
 
 
 def is_garbled(text: str, num_replaced: int) -> bool:
-    """Whether four characters, and more than one of twenty, are replaced or control characters."""
+    """True if four characters, and more than one of twenty, are replaced or control characters."""
     num_bad = num_replaced + sum(
         unicodedata.category(c) == "Cc" and c not in "\t\n\f\r\x7f" for c in text
     )

@@ -354,7 +354,7 @@ def test_the_encoding_that_is_given_may_be_one_that_browsers_do_not_know() -> No
 
 
 def test_pages_of_many_unclosed_elements_are_read() -> None:
-    """As of the last century: nothing is closed that the next of its kind closes."""
+    """HTML of the last century: nothing is closed that the next of its kind closes."""
     cell = "<tr><td><font size=2>a</font><p>b<li>c<td><b>d</b><dl><dt>e<dd>f</dl>"
     page = f"<body><table>{cell * 900}</table><script>{'if (i<b && n<a) d;' * 9000}</script>"
     assert html.html_text(page.encode(), "utf-8").count("f") >= 900

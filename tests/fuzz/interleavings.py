@@ -57,7 +57,7 @@ class Call:
     name: str
 
     def commutes(self, other: Call) -> bool:
-        """Whether the two give the same in either order."""
+        """True if the two give the same in either order."""
         if {self.kind, other.kind} <= {"read", "list"} or self.kind == other.kind == "delete":
             return True
         a, b = f"{self.name}/", f"{other.name}/"
@@ -315,7 +315,7 @@ class Inline:
 
 
 def sample(make: Callable[[], World], judge: Callable[[World], None], seeds: Iterable[int]) -> int:
-    """As ``explore``, in one random order for each of ``seeds``; returns how many these were.
+    """Does as ``explore``, in one random order for each of ``seeds``; returns how many these were.
 
     The first process goes on until it has to wait for another: at a few random calls, as faults of
     order need no more (Burckhardt and others, 2010, "probabilistic concurrency testing").

@@ -258,7 +258,7 @@ def gc(protocol: Protocol) -> Body:
 
 
 def _look(protocol: Protocol) -> Body:
-    """What is deleted: the next epoch, runs that are given up, dead ones, files, and what is known.
+    """Deletes the next epoch, runs that are given up, dead ones, files, and what is known.
 
     What is known are the plans of the kept runs, and the leases that were seen. None: nothing.
     """
@@ -360,7 +360,7 @@ def _leftovers(
 
 
 def _publish_epoch(epoch: Epoch) -> Body:
-    """Whether ``epoch`` is the newest now."""
+    """True if ``epoch`` is the newest now."""
     name = f"gc/{epoch[0]}"
     if not (yield "once", name, epoch):
         return False
@@ -409,7 +409,7 @@ def _claimed(
 
 
 def _condemn(protocol: Protocol, name: str, *, was_complete: bool) -> Body:
-    """Whether the run ``name`` cannot be completed any more."""
+    """True if the run ``name`` cannot be completed any more."""
     if not protocol.condemn:
         return True
     if was_complete:
@@ -641,7 +641,7 @@ def explore(
 def _steps(
     state: State, now: Files, processes: list[Live], *, echo: bool
 ) -> Iterator[tuple[int | str, Call, State]]:
-    """Who can make which call now, and the state behind it."""
+    """Calls that each process can make now, and the state behind it."""
     for i, process in enumerate(processes):
         if process.call is None:
             continue

@@ -263,7 +263,7 @@ ASKS: dict[str, Callable[[str], object]] = {
     "report": ask_report,
 }
 SLOW = ("sql", "report")
-"""What the short run asks of one store in eight."""
+"""Questions that the short run asks of one store in eight."""
 
 
 def test_what_was_altered_and_sealed_again_is_a_finding_a_refusal_or_an_answer(

@@ -160,8 +160,8 @@ def read(path: Path, options: ReadOptions, shard_bytes: int) -> list[Document]:
 def silent_loss(
     rows: Rows, found: list[Document], data: bytes, format: str, compression: str
 ) -> str:
-    """What is lost of ``rows`` and said nowhere; empty where nothing is. ``data``: the damaged
-    file.
+    """Parts of ``rows`` that are lost and said nowhere; empty where nothing is. ``data``: the
+    damaged file.
     """
     good = [d for d in found if d.problem is None]
     problems = [d for d in found if d.problem is not None]

@@ -80,7 +80,7 @@ def begin(*names: str) -> run_claims.Claim:
 
 
 def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Shard) -> Commit:
-    """As a worker does."""
+    """Does what a worker does."""
     found = shard_files.read_commit(STORE, ID, one.id, one.generation)
     if found is not None:
         return found
@@ -90,7 +90,7 @@ def measure(tables: dict[str, tuple[Path, int]], attempt: Iterator[str], one: Sh
 
 @dataclass(frozen=True)
 class Driver:
-    """What ``job.run`` does with a store."""
+    """Does what ``job.run`` does with a store."""
 
     tables: dict[str, tuple[Path, int]]
     attempt: Iterator[str]
@@ -131,7 +131,7 @@ def collect(min_age_h: float = 0) -> garbage.Garbage:
 
 
 def clean() -> None:
-    """What ``verify --clean`` does behind its checks, without any patience."""
+    """Does what ``verify --clean`` does after its checks, without any patience."""
     there = layout.sort_files(STORE, storage.list_below(STORE))
     epoch = epochs.newest(STORE)
     checked = {}

@@ -30,7 +30,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     "gone": lambda: OSError(errno.ENXIO, "No such device or address"),
     "throttled": lambda: faults.s3_error("SlowDown", 503),
 }
-"""What a call raises, by name."""
+"""Errors that a call raises, by name."""
 
 
 @dataclass

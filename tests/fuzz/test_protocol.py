@@ -56,7 +56,7 @@ class Scenario:
 
 
 def check(scenario: Scenario, files: Files, processes: list[Live]) -> None:
-    """What holds in every state, and tomorrow if all processes die in it."""
+    """Invariants of every state, and tomorrow if all processes die in it."""
     whole(files)
     for i, process in enumerate(processes):
         allowed = isinstance(process.error, GivenUp) and i in scenario.may_give_up
@@ -185,7 +185,7 @@ def test_a_protocol_that_lacks_a_step_is_found_out(name: str) -> None:
 
 
 def model_of(files: dict[str, bytes]) -> frozenset[tuple[str, Any]]:
-    """What a store in memory holds, in the names of the model."""
+    """Content of a store in memory, in the names of the model."""
     names = {real.shard(name).id: name for name in "abc"}
     attempts = {f"{1:016x}": "old", real.LEFT: "left"}
     folders = sorted({name.split("/")[-2] for name in files if "/runs/" in name})
@@ -251,7 +251,7 @@ AS_THE_CODE = {
 def test_what_the_code_leaves_is_an_end_of_the_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fuzz_length: str
 ) -> None:
-    """In random orders of the product's own code."""
+    """The product's own code runs in random orders."""
     _, ends = explored(AS_THE_CODE[name])
     make, _ = real.Explorer(tmp_path, monkeypatch).scenario(name)
     found = set()

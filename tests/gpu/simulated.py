@@ -114,7 +114,7 @@ class Arrivals:
 
 @dataclass(slots=True)
 class Log:
-    """What the device was asked for, by name, since the last ``clear``."""
+    """Requests to the device, by name, since the last ``clear``."""
 
     kernels: Counter[str] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)  # pinned and non-blocking
@@ -518,7 +518,7 @@ def device(
     varlen_attn: Callable[..., Any] = varlen_of_now,
     kernel: Callable[[Log], fused.Kernel] | None = None,
 ) -> Iterator[Log]:
-    """In this context, in this thread, torch has one GPU; yields the log of what it was asked for.
+    """Let torch have one GPU in this context and thread; yields the log of what it was asked for.
 
     ``varlen_attn`` is the function of torch that calls flash attention. ``kernel`` makes the kernel
     of ``model/fused``; without it, triton is not installed.

@@ -226,7 +226,7 @@ def test_parts_of_another_machine_are_neither_kept_nor_lost(drills: Any) -> None
 
 
 def is_running(process: int) -> bool:
-    """Whether the process exists and is no zombie, which some containers keep."""
+    """True if the process exists and is no zombie, which some containers keep."""
     stat = Path(f"/proc/{process}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 

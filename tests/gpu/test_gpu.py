@@ -1,4 +1,4 @@
-"""On a simulated GPU, every packed family uses flash attention without making the host wait, and
+"""Every packed family on a simulated GPU uses flash attention without making the host wait, and
 where flash attention is refused, the next best way is used and named.
 """
 

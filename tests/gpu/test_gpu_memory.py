@@ -1,4 +1,4 @@
-"""On a simulated GPU, a model takes the memory of the weights that run and of one block, and all
+"""A model on a simulated GPU takes the memory of the weights that run and of one block, and all
 families are proved there, block by block.
 """
 

@@ -144,7 +144,7 @@ def test_half_precision_passes_the_self_check(name: str, dtype: str, tmp_path: P
 
 
 def test_the_range_of_experts_is_watched(folder: Path) -> None:
-    """As that of products: a precision is chosen by it."""
+    """Errors are compared as those of products: a precision is chosen by it."""
     loaded = load(folder, "bfloat16", [1, 3])
     ids = np.array(documents(1, [30])[0])
     with loaded.watched() as peak:

@@ -127,7 +127,7 @@ def agree(loaded: model.Model, plain: torch.nn.Module) -> None:
 
 
 def ran(loaded: model.Model, layer: int) -> list[int]:
-    """Which blocks run for ``layer``, in order."""
+    """Blocks that run for ``layer``, in order."""
     calls: list[int] = []
     handles = [
         block.register_forward_pre_hook(lambda module, args, at=at: calls.append(at))

@@ -88,7 +88,7 @@ def test_blocks_that_do_not_run_are_not_loaded(name: str, folder: Callable[..., 
 def test_weights_kept_in_half_precision_give_the_bits_of_float32(
     stored: str, name: str, folder: Callable[..., Path]
 ) -> None:
-    """Of the plain reference, and of what is measured in float32 and in bfloat16."""
+    """The bits are equal in the plain reference, and measured in float32 and in bfloat16."""
     files = find_model(folder(name, stored, stored))
     plain = transformers.AutoModel.from_pretrained(files.folder, dtype=torch.float32).eval()
     narrow = model.Model(files, [1, 2], "float32", "cpu", 64)

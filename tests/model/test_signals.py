@@ -56,7 +56,7 @@ def load(
 def measure(
     loaded: model.Model, signals: list[Signal], filler: int = 9
 ) -> list[dict[str, np.ndarray]]:
-    """By text: each series' values, out of one batch."""
+    """Values of each series by text, out of one batch."""
     lengths = [len(t) for t in TEXTS]
     ids = np.concatenate([*(np.array(t) for t in TEXTS), np.full(filler * loaded.packed, 7)])
     values = loaded.measure(ids, lengths, signals)[:, : sum(lengths)]
@@ -102,7 +102,7 @@ def received(weights: torch.Tensor, sees: torch.Tensor) -> tuple[np.ndarray, np.
 
 
 def seen_by(loaded: model.Model, weights: torch.Tensor) -> torch.Tensor:
-    """Which keys a query may look at, in the plain model: a weight that is 0 in every head is
+    """Keys that a query may look at, in the plain model: a weight that is 0 in every head is
     none.
     """
     return (weights > 0).any(0).double()

@@ -111,7 +111,7 @@ def started() -> Iterator[processes.Fresh | processes.Fork]:
 
 
 def surroundings(run: Run) -> dict[str, object]:
-    """What a query process has from its start."""
+    """Environment, limits and files of a query process."""
     pid = pid_of(run)
     status = Path(f"/proc/{pid}/status").read_text()
     limits = Path(f"/proc/{pid}/limits").read_text()

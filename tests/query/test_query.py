@@ -292,7 +292,7 @@ def test_tokens_have_their_document_text_flags_and_quartiles(run: Run) -> None:
 
 
 def test_thresholds_are_compared_as_the_floats_they_are() -> None:
-    """What goes into the views' SQL comes back bit by bit."""
+    """Values in the views' SQL come back bit by bit."""
     rng = np.random.default_rng(0)
     values = np.exp(rng.uniform(-60, 60, 3000)).astype(np.float32)
     with duckdb.connect() as connection:
@@ -777,7 +777,7 @@ def test_no_way_out_of_the_run(
 
 
 def session_of(run: Run) -> session.Session:
-    """What the run's process consists of, in this process."""
+    """Parts of the run's process, in this process."""
 
     def read(name: str, start: int, end: int) -> bytes:
         with run._contents.files.open(name) as file:

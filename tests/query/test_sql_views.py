@@ -382,7 +382,7 @@ def test_words_of_many_tokens_are_as_many_words_beside_it(tmp_path: Path, num_to
 
 
 def scans_files(plan: dict[str, Any]) -> bool:
-    """Whether rows of files come out of ``plan``, in their number."""
+    """True if rows of files come out of ``plan``, in their number."""
     if plan["name"].endswith(("UNNEST", "GROUP_BY", "AGGREGATE")):
         return False
     return "PARQUET" in str(plan["extra_info"]) or any(map(scans_files, plan["children"]))
@@ -528,7 +528,7 @@ EVERYTHING += [
 
 
 def answers_here(run_uri: str, baseline: str) -> list[Any]:
-    """What ``EVERYTHING`` gives without a catalog."""
+    """Rows of ``EVERYTHING`` without a catalog."""
     with open_run(run_uri, baseline=baseline) as run:
         return [json.loads(json.dumps(run.sql(sql).fetchall(), default=str)) for sql in EVERYTHING]
 

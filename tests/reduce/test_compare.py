@@ -48,7 +48,7 @@ DISTANCES = ("psi", "ks", "js")
 
 
 class Raw(NamedTuple):
-    """What a run recorded of its tokens, special ones left out."""
+    """Recorded tokens of a run, special ones left out."""
 
     strengths: dict[int, np.ndarray[Any, Any]]
     token_ids: np.ndarray[Any, Any]
@@ -175,7 +175,7 @@ def rows_of(table: pa.Table, **having: Any) -> list[dict[str, Any]]:
 
 
 def expected_distances(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> dict[str, float]:
-    """From raw strengths, as the definitions read."""
+    """Computed from raw strengths, as the definitions read."""
 
     def shares(values: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.bincount(
@@ -624,7 +624,7 @@ def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison
 
 
 def test_words_that_moved_are_those_of_the_tables_of_words(compared: Comparison) -> None:
-    """By word, from the tables of both runs, in plain Python."""
+    """Movers by word, from the tables of both runs, in plain Python."""
     tables = [manifest.read_table(run, "word_vocabulary") for run in (compared.a, compared.b)]
     for layer in (0, 2):
         a, b = (

@@ -424,7 +424,7 @@ def test_a_policy_limits_copies_in_each_source_and_group(runs: dict[str, Any], c
 def test_copies_are_shared_out_among_joined_groups_and_documents_without_a_value(
     by: str, choice: str, tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a kept column and by a key of the path: two groups, the others,
+    """Groups are by a kept column and by a key of the path: two groups, the others,
     and those with no value.
     """
     monkeypatch.setattr(groups, "MAX_GROUPS", 2)

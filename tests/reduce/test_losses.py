@@ -1,4 +1,4 @@
-"""What a run lost is added up by file, whatever the order of the sums, and said in words."""
+"""Losses of a run are added up by file, whatever the order of the sums, and said in words."""
 
 from __future__ import annotations
 

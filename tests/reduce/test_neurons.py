@@ -47,7 +47,7 @@ DENSE = [n for n in [*PACKED, *PADDED] if n != "qwen2-moe"]
 
 
 def plain_neurons(folder: Path, ids: list[int]) -> list[np.ndarray]:
-    """What goes into the last product of each block's MLP, [n_tokens, n_neurons] each."""
+    """Inputs of the last product of each block's MLP, [n_tokens, n_neurons] each."""
     plain = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     seen: list[np.ndarray] = []
     for name, module in plain.named_modules():

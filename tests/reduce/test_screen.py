@@ -61,7 +61,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
 
 
 def reference(run: afn_ray.Run) -> dict[int, dict[str, Any]]:
-    """By document: its features, its score and which documents share its text, in plain Python."""
+    """Each document: its features, its score and which documents share its
+    text, in plain Python.
+    """
     tokens = run.sql(
         "SELECT doc, token_id, is_special, is_word_start, strength_2 FROM tokens ORDER BY doc, "
         "position"

@@ -259,7 +259,9 @@ def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
 def test_a_summary_is_what_counting_one_by_one_gives(
     docs: list[list[Any]], cuts: list[int], shard_end: int, few_keys: int
 ) -> None:
-    """For any chunks, two shards or one, and however often chunks are merged on the way."""
+    """The sums are equal for any chunks, two shards or one, and however often chunks are merged on
+    the way.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shard_summary, "COMPACT_KEYS", few_keys)
         patch.setattr(thresholds, "MERGE_KEYS", max(1, few_keys))

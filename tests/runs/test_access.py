@@ -164,7 +164,7 @@ def test_an_open_cluster_is_refused_and_joined_only_by_a_flag_that_says_so(
 
 
 def refuse(**_: object) -> None:
-    """What ``ray.init`` comes to after half a minute and many lines."""
+    """Error of ``ray.init`` after half a minute and many lines."""
     raise ConnectionError("Failed to connect to the cluster")
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of a document is a function of it and of its shard: never of workers, order or
+"""Records of a document are a function of it and of its shard: never of workers, order or
 neighbours.
 """
 
@@ -65,7 +65,7 @@ def unrounded() -> Iterator[None]:
 
 
 ALONE: WeakKeyDictionary[Processor, list[np.ndarray]] = WeakKeyDictionary()
-"""Of each, the strengths of all texts of ``pool`` measured together."""
+"""Strengths of all texts of ``pool``, measured together, by processor."""
 
 
 def measure(processor: Processor, texts: list[str]) -> list[np.ndarray]:
@@ -218,7 +218,7 @@ def shards(config: RunConfig, tmp_path: Path, verses: list[str]) -> tuple[plans.
 
 
 def contents(commits: list[Commit]) -> dict[str, list[str]]:
-    """By shard, a hash of every byte of every table."""
+    """Hash by shard of every byte of every table."""
     return {c.shard: [str(c.files[name]["sha256"]) for name in sorted(c.files)] for c in commits}
 
 

@@ -49,7 +49,7 @@ def make_shard(name: str, num_bytes: int = 1000) -> Shard:
 
 SHARDS = [make_shard(f"s{i}") for i in range(20)]
 Fate = BaseException | Cause | str | None
-"""Of an attempt: an error, a death of its worker, "hang", or done."""
+"""Outcome of an attempt: an error, a death of its worker, "hang", or done."""
 
 
 @dataclass

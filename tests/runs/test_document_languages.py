@@ -347,7 +347,7 @@ def test_a_labelled_corpus_has_languages_and_keeps_its_tags(
 def test_other_closed_class_words_here_are_no_damage_of_a_run_that_had_its_own(
     asked: tuple[RunConfig, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the words do not decide is compared all the same."""
+    """Columns that the words do not decide are compared all the same."""
     find, sums = lexicon.find, language_uses.LanguageUses._sums
 
     def tables_with_findings() -> set[str]:

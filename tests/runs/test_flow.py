@@ -169,7 +169,7 @@ def together(processor: Processor, shards: list[Shard]) -> list[Future[Commit]]:
 
 
 def culprit_in(processor: Processor) -> Callable[[TokenBatch], bool]:
-    """Whether a batch has the culprit."""
+    """True if a batch has the culprit."""
     pieces = processor.measurer.preparer.pieces
     number = pieces.index(CULPRIT.lower())
     return lambda batch: number in batch.ids[: sum(batch.lengths)]
@@ -310,12 +310,12 @@ def test_an_error_fails_its_own_shard(
 
 
 class Activation:
-    """What a forward pass holds on the device."""
+    """Memory that a forward pass holds on the device."""
 
 
 @pytest.fixture
 def uncollected(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In this context no garbage is collected: what refers to itself stays."""
+    """Collect no garbage in this context: what refers to itself stays."""
     gc.collect()
     monkeypatch.setattr(gc, "collect", lambda *args: 0)
     gc.disable()

@@ -35,7 +35,7 @@ DAY_NS = 86_400_000_000_000
 
 @dataclass
 class Work:
-    """What a run had to do: files read to plan, and shards measured."""
+    """Work of a run: files read to plan, and shards measured."""
 
     hashed: int = 0
     measured: int = 0
@@ -133,7 +133,7 @@ def fill(folder: Path, verses: list[str]) -> None:
 
 
 def sizes(folder: Path) -> None:
-    """What the counts below rest on."""
+    """Corpus that the counts below rest on."""
     for name, low, high in (
         ("a0.txt", 1, B // 12),
         ("c.csv", B, 1 << 20),

@@ -110,7 +110,7 @@ print(json.dumps({
 def work(
     corpora: list[Path], store: Path, model: Path, shard_bytes: int, environment: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """What as many workers say as there are ``corpora``: each processes one, all at once and on two
+    """Reports of one worker for each of ``corpora``: each processes one, all at once and on two
     cores.
     """
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:2]))

@@ -1,5 +1,5 @@
-"""How many workers have a place on the nodes of a Ray, with how many tokenizers, and what is said
-where a node has too few CPUs for its GPUs.
+"""Number of workers that have a place on the nodes of a Ray, with how many tokenizers, and what is
+said where a node has too few CPUs for its GPUs.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_a_number_of_workers_that_no_gpu_takes_is_refused(num: int) -> None:
 
 
 class FakeRay:
-    """What a pool asks of Ray: nodes, and actors that it only counts."""
+    """Parts of Ray that a pool asks: nodes, and actors that it only counts."""
 
     exceptions = ray.exceptions
 
@@ -508,7 +508,7 @@ def test_a_rate_is_of_the_number_of_tokenizers_with_which_it_was_measured(
     fits: set[int],
     others: set[int],
 ) -> None:
-    """By default a GPU's node decides their number, so a run then takes a rate with any and says
+    """A GPU's node decides their number by default, so a run then takes a rate with any and says
     with how many it was measured.
     """
 

@@ -372,7 +372,7 @@ def test_strengths_that_are_not_finite_quarantine_their_document(
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, word: str, error: BaseException) -> list[int]:
-    """From now on the model raises ``error`` for batches with ``word``, a token of its own; returns
+    """Make the model raise ``error`` for batches with ``word``, a token of its own; returns
     their sizes.
     """
     token = tokenizers.Tokenizer.from_file(str(demo.model_folder() / "tokenizer.json")).token_to_id(
@@ -1237,7 +1237,9 @@ def test_the_reduce_alone_gives_what_the_run_would_have_given(
     monkeypatch: pytest.MonkeyPatch,
     no_model: Callable[[], None],
 ) -> None:
-    """With the precision and the outlier dimensions that the store's calibrations found."""
+    """A reduce uses the precision and the outlier dimensions that the
+    store's calibrations found.
+    """
     write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
     asked: dict[str, Any] = {
         "corpus": (str(tmp_path / "c.jsonl"),),

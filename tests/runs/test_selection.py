@@ -357,7 +357,7 @@ def test_a_selection_is_a_series_of_its_own() -> None:
 
 
 def test_a_first_look_does_not_stand_in_for_a_whole_corpus(make: Make) -> None:
-    """Where a store is named, or a series has a name."""
+    """Series where a store is named, or a series has a name."""
     config = make()
     with afn_ray.run(config) as run:
         whole = manifest.find_run(run.uri)

@@ -1,4 +1,4 @@
-"""What a run is said to take: rates that are its own, money with its arithmetic, and a crowd that
+"""Estimate of a run: rates that are its own, money with its arithmetic, and a crowd that
 loses no shard.
 """
 
@@ -422,14 +422,14 @@ def test_a_crowd_that_fails_all_the_time_ends_every_shard_once(
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "infra" / "guide" / "sizing.md"
 TEXT_BYTES = 4
-"""Of a token, in English text and a vocabulary of 30,522; and what one worker does in a second, as
-the page says.
+"""Bytes of a token, in English text and a vocabulary of 30,522; and what one worker does in a
+second, as the page says.
 """
 CPU_RATE, WORKERS = 2_250.0, 100
 SUMMARY_BYTES = 1.15
 DRIVER_BYTES = 2_400
 PAIR_BYTES = 64
-"""Of memory while sums merge: ``SeriesSummary.merge``."""
+"""Bytes of memory while sums merge: ``SeriesSummary.merge``."""
 
 
 def distinct_pairs(tokens: float) -> float:
@@ -500,7 +500,7 @@ def test_the_table_of_the_page_is_what_its_arithmetic_gives() -> None:
 
 
 def test_the_law_of_the_page_is_that_of_what_was_reduced() -> None:
-    """Of 66,929,845 generated tokens in 16 summaries: 77 MB, of which each pair takes 1 to 2
+    """Sums of 66,929,845 generated tokens in 16 summaries: 77 MB, of which each pair takes 1 to 2
     bytes.
     """
     assert 1.0 < 77e6 / (16 * distinct_pairs(66_929_845 / 16)) < 2.0

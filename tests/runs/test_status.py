@@ -1,5 +1,5 @@
-"""What can be seen of a run: its status in the store, its log as JSON, its metrics, and rules that
-judge these.
+"""Views of a run from outside: its status in the store, its log as JSON, its metrics, and rules
+that judge these.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from conftest import MakeConfig, fenced, stop_after, write_jsonl
 INFRA = Path(__file__).parents[2] / "infra"
 MONITORING, GUIDE = INFRA / "monitoring", INFRA / "guide" / "seeing.md"
 MARK = "zyxwmark"
-"""In every text of the corpus of the live run, so that its logs can be searched for it."""
+"""A word in every text of the corpus of the live run, so that its logs can be searched for it."""
 EXACT = (
     "tokens_total", "documents_total", "documents_quarantined_total", "shards_total",
     "bytes_read_total",

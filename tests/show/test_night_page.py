@@ -301,7 +301,7 @@ OUTSIDE = """() => [...document.querySelectorAll('header *, main *:not(svg *)')]
     const box = e.getBoundingClientRect();
     return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth + 0.5);
 }).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40))"""
-"""What a reader would have to scroll sideways for."""
+"""Elements that a reader would have to scroll sideways for."""
 COVERED = """() => [...document.querySelectorAll('.limits')].flatMap(table => {
     const boxes = [...table.querySelectorAll('small, b, td span.state, svg')]
         .map(e => [e, e.getBoundingClientRect()]).filter(([, box]) => box.width);

@@ -671,7 +671,7 @@ OUTSIDE = """() => [...document.querySelectorAll('main *:not(svg *)')].filter(e 
     const box = e.getBoundingClientRect();
     return box.width && (box.left < 0 || box.right > document.documentElement.clientWidth + 0.5);
 }).map(e => e.tagName + ' ' + e.textContent.trim().slice(0, 40))"""
-"""What a reader would have to scroll sideways for, within a table too."""
+"""Elements that a reader would have to scroll sideways for, within a table too."""
 
 
 @pytest.mark.parametrize("width", [360, 600, 1024, 1600])

@@ -41,7 +41,7 @@ def bucket(
 
 
 def _afn(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What ``afn`` with ``words`` prints, once it has succeeded."""
+    """Output of ``afn`` with ``words``, once it has succeeded."""
     with pytest.raises(SystemExit) as left:
         commands.main(list(words))
     out, err = capsys.readouterr()

@@ -1,5 +1,5 @@
-"""What no kept run refers to goes and nothing else, wherever the collection is stopped and whoever
-else is there.
+"""Files that no kept run refers to go, and nothing else, wherever the collection is stopped and
+whoever else is there.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from afn_ray.store.verdicts import StoredVerdict
 from conftest import afn, config_of, rewrite, write_jsonl
 
 NIGHTS = ("ab", "Ab", "AB", "aB")
-"""Of a corpus of two files, each in one of two states; the last night has nothing that no earlier
-one had.
+"""Nights of a corpus of two files, each file in one of two states; the last night has nothing that
+no earlier one had.
 """
 
 
@@ -273,7 +273,7 @@ def test_calibrations_and_what_is_not_ours_stay(made: Made, store: str) -> None:
 
 
 def stop_at(patch: pytest.MonkeyPatch, n: int, error: BaseException) -> list[str]:
-    """From the ``n``-th file on nothing is removed any more, as if this process had died; gives
+    """Remove nothing from the ``n``-th file on any more, as if this process had died; gives
     what was.
     """
     remove, turn, gone = storage.remove, itertools.count(), []

@@ -1,4 +1,4 @@
-"""What a shard is, whose result counts, and which run is meant."""
+"""Identity of a shard, whose result counts, and which run is meant."""
 
 from __future__ import annotations
 

@@ -275,7 +275,7 @@ def test_a_file_may_be_read_by_another_thread_than_opened_it(object_store: str) 
 def test_a_corpus_that_does_not_answer_is_unavailable_and_not_bad_content(
     memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, opens: bool
 ) -> None:
-    """As bad content it would be quarantined, as a failed shard given up: nothing of it is lost."""
+    """Bad content would be quarantined, a failed shard given up: nothing of it is lost."""
     uri = faults.wrap(f"{memory}/x.{ending}")
     body = b'{"text": "a"}\n' * 9
     if ending == "parquet":

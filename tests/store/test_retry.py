@@ -1,4 +1,4 @@
-"""What passes by itself is asked again until it has passed or time is up; what does not is told at
+"""A transient error is asked again until it has passed or time is up; what does not is told at
 once.
 """
 
@@ -43,7 +43,7 @@ def _refused_certificate() -> BaseException:
 
 
 class HttpError(Exception):
-    """As gcsfs has it, which is an extra that is not installed here."""
+    """A class as in gcsfs, which is an extra that is not installed here."""
 
     def __init__(self, code: object) -> None:
         super().__init__(f"gcs, {code}")

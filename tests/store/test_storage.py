@@ -172,7 +172,7 @@ def test_a_killed_writer_leaves_no_final_name(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------
 
 LINKLESS = [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS]
-"""What exFAT, SMB and FUSE say to who wants a hard link."""
+"""Error of exFAT, SMB and FUSE for a hard link."""
 
 
 @pytest.fixture(params=LINKLESS, ids=[errno.errorcode[n] for n in LINKLESS])

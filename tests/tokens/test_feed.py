@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 60) -> bool:
-    """Whether ``condition`` comes true in time."""
+    """True if ``condition`` comes true in time."""
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -50,7 +50,7 @@ def our_threads() -> list[str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs; one that ended and waits for its parent to ask does not."""
+    """True if the process runs; one that ended and waits for its parent to ask does not."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     return False

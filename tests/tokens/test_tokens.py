@@ -120,7 +120,7 @@ def _batches(
 
 
 def _input(case: Case, encoded: Encoded, window: Window) -> list[int]:
-    """What the model is to see of ``window``: its rows' tokens, and the template over both ends."""
+    """Tokens of ``window`` for the model: its rows' tokens, and the template over both ends."""
     ids: list[int] = encoded.token_ids[window.row : window.row + window.length].tolist()
     before, after = list(case.template.prefix), list(case.template.suffix)
     return before + ids[len(before) : len(ids) - len(after)] + after
@@ -356,7 +356,7 @@ TEXTS = st.lists(
 
 
 def _fold(text: str) -> str:
-    """What uncased BERT keeps of ``text``: lower case, no accents, no control or format
+    """Part of ``text`` that uncased BERT keeps: lower case, no accents, no control or format
     characters.
     """
     dropped = ("Mn", "Cc", "Cf", "Co")
@@ -574,7 +574,7 @@ def test_a_tokenizer_that_makes_nothing_of_text_is_refused() -> None:
 
 
 class PanicException(BaseException):
-    """What a panic of a Rust library is in Python."""
+    """A panic of a Rust library in Python."""
 
 
 class Faulty:
@@ -734,13 +734,13 @@ def test_a_tokenizer_that_cannot_encode_at_all_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def byte_level(byte_bpe: Path) -> TextEncoder:
-    """As GPT-2 and Llama 3: bytes, white space at the front of words, no special tokens."""
+    """GPT-2 and Llama 3: bytes, white space at the front of words, no special tokens."""
     return TextEncoder(Tokenizer.from_file(str(byte_bpe / "tokenizer.json")))
 
 
 @pytest.fixture(scope="module")
 def metaspace(verses: list[str]) -> TextEncoder:
-    """As Llama 2 and Gemma: a normalizer writes spaces as \u2581, there is no pre-tokenizer, bytes
+    """Llama 2 and Gemma: a normalizer writes spaces as \u2581, there is no pre-tokenizer, bytes
     are a fallback.
     """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True))
@@ -776,7 +776,7 @@ def _trained(tokenizer: Tokenizer, trainer: trainers.Trainer, verses: list[str])
 
 @pytest.fixture(scope="module")
 def cased(verses: list[str]) -> TextEncoder:
-    """As BERT's cased ones: WordPiece that folds nothing."""
+    """BERT's cased models: WordPiece that folds nothing."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False)
     tokenizer.pre_tokenizer, tokenizer.decoder = (
@@ -791,7 +791,7 @@ def cased(verses: list[str]) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def split(verses: list[str]) -> TextEncoder:
-    """As Qwen and Llama 3: composes accents, and a pattern of its own splits, to which a vowel sign
+    """Qwen and Llama 3: composes accents, and a pattern of its own splits, to which a vowel sign
     is no letter.
     """
     words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -830,13 +830,13 @@ def _unigram(verses: list[str], *normal: normalizers.Normalizer) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def unigram(verses: list[str]) -> TextEncoder:
-    """As XLM-R: Unigram behind a normalizer that makes several characters of one."""
+    """XLM-R: Unigram behind a normalizer that makes several characters of one."""
     return _unigram(verses, normalizers.NFKC())
 
 
 @pytest.fixture(scope="module")
 def folding(verses: list[str]) -> TextEncoder:
-    """As ALBERT: Unigram without accents and capitals."""
+    """ALBERT: Unigram without accents and capitals."""
     return _unigram(verses, normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase())
 
 
@@ -1032,14 +1032,14 @@ def _changed(held: dict[str, object], **changes: object) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def gpt2(spaced: dict[str, object]) -> TextEncoder:
-    """As GPT-2: spaces are part of the offsets."""
+    """GPT-2: spaces are part of the offsets."""
     after = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
     return _changed(spaced, post_processor=after | {"use_regex": True})
 
 
 @pytest.fixture(scope="module")
 def roberta(spaced: dict[str, object]) -> TextEncoder:
-    """As RoBERTa: spaces are no part of the offsets."""
+    """RoBERTa: spaces are no part of the offsets."""
     ends = {"sep": ["Z", 58], "cls": ["Y", 57]}
     after = {"type": "RobertaProcessing", "trim_offsets": True, "add_prefix_space": False}
     return _changed(spaced, post_processor=after | ends)
@@ -1052,7 +1052,7 @@ def minilm_encoder() -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def llama3(split: TextEncoder) -> TextEncoder:
-    """As Llama 3: up to three digits are a word; with a token that was added."""
+    """Llama 3: up to three digits are a word; with a token that was added."""
     held = json.loads(split._tokenizer.to_str())
     pattern = held["pre_tokenizer"]["pretokenizers"][0]["pattern"]
     pattern["Regex"] = pattern["Regex"].replace(r"\p{N}|", r"\p{N}{1,3}|")
@@ -1064,7 +1064,7 @@ def llama3(split: TextEncoder) -> TextEncoder:
 
 @pytest.fixture(scope="module")
 def smollm(spaced: dict[str, object]) -> TextEncoder:
-    """As SmolLM: GPT-2's pattern after a split at digits."""
+    """SmolLM: GPT-2's pattern after a split at digits."""
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     steps = [{"type": "Digits", "individual_digits": True}, bytes_ | {"use_regex": True}]
     splitter = {"type": "Sequence", "pretokenizers": steps}

@@ -118,7 +118,7 @@ def _dispatch(
 
 
 def runs_inline(config: RunConfig, shards: Sequence[Shard]) -> bool:
-    """Whether ``shards`` run in this process: as configured, or too little work for Ray."""
+    """True if ``shards`` run in this process: as configured, or too little work for Ray."""
     if config.executor != "auto":
         return config.executor == "inline"
     if any(map(uris.is_process_memory, (config.store, *config.corpus))):
@@ -147,7 +147,7 @@ def find_device(config: RunConfig) -> str:
 
 
 def _is_here(config: RunConfig) -> bool:
-    """Whether workers have this machine's resources: inline, or on a local Ray."""
+    """True if workers have this machine's resources: inline, or on a local Ray."""
     return config.executor == "inline" or address(config) is None
 
 

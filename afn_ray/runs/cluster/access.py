@@ -106,7 +106,7 @@ def check(where: str | None, allow_open: bool) -> None:
 
 
 def is_open(where: str) -> bool:
-    """Whether the Ray at ``where`` (``host:port`` or ``auto``) accepts a client without a token.
+    """True if the Ray at ``where`` (``host:port`` or ``auto``) accepts a client without a token.
 
     Takes about a second. Raises ``ConfigError`` when Ray does not answer or the answer is unclear.
     """
@@ -124,7 +124,7 @@ def is_open(where: str) -> bool:
 
 
 def refuses_us(where: str) -> bool:
-    """Whether the Ray at ``where`` refuses this process's token, or the lack of one."""
+    """True if the Ray at ``where`` refuses this process's token, or the lack of one."""
     said = _ask(where, dict(os.environ)).stderr
     return any(word in said for word in REFUSED)
 
@@ -152,7 +152,7 @@ def _ask(where: str, environment: dict[str, str]) -> subprocess.CompletedProcess
 
 
 def unreachable(where: str) -> str | None:
-    """Why nothing answers at ``where``; None: it answers, or ``where`` is ``auto``.
+    """Reason why nothing answers at ``where``; None: it answers, or ``where`` is ``auto``.
 
     Takes seconds, where Ray takes minutes.
     """
@@ -166,7 +166,7 @@ def unreachable(where: str) -> str | None:
 
 
 def is_loopback(where: str) -> bool:
-    """Whether ``where`` is an address of this machine that no other machine reaches."""
+    """True if ``where`` is an address of this machine that no other machine reaches."""
     if where == "auto":
         return False
     host, _ = address.host_and_port(where)

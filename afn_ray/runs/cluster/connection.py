@@ -197,7 +197,9 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def start_error(error: BaseException) -> BaseException:
-    """Why a worker could not start: its own error, or a ``ModelError`` with Ray's message."""
+    """Reason why a worker could not start: its own error, or a
+    ``ModelError`` with Ray's message.
+    """
     import ray
 
     cause = cause_of(error)

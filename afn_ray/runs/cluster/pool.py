@@ -287,7 +287,7 @@ class RayPool:
             actor.counters = counters
 
     def _will_restart(self, error: Any) -> bool:
-        """Whether Ray will restart the process.
+        """True if Ray will restart the process.
 
         Ray calls a preempted actor dead until its restart.
         """
@@ -405,7 +405,7 @@ def _died_while_loading(config: RunConfig, error: Any) -> str:
 
 
 def _ran_out_of_memory(process: str) -> bool:
-    """Whether Ray's memory monitor killed the worker process with this id.
+    """True if Ray's memory monitor killed the worker process with this id.
 
     The only public source of this is Ray's dashboard.
     """
@@ -422,7 +422,7 @@ def _ran_out_of_memory(process: str) -> bool:
 
 
 def _has_place(actor: Any) -> bool:
-    """Whether ``actor`` has resources, and so a process; Ray's pid of a waiting actor is 0.
+    """True if ``actor`` has resources, and so a process; Ray's pid of a waiting actor is 0.
 
     The public state API (``ray.util.state``) needs Ray's dashboard, which may not run.
     """
