@@ -148,7 +148,7 @@ def replace(target: Path, data: bytes) -> None:
 
 
 def check_ends(path: Path) -> None:
-    """Raise ``OSError`` for a pipe, device or socket, which may keep its reader waiting for ever."""
+    """Raise ``OSError`` for a pipe, device or socket, whose reader may wait for ever."""
     try:
         mode = path.stat().st_mode
     except OSError:

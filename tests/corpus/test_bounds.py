@@ -66,7 +66,7 @@ for uri in sys.argv[1:]:
                 documents = row_groups.parquet_documents(source, slice, options)
             else:
                 stream = streams.Stream(source, slice.compression)
-    documents = reading._documents(stream, slice, options)
+                documents = reading._documents(stream, slice, options)
             for document in documents:
                 problem = document.problem or "ok"
                 problems[problem] = problems.get(problem, 0) + 1
