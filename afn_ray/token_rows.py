@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from afn_ray import samples
 from afn_ray.errors import ConfigError
@@ -25,13 +25,24 @@ NEVER = 3.4e38
 """A strength above that of any token."""
 
 
+class LabelThresholds(TypedDict):
+    """Thresholds that label tokens at one layer; null where the population has no token."""
+
+    layer: int
+    population: str
+    q1: float | None
+    q2: float | None
+    q3: float | None
+    sink_factor: float
+
+
 def canonical(record: str) -> str:
     """``record``, which has the ``FORM``, with its share in percent."""
     kind, _, share = record.partition(":")
     return f"{kind}:{samples.canonical(share)}" if share else kind
 
 
-def of_shards(record: str, frozen: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> str:
+def of_shards(record: str, frozen: Sequence[LabelThresholds], layers: Sequence[int]) -> str:
     """The rows that shards keep of a run whose config has ``record``.
 
     ``frozen`` are the thresholds that say which tokens of ``layers`` are HIGH.
@@ -42,10 +53,11 @@ def of_shards(record: str, frozen: Sequence[Mapping[str, Any]], layers: Sequence
     return f"{HIGH}:{','.join(f'{k}={q3!r}' for k, q3 in zip(layers, least, strict=True))}"
 
 
-def high_from(frozen: Sequence[Mapping[str, Any]], layers: Sequence[int]) -> tuple[float, ...]:
+def high_from(frozen: Sequence[LabelThresholds], layers: Sequence[int]) -> tuple[float, ...]:
     """Q3 of each of ``layers`` in ``frozen``; ``NEVER`` where that run had no tokens."""
     q3 = {row["layer"]: row["q3"] for row in frozen if row["population"] == "tokens"}
-    return tuple(NEVER if q3[layer] is None else q3[layer] for layer in layers)
+    at_layers = (q3[layer] for layer in layers)
+    return tuple(NEVER if least is None else least for least in at_layers)
 
 
 def thresholds_of(record: str) -> dict[int, float]:

@@ -26,8 +26,9 @@ class CommittedFile(NamedTuple):
 
     def read(self) -> bytes:
         """The content. Raises ``StoreError`` if the checksum differs."""
-        entry = {"name": self.name, "sha256": self.sha256}
-        return shard_files.read_file(self.store, self.measure_id, self.shard, entry)
+        return shard_files.read_file(
+            self.store, self.measure_id, self.shard, self.name, self.sha256
+        )
 
 
 class LeftOut(NamedTuple):

@@ -33,6 +33,7 @@ from afn_ray.schema import (
 )
 from afn_ray.store import checksums, layout
 from afn_ray.store.commits import Commit
+from afn_ray.token_rows import LabelThresholds
 
 STATISTICS_SCHEMA = pa.schema(
     [pa.field("special", pa.bool_(), nullable=False)]
@@ -168,7 +169,7 @@ def _moments(h: Histogram) -> dict[str, Any]:
 
 
 def frozen_rows(
-    own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[dict[str, Any]]
+    own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[LabelThresholds]
 ) -> list[dict[str, Any]]:
     """``own`` rows of a layer with the quartiles of ``frozen``.
 
@@ -193,7 +194,7 @@ def frozen_rows(
             "n_sinks": int(histogram.counts[is_sink].sum()),
             "definition": f"taken from another run; there: {DEFINITION}",
         }
-        rows.append(row | _moments(part) | quartiles | counted)
+        rows.append({**row, **_moments(part), **quartiles, **counted})
     return rows
 
 

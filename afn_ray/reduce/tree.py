@@ -68,6 +68,7 @@ from afn_ray.schema import (
     Series,
 )
 from afn_ray.store import parquet
+from afn_ray.token_rows import LabelThresholds
 
 READ_AHEAD = 8
 """Number of files that one call reads at the same time."""
@@ -130,7 +131,7 @@ class LabelRules:
     language: str  # of the closed-class words
     sink_factor: float  # a sink is stronger than this many medians
     # Rows of ``label_thresholds.FROZEN`` that label tokens; empty: the run's own thresholds do.
-    frozen: Sequence[dict[str, Any]] = ()
+    frozen: Sequence[LabelThresholds] = ()
 
 
 def reduce_run(
@@ -296,7 +297,7 @@ def _submit_series(
     """
     series = recorded.series
     one, tags_at = series[at], len(series) if at == 0 and recorded.counted else None
-    frozen: list[dict[str, Any]] = []
+    frozen: list[LabelThresholds] = []
     if one.signal == STRENGTH:
         frozen = [row for row in rules.frozen if row["layer"] == one.layer]
     num_parts = _num_parts(shards.files("summary"), len(series))
@@ -387,7 +388,7 @@ def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
 def _total(
     layer: int,
     sink_factor: float,
-    frozen: Sequence[dict[str, Any]],
+    frozen: Sequence[LabelThresholds],
     *counts: tuple[Histogram, Histogram],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table]:
     """Rows of the layer's own thresholds, rows of those that label tokens, and its histogram."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from afn_ray import model, token_rows
 from afn_ray.config import RunConfig
@@ -22,6 +21,7 @@ from afn_ray.runs.task import Task
 from afn_ray.store import epochs, label_thresholds, manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import Commits
 from afn_ray.text import count
+from afn_ray.token_rows import LabelThresholds
 from afn_ray.tokens import languages
 
 
@@ -36,7 +36,9 @@ class Preparation:
     begun_ns: int  # time before the first file was listed, in nanoseconds
     decided: precision.Precision
     task: Task
-    frozen: list[dict[str, Any]]  # thresholds for the labels, from ``label_thresholds.find_frozen``
+    frozen: list[
+        LabelThresholds
+    ]  # thresholds for the labels, from ``label_thresholds.find_frozen``
 
 
 def prepare(
@@ -75,7 +77,7 @@ def prepare(
 
 
 def _recording(
-    plan: plans.Plan, config: RunConfig, measure: Measure, frozen: Sequence[dict[str, Any]]
+    plan: plans.Plan, config: RunConfig, measure: Measure, frozen: Sequence[LabelThresholds]
 ) -> plans.Plan:
     """``plan`` with shards that keep the rows that ``config`` asks for.
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -138,7 +138,16 @@ def checksummed(body: dict[str, Any]) -> bytes:
     return data
 
 
-def entry_of(name: str, data: bytes) -> dict[str, Any]:
+class TableEntry(TypedDict):
+    """A table of a run, as run.json lists it."""
+
+    name: str
+    bytes: int
+    sha256: str
+    crc32: str
+
+
+def entry_of(name: str, data: bytes) -> TableEntry:
     """The entry of a table's file in run.json: name, size in bytes, SHA-256, block checksums."""
     return {
         "name": name,

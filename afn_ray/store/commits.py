@@ -7,7 +7,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 COUNTS = (
     "documents",
@@ -46,13 +46,22 @@ def num_measured(counts: Mapping[str, int]) -> int:
     return counts["documents"] - counts["empty"] - counts["quarantined"]
 
 
+class ShardFile(TypedDict):
+    """A file of a committed shard, as commit.json lists it."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True, slots=True)
 class Commit:
     """One shard's result: the winner's files, row counts, checksums and timings."""
 
     shard: str
     attempt: str
-    files: dict[str, dict[str, Any]]  # table -> name, rows, bytes, sha256
+    files: dict[str, ShardFile]  # by table
     counts: dict[str, int]
     seconds: float
     # Device and versions, attention and dtype; of a GPU also its name, its compute capability, its
@@ -156,7 +165,7 @@ class Commits(MutableMapping[str, Commit]):
         counts = dict(zip(kind.counts, numbers[:num_counts], strict=True))
         rows = numbers[num_counts : num_counts + num_tables]
         sizes = numbers[num_counts + num_tables :]
-        files: dict[str, dict[str, Any]] = {}
+        files: dict[str, ShardFile] = {}
         for i, table in enumerate(kind.tables):
             digest_at = layout.size + SHA256_BYTES * i
             files[table] = {

@@ -18,13 +18,13 @@ from fsspec.utils import glob_translate
 from afn_ray.corpus_values import FileInfo
 from afn_ray.errors import CorpusError
 from afn_ray.store import archives, disk, readers, uris
-from afn_ray.store.fs_calls import call_with_retries, find_entry, named_errors
+from afn_ray.store.fs_calls import FsEntry, call_with_retries, find_entry, named_errors
 
 WILDCARDS = "*?["
 """Characters that make a pattern a glob."""
 
 
-def _version(info: dict[str, Any]) -> str:
+def _version(info: FsEntry) -> str:
     for key in ("ETag", "etag", "md5Hash", "content_md5", "blob_id"):
         if info.get(key):
             tag = str(info[key]).strip('"')
@@ -35,7 +35,7 @@ def _version(info: dict[str, Any]) -> str:
     return ""
 
 
-def _file_info(fs: fsspec.AbstractFileSystem, info: dict[str, Any]) -> FileInfo:
+def _file_info(fs: fsspec.AbstractFileSystem, info: FsEntry) -> FileInfo:
     name = str(info["name"])
     if isinstance(fs, LocalFileSystem):
         now = Path(name).stat()
@@ -169,7 +169,7 @@ def _is_glob(path: str) -> bool:
 
 def _files_in_folder(
     fs: fsspec.AbstractFileSystem, folder: str, left_out: list[str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[FsEntry]:
     """The files below ``folder`` that are not hidden; hidden remote ones go to ``left_out``."""
     if isinstance(fs, LocalFileSystem):
         return ({"name": name} for name in _walk(folder))
@@ -182,8 +182,8 @@ def _files_in_folder(
 
 
 def _sifted(
-    entries: Iterable[dict[str, Any]], is_wanted: Callable[[str], Any], left_out: list[str]
-) -> Iterator[dict[str, Any]]:
+    entries: Iterable[FsEntry], is_wanted: Callable[[str], Any], left_out: list[str]
+) -> Iterator[FsEntry]:
     """Yield the ``entries`` whose names are wanted; append the other names to ``left_out``."""
     for info in entries:
         if is_wanted(info["name"]):
@@ -192,7 +192,7 @@ def _sifted(
             left_out.append(info["name"])
 
 
-def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[dict[str, Any]]:
+def _below(fs: fsspec.AbstractFileSystem, folder: str) -> Iterator[FsEntry]:
     """All files below ``folder``.
 
     fsspec's generic ``find()`` skips folders that it cannot list; the ``find()`` of object stores
@@ -214,9 +214,7 @@ def _has_own_find(fs: fsspec.AbstractFileSystem) -> bool:
     return type(fs).find is not fsspec.AbstractFileSystem.find
 
 
-def _glob(
-    fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]
-) -> Iterator[dict[str, Any]]:
+def _glob(fs: fsspec.AbstractFileSystem, pattern: str, left_out: list[str]) -> Iterator[FsEntry]:
     """Files that match ``pattern``; other remote files and folders go to ``left_out``.
 
     On a remote filesystem they are found level by level. fsspec's ``glob()`` is not used there:
@@ -237,7 +235,7 @@ def _glob(
                 yield from _sifted(_below(fs, folder), matches, left_out)
             return
         matches = _matcher(parts[:depth])
-        entries: list[dict[str, Any]] = []
+        entries: list[FsEntry] = []
         for folder in folders:
             entries += _sifted(fs.ls(folder, detail=True), matches, left_out)
         folders = [info["name"] for info in entries if info["type"] == "directory"]

@@ -121,13 +121,17 @@ def call_with_retries(
         return with_retries(call, f"{action} {uri}", local=isinstance(fs, LocalFileSystem))
 
 
-def find_entry(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any] | None:
+FsEntry = dict[str, Any]
+"""A file or folder as fsspec's ``info`` describes it: name, size, type, and more that differs."""
+
+
+def find_entry(fs: fsspec.AbstractFileSystem, path: str) -> FsEntry | None:
     """The entry of ``path`` in ``fs``; None if there is none.
 
     fsspec's ``exists()`` is not used: it reports any failure as absence.
     """
     try:
-        return cast(dict[str, Any], fs.info(path))
+        return cast(FsEntry, fs.info(path))
     except (FileNotFoundError, NotADirectoryError) as error:
         if type(error.__cause__).__name__ in NO_DATASET:
             raise

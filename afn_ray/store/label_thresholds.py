@@ -13,6 +13,7 @@ from afn_ray.measure import Measure
 from afn_ray.store import manifest, series
 from afn_ray.store.checksums import short
 from afn_ray.text import printable
+from afn_ray.token_rows import LabelThresholds
 
 BESIDE_STRENGTH = frozenset(
     {
@@ -31,11 +32,11 @@ BESIDE_STRENGTH = frozenset(
     }
 )
 """Keys of a measure that change no strength, so that thresholds stay comparable."""
-FROZEN = ("layer", "population", "q1", "q2", "q3", "sink_factor")
+FROZEN = tuple(LabelThresholds.__annotations__)
 """Columns that a run takes from the thresholds of another run."""
 
 
-def find_frozen(config: RunConfig, measure: Measure) -> list[dict[str, Any]]:
+def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
     """The thresholds that ``config`` names for labels, as rows of ``FROZEN``.
 
     The list is empty if the run labels by its own thresholds. They are the thresholds that the
@@ -70,9 +71,9 @@ def _strength_keys(measure: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in measure.items() if key not in BESIDE_STRENGTH}
 
 
-def frozen_rows(run: manifest.RunFolder) -> list[dict[str, Any]]:
+def frozen_rows(run: manifest.RunFolder) -> list[LabelThresholds]:
     """The thresholds that the complete ``run`` labels by, as rows of ``FROZEN``."""
-    rows: list[dict[str, Any]] = labels(run).select(list(FROZEN)).to_pylist()
+    rows: list[LabelThresholds] = labels(run).select(list(FROZEN)).to_pylist()
     return rows
 
 

@@ -20,6 +20,7 @@ from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     ASK_VERIFY,
     DAMAGES,
+    TableEntry,
     checksummed,
     entry_of,
     parse_table,
@@ -308,7 +309,7 @@ def is_audited(run: RunFolder) -> bool:
     return body is not None and body.get("run") == run.id
 
 
-def write_table(run: RunFolder, name: str, table: pa.Table) -> dict[str, Any]:
+def write_table(run: RunFolder, name: str, table: pa.Table) -> TableEntry:
     """Write the run's table ``name`` and return its entry for run.json.
 
     The entry has the file's name, size and checksums. No file is replaced: if a rival or an

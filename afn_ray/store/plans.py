@@ -28,6 +28,7 @@ from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
 from afn_ray.schema import CLASSES_VERSION, PLAN_SCHEMA, SCHEMA_VERSION
 from afn_ray.store import manifest, storage, uris
 from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
+from afn_ray.token_rows import LabelThresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +135,7 @@ def request_id(
     measure_id: str,
     shards: Iterable[Shard],
     config: RunConfig,
-    frozen: Sequence[dict[str, Any]] | None,
+    frozen: Sequence[LabelThresholds] | None,
     classes: int | None = CLASSES_VERSION,
 ) -> str:
     """Last part of a run's name: a fingerprint of the request.

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
@@ -20,6 +19,7 @@ from afn_ray.store.checksums import checksummed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences
 from afn_ray.store.layout import LATEST, STAMP
 from afn_ray.store.plans import Plan
+from afn_ray.token_rows import LabelThresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Claim:
 
 
 def find_begun(
-    config: RunConfig, measure: Measure, plan: Plan, frozen: Sequence[dict[str, Any]] = ()
+    config: RunConfig, measure: Measure, plan: Plan, frozen: Sequence[LabelThresholds] = ()
 ) -> tuple[manifest.RunFolder | None, str]:
     """The store's newest run if it has this ``plan``, else None; and the newest run's name or "".
 
@@ -77,7 +77,7 @@ def begin_run(
     measure: Measure,
     plan: Plan,
     begun_ns: int,
-    frozen: Sequence[dict[str, Any]] = (),
+    frozen: Sequence[LabelThresholds] = (),
 ) -> Claim:
     """Resume the store's newest run if it has this ``plan``, complete or not, or begin a new one.
 
@@ -110,7 +110,7 @@ def _new_run(
     measure: Measure,
     plan: Plan,
     begun_ns: int,
-    frozen: Sequence[dict[str, Any]],
+    frozen: Sequence[LabelThresholds],
     newest: str,
 ) -> manifest.RunFolder:
     """Write the plan of a new run, whose name sorts after ``newest``."""

@@ -28,7 +28,7 @@ from afn_ray.store.checksums import (
     read_json,
     short,
 )
-from afn_ray.store.commits import Commit, Commits
+from afn_ray.store.commits import Commit, Commits, ShardFile
 from afn_ray.store.layout import NEURON_TABLES, TABLES, VECTORS, commit_name, generation_of
 from afn_ray.store.readers import RangeFile
 
@@ -164,17 +164,16 @@ def _generations(store: str, measure_id: str, shard: str) -> Iterator[int]:
     yield from sorted(generation for generation in later if generation)
 
 
-def read_file(store: str, measure_id: str, shard: str, entry: dict[str, Any]) -> bytes:
-    """The content of one file of a committed shard.
+def read_file(store: str, measure_id: str, shard: str, name: str, expected_sha256: str) -> bytes:
+    """The content of the file ``name`` of a committed shard.
 
-    Raises ``StoreError`` if its checksum is not the one in ``entry``, the file's entry in the
-    commit.
+    Raises ``StoreError`` if its checksum is not ``expected_sha256``, the one in the commit.
     """
     folder = shard_uri(store, measure_id, shard)
-    data = storage.read_bytes(uris.join(folder, entry["name"]))
-    if sha256(data).hexdigest() != entry["sha256"]:
+    data = storage.read_bytes(uris.join(folder, name))
+    if sha256(data).hexdigest() != expected_sha256:
         raise StoreError(
-            f"{folder}/{entry['name']} is damaged: its checksum is not the one in commit.json; "
+            f"{folder}/{name} is damaged: its checksum is not the one in commit.json; "
             f"delete {folder} and give 'afn run' again"
         )
     return data
@@ -225,7 +224,8 @@ class StoredShard:
 def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
     """One table of a committed shard. Raises ``StoreError`` if it does not match the commit."""
     entry = commit.files[table]
-    return parse_table(read_file(store, measure_id, commit.shard, entry), str(entry["name"]))
+    data = read_file(store, measure_id, commit.shard, entry["name"], entry["sha256"])
+    return parse_table(data, entry["name"])
 
 
 def find_commits(store: str, measure_id: str, shards: Iterable[Shard]) -> Commits:
@@ -271,7 +271,7 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
     store again to find out.
     """
     folder = shard_uri(store, measure_id, shard.id)
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, ShardFile] = {}
     crc32: dict[str, str] = {}
     for table, (path, rows) in attempt.tables.items():
         digest, crc32[table] = blocks.file_checksums(path)

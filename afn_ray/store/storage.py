@@ -14,13 +14,13 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, Any
+from typing import IO
 
 from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, StoreError, Unavailable
 from afn_ray.store import disk, uris
-from afn_ray.store.fs_calls import NO_BUCKET, call_with_retries, find_entry, named_errors
+from afn_ray.store.fs_calls import NO_BUCKET, FsEntry, call_with_retries, find_entry, named_errors
 from afn_ray.store.retry import http_status, with_retries
 
 DELETE_FOR_S = 10.0
@@ -165,7 +165,7 @@ def _local_files(folder: str) -> Iterator[StoredFile]:
                     yield StoredFile(str(path), info.st_size, info.st_mtime)
 
 
-def entry_modified_s(info: dict[str, Any]) -> float:
+def entry_modified_s(info: FsEntry) -> float:
     for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
         value = info.get(key)
         if isinstance(value, str):

@@ -112,7 +112,8 @@ class Driver:
 
     def end(self, run: manifest.RunFolder, commits: list[Commit]) -> None:
         for commit in commits:  # the reduce
-            shard_files.read_file(STORE, ID, commit.shard, commit.files["summary"])
+            file = commit.files["summary"]
+            shard_files.read_file(STORE, ID, commit.shard, file["name"], file["sha256"])
         rows = [
             {f"{t}_file": f"shards/{ID}/{c.shard}/{c.files[t]['name']}" for t in c.files}
             for c in commits

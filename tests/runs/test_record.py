@@ -224,7 +224,7 @@ def test_rows_that_the_shard_does_not_keep_are_found(
         assert "expected" in wrong(kept.slice(1))
 
 
-def frozen_of(config: RunConfig) -> list[dict[str, Any]]:
+def frozen_of(config: RunConfig) -> list[token_rows.LabelThresholds]:
     return label_thresholds.frozen_rows(manifest.find_run(config.store))
 
 

@@ -29,6 +29,7 @@ from afn_ray.runs.events import Event
 from afn_ray.show.run_facts import facts
 from afn_ray.show.summary import summarise
 from afn_ray.store import label_thresholds, manifest, series, series_runs
+from afn_ray.token_rows import LabelThresholds
 from conftest import config_of, stop_after, write_jsonl
 from nights import complete
 
@@ -369,7 +370,7 @@ def test_a_first_look_does_not_stand_in_for_a_whole_corpus(make: Make) -> None:
     assert "Other documents were selected: of A the first 20, of B all." in notes
     measure = Measure.of_dict(look.info["measure"])
 
-    def frozen(**changes: Any) -> list[dict[str, Any]]:
+    def frozen(**changes: Any) -> list[LabelThresholds]:
         asked = RunConfig(**(config_values(config) | changes))
         return label_thresholds.find_frozen(asked, measure)
 

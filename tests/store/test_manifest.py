@@ -55,7 +55,7 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.commits import Commit, Commits, total_counts
+from afn_ray.store.commits import Commit, Commits, ShardFile, total_counts
 from afn_ray.store.label_thresholds import measure_differences
 from afn_ray.store.manifest import RunFolder, find_run, finish_run
 from afn_ray.store.plans import Plan
@@ -829,12 +829,12 @@ def test_packed_commits_are_those_that_were_given(
     tables = layout.TABLES + (layout.NEURON_TABLES if neurons else ())
     attempt = f"{numbers[0]:016x}"
     files = {
-        t: {
-            "name": f"{attempt}-{t}.parquet",
-            "rows": numbers[1],
-            "bytes": numbers[2],
-            "sha256": f"{at:064x}",
-        }
+        t: ShardFile(
+            name=f"{attempt}-{t}.parquet",
+            rows=numbers[1],
+            bytes=numbers[2],
+            sha256=f"{at:064x}",
+        )
         for at, t in enumerate(tables)
     }
     counts = {f"count {at}": n for at, n in enumerate(numbers)}
@@ -843,7 +843,7 @@ def test_packed_commits_are_those_that_were_given(
         replace(ours, attempt="a"),
         replace(ours, files={}),
         replace(ours, counts={"n": 1 << 70}),
-        replace(ours, files={"tokens": files["tokens"] | {"name": "other"}}),
+        replace(ours, files={"tokens": {**files["tokens"], "name": "other"}}),
         replace(ours, made_by={"a": ["b"]}),  # type: ignore[dict-item]
     ]
     kept, others = Commits(), Commits()
