@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 
@@ -71,6 +71,10 @@ def more_passes(passes: int, seconds: float, least_s: float) -> int:
     return math.ceil(passes * min(MOST_GROWTH, 1.1 * least_s / seconds))
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""Sub-commands of a parser; argparse has no public name for their type."""
+
+
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add the sub-commands of ``afn bench`` to ``parser``."""
     commands = parser.add_subparsers(
@@ -79,6 +83,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         dest="what",
         help="benchmark to run: engine, feed, monitor or rate",
     )
+    _add_engine(commands)
+    _add_feed(commands)
+    _add_monitor(commands)
+    _add_rate(commands)
+
+
+def _add_engine(commands: Commands) -> None:
+    """Add the sub-command ``engine`` to ``commands``."""
     engine = commands.add_parser(
         "engine",
         allow_abbrev=False,
@@ -137,7 +149,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="repetitions of each measurement (default: 3)",
     )
-    _add_feed(commands)
+    add_model_flags(engine)
+    add_json_flag(engine)
+
+
+def _add_monitor(commands: Commands) -> None:
+    """Add the sub-command ``monitor`` to ``commands``."""
     monitor = commands.add_parser(
         "monitor",
         allow_abbrev=False,
@@ -155,6 +172,12 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of texts of each length (default: 50)",
     )
+    add_model_flags(monitor)
+    add_json_flag(monitor)
+
+
+def _add_rate(commands: Commands) -> None:
+    """Add the sub-command ``rate`` to ``commands``."""
     rate = commands.add_parser(
         "rate",
         allow_abbrev=False,
@@ -184,13 +207,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="repetitions of the measurement (default: 3)",
     )
-    for command in (engine, monitor):
-        add_model_flags(command)
-    for command in (engine, monitor, rate):
-        add_json_flag(command)
+    add_json_flag(rate)
 
 
-def _add_feed(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_feed(commands: Commands) -> None:
     """Add the sub-command ``feed`` to ``commands``."""
     feed = commands.add_parser(
         "feed",

@@ -162,19 +162,9 @@ def dry_run(
     here = cluster.local_device(asked.device)
     if known is None and here == asked.device and work.planned.needs_model:
         known = timed.rate()
-    where = "nothing is left to measure"
-    if known is not None:
-        where = known.where
-    elif work.planned.needs_model:
-        where = _no_rate(asked.device, here)
     times = _times(asked, work, known)
     measure = asked.task.measure
-    tokens_todo = work.tokens - work.there.tokens
-    store_bytes = work.there.num_bytes + tokens_todo * bytes_per_token(
-        config, len(measure.series), len(measure.neuron_layers), len(measure.layers)
-    )
-    num_sums = len(measure.layers) * len(measure.mean_types) * asked.files.hidden_size
-    store_bytes += len(work.todo) * BYTES_PER_SUM * num_sums
+    store_bytes = _store_bytes(asked, work)
     puts, gets = _num_requests(work.todo, measure)
     costs, monthly = bill(money, times.worker_hours, times.hours, puts, gets, store_bytes)
     return Estimate(
@@ -208,7 +198,7 @@ def dry_run(
         num_puts=puts,
         num_gets=gets,
         tokens_per_second=known.tokens_per_second if known else None,
-        rate=where,
+        rate=_source_of_rate(asked, work, known, here),
         model=config.model,
         layers=measure.layers,
         depth=asked.files.depth,
@@ -222,6 +212,26 @@ def dry_run(
         costs=costs,
         monthly=monthly,
     )
+
+
+def _source_of_rate(asked: Preparation, work: _Work, known: Rate | None, here: str) -> str:
+    """Place where the rate was measured, or the reason why there is none."""
+    if known is not None:
+        return known.where
+    if work.planned.needs_model:
+        return _no_rate(asked.device, here)
+    return "nothing is left to measure"
+
+
+def _store_bytes(asked: Preparation, work: _Work) -> float:
+    """Bytes in the store once the run is complete."""
+    measure = asked.task.measure
+    of_token = bytes_per_token(
+        asked.config, len(measure.series), len(measure.neuron_layers), len(measure.layers)
+    )
+    num_sums = len(measure.layers) * len(measure.mean_types) * asked.files.hidden_size
+    of_tokens = (work.tokens - work.there.tokens) * of_token
+    return work.there.num_bytes + of_tokens + len(work.todo) * BYTES_PER_SUM * num_sums
 
 
 # --- the work, and its time

@@ -36,9 +36,7 @@ class Preparation:
     begun_ns: int  # time before the first file was listed, in nanoseconds
     decided: precision.Precision
     task: Task
-    frozen: list[
-        LabelThresholds
-    ]  # thresholds for the labels, from ``label_thresholds.find_frozen``
+    frozen: list[LabelThresholds]  # of ``label_thresholds.find_frozen``
 
 
 def prepare(

@@ -183,14 +183,7 @@ def _render(
     style = _resource("css")
     script = _resource("js")
     vega = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_shown,
-    )
-    page: str = environment.from_string(_resource("html.jinja")).render(
+    page: str = _template(jinja2).render(
         run=run,
         title=_title(info["config"]["corpus"]),
         model=run_facts.model_title(info["model"]["name"]),
@@ -229,6 +222,18 @@ def _render(
         policy={"style": _policy(style), "script": f"{_policy(vega)} {_policy(script)}"},
     )
     return page
+
+
+def _template(jinja2: Any) -> Any:
+    """The page's template, which escapes every value and refuses one that is missing."""
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    return environment.from_string(_resource("html.jinja"))
 
 
 def _layer_of_changes(
