@@ -45,7 +45,7 @@ from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.group_drift import NO_GROUPS, GroupDrift
 from afn_ray.reduce.groups import OTHERS
 from afn_ray.reduce.losses import Losses
-from afn_ray.runs import job
+from afn_ray.runs import job, preparation
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, GROUP_DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.show import report
 from afn_ray.store import label_thresholds, manifest, storage, verdicts
@@ -1130,7 +1130,7 @@ def test_the_same_command_again_gives_the_same_verdict_to_the_byte(nights: Night
 
 
 STEPS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
-    "planning": lambda patch: patch.setattr(job, "make_plan", interrupted),
+    "planning": lambda patch: patch.setattr(preparation, "make_plan", interrupted),
     "a shard": lambda patch: stop_after(patch, 1),
     "reducing": lambda patch: patch.setattr(job, "reduce_run", interrupted),
     "the run's end": lambda patch: patch.setattr(manifest, "finish_run", interrupted),

@@ -592,7 +592,7 @@ def test_progress_is_a_record_with_counts(caplog: pytest.LogCaptureFixture) -> N
 # ------------------------------------------------------------------------------------------
 
 LIVE = """
-import os, signal, sys, time, urllib.request
+import os, re, signal, sys, time, urllib.request
 from pathlib import Path
 import ray
 from afn_ray.cli import commands as cli
