@@ -17,7 +17,7 @@ from pathlib import Path
 
 import brotli
 import pytest
-from resiliparse.parse.html import HTMLTree, NodeType
+from resiliparse.parse.html import DOMNode, HTMLTree, NodeType
 
 import afn_ray
 from afn_ray.corpus import first, html, http_body, listing, reading, streams, warc
@@ -331,19 +331,33 @@ def test_pages_made_to_take_long_or_much_are_quarantined(tmp_path: Path) -> None
         (b"<li><dd>" * 3000, b"", "page nests more than 2000 elements"),
         (b"<div>" + bold + b"</div>" + b"<p>x" * 3000, b"", "with formatting opened anew"),
         (b"<div>" * 1900 + b"<p>x" * 30_000, b"", "elements on the paths to its elements"),
-        (b"<svg><script>" + b"<div>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<svg><script>" + b"<div>" * 3000, b"", "page has tags in a script in SVG"),
+        (b"<svg><![CDATA[>]]>" + b"<div>" * 3000, b"", "page has a '>' in a CDATA section"),
+        (b"<div><!--</div>-->" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<div><!-->--></div>" * 3000 + b"<div>" * 3000, b"", "page nests more than 2000"),
+        (b"<div><textarea></div></textarea>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<!--<script>-->" + b"<div>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<a b='c'd='<script>'>" + b"<div>" * 3000, b"", "page nests more than 2000 elements"),
+        (b"<svg/><script>a<b</script>" + b"<div>" * 3000, b"", "page nests more than 2000"),
+        (
+            b"<b>" + b"<div>" * 1900 + b"</b>" * 300_000,
+            b"",
+            "elements on the paths to its elements",
+        ),
+        (b"<select>" + b"<option>x" * 300_000, b"", "page has more than 10000 options"),
         (b"<p " + attributes + b">x", b"", "page has 20000 attributes in a tag"),
         (b"<p" + b" " * 3_000_000 + b"<p" + b"/" * 3_000_000, b"", "page of 6000004 bytes is over"),
         (b"<p>a</p>" * 600_000, b"", "page of 4800000 bytes is over the limit of 4194304"),
         (packed, b"Content-Encoding: gzip\r\n", "body is over the limit of 67108864 bytes"),
     ):
         (document,) = read(tmp_path, response(1, body, HTML_HEAD + head))
-        assert reason in str(document.problem)
+        assert reason in str(document.problem), body[:40]
+        assert document.lost_bytes >= len(body) or head
 
 
 def test_the_bounds_of_a_page_are_checked_in_a_time_that_its_size_says() -> None:
     began = time.process_time()
-    html._check_bounds("<button>" * 900 + "<script></script>" * 50_000)
+    html._check_bounds("<button>" * 900 + "<script></script>" * 10_000)
     assert time.process_time() - began < 4
 
 
@@ -391,6 +405,35 @@ def test_the_bounds_of_a_page_are_never_under_what_a_parser_makes_of_it() -> Non
         assert parsed is not None
         made = [node for node in parsed if node.type == NodeType.ELEMENT]
         assert len(made) <= bound.num_elements + 4  # html, head, body, tbody
+
+
+def test_the_depth_of_a_page_is_never_far_over_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages are parts repeated, so that whatever hides elements does so many times."""
+    chance = random.Random(7)
+    names = "div p b a li dd table td tr select option svg mi title style script textarea noscript"
+    parts = ["<!--", "-->", "<!-->", "<![CDATA[", "]]>", "<?", ">", "</>", "<p a='", '<b c="', "'",
+             '"', "<a =", "<i a/", "x", " ", "<svg/>", "<frameset>"]  # fmt: skip
+    for name in names.split():
+        parts += [f"<{name}>"] * 3 + [f"</{name}>"] * 2
+    num_checked = 0
+    for _ in range(800):
+        page = "".join(chance.choices(parts, k=chance.randint(2, 8))) * 12
+        parsed = HTMLTree.parse(page).document
+        assert parsed is not None
+        deepest = max(_depth(node) for node in parsed)
+        monkeypatch.setattr(html, "NESTING", (deepest - 8) // 2)
+        if deepest > 8:
+            num_checked += 1
+            with pytest.raises(ValueError, match=r"page (nests more|has tags|has a '>')"):
+                html._check_bounds(page)
+    assert num_checked > 100
+
+
+def _depth(node: DOMNode | None) -> int:
+    depth = 0
+    while node is not None:
+        node, depth = node.parent, depth + 1
+    return depth
 
 
 # --- plans and runs
