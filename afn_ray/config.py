@@ -310,6 +310,12 @@ class RunConfig:
                 "record is 'high', but what is HIGH is known before the corpus is measured only by "
                 "thresholds: name the run whose thresholds say it, or give record = 'sample:1%'"
             )
+        if self.screen not in (0, DEFAULTS["screen"]):
+            raise ConfigError(
+                f"screen is {self.screen}, but its scan reads the rows of all tokens, and record "
+                f"{self.record!r} does not keep them: leave screen out, or record (groups need "
+                "the scan too)"
+            )
         object.__setattr__(self, "screen", 0)  # the scan reads the rows of all tokens
 
     @classmethod

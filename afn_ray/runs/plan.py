@@ -38,7 +38,8 @@ A younger file may have changed after it was hashed and keep the same time: it i
 def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = None) -> Plan:
     """List the corpus and cut it into shards; read no file that an earlier run hashed unchanged.
 
-    ``on_file(done, total)`` is called after each hashed file. Raises ``CorpusError``.
+    ``on_file(done, total)`` is called after each hashed file; with a limit, before each file that
+    is read for it. Raises ``CorpusError``.
     """
     options = config.read_options
     files, skipped = listing.list_files(config.corpus, options, config.store)
@@ -53,7 +54,7 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     if config.limit is not None:
         for file in known.keys() & {*missing}:
             del known[file]
-        return _first(config, files, skipped, known, shard_bytes)
+        return _first(config, (files, skipped), known, shard_bytes, on_file)
     with ThreadPoolExecutor(IO_THREADS) as pool:
         cuts = pool.map(lambda file: listing.cut(file, options, shard_bytes), missing)
         for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
@@ -73,16 +74,23 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
 
 def _first(
     config: RunConfig,
-    files: Sequence[FileInfo],
-    skipped: Sequence[FileInfo],
+    listed: tuple[Sequence[FileInfo], Sequence[FileInfo]],
     known: Mapping[FileInfo, list[FileSlice]],
     shard_bytes: int,
+    on_file: Callable[[int, int], None] | None,
 ) -> Plan:
-    """The plan of the first documents of ``files``, of which some slices are ``known``."""
+    """The plan of the first documents of the files ``listed``, of which some slices are ``known``.
+
+    Files are read one after another, as each decides whether the next is read.
+    """
     options = config.read_options
+    files, skipped = listed
     assert config.limit is not None
+    number = itertools.count()
 
     def cut(file: FileInfo) -> Iterator[FileSlice]:
+        if on_file is not None:
+            on_file(next(number), len(files))
         return iter(known[file]) if file in known else listing.parts(file, options, shard_bytes)
 
     found = cut_first(files, config.limit, options, cut)

@@ -273,6 +273,14 @@ def test_a_limit_cuts_a_compressed_file_where_its_documents_end(
     assert piece.end == 4096 < piece.size  # what a decoder asked for, in blocks
 
 
+def test_a_limit_reports_the_files_that_it_reads(make: Make) -> None:
+    reported: list[tuple[int, int]] = []
+    config = make(limit=10)
+    found = plan.make_plan(config, lambda done, total: reported.append((done, total)))
+    num_read = len(found.files) - found.unread.num_files
+    assert reported == [(i, len(found.files)) for i in range(num_read)]
+
+
 def test_a_limit_over_the_corpus_is_the_whole_corpus(make: Make) -> None:
     config = make(limit=10**9)
     of_all = plan.make_plan(RunConfig(**(config_values(config) | {"limit": None})))
