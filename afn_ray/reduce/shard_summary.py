@@ -20,9 +20,9 @@ from afn_ray.reduce.histogram import (
     Ints,
     SeriesSummary,
     order,
-    values_by_type,
 )
 from afn_ray.reduce.type_tags import ALL_TYPES, TypeTags
+from afn_ray.reduce.typed_bins import BinCounter, TypedBins
 from afn_ray.schema import SPECIAL, TAGGED_SUMMARY_SCHEMA, WORD_START, Series
 
 COUNTED_IDS = 1 << 18
@@ -63,7 +63,7 @@ class Summary:
         self, series: Sequence[Series], *, tagged: bool = False, spoken: bool = False
     ) -> None:
         self._adding = threading.Lock()
-        self._values: dict[Series, list[Histogram]] = {s: [] for s in series}
+        self._values = {s: BinCounter() for s in series}
         self._docs: list[Histogram] = []
         self._word_starts: list[Histogram] = []
         self._whole_words: list[Histogram] = []
@@ -88,11 +88,13 @@ class Summary:
         which those of whole words are counted by type, and those of all words together.
         """
         types, ranks = _ranked(token_ids, flags)
-        in_docs = _in_docs(types, ranks, docs)
+        by_type = order(ranks, len(types).bit_length())
+        ends = np.cumsum(np.bincount(ranks, minlength=len(types)))
+        in_docs = _in_docs(types, ends, docs[by_type])
         word_starts = _counted(types, ranks[(flags & WORD_START) > 0])
         whole = whole_words(docs, flags)
         wholes = _counted(types, ranks[whole])
-        of_values = {s: values_by_type(types, ranks, values[s]) for s in self._values}
+        of_values = {s: TypedBins.of(types, ends, values[s], by_type) for s in self._values}
         of_tags = None if self._tags is None else TypeTags.of(token_ids, tags)
         of_languages, num_words = None, np.zeros(0, np.int64)
         if self._spoken is not None and spoken is not None:
@@ -104,11 +106,8 @@ class Summary:
             self._docs.append(in_docs)
             self._word_starts.append(word_starts)
             self._whole_words.append(wholes)
-            for series, parts in self._values.items():
-                parts.append(of_values[series])
-                unmerged = sum(len(part.keys) for part in parts[1:])
-                if unmerged > COMPACT_KEYS:
-                    parts[:] = [Histogram.merge(parts)]
+            for series, counter in self._values.items():
+                counter.add(of_values[series])
             if self._tags is not None and of_tags is not None:
                 self._tags.append(of_tags)
                 unmerged = sum(len(part.table) for part in self._tags[1:])
@@ -134,9 +133,8 @@ class Summary:
         docs = Histogram.merge(self._docs)
         word_starts = Histogram.merge(self._word_starts)
         whole_words = Histogram.merge(self._whole_words)
-        for series, parts in self._values.items():
-            values = Histogram.merge(parts)
-            summary = SeriesSummary(values, docs, word_starts, whole_words)
+        for series, counter in self._values.items():
+            summary = SeriesSummary(counter.histogram(), docs, word_starts, whole_words)
             table = summary.to_table(series)
             if self._tags is not None or self._spoken is not None:
                 no_tags = pa.nulls(len(table), pa.string())
@@ -197,13 +195,18 @@ def _counted(types: Ints, ranks: Ints) -> Histogram:
     return Histogram(types[there], counts[there])
 
 
-def _in_docs(types: Ints, ranks: Ints, docs: npt.NDArray[np.int32]) -> Histogram:
-    """The number of documents with each of ``types``; ``docs`` come one after the other."""
-    by_type = order(ranks, len(types).bit_length())
-    ranks, docs = ranks[by_type], docs[by_type]
-    first = np.ones(len(ranks), np.bool_)
-    first[1:] = (ranks[1:] != ranks[:-1]) | (docs[1:] != docs[:-1])
-    return _counted(types, ranks[first])
+def _in_docs(types: Ints, ends: Ints, docs: npt.NDArray[np.int32]) -> Histogram:
+    """The number of documents with each of ``types``, whose tokens end at ``ends``.
+
+    ``docs`` are those of the tokens by type, ascending within one.
+    """
+    if not len(docs):
+        return Histogram.empty()
+    is_new = np.ones(len(docs), np.bool_)
+    is_new[1:] = docs[1:] != docs[:-1]
+    begins = np.append(0, ends[:-1])
+    is_new[begins] = True
+    return Histogram(types, np.add.reduceat(is_new, begins, dtype=np.int64))
 
 
 def _added(a: Ints, b: Ints) -> Ints:

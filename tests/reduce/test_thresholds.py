@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from afn_ray.reduce import histogram as thresholds
-from afn_ray.reduce import shard_summary
+from afn_ray.reduce import typed_bins
 from afn_ray.reduce.histogram import (
     BIN_BITS,
     SPECIAL_KEY,
@@ -255,15 +255,19 @@ def _read(summary: SeriesSummary) -> dict[tuple[bool, int], Any]:
     st.lists(st.integers(0, 12), max_size=4),
     st.integers(0, 12),
     st.sampled_from([0, 3, 1 << 22]),
+    st.sampled_from([1, 8, 1 << 16]),
 )
 def test_a_summary_is_what_counting_one_by_one_gives(
-    docs: list[list[Any]], cuts: list[int], shard_end: int, few_keys: int
+    docs: list[list[Any]],
+    cuts: list[int],
+    shard_end: int,
+    few_keys: int,
+    group_tokens: int,
 ) -> None:
-    """The sums are equal for any chunks, two shards or one, and however often chunks are merged on
-    the way.
-    """
+    """The sums are equal for any chunks, two shards or one, and however chunks are merged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shard_summary, "COMPACT_KEYS", few_keys)
+        patch.setattr(typed_bins, "MOST_WAITING", few_keys)
+        patch.setattr(typed_bins, "GROUP_TOKENS", group_tokens)
         patch.setattr(thresholds, "MERGE_KEYS", max(1, few_keys))
         shards = [_summarise(docs[:shard_end], cuts), _summarise(docs[shard_end:], cuts)]
         tables = [list(s.tables()) for s in shards]
@@ -285,12 +289,14 @@ def _tables_hold(docs: list[list[Any]], tables: list[list[pa.Table]]) -> None:
         assert _read(SeriesSummary.from_table(again)) == _read(merged)
 
 
-def test_a_summary_keeps_to_its_bound_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_summary_keeps_to_its_bound_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of the same values do not pile up."""
-    monkeypatch.setattr(shard_summary, "COMPACT_KEYS", 50)
+    monkeypatch.setattr(typed_bins, "MOST_WAITING", 50)
     docs = [[(i, False, True, float(i), 1.0) for i in range(20)] for _ in range(30)]
     summary = _summarise(docs, range(30))
-    assert sum(len(part.keys) for part in summary._values[SERIES[0]]) <= 50 + 2 * 20
+    counter = summary._values[SERIES[0]]
+    assert sum(len(chunk.bins) for chunk in counter._waiting) <= 50
+    assert len(counter._sum.keys) == 20
     assert sum(t["n_docs"][0].as_py() for t in summary.tables()) == 30 * len(SERIES)
 
 
@@ -349,4 +355,4 @@ def test_a_summary_counts_what_numpys_unique_counts(size: int, n: int) -> None:
         _same(getattr(summary, name)[0], Histogram(*np.unique(keys, return_counts=True)))
     for series, values in by_series.items():
         keys = types + to_bins(values)
-        _same(summary._values[series][0], Histogram(*np.unique(keys, return_counts=True)))
+        _same(summary._values[series].histogram(), Histogram(*np.unique(keys, return_counts=True)))
