@@ -113,7 +113,7 @@ class Recorder:
             by_series=dict(zip(self._measure.series, values.series, strict=True)),
             neurons=values.neurons,
             neuron_values=values.neuron_values,
-            keep=~bad[docs],
+            keep=~bad[docs] if bad.any() else np.ones(len(docs), np.bool_),
         )
         outcomes = _outcomes(chunk.documents, np.diff(encoded.bounds), bad, problems)
         return Part(
@@ -225,10 +225,7 @@ class Recorder:
     ) -> pa.Table:
         """Rows of the documents, which are numbered from ``first`` on."""
         documents = chunk.documents
-        means = {
-            f"mean_{s.name}": _document_means(tokens.encoded, values, outcomes.n_tokens)
-            for s, values in tokens.by_series.items()
-        }
+        means = _document_means(tokens, outcomes.n_tokens)
         columns = {
             "doc": np.arange(first, first + len(documents)),
             "doc_id": [d.doc_id for d in documents],
@@ -264,12 +261,13 @@ class Recorder:
 def _counts(chunk: Chunk, tokens: _Tokens, outcomes: _Outcomes) -> dict[str, int]:
     """The counts of a chunk, as in ``commits.COUNTS``."""
     status, losses = outcomes.status, outcomes.losses
+    is_special = tokens.encoded.flags & SPECIAL > 0
     return {
         "documents": len(chunk.documents),
         "empty": status.count("empty"),
-        "tokens": int(tokens.keep.sum()),
+        "tokens": int(outcomes.n_tokens.sum()),
         "quarantined": sum(s.startswith("quarantined") for s in status),
-        "special": int((tokens.encoded.flags[tokens.keep] & SPECIAL).sum()),
+        "special": int(np.count_nonzero(is_special & tokens.keep)),
         "windows": int(chunk.prepared.n_windows.sum()),
         "forward_tokens": sum(b.forward_tokens for b in chunk.prepared.batches),
         "chars": sum(len(d.text) for d in chunk.documents),
@@ -332,17 +330,23 @@ def _digest(document: Document) -> bytes | None:
     return hashlib.sha256(document.text.encode()).digest()
 
 
-def _document_means(
-    encoded: encode.Encoded,
-    values: npt.NDArray[np.float32],
-    n_tokens: npt.NDArray[np.int64],
-) -> pa.Array:
-    """Mean value of each document's tokens, special tokens apart; null where there are none."""
-    counted = (encoded.flags & SPECIAL) == 0
-    weights = counted.astype(np.float64)
-    n = np.bincount(encoded.docs, weights, len(n_tokens))
-    total = np.bincount(
-        encoded.docs, np.where(counted, values, 0).astype(np.float64), len(n_tokens)
-    )
+def _document_means(tokens: _Tokens, n_tokens: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+    """Mean values of each document's tokens, special tokens apart; null where there are none.
+
+    They are named like their columns. ``n_tokens`` are recorded tokens, [n_documents].
+    """
+    encoded, bounds = tokens.encoded, tokens.encoded.bounds
+    special = np.flatnonzero((encoded.flags & SPECIAL) > 0)
+    n = np.diff(bounds) - np.bincount(encoded.docs[special], minlength=len(n_tokens))
     none = (n == 0) | (n_tokens == 0)
-    return pa.array((total / np.where(none, 1, n)).astype(np.float32), mask=none)
+    filled = np.flatnonzero(np.diff(bounds))  # ``reduceat`` knows no empty ones
+    means = {}
+    for series, values in tokens.by_series.items():
+        counted = values.astype(np.float64)
+        counted[special] = 0
+        total = np.zeros(len(n_tokens))
+        with np.errstate(invalid="ignore"):  # infinities of documents that are refused
+            total[filled] = np.add.reduceat(counted, bounds[filled])
+        mean = (total / np.where(none, 1, n)).astype(np.float32)
+        means[f"mean_{series.name}"] = pa.array(mean, mask=none)
+    return means
