@@ -46,6 +46,7 @@ them.
 RESERVED = frozenset(
     {
         *documents_schema(()).names,
+        "doc",
         NOT_KEPT,
         "duplicate_of",
         "near_duplicate_of",

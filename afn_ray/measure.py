@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afn_ray.fingerprints import fingerprint
-from afn_ray.schema import SCHEMA_VERSION, Series
+from afn_ray.schema import VALUES_VERSION, Series
 
 OF_COLUMNS = frozenset(
     {
@@ -70,7 +70,7 @@ class Measure:
 
     Empty if no signal subtracts it.
     """
-    schema_version: int = SCHEMA_VERSION
+    schema_version: int = VALUES_VERSION
 
     @classmethod
     def of_dict(cls, stored: Mapping[str, Any]) -> Measure:

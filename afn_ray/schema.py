@@ -11,10 +11,18 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 5
-"""Version of the stored tables, part of every measure.
+SCHEMA_VERSION = 6
+"""Version of the stored files: it grows when a table or a JSON file changes its form.
 
-It grows when a stored table or the meaning of a stored value changes.
+``store.shard_tables`` reads shards of every version in ``READABLE_VERSIONS``.
+"""
+READABLE_VERSIONS = (5, SCHEMA_VERSION)
+"""Versions of stored files that are read; a run may have shards of several."""
+VALUES_VERSION = 5
+"""Version of the recorded values, part of every measure.
+
+It grows when the same token would be recorded with another value. A measure does not depend on the
+form of its files, so that a store of an older ``SCHEMA_VERSION`` goes on.
 """
 
 # --- what is recorded of a token
@@ -210,16 +218,16 @@ _DAMAGE = (
 
 
 def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False) -> pa.Schema:
-    """Schema of a shard's ``tokens`` table; rows are sorted by (doc, position).
+    """Schema of a shard's ``tokens`` table; rows are sorted by (doc_in_shard, position).
 
     ``tagged``: the corpus is labelled, so the table has a ``tag`` column.
     """
     columns = _columns(
-        "doc, position, token_id: int32",
+        "doc_in_shard, position, token_id: int32",
         "flags: uint8",
         "surface: repeated string or null",
         *(["tag: repeated string or null"] if tagged else []),
-        *(["start, end: int32"] if offsets else []),
+        *(["start, length: int32"] if offsets else []),
     )
     values = [pa.field(s.name, pa.float32(), nullable=False) for s in series]
     return pa.schema(columns + values)
@@ -239,7 +247,7 @@ REFUSED = _list_of(pa.struct(_columns("name, reason: string")))
 
 
 _DOCUMENT = (
-    "doc: int32",
+    "doc_in_shard: int32",
     # null in a file: the corpus gives no id
     "doc_id: string or null  # id in the corpus, or the hash of the text",
     "source: repeated string  # URI of the file",
@@ -281,7 +289,7 @@ def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
     more; the column of every other layer is null.
     """
     lists = [pa.field(neurons_column(layer), NEURON_LIST) for layer in layers]
-    return pa.schema(_columns("doc, position: int32") + lists)
+    return pa.schema(_columns("doc_in_shard, position: int32") + lists)
 
 
 PAIRS_SCHEMA = _schema(
@@ -355,7 +363,7 @@ PLAN_SCHEMA = _schema(
 SHARDS_SCHEMA = _schema(
     "ordinal: int32",
     "shard: string",
-    "doc_offset: int64  # run-wide doc = doc_offset + doc",
+    "doc_offset: int64  # run-wide doc = doc_offset + doc_in_shard",
     "n_documents, n_empty, n_quarantined, n_tokens, n_windows, n_replaced: int64",
     "lost_bytes: int64  # corpus bytes not measured",
     *_LOST_DOCUMENTS,
@@ -368,6 +376,7 @@ SHARDS_SCHEMA = _schema(
     "seconds: float64",
     "tokens_file, documents_file, summary_file: string  # relative to the store",
     "neurons_file: string or null",
+    "schema_version: int16 or null  # of the shard's files; null: 5",
 )
 """A run's shards in plan order: the location of their files and their numbers of rows."""
 
@@ -503,7 +512,7 @@ VOCABULARY_SCHEMA = _schema(
 """Every token type at each layer: its strengths, and how often it is HIGH."""
 ADDED = {
     "vocabulary": ("class_confidence", "is_ambiguous"),
-    "shards": ("vectors_bytes",),
+    "shards": ("vectors_bytes", "schema_version"),
     "languages": ("n_whole",),
 }
 """Columns that tables of older runs lack; they read as null."""

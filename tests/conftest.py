@@ -27,6 +27,7 @@ from unittest import mock
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
@@ -452,6 +453,45 @@ def recommit(folder: str, table: str, data: bytes, **changes: Any) -> None:
         commit["crc32"][table] = blocks.checksums(data)
 
     edit_checksummed(f"{folder}/commit.json", edit)
+
+
+def as_version_5(store: str) -> None:
+    """Write the shards and complete runs of ``store`` as version 5 of the schema did."""
+    sizes: dict[str, int] = {}
+    for commit in Path(store).glob("shards/*/*/commit.json"):
+        for table, entry in json.loads(commit.read_text("utf-8"))["files"].items():
+            if table in ("tokens", "documents", "neurons"):
+                path = commit.with_name(entry["name"])
+                sink = io.BytesIO()
+                pq.write_table(_of_version_5(pq.read_table(path)), sink)
+                recommit(str(commit.parent), table, sink.getvalue())
+                sizes[str(path.relative_to(store))] = len(sink.getvalue())
+        edit_checksummed(str(commit), lambda body: body.update(schema_version=5))
+
+    def of_files(shards: pa.Table) -> pa.Table:
+        for table, column in (
+            ("tokens", "token"),
+            ("documents", "document"),
+            ("neurons", "neurons"),
+        ):
+            names = shards[f"{table}_file"].to_pylist()
+            at = shards.schema.get_field_index(f"{column}_bytes")
+            found = pa.array([sizes.get(name, 0) for name in names], pa.int64())
+            shards = shards.set_column(at, shards.schema.field(at), found)
+        return shards.drop_columns(["schema_version"])
+
+    for run in Path(store).glob("runs/*/run.json"):
+        edit_table(str(run.parent), "shards", of_files)
+        edit_checksummed(str(run), lambda body: body.update(schema_version=5))
+
+
+def _of_version_5(table: pa.Table) -> pa.Table:
+    metadata = table.schema.metadata
+    if "length" in table.column_names:
+        at = table.column_names.index("length")
+        end = pc.add(table["start"], table["length"])
+        table = table.set_column(at, table.schema.field(at).with_name("end"), end)
+    return table.rename_columns({"doc_in_shard": "doc"}).replace_schema_metadata(metadata)
 
 
 def race_attempts(store: str, folder: Path, options: ReadOptions, rounds: int) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from afn_ray import kept
 from afn_ray.analysis import some_rows, vector_check
@@ -34,6 +33,7 @@ from afn_ray.schema import (
 )
 from afn_ray.store import layout, records
 from afn_ray.store.commits import Commit
+from afn_ray.store.shard_tables import DOC, ShardTable
 
 Ints = npt.NDArray[np.int64]
 
@@ -43,7 +43,7 @@ class Wrong(Exception):
 
 
 def check_rows(
-    tables: Mapping[str, pq.ParquetFile],
+    tables: Mapping[str, ShardTable],
     commit: Commit,
     read: Shard,
     measure: Measure | None,
@@ -54,7 +54,7 @@ def check_rows(
     """
     series, tagged, detected = _check_schemas(tables, commit, measure, read.options)
     columns = [
-        "doc",
+        DOC,
         "n_tokens",
         "n_windows",
         "n_chars",
@@ -107,7 +107,7 @@ def _check_counts(counts: Mapping[str, int], commit: Commit, read: Shard) -> Non
         )
 
 
-def _check_summary(file: pq.ParquetFile, summary: Summary) -> None:
+def _check_summary(file: ShardTable, summary: Summary) -> None:
     """Check that ``file`` holds ``summary``, with a row group for each table that has rows."""
     expected = list(summary.tables())
     if not file.read().equals(pa.concat_tables(expected)):
@@ -118,7 +118,7 @@ def _check_summary(file: pq.ParquetFile, summary: Summary) -> None:
 
 
 def _check_schemas(
-    tables: Mapping[str, pq.ParquetFile],
+    tables: Mapping[str, ShardTable],
     commit: Commit,
     measure: Measure | None,
     options: ReadOptions,
@@ -128,7 +128,7 @@ def _check_schemas(
     The expected schema is that of ``measure``, with the columns that ``options`` keep. Without a
     measure, because no run has it, the columns of the tokens and documents decide.
     """
-    names = tables["tokens"].schema_arrow.names
+    names = tables["tokens"].schema.names
     if measure is not None:
         series, tagged, offsets = measure.series, measure.tagged, measure.offsets
         detected = measure.detected
@@ -137,7 +137,7 @@ def _check_schemas(
         series = tuple(Series(signal, layer) for signal, layer in _by_layer(names))
         tagged, offsets = "tag" in names, "start" in names
         of_corpus = [column.name for column in kept.parse(options.keep)]
-        of_documents = {*tables["documents"].schema_arrow.names} - {*of_corpus}
+        of_documents = {*tables["documents"].schema.names} - {*of_corpus}
         detected = LANGUAGE in of_documents
         layers = _neuron_layers(tables["neurons"]) if "neurons" in tables else []
     schemas = {
@@ -154,6 +154,9 @@ def _check_schemas(
         raise Wrong("", f"its tables are not its measure's: {', '.join(wrong)}")
     for table, file in tables.items():
         _check_schema(table, file, schemas[table])
+        if file.has_documents and file.schema_version != commit.schema_version:
+            found, of_commit = file.schema_version, commit.schema_version
+            raise Wrong(table, f"it has schema version {found}, but its commit says {of_commit}")
         num_rows = commit.files[table].get("rows")
         if file.metadata.num_rows != num_rows:
             message = f"it has {file.metadata.num_rows} rows, but its commit says {num_rows}"
@@ -161,8 +164,8 @@ def _check_schemas(
     return series, tagged, detected
 
 
-def _check_schema(table: str, file: pq.ParquetFile, expected: pa.Schema) -> None:
-    found = file.schema_arrow
+def _check_schema(table: str, file: ShardTable, expected: pa.Schema) -> None:
+    found = file.schema
     if not found.equals(expected):
         fields = sorted({*map(str, found)} ^ {*map(str, expected)})
         differs = ", ".join(fields) or "the order of columns"
@@ -177,19 +180,19 @@ def _by_layer(columns: Iterable[str]) -> Iterator[tuple[str, int]]:
             yield signal, int(layer)
 
 
-def _neuron_layers(file: pq.ParquetFile) -> list[int]:
-    return [layer for _, layer in _by_layer(file.schema_arrow.names)]
+def _neuron_layers(file: ShardTable) -> list[int]:
+    return [layer for _, layer in _by_layer(file.schema.names)]
 
 
 def _check_documents(documents: pa.Table) -> dict[str, int]:
     """Check ``documents`` and return the counts that they give."""
-    docs = documents["doc"].to_numpy()
+    docs = documents[DOC].to_numpy()
     n_tokens = documents["n_tokens"].to_numpy()
     status = documents["status"].cast(pa.string())
     is_quarantined = pc.starts_with(status, "quarantined").to_numpy()
     is_empty = pc.equal(status, "empty").to_numpy()
     if not np.array_equal(docs, np.arange(len(docs))):
-        raise Wrong("documents", f"doc is not 0 to {len(docs) - 1}, each once and in order")
+        raise Wrong("documents", f"{DOC} is not 0 to {len(docs) - 1}, each once and in order")
     wrong = (n_tokens > 0) == (is_empty | is_quarantined)
     if wrong.any():
         doc = int(np.argmax(wrong))
@@ -233,7 +236,7 @@ def _check_losses(documents: pa.Table) -> dict[str, int]:
 
 
 def _check_tokens(
-    file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series], tagged: bool
+    file: ShardTable, documents: pa.Table, series: Sequence[Series], tagged: bool
 ) -> tuple[int, Summary]:
     """Check ``file``; return its number of special tokens and the summary of all tokens."""
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
@@ -267,7 +270,7 @@ def _check_tokens(
 
 def _check_places(part: pa.Table, first: int, docs: Ints, positions: Ints) -> None:
     """Check that the rows from ``first`` on are the tokens at ``positions`` of ``docs``."""
-    for column, expected in (("doc", docs), ("position", positions)):
+    for column, expected in ((DOC, docs), ("position", positions)):
         got = part[column].to_numpy()
         wrong = got != expected
         if wrong.any():
@@ -317,7 +320,7 @@ def _check_means(
 
 
 def _check_neurons(
-    tokens: pq.ParquetFile, lists: pq.ParquetFile, measure: Measure | None
+    tokens: ShardTable, lists: ShardTable, measure: Measure | None
 ) -> neurons.PairSummary:
     """Check that ``lists`` has rows for the right tokens, in order; return its pair sums."""
     layers = _neuron_layers(lists)
@@ -327,8 +330,8 @@ def _check_neurons(
         above = dict(zip(layers, measure.neurons_above, strict=False))
         most = measure.top_neurons
     pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
-    columns = ["doc", "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
-    for batch in tokens.iter_batches(records.BATCH_ROWS, columns=columns):
+    columns = [DOC, "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
+    for batch in tokens.batches(records.BATCH_ROWS, columns):
         flags = batch["flags"].to_numpy()
         is_normal = (flags & SPECIAL) == 0
         high = {}  # by layer, where only HIGH tokens have neurons
@@ -360,7 +363,7 @@ def _check_neurons(
 
 def _check_tokens_of_lists(part: pa.Table, batch: pa.RecordBatch, which: Ints, at: int) -> None:
     """Check that ``part``, the rows from ``at`` on, has the tokens ``which`` of ``batch``."""
-    for column in ("doc", "position"):
+    for column in (DOC, "position"):
         expected = batch[column].to_numpy()[which]
         if not np.array_equal(part[column].to_numpy(), expected):
             message = f"its rows from {at} on are not of the tokens that should have neurons"
@@ -383,9 +386,9 @@ def _are_recordable(lists: pa.ListArray, most: int) -> bool:
 class _Rows:
     """Rows of a Parquet file in order, in chunks of any size."""
 
-    def __init__(self, file: pq.ParquetFile) -> None:
-        self._batches = file.iter_batches(records.BATCH_ROWS)
-        self._held = file.schema_arrow.empty_table()
+    def __init__(self, file: ShardTable) -> None:
+        self._batches = file.batches(records.BATCH_ROWS)
+        self._held = file.schema.empty_table()
 
     def take(self, n: int) -> pa.Table:
         """The next ``n`` rows; fewer at the end of the file."""

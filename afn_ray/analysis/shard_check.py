@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from afn_ray.analysis import rows
 from afn_ray.analysis.findings import Finding, read_listed, without_uri
@@ -17,7 +16,6 @@ from afn_ray.store import (
     blocks,
     checksums,
     layout,
-    parquet,
     records,
     shard_files,
     storage,
@@ -26,6 +24,7 @@ from afn_ray.store import (
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import ShardKey
+from afn_ray.store.shard_tables import ShardTable
 
 
 @dataclass(slots=True)
@@ -121,7 +120,7 @@ def _check_commit(
             f"{identity}; {redo}"
         )
         findings.append(Finding("misplaced", uri, message))
-    tables: dict[str, pq.ParquetFile] = {}
+    tables: dict[str, ShardTable] = {}
     for table in commit.files:
         data, found = _check_file(committed, table, of[0], redo)
         checked.num_files += 1
@@ -147,7 +146,7 @@ def _check_commit(
 
 def _check_file(
     committed: _Committed, table: str, measure_id: str, redo: str
-) -> tuple[bytes, pq.ParquetFile | Finding]:
+) -> tuple[bytes, ShardTable | Finding]:
     """The bytes of the file of ``table``, and the file opened or what is wrong with it."""
     commit, entry = committed.commit, committed.commit.files[table]
     name = str(entry["name"])
@@ -159,7 +158,7 @@ def _check_file(
         message = f"its blocks do not have the CRC-32 that {committed.uri} lists; {redo}"
         return data, Finding("damaged", uri, message)
     try:
-        file = parquet.open_file(data)
+        file = ShardTable(data)
     except (pa.ArrowException, OSError) as error:
         return data, Finding("damaged", uri, f"it is no Parquet file: {error}; {redo}")
     expected = {

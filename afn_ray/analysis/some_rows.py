@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from afn_ray import samples, token_rows
 from afn_ray.corpus.selection import place_of
 from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.stats import is_high
 from afn_ray.schema import HASH_ID_CHARS, SPECIAL, STRENGTH, Series
+from afn_ray.store.shard_tables import DOC, ShardTable
 
 OF_DOCUMENTS = ("doc_id", "text_sha256", "source", "offset")
 """Columns of ``documents`` by which a document is drawn."""
@@ -21,9 +21,7 @@ OF_DOCUMENTS = ("doc_id", "text_sha256", "source", "offset")
 Ints = npt.NDArray[np.int64]
 
 
-def wrong_rows(
-    file: pq.ParquetFile, documents: pa.Table, series: Sequence[Series], record: str
-) -> str:
+def wrong_rows(file: ShardTable, documents: pa.Table, series: Sequence[Series], record: str) -> str:
     """Error in the rows of tokens in ``file``, which a shard of ``record`` keeps; empty if none.
 
     ``documents`` are those of the shard, with ``n_tokens`` and ``OF_DOCUMENTS``.
@@ -31,8 +29,8 @@ def wrong_rows(
     if record == token_rows.SUMMARIES:
         found = file.metadata.num_rows
         return f"it has {found:,} rows, but the shard keeps none" if found else ""
-    table = file.read(["doc", "position", "flags", *(s.name for s in series)])
-    docs, positions = (table[name].to_numpy().astype(np.int64) for name in ("doc", "position"))
+    table = file.read([DOC, "position", "flags", *(s.name for s in series)])
+    docs, positions = (table[name].to_numpy().astype(np.int64) for name in (DOC, "position"))
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
     return (
         _wrong_place(docs, positions, n_tokens)

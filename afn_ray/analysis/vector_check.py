@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from afn_ray.mean_texts import from_text
 from afn_ray.measure import Measure
@@ -24,6 +23,7 @@ from afn_ray.reduce.stats import Float64s, Ints
 from afn_ray.schema import SPECIAL, STATE_UNITS, strength_column
 from afn_ray.store import parquet, records
 from afn_ray.store.layout import VECTORS
+from afn_ray.store.shard_tables import ShardTable
 
 ROUNDING = 2.0**-14
 """Relative difference of a mean square of strengths, which are rounded, and one of states."""
@@ -33,7 +33,7 @@ RELATIVE = 1e-6
 """Relative difference of means in float32 and float64, against the length of the mean."""
 
 
-def wrong_sums(tables: Mapping[str, pq.ParquetFile], measure: Measure | None) -> str:
+def wrong_sums(tables: Mapping[str, ShardTable], measure: Measure | None) -> str:
     """Description of a fault in a shard's sums of states; empty if there is none."""
     file = tables[VECTORS]
     seen = {file.read_row_group(at)["layer"][0].as_py() for at in range(file.num_row_groups)}
@@ -62,11 +62,11 @@ def wrong_sums(tables: Mapping[str, pq.ParquetFile], measure: Measure | None) ->
     return ""
 
 
-def _of_tokens(file: pq.ParquetFile, layers: list[int]) -> tuple[Ints, Float64s]:
+def _of_tokens(file: ShardTable, layers: list[int]) -> tuple[Ints, Float64s]:
     """Number of normal tokens of each type, and their squared strengths, [n_layers, n_types]."""
     n, squares = np.zeros(1, np.int64), np.zeros((len(layers), 1))
     columns = ["token_id", "flags", *map(strength_column, layers)]
-    for batch in file.iter_batches(records.BATCH_ROWS, columns=columns):
+    for batch in file.batches(records.BATCH_ROWS, columns):
         is_normal = (batch["flags"].to_numpy() & SPECIAL) == 0
         ids = batch["token_id"].to_numpy()[is_normal]
         size = max(len(n), int(ids.max(initial=0)) + 1)
@@ -103,7 +103,7 @@ def _means(table: pa.Table) -> Float64s:
     return np.asarray(totals / STATE_UNITS / table["n"].to_numpy()[:, None])
 
 
-def impossible(tokens: pq.ParquetFile, measure: Measure) -> str:
+def impossible(tokens: ShardTable, measure: Measure) -> str:
     """The first distance from a mean state that no state can have; empty if there is none.
 
     A token's state of strength s is between abs(s - m) and s + m away from a mean of length m.
@@ -116,7 +116,7 @@ def impossible(tokens: pq.ParquetFile, measure: Measure) -> str:
         lengths[layer] = float(np.linalg.norm(from_text(text).astype(np.float64)))
     first = 0
     names = [name for s in series for name in (strength_column(s.layer), s.name)]
-    for batch in tokens.iter_batches(records.BATCH_ROWS, columns=names):
+    for batch in tokens.batches(records.BATCH_ROWS, names):
         for one in series:
             m = lengths[one.layer]
             strength, distance = (

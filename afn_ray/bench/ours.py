@@ -27,6 +27,7 @@ from afn_ray.runs.progress import Counters
 from afn_ray.schema import strength_column
 from afn_ray.store import plans, shard_files
 from afn_ray.store.commits import Commit
+from afn_ray.store.shard_tables import DOC
 
 STAGES = ("read_s", "tokenize_s", "wait_s", "model_s", "write_s")
 
@@ -130,8 +131,8 @@ class Job(_Ours):
                 break
             folder = Path(shard_files.shard_uri(store, self._task.measure.id, commit.shard))
             file = folder / commit.files["tokens"]["name"]
-            table = pq.read_table(file, columns=["doc", column])
-            bounds = np.flatnonzero(np.diff(table["doc"].to_numpy())) + 1
+            table = pq.read_table(file, columns=[DOC, column])
+            bounds = np.flatnonzero(np.diff(table[DOC].to_numpy())) + 1
             strengths += np.split(table[column].to_numpy(), bounds)
         shutil.rmtree(store)
         return strengths[:num_texts]

@@ -45,7 +45,9 @@ from afn_ray.schema import (
     NEURON_TYPES_SCHEMA,
     NEURONS_SCHEMA,
     OWN_LABELS,
+    READABLE_VERSIONS,
     SALIENCE_SCHEMA,
+    SCHEMA_VERSION,
     SCREENED_SCHEMA,
     SHARDS_SCHEMA,
     SIGNAL_VOCABULARY_SCHEMA,
@@ -354,7 +356,7 @@ WHOLE_RUN_FILES = ("duplicates", "near_duplicates", "word_vocabulary", "mean_vec
 """Tables of a run, beside its small ones, that a run may have."""
 SIZES = {"tokens": "token_bytes", "documents": "document_bytes", "neurons": "neurons_bytes"}
 """Column of ``shards`` with the size of each table's file, in bytes."""
-NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0}
+NO_SHARD = {"doc_offset": 0, "n_documents": 0, "n_tokens": 0, "schema_version": SCHEMA_VERSION}
 """Row of ``shards`` for a file that belongs to no shard."""
 
 
@@ -370,6 +372,7 @@ def _paths(files: Sequence[_TableFile], before: str) -> list[ShardFile]:
             f.shard["n_documents"],
             f.shard["n_tokens"],
             None if before == AFN else f.name.split("/")[-2],
+            schema_version=f.shard["schema_version"] or READABLE_VERSIONS[0],
         )
         for f in files
     ]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from afn_ray import token_rows
 from afn_ray.reduce.stats import Z_95
-from afn_ray.schema import Series
+from afn_ray.schema import SCHEMA_VERSION, Series
 
 
 class ShardFile(NamedTuple):
@@ -25,6 +25,8 @@ class ShardFile(NamedTuple):
     """
     docs: tuple[int, int] | None = None
     """First document to read and the one after the last, numbered in the shard; None: all."""
+    schema_version: int = SCHEMA_VERSION
+    """Version of its columns."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,36 @@ class RecordedColumns:
         return exact(self.thresholds[layer][name], "FLOAT")
 
 
-def rows_of(files: Sequence[ShardFile]) -> str:
+def tokens_of(files: Sequence[ShardFile], offsets: bool) -> str:
+    """SQL of the rows of ``files`` of tokens, as ``rows_of``; ``offsets``: they have some.
+
+    These are ``start`` and ``"end"``, whatever version wrote the files.
+    """
+    return rows_of(files, 'start + length AS "end"' if offsets else "")
+
+
+def rows_of(files: Sequence[ShardFile], of_today: str = "") -> str:
     """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``.
 
-    One file can be read in part, by its ``docs``; then it is the only one.
+    One file can be read in part, by its ``docs``; then it is the only one. Files of older versions
+    come first. ``of_today`` is SQL of a column that only these have.
+    """
+    ordinals: dict[bool, list[int]] = {}
+    for ordinal, of_shard in enumerate(files):
+        ordinals.setdefault(of_shard.schema_version == SCHEMA_VERSION, []).append(ordinal)
+    parts = []
+    for is_todays, some in sorted(ordinals.items()):
+        doc, more = ("doc_in_shard", of_today) if is_todays else ("doc", "")
+        file = f"([{', '.join(map(str, some))}])[file::BIGINT + 1]" if len(ordinals) > 1 else "file"
+        parts.append(_rows_of([files[ordinal] for ordinal in some], doc, file, more))
+    return f"({' UNION ALL BY NAME '.join(parts)})"
+
+
+def _rows_of(files: Sequence[ShardFile], doc: str, file: str, more: str) -> str:
+    """SQL of the rows of ``files`` of one version, whose number in the shard is ``doc``.
+
+    ``file`` is SQL of a file's ordinal from its place among ``files``, ``more`` that of one more
+    column.
     """
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     numbered = (
@@ -85,7 +113,7 @@ def rows_of(files: Sequence[ShardFile]) -> str:
     )
     if files[0].docs is not None:  # a filter here skips row groups
         begin, end = files[0].docs
-        numbered += f" WHERE doc >= {begin} AND doc < {end}"
+        numbered += f" WHERE {doc} >= {begin} AND {doc} < {end}"
     if files[0].folder is not None:
         folders = ", ".join(f"'{f.folder}'" for f in files)
         numbered = (
@@ -93,10 +121,13 @@ def rows_of(files: Sequence[ShardFile]) -> str:
             f"list_position([{folders}], string_split(filename, '/')[-2]) - 1 AS file "
             f"FROM read_parquet([{paths}], {PLAIN}, filename = true, file_row_number = true)"
         )
-    return (
-        f"(SELECT * REPLACE "  # noqa: S608
-        f"(([{offsets}]::BIGINT[])[file::BIGINT + 1] + doc AS doc) FROM ({numbered}))"
-    )
+    columns = [
+        f"* EXCLUDE ({doc}, file)",
+        f"{file} AS file",
+        f"([{offsets}]::BIGINT[])[file::BIGINT + 1] + {doc} AS doc",
+        *([more] if more else []),
+    ]
+    return f"SELECT {', '.join(columns)} FROM ({numbered})"  # noqa: S608
 
 
 PLAIN = "hive_partitioning = false"

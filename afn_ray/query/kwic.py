@@ -12,7 +12,7 @@ from afn_ray.query.expressions import (
     is_high,
     lower_word,
     quoted,
-    rows_of,
+    tokens_of,
 )
 from afn_ray.schema import SPECIAL, WORD_START
 
@@ -67,7 +67,7 @@ def kwic_macro(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     by row numbers. The first ``20 * most + 1000`` heads are nearly always enough for ``most``. Only
     if too many of them begin other words, all heads are read.
     """
-    rows = rows_of(files)
+    rows = tokens_of(files, recorded.offsets)
     counts = recorded.and_counts
     limit = f"{counts} LIMIT coalesce(20 * greatest(most, 0) + 1000, 0)"
     some = _occurrences(rows, "some", "most IS NOT NULL", limit)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from afn_ray.query import views
-from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
+from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of, tokens_of
 from afn_ray.query.words import words_view
 
 SHARD_VIEWS = ("tokens", "documents", "words", "token_neurons")
@@ -52,7 +52,8 @@ class ShardViews:
         if view == "words":
             return words_view(self._files("tokens", part), documents, recorded)
         if view == "tokens":
-            return views.tokens_view(rows_of(self._files("tokens", part)), recorded)
+            rows = tokens_of(self._files("tokens", part), recorded.offsets)
+            return views.tokens_view(rows, recorded)
         neurons = self.neurons
         if neurons is not None:
             neurons = neurons._replace(tokens=self._files("neurons", part))

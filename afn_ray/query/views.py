@@ -17,6 +17,7 @@ from afn_ray.query.expressions import (
     is_high,
     quoted,
     rows_of,
+    tokens_of,
     wilson,
 )
 from afn_ray.query.kwic import document_text_macro, kwic_macro
@@ -141,14 +142,15 @@ def statements(
     # text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
     kwic = answerable(kwic_macro(tokens, recorded), recorded, NO_WORDS)
-    text = document_text_macro(rows_of(tokens), recorded.offsets)
+    rows = tokens_of(tokens, recorded.offsets)
+    text = document_text_macro(rows, recorded.offsets)
     text = answerable_value(text, recorded, NO_WORDS)
     made = [
         "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, "  # noqa: S608
         "any_value(text) AS text, "
         f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP "
         "BY token_id",
-        f"CREATE VIEW tokens AS {tokens_view(rows_of(tokens), recorded)}",
+        f"CREATE VIEW tokens AS {tokens_view(rows, recorded)}",
         f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
         f"CREATE VIEW words AS {words_view(tokens, documents, recorded)}",
         f"CREATE VIEW word_vocabulary AS FROM {_table_of(recorded.word_table, 'no_words')}",

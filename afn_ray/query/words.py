@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ from afn_ray.query.expressions import (
     ShardFile,
     answerable,
     is_high,
-    rows_of,
+    tokens_of,
 )
 from afn_ray.query.word_classes import classified
 from afn_ray.schema import SPECIAL, WORD_START
@@ -39,8 +40,11 @@ def words_view(
     their input has no join. DuckDB does not push a filter through such a window. So the run is read
     in parts with known documents, and a query for one document reads one part.
     """
+    # Parts of one version: rows of two come from a union, above which a window has no order.
+    versions = sorted({file.schema_version for file in files})
+    of_version = [[f for f in files if f.schema_version == version] for version in versions]
     parts = []
-    for part in _parts(files):
+    for part in itertools.chain.from_iterable(map(_parts, of_version)):
         last = part[-1].doc_offset + part[-1].n_documents
         words = _words(part, recorded)
         parts.append(
@@ -101,7 +105,7 @@ def _tokens_ahead(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     columns += [f"strength_{k}" for k in recorded.layers]
     if recorded.offsets:
         columns.append('"end"')
-    rows = rows_of(files)
+    rows = tokens_of(files, recorded.offsets)
     tokens = f"""
         SELECT *, count(*) FILTER (is_head) OVER (ROWS UNBOUNDED PRECEDING) AS number,
           row_number() OVER () AS nth

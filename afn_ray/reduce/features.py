@@ -35,6 +35,7 @@ from afn_ray.schema import (
     strength_column,
 )
 from afn_ray.store import parquet, records
+from afn_ray.store.shard_tables import DOC, ShardTable
 
 Float32s = npt.NDArray[np.float32]
 Histograms = tuple[Histogram, ...]
@@ -283,13 +284,13 @@ def normal_tokens(
 
     ``spoken``: without tags of the corpus, the languages of ``documents`` stand for them.
     """
-    file = parquet.open_file(place.tokens.read())
+    file = ShardTable(place.tokens.read())
     ends = np.cumsum(documents["n_tokens"].to_numpy().astype(np.int64))
     texts = [*(["surface"] if with_words else []), *(["tag"] if tagged else [])]
     columns = ["token_id", "flags", *map(strength_column, layers), *texts]
     begins = ends - documents["n_tokens"].to_numpy()
     for first, tokens in records.whole_documents(file, ends, columns):
-        docs, flags, types = (tokens[name].to_numpy() for name in ("doc", "flags", "token_id"))
+        docs, flags, types = (tokens[name].to_numpy() for name in (DOC, "flags", "token_id"))
         is_normal = flags & SPECIAL == 0
         if len(place.left_out):
             is_normal &= ~np.isin(docs, place.left_out)

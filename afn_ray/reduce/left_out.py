@@ -24,7 +24,8 @@ from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Tasks, in_groups
 from afn_ray.reduce.type_tags import TypeTags
 from afn_ray.schema import LANGUAGE, Series
-from afn_ray.store import parquet, records
+from afn_ray.store import records
+from afn_ray.store.shard_tables import DOC, ShardTable
 
 READ_BYTES = 64 << 20
 """Bytes of token files that one call reads; a larger shard has a call of its own."""
@@ -103,9 +104,9 @@ def _negative(
     columns += ["tag"] if counted == "tag" else []
     for place in some:
         languages = _languages(place) if counted == LANGUAGE else None
-        file = parquet.open_file(place.tokens.read())
+        file = ShardTable(place.tokens.read())
         for rows in records.some_documents(file, place.docs, columns):
-            docs, flags = rows["doc"].to_numpy(), rows["flags"].to_numpy()
+            docs, flags = rows[DOC].to_numpy(), rows["flags"].to_numpy()
             tags = rows["tag"].cast(pa.string()) if counted == "tag" else None
             spoken = None if languages is None else Spoken.of(docs, languages)
             of_series = {one: rows[one.name].to_numpy() for one in series}
@@ -143,8 +144,8 @@ def _counted_lists(place: _Place) -> Iterator[tuple[pa.Table, pa.Table]]:
     begins = np.cumsum(n_tokens, dtype=np.int64) - n_tokens
     tokens = read_columns(place.tokens, ["token_id", "flags"])
     assert place.neurons is not None, "a run with neurons has them in every shard"
-    for batch in parquet.open_file(place.neurons.read()).iter_batches(records.BATCH_ROWS):
-        counts = ~np.isin(batch["doc"].to_numpy(), place.docs)
+    for batch in ShardTable(place.neurons.read()).batches(records.BATCH_ROWS):
+        counts = ~np.isin(batch[DOC].to_numpy(), place.docs)
         rows = pa.Table.from_batches([batch.filter(pa.array(counts))])
-        at = begins[rows["doc"].to_numpy()] + rows["position"].to_numpy()
+        at = begins[rows[DOC].to_numpy()] + rows["position"].to_numpy()
         yield rows, tokens.take(at)

@@ -30,7 +30,8 @@ from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
 from afn_ray.schema import NEAR_DUPLICATES_SCHEMA
-from afn_ray.store import parquet, records
+from afn_ray.store import records
+from afn_ray.store.shard_tables import DOC, ShardTable
 from afn_ray.text import count
 
 NUM_HASHES = 128
@@ -158,10 +159,10 @@ def _read(
 def _shingles(place: _Place, readable: Sequence[str]) -> Iterator[tuple[Ints, list[list[str]]]]:
     """Run-wide numbers of some documents that count, and the distinct shingles of each."""
     n_tokens = read_columns(place.documents, ["n_tokens"])["n_tokens"].to_numpy()
-    file = parquet.open_file(place.tokens.read())
+    file = ShardTable(place.tokens.read())
     ends = np.cumsum(n_tokens, dtype=np.int64)
     for _, tokens in records.whole_documents(file, ends, ["token_id", "flags", "surface"]):
-        column = tokens["doc"].to_numpy()
+        column = tokens[DOC].to_numpy()
         begins = starts(column)
         sizes = np.diff(begins, append=len(column))
         counts = ~np.isin(column[begins], place.left_out)

@@ -66,7 +66,8 @@ from afn_ray.reduce.strangest import describe, rank, strange_table, strangest_of
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merged
 from afn_ray.reduce.word_sums import WordRules
 from afn_ray.schema import LANGUAGE, SCREENED_SCHEMA, SPECIAL, WORD_START
-from afn_ray.store import parquet, records
+from afn_ray.store import records
+from afn_ray.store.shard_tables import DOC, ShardTable
 
 RARE = 0.01
 """Largest share of a run's documents in which a rare type occurs."""
@@ -299,11 +300,11 @@ def _texts(
 ) -> list[dict[int, tuple[str, list[Any]]]]:
     """Beginnings of the texts of ``docs``, joined from their tokens, and their ``kept`` values."""
     documents = read_columns(place.documents, kept) if kept else None
-    file = parquet.open_file(place.tokens.read())
+    file = ShardTable(place.tokens.read())
     columns = ["token_id", "flags", "surface"]
     found: dict[int, tuple[str, list[Any]]] = {}
     for tokens in records.some_documents(file, np.unique(docs), columns):
-        column = tokens["doc"].to_numpy()
+        column = tokens[DOC].to_numpy()
         begins = starts(column)
         sizes = np.diff(begins, append=len(column))
         for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):

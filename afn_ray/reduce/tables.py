@@ -106,6 +106,7 @@ def _shard_files(commit: Commit, measure_id: str) -> dict[str, Any]:
         if table in files:
             name = files[table]["name"]
             columns[f"{table}_file"] = f"shards/{measure_id}/{commit.shard}/{name}"
+    columns["schema_version"] = commit.schema_version
     return columns
 
 

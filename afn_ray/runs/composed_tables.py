@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
@@ -18,12 +17,13 @@ from afn_ray.runs.task import NEURONS, TOKENS, MeasurePart
 from afn_ray.schema import NOT_KEPT, STATE_LIMIT, Series, neurons_column
 from afn_ray.store.layout import VECTORS
 from afn_ray.store.records import BATCH_ROWS, ShardFiles, TableFile
+from afn_ray.store.shard_tables import ShardTable
 
 
 class Tables(Protocol):
     """The tables of one result of a shard."""
 
-    def open(self, table: str) -> pq.ParquetFile:
+    def open(self, table: str) -> ShardTable:
         """The file of ``table``."""
 
 
@@ -48,7 +48,7 @@ def check_complete(source: PartialResult) -> None:
     Other parts may refuse other documents, so such a shard is measured as a whole.
     """
     columns = ["status", "text_sha256"]
-    for batch in source.tables.open("documents").iter_batches(BATCH_ROWS, columns=columns):
+    for batch in source.tables.open("documents").batches(BATCH_ROWS, columns):
         status, digests = (batch[name] for name in columns)
         refused = pc.starts_with(status.cast(pa.string()), "quarantined")
         if pc.any(pc.and_(refused, digests.is_valid())).as_py():
@@ -149,8 +149,8 @@ def _joined(
 class _Rows:
     """The rows of a file in order, as many at a time as the caller takes."""
 
-    def __init__(self, file: pq.ParquetFile, columns: Sequence[str]) -> None:
-        self._batches = file.iter_batches(BATCH_ROWS, columns=list(columns))
+    def __init__(self, file: ShardTable, columns: Sequence[str]) -> None:
+        self._batches = file.batches(BATCH_ROWS, columns)
         self._batch: pa.RecordBatch | None = None
 
     def num_ready(self) -> int:
@@ -194,7 +194,7 @@ def _write_groups(
 
     Returns those that have no row group, because they have no rows.
     """
-    files: dict[MeasurePart, pq.ParquetFile] = {}
+    files: dict[MeasurePart, ShardTable] = {}
     for source in sources:
         if parts := [part for part in wanted.values() if part in source.parts]:
             files |= dict.fromkeys(parts, source.tables.open(sink.path.stem))
@@ -211,13 +211,13 @@ def _write_groups(
     return lacking
 
 
-def _groups(file: pq.ParquetFile) -> Iterator[tuple[tuple[Any, ...] | None, int]]:
+def _groups(file: ShardTable) -> Iterator[tuple[tuple[Any, ...] | None, int]]:
     """The signal, if there is one, and the layer of each row group, with its number.
 
     None in their place: the row group counts tags.
     """
-    names = [name for name in ("signal", "layer", "tag") if name in file.schema_arrow.names]
+    names = [name for name in ("signal", "layer", "tag") if name in file.schema.names]
     for group in range(file.num_row_groups):
-        (first,) = file.read_row_group(group, columns=names).slice(0, 1).to_pylist()
+        (first,) = file.read_row_group(group, names).slice(0, 1).to_pylist()
         is_of_tags = first.pop("tag", None) is not None
         yield None if is_of_tags else tuple(first.values()), group

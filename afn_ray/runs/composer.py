@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import CannotCompose, Interrupted, StoreError
 from afn_ray.runs import composed_tables, scratch
@@ -20,10 +18,10 @@ from afn_ray.runs.composed_tables import PartialResult
 from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Donor, Task
 from afn_ray.runs.worker import Processor, attempt, shard_tables
-from afn_ray.store import parquet
 from afn_ray.store.checksums import DAMAGES
 from afn_ray.store.commits import COMPOSED, Commit
 from afn_ray.store.shard_files import Attempt, StoredShard
+from afn_ray.store.shard_tables import ShardTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +30,9 @@ class _Measured:
 
     attempt: Attempt
 
-    def open(self, table: str) -> pq.ParquetFile:
+    def open(self, table: str) -> ShardTable:
         """The file of ``table``."""
-        return parquet.open_file(self.attempt.tables[table][0])
+        return ShardTable(self.attempt.tables[table][0])
 
 
 class Composer:

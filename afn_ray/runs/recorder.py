@@ -29,6 +29,7 @@ from afn_ray.schema import (
 )
 from afn_ray.store import records
 from afn_ray.store.commits import COUNTS
+from afn_ray.store.shard_tables import DOC
 from afn_ray.tokens import encode
 from afn_ray.tokens.feed import Chunk
 
@@ -158,14 +159,14 @@ class Recorder:
         """Add the tokens to the summary; return their rows."""
         encoded, keep = tokens.encoded, tokens.keep
         columns = {
-            "doc": tokens.docs,
+            DOC: tokens.docs,
             "position": encoded.positions,
             "token_id": encoded.token_ids,
             "flags": encoded.flags,
             "surface": chunk.prepared.surfaces,
             "tag": tokens.tags,
             "start": encoded.start,
-            "end": encoded.end,
+            "length": encoded.end - encoded.start,
             **{s.name: values for s, values in tokens.by_series.items()},
         }
         table = records.make_table(columns, self._files.tokens.schema)
@@ -215,7 +216,7 @@ class Recorder:
             lists[neurons_column(k)] = neurons.lists_of(
                 which_neurons[at][:, rows], their_values[at][:, rows], recorded
             )
-        columns = {"doc": tokens.docs[rows], "position": encoded.positions[rows], **lists}
+        columns = {DOC: tokens.docs[rows], "position": encoded.positions[rows], **lists}
         table = records.make_table(columns, token_neurons_schema(layers))
         self._pairs.add(encoded.token_ids[rows], encoded.flags[rows], table)
         return table
@@ -227,7 +228,7 @@ class Recorder:
         documents = chunk.documents
         means = _document_means(tokens, outcomes.n_tokens)
         columns = {
-            "doc": np.arange(first, first + len(documents)),
+            DOC: np.arange(first, first + len(documents)),
             "doc_id": [d.doc_id for d in documents],
             "source": [d.source for d in documents],
             "offset": [d.offset for d in documents],

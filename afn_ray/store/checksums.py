@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.errors import StoreError
-from afn_ray.schema import SCHEMA_VERSION
+from afn_ray.schema import READABLE_VERSIONS
 from afn_ray.store import blocks, parquet, storage
 
 IO_THREADS = 16
@@ -26,6 +26,8 @@ These files have at most one line for each file of a shard.
 AHEAD = 4096
 """Most rows or reads that a driver prepares at once, so that its memory does not grow with the run.
 """
+READABLE = " or ".join(map(str, READABLE_VERSIONS))
+"""The versions that are read, for messages."""
 ASK_VERIFY = "; 'afn verify' on its store says what else is, and what to do"
 
 
@@ -81,7 +83,7 @@ def named_damage(uri: str) -> Iterator[None]:
 def read_json(uri: str) -> dict[str, Any] | None:
     """The content of the checksummed JSON file ``uri``; None if there is no such file.
 
-    Raises ``StoreError`` if the file is damaged or has another schema version.
+    Raises ``StoreError`` if the file is damaged or of a version that is not read.
     """
     data = storage.read_if_there(uri, JSON_BYTES)
     return None if data is None else parse_json(data, uri)
@@ -102,17 +104,17 @@ class JsonObject(dict[str, Any]):
 def parse_json(data: bytes, uri: str) -> dict[str, Any]:
     """The object in ``data``, the content of ``uri``, without its checksum.
 
-    Raises ``StoreError`` if the file is damaged or has another schema version.
+    Raises ``StoreError`` if the file is damaged or of a version that is not read.
     """
     try:
         value = json.loads(data, object_hook=partial(JsonObject, uri=uri))
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{uri} is damaged: {error}") from error
-    if not isinstance(value, dict) or value.get("schema_version") != SCHEMA_VERSION:
+    if not isinstance(value, dict) or value.get("schema_version") not in READABLE_VERSIONS:
         got = value.get("schema_version") if isinstance(value, dict) else type(value).__name__
         raise StoreError(
-            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that "
-            "wrote it, or measure the corpus anew in another --store"
+            f"{uri} has schema version {got}, expected {READABLE}; use the afn-ray that wrote it, "
+            "or measure the corpus anew in another --store"
         )
     value.pop("sha256", None)
     if data != checksummed(value):

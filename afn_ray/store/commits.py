@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
+from afn_ray.schema import SCHEMA_VERSION
+
 COUNTS = (
     "documents",
     "empty",
@@ -67,6 +69,8 @@ class Commit:
     # Device and versions, attention and dtype; of a GPU also its name, its compute capability, its
     # norms and where it reduces precision. Older commits have only device and versions.
     made_by: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+    """Version of its files."""
 
     @property
     def file_names(self) -> list[str]:
@@ -81,6 +85,7 @@ class _Shared(NamedTuple):
     counts: tuple[str, ...]
     """Names of the counts."""
     made_by: tuple[tuple[str, str], ...]
+    schema_version: int
 
     @property
     def layout(self) -> struct.Struct:
@@ -141,7 +146,7 @@ class Commits(MutableMapping[str, Commit]):
 
     def _pack(self, commit: Commit) -> bytes:
         made_by = tuple(commit.made_by.items())
-        kind = _Shared(tuple(commit.files), tuple(commit.counts), made_by)
+        kind = _Shared(tuple(commit.files), tuple(commit.counts), made_by, commit.schema_version)
         place = self._places.setdefault(kind, len(self._kinds))
         if place == len(self._kinds):
             self._kinds.append(kind)
@@ -174,7 +179,8 @@ class Commits(MutableMapping[str, Commit]):
                 "bytes": sizes[i],
                 "sha256": packed[digest_at : digest_at + SHA256_BYTES].hex(),
             }
-        return Commit(shard, attempt, files, counts, seconds, dict(kind.made_by))
+        made_by = dict(kind.made_by)
+        return Commit(shard, attempt, files, counts, seconds, made_by, kind.schema_version)
 
 
 class _InOrder(Sequence[Commit]):

@@ -33,8 +33,9 @@ import pyarrow.compute as pc
 
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import Interrupted, StoreError
-from afn_ray.schema import SCHEMA_VERSION
+from afn_ray.schema import READABLE_VERSIONS, SCHEMA_VERSION
 from afn_ray.store import parquet, storage, uris
+from afn_ray.store.checksums import READABLE
 from afn_ray.store.layout import EPOCH_FILE, EPOCHS, ShardKey
 
 TRIES = 20
@@ -178,10 +179,9 @@ def _parse(data: bytes, uri: str) -> Epoch:
             f"{uri} is damaged: its rows and name do not have the checksum that it carries; "
             f"{advice}"
         )
-    if header["schema_version"] != SCHEMA_VERSION:
+    if header["schema_version"] not in READABLE_VERSIONS:
         got = header["schema_version"]
         raise StoreError(
-            f"{uri} has schema version {got}, expected {SCHEMA_VERSION}; use the afn-ray that "
-            "wrote it"
+            f"{uri} has schema version {got}, expected {READABLE}; use the afn-ray that wrote it"
         )
     return Epoch(number, rows, condemned)

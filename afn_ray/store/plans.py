@@ -25,7 +25,7 @@ from afn_ray.corpus_values import (
 )
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
-from afn_ray.schema import CLASSES_VERSION, PLAN_SCHEMA, SCHEMA_VERSION
+from afn_ray.schema import CLASSES_VERSION, PLAN_SCHEMA, VALUES_VERSION
 from afn_ray.store import manifest, storage, uris
 from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
 from afn_ray.token_rows import LabelThresholds
@@ -88,7 +88,7 @@ def cuts_id(config: RunConfig, shard_bytes: int) -> str:
     """Fingerprint of everything that decides where files are cut; a
     limit ends the cutting early.
     """
-    return fingerprint([SCHEMA_VERSION, config.read_options.of_all().as_dict(), shard_bytes])
+    return fingerprint([VALUES_VERSION, config.read_options.of_all().as_dict(), shard_bytes])
 
 
 def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:

@@ -26,6 +26,7 @@ from afn_ray.schema import (
 )
 from afn_ray.store import disk, parquet
 from afn_ray.store.layout import VECTORS
+from afn_ray.store.shard_tables import DOC, ShardTable
 
 ROW_GROUP_ROWS = 1 << 19
 """Rows after which a row group ends: 0.5 M scan fastest, and a document is found in about 3 ms."""
@@ -35,19 +36,18 @@ PAGE_ROWS = 1 << 17
 that repeats: level 1 takes as many bytes in these as level 3 in those, and a fifth less time."""
 
 DOC_COLUMN = (
-    "doc counts the documents of this shard from 0: it repeats in every shard, so a join over "
-    "several shards needs the shard beside it"
+    "doc_in_shard counts the documents of this shard from 0: it repeats in every shard, so a join "
+    "over several shards needs the shard beside it, which is the folder of the file"
 )
-"""Note on the column ``doc`` in the footer of each file that has it, for readers of raw files."""
+"""Note on this column in the footer of each file that has it, for readers of raw files."""
 
 BATCH_ROWS = 1 << 18
 """Rows read at a time."""
 
 _DELTA = (
-    "doc",
+    "doc_in_shard",
     "position",
     "start",
-    "end",
     "offset",
     "n_tokens",
     "n_windows",
@@ -176,8 +176,8 @@ class ShardFiles:
     ) -> None:
         def table(name: str, schema: pa.Schema) -> TableFile:
             metadata = {"afn": json.dumps({**origin, "table": name})}
-            if "doc" in schema.names:
-                metadata["afn.doc"] = DOC_COLUMN
+            if DOC in schema.names:
+                metadata[f"afn.{DOC}"] = DOC_COLUMN
             return TableFile(folder / f"{name}.parquet", schema.with_metadata(metadata))
 
         self.kept_names = [field.name for field in of_corpus.kept]
@@ -222,7 +222,7 @@ class ShardFiles:
         return {file.path.stem: (file.path, file.num_rows) for file in self._files}
 
 
-def read_origin(file: pq.ParquetFile) -> dict[str, str]:
+def read_origin(file: ShardTable) -> dict[str, str]:
     """The origin that ``ShardFiles`` wrote into a footer: measure, shard, attempt and table.
 
     It is empty if there is none.
@@ -249,17 +249,17 @@ def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
 
 
 def whole_documents(
-    file: pq.ParquetFile, ends: npt.NDArray[np.int64], columns: Sequence[str]
+    file: ShardTable, ends: npt.NDArray[np.int64], columns: Sequence[str]
 ) -> Iterator[tuple[int, pa.Table]]:
     """Yield the rows of ``tokens`` in order, several whole documents at a time.
 
-    Each item is the number of the first row and a table with ``doc`` and ``columns``. ``ends``
+    Each item is the number of the first row and a table with ``DOC`` and ``columns``. ``ends``
     (int64) is the row after each document's last one. Memory is bounded by ``BATCH_ROWS`` or the
     longest document, whatever the size of the shard.
     """
     first = read = 0
     held: list[pa.RecordBatch] = []
-    for batch in file.iter_batches(BATCH_ROWS, columns=["doc", *columns]):
+    for batch in file.batches(BATCH_ROWS, [DOC, *columns]):
         held.append(batch)
         read += len(batch)
         ended = int(np.searchsorted(ends, read, side="right"))
@@ -272,28 +272,26 @@ def whole_documents(
 
 
 def some_documents(
-    file: pq.ParquetFile, docs: npt.NDArray[np.int64], columns: Sequence[str]
+    file: ShardTable, docs: npt.NDArray[np.int64], columns: Sequence[str]
 ) -> Iterator[pa.Table]:
     """Yield the rows of ``docs``, in ascending order, several whole documents at a time.
 
-    The tables have ``doc`` and ``columns``. Row groups without these documents are not read.
+    The tables have ``DOC`` and ``columns``. Row groups without these documents are not read.
     """
-    at = file.schema_arrow.get_field_index("doc")
     groups = []
     for group in range(file.num_row_groups):
-        found = file.metadata.row_group(group).column(at).statistics
         begin, end = 0, len(docs)
-        if found is not None and found.has_min_max:
-            begin = int(np.searchsorted(docs, found.min))
-            end = int(np.searchsorted(docs, found.max, side="right"))
+        if (found := file.docs_in(group)) is not None:
+            begin = int(np.searchsorted(docs, found[0]))
+            end = int(np.searchsorted(docs, found[1], side="right"))
         if begin < end:
             groups.append(group)
     held: list[pa.RecordBatch] = []
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=["doc", *columns]):
-        rows = batch["doc"].to_numpy()
+    for batch in file.batches(BATCH_ROWS, [DOC, *columns], groups):
+        rows = batch[DOC].to_numpy()
         held.append(batch.filter(pa.array(np.isin(rows, docs))))
         table = pa.Table.from_batches(held)
-        end = int(np.searchsorted(table["doc"].to_numpy(), rows[-1]))  # the last may go on
+        end = int(np.searchsorted(table[DOC].to_numpy(), rows[-1]))  # the last may go on
         if end:
             yield table.slice(0, end).combine_chunks()
         held = table.slice(end).to_batches()

@@ -12,12 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import Interrupted, StoreError, Unavailable
-from afn_ray.schema import SCHEMA_VERSION
-from afn_ray.store import blocks, parquet, storage, uris
+from afn_ray.store import blocks, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     AHEAD,
@@ -31,6 +29,7 @@ from afn_ray.store.checksums import (
 from afn_ray.store.commits import Commit, Commits, ShardFile
 from afn_ray.store.layout import NEURON_TABLES, TABLES, VECTORS, commit_name, generation_of
 from afn_ray.store.readers import RangeFile
+from afn_ray.store.shard_tables import ShardTable
 
 
 def shard_uri(store: str, measure_id: str, shard: str) -> str:
@@ -201,7 +200,7 @@ class StoredShard:
         found = committed_blocks(store, measure_id, shard, generation)
         return cls(store, measure_id, commit, found)
 
-    def open(self, table: str) -> pq.ParquetFile:
+    def open(self, table: str) -> ShardTable:
         """The file of ``table``; to read a damaged block of it raises ``StoreError``."""
         name = str(self.commit.files[table]["name"])
         uri, of_file = uris.join(self._folder, name), self._blocks[name]
@@ -218,7 +217,7 @@ class StoredShard:
                 )
             return data
 
-        return parquet.open_file(RangeFile(read, of_file.num_bytes, SimpleNamespace()))
+        return ShardTable(RangeFile(read, of_file.num_bytes, SimpleNamespace()))
 
 
 def read_shard_table(store: str, measure_id: str, commit: Commit, table: str) -> pa.Table:
@@ -313,7 +312,6 @@ def _commit_once(
     folder = shard_uri(store, measure_id, shard.id)
     uri = uris.join(folder, commit_name(shard.generation))
     body = {
-        "schema_version": SCHEMA_VERSION,
         "measure": measure_id,
         **asdict(commit),
         **more,

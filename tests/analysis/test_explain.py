@@ -79,7 +79,7 @@ def measure(folder: Path, texts: list[str], **options: Any) -> Corpus:
     tables = []
     for shard in manifest.read_table(run, "shards").to_pylist():
         table = pq.read_table(Path(run.store) / shard["tokens_file"])
-        doc = pc.add(table["doc"], shard["doc_offset"])
+        doc = pc.add(table["doc_in_shard"], shard["doc_offset"])
         tables.append(table.set_column(0, "doc", doc.cast(pa.int64())))
     return Corpus(run, texts, pa.concat_tables(tables, promote_options="permissive"))
 
@@ -116,7 +116,7 @@ def test_tokens_and_strengths_are_those_that_the_run_recorded(corpus: Corpus, do
     assert len(recorded["doc"]) > (600 if doc == 250 else 8)  # 250 has windows
     assert [t.token_id for t in explanation.tokens] == recorded["token_id"]
     assert [t.start for t in explanation.tokens] == recorded["start"]
-    assert [t.end for t in explanation.tokens] == recorded["end"]
+    assert [t.end - t.start for t in explanation.tokens] == recorded["length"]
     assert [t.special for t in explanation.tokens] == [bool(f & SPECIAL) for f in recorded["flags"]]
     assert explanation.layers == (0, 4)
     for at, layer in enumerate(explanation.layers):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +23,12 @@ import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from afn_ray.store import parquet
 from afn_ray.store.records import ROW_GROUP_ROWS
+from afn_ray.store.shard_tables import ShardTable
 
 Ints = npt.NDArray[np.int32]
 DELTA, SPLIT, PLAIN, DICTIONARY = "DELTA_BINARY_PACKED", "BYTE_STREAM_SPLIT", "PLAIN", ""
@@ -69,19 +71,27 @@ IN_TEXTS = Layout(
     "start_in_shard - text_start",
     "start_in_shard - text_start + length",
 )
+WITH_LENGTH = Layout(
+    lambda _, s, e: {"start": s, "length": e - s},
+    {"start": DELTA, "length": DICTIONARY},
+    end="start + length",
+)
 LAYOUTS = {
-    "start, end (today)": Layout(lambda _, s, e: {"start": s, "end": e},
-                                 dict.fromkeys(("start", "end"), DELTA)),
+    "start, end (version 5)": Layout(lambda _, s, e: {"start": s, "end": e},
+                                     dict.fromkeys(("start", "end"), DELTA)),
     "start, end, split": Layout(lambda _, s, e: {"start": s, "end": e},
                                 dict.fromkeys(("start", "end"), SPLIT)),
-    "start, split, length": Layout(
-        lambda _, s, e: {"start": s, "length": e - s}, {"start": SPLIT, "length": DICTIONARY},
-        end="start + length",
+    "start, length (today)": WITH_LENGTH,
+    "the same, token_id zstd 6": replace(WITH_LENGTH, token_id=(DICTIONARY, 6)),
+    "start, split, length": replace(WITH_LENGTH, encodings={"start": SPLIT, "length": DICTIONARY}),
+    "the same, position split": replace(
+        WITH_LENGTH, encodings={"start": SPLIT, "length": DICTIONARY, "position": SPLIT}
     ),
     "start in shard, text, length": IN_TEXTS,
-    "the same, token_id plain, zstd 9": Layout(
-        in_texts, IN_TEXTS.encodings, IN_TEXTS.start, IN_TEXTS.end, token_id=(PLAIN, 9)
+    "and position split, token_id zstd 6": replace(
+        IN_TEXTS, encodings={**IN_TEXTS.encodings, "position": SPLIT}, token_id=(DICTIONARY, 6)
     ),
+    "token_id plain, zstd 9": replace(IN_TEXTS, token_id=(PLAIN, 9)),
     "gap, length": Layout(
         gaps, {"gap": DICTIONARY, "length": DICTIONARY}, f"{WINDOW} - length", WINDOW,
     ),
@@ -193,7 +203,11 @@ def measure_columns(tokens: pa.Table, folder: Path, repeat: int) -> dict[str, Fi
 
 def main(paths: Sequence[str]) -> None:
     """Print the figures of the tokens tables at ``paths``."""
-    tokens = pa.concat_tables([pq.read_table(path) for path in paths]).unify_dictionaries()
+    read = [ShardTable(path).read() for path in paths]
+    tokens = pa.concat_tables(read).unify_dictionaries()
+    at, end = tokens.schema.get_field_index("length"), pc.add(tokens["start"], tokens["length"])
+    tokens = tokens.set_column(at, tokens.schema.field(at).with_name("end"), end)
+    tokens = tokens.rename_columns({"doc_in_shard": "doc"})
     with tempfile.TemporaryDirectory() as folder:
         for measured in (measure_layouts, measure_columns):
             for name, figures in measured(tokens, Path(folder), REPEAT).items():
@@ -201,7 +215,7 @@ def main(paths: Sequence[str]) -> None:
                     f"{what} {statistics.median(t) / tokens.num_rows * 1e9:6.1f} ns"
                     for what, t in figures.times.items()
                 )
-                print(f"{name:33} {figures.num_bytes / tokens.num_rows:6.3f} B ", *times)
+                print(f"{name:36} {figures.num_bytes / tokens.num_rows:6.3f} B ", *times)
 
 
 if __name__ == "__main__":

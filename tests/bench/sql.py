@@ -190,7 +190,7 @@ def write_shard(store: str, number: int, num_documents: int, num_groups: int = 0
                     np.exp(means[ids] + 0.1 * random.standard_normal(n)).astype(np.float32)
                 )
                 columns = {
-                    "doc": np.repeat(docs, DOCUMENT_TOKENS),
+                    "doc_in_shard": np.repeat(docs, DOCUMENT_TOKENS),
                     "position": position,
                     "token_id": ids,
                     "flags": flags,
@@ -198,19 +198,19 @@ def write_shard(store: str, number: int, num_documents: int, num_groups: int = 0
                         pa.array(ids, mask=no_surface), capitalized
                     ),
                     "start": 6 * position,
-                    "end": 6 * position + 5,
+                    "length": np.full(n, 5, np.int32),
                     SERIES.name: strengths,
                 }
                 schema = files.tokens.schema
                 files.tokens.write(
                     pa.Table.from_arrays([pa.array(columns[f.name]) for f in schema], schema=schema)
                 )
-                summary.add(columns["doc"], ids, flags, {SERIES: strengths})
+                summary.add(columns["doc_in_shard"], ids, flags, {SERIES: strengths})
                 mean = strengths.reshape(-1, DOCUMENT_TOKENS)[:, 1:-1].mean(1)
                 files.documents.write(
                     make_table(
                         {
-                            "doc": docs,
+                            "doc_in_shard": docs,
                             "doc_id": [f"{number}-{i}" for i in docs.tolist()],
                             "source": [shard.slices[0].uri] * len(docs),
                             "offset": docs.astype(np.int64),

@@ -28,6 +28,7 @@ from afn_ray.model.signals import CentredMean, States, Strength
 from afn_ray.runs import mean_states, measurer, worker
 from afn_ray.runs.measurer import Measurer, find_model
 from afn_ray.store import manifest
+from afn_ray.store.shard_tables import ShardTable
 from conftest import config_of, write_jsonl
 
 LAYERS = (0, 1, 3)
@@ -172,7 +173,7 @@ def test_verify_proves_it_and_knows_distances_that_no_state_has(made: RunConfig)
     measure = Measure.of_dict(manifest.find_run(made.store).info["measure"])
     file = next(Path(made.store).glob("shards/*/*/*-tokens.parquet"))
     table = pq.read_table(file)
-    assert vector_check.impossible(pq.ParquetFile(file), measure) == ""
+    assert vector_check.impossible(ShardTable(file), measure) == ""
     (at,) = (i for i, name in enumerate(table.column_names) if name == "strength_centred_mean_1")
     mean = float(np.linalg.norm(from_text(measure.means[1], 32)))
     strength = table["strength_1"][4].as_py()
@@ -181,7 +182,7 @@ def test_verify_proves_it_and_knows_distances_that_no_state_has(made: RunConfig)
         values[4] = wrong
         sink = io.BytesIO()
         pq.write_table(table.set_column(at, table.schema[at], pa.array(values, pa.float32())), sink)
-        message = vector_check.impossible(pq.ParquetFile(sink), measure)
+        message = vector_check.impossible(ShardTable(sink), measure)
         assert message.startswith("row 4: strength_centred_mean_1 is"), message
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -67,17 +67,41 @@ def write_parquet(uri: str, table: pa.Table, **options: Any) -> int:
     return len(sink.getvalue())
 
 
+VIEWED = {"doc_in_shard": "doc", "length": "end"}
+"""Columns of the views by those of the files that they are made of; version 5 stored the former."""
+
+
+def viewed(schema: pa.Schema) -> pa.Schema:
+    """``schema``, of a shard's table, with the names of the views."""
+    return pa.schema([field.with_name(VIEWED.get(field.name, field.name)) for field in schema])
+
+
+def stored(table: pa.Table) -> pa.Table:
+    """``table``, of a schema that ``viewed`` gives, as today's version stores it."""
+    if "end" in table.column_names:
+        length = pc.subtract(table["end"], table["start"])
+        at = table.column_names.index("end")
+        table = table.set_column(at, table.schema.field("end").with_name("length"), length)
+    return table.rename_columns({"doc": "doc_in_shard"})
+
+
 def write_run(
     store: str,
     shards: list[tuple[pa.Table, pa.Table]],
     layers: tuple[int, ...],
     name: str = RUN,
+    versions: Sequence[int] = (),
     **options: Any,
 ) -> str:
-    """A run over ``shards`` (tokens, documents) as ``afn run`` leaves it; thresholds by numpy."""
+    """A run over ``shards`` (tokens, documents) as ``afn run`` leaves it; thresholds by numpy.
+
+    ``versions`` are those of the shards' files; by default they are today's.
+    """
     rows, offset = [], 0
+    versions = versions or [SCHEMA_VERSION] * len(shards)
     for i, (tokens, documents) in enumerate(shards):
-        commit: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "files": {}, "crc32": {}}
+        is_todays = versions[i] == SCHEMA_VERSION
+        commit: dict[str, Any] = {"schema_version": versions[i], "files": {}, "crc32": {}}
         row: dict[str, Any] = dict.fromkeys(SHARDS_SCHEMA.names, 0) | {"neurons_file": None}
         row |= {
             "ordinal": i,
@@ -86,8 +110,10 @@ def write_run(
             "n_documents": len(documents),
             "n_tokens": len(tokens),
             "summary_file": f"shards/m/s{i}/a-summary.parquet",
+            "schema_version": SCHEMA_VERSION if is_todays else None,
         }
         for kind, table in (("tokens", tokens), ("documents", documents)):
+            table = stored(table) if is_todays else table
             row[f"{kind}_file"] = f"shards/m/s{i}/a-{kind}.parquet"
             uri = uris.join(store, row[f"{kind}_file"])
             size = (
@@ -215,8 +241,8 @@ def make_shard(
             }
         )
     return (
-        pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), offsets)),
-        pa.Table.from_pylist(documents, documents_schema(strengths(LAYERS))),
+        pa.Table.from_pylist(tokens, viewed(tokens_schema(strengths(LAYERS), offsets))),
+        pa.Table.from_pylist(documents, viewed(documents_schema(strengths(LAYERS)))),
     )
 
 
@@ -391,7 +417,7 @@ def test_tables_lists_every_view_with_its_columns(run: Run) -> None:
     assert list(tables) == list(views.VIEWS)
     assert tables["movers"] == MOVERS_SCHEMA.names and tables["screened"] == SCREENED_SCHEMA.names
     assert tables["vocabulary"] == VOCABULARY_SCHEMA.names
-    *recorded, last_mean, mean = documents_schema(strengths(LAYERS)).names
+    *recorded, last_mean, mean = viewed(documents_schema(strengths(LAYERS))).names
     beside = ["detected_language", "duplicate_of", "near_duplicate_of"]
     assert tables["documents"] == [*recorded, *beside, last_mean, mean]
     assert tables["shards"] == SHARDS_SCHEMA.names
@@ -985,11 +1011,13 @@ def big_shard(seed: int, num_tokens: int) -> tuple[pa.Table, pa.Table]:
         "strength_8": rng.lognormal(2, 0.3, num_tokens).astype(np.float32),
     }
     _, documents = make_shard(seed, 1)
-    rows = documents.select(documents_schema(strengths([8])).names).to_pylist() * num_documents
-    documents = pa.Table.from_pylist(
-        [r | {"doc": i} for i, r in enumerate(rows)], documents_schema(strengths([8]))
+    rows = (
+        documents.select(viewed(documents_schema(strengths([8]))).names).to_pylist() * num_documents
     )
-    return pa.table(columns, tokens_schema(strengths([8]), False)), documents
+    documents = pa.Table.from_pylist(
+        [r | {"doc": i} for i, r in enumerate(rows)], viewed(documents_schema(strengths([8])))
+    )
+    return pa.table(columns, viewed(tokens_schema(strengths([8]), False))), documents
 
 
 @pytest.mark.parametrize("compression", ["none", "zstd"])

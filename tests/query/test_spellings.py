@@ -24,7 +24,7 @@ from afn_ray.schema import (
     strengths,
     tokens_schema,
 )
-from test_query import LAYERS, write_run
+from test_query import LAYERS, viewed, write_run
 
 CHARACTERS = (
     "\u03a3\u03a3\u03a3\u03c3\u03c2\u0391\u03b1\u03ac.'\u2019\u2018:\u00b7 -aI1\u0130\u0307"
@@ -103,11 +103,11 @@ def run(
                     **{strength_column(k): 1.0 for k in LAYERS},
                 }
             )
-    document: dict[str, Any] = dict.fromkeys(documents_schema(strengths(LAYERS)).names, 0)
+    document: dict[str, Any] = dict.fromkeys(viewed(documents_schema(strengths(LAYERS))).names, 0)
     document |= {"doc_id": "0", "source": "a.txt", "n_tokens": len(tokens), "status": "ok"}
     document |= {"text_sha256": hashlib.sha256(b"").digest()}
-    documents = pa.Table.from_pylist([document], documents_schema(strengths(LAYERS)))
-    table = pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True))
+    documents = pa.Table.from_pylist([document], viewed(documents_schema(strengths(LAYERS))))
+    table = pa.Table.from_pylist(tokens, viewed(tokens_schema(strengths(LAYERS), True)))
     write_run(str(tmp_path), [(table, documents)], LAYERS)
     with open_run(str(tmp_path)) as opened:
         yield opened

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -37,7 +38,7 @@ from afn_ray.schema import (
     tokens_schema,
 )
 from afn_ray.store import manifest
-from test_query import LAYERS, TEXTS, make_shard, write_run
+from test_query import LAYERS, TEXTS, make_shard, viewed, write_run
 
 Word = dict[str, Any]
 SPELLINGS = ["ri", "river", "rivers", "bank", "banks", ".", "verri", "riverbankriverbanks"]
@@ -131,8 +132,8 @@ def worded_shard(
         )
         written.append(words)
     return (
-        pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)),
-        pa.Table.from_pylist(documents, documents_schema(strengths(LAYERS))),
+        pa.Table.from_pylist(tokens, viewed(tokens_schema(strengths(LAYERS), True))),
+        pa.Table.from_pylist(documents, viewed(documents_schema(strengths(LAYERS)))),
         written,
     )
 
@@ -142,6 +143,38 @@ WORDED = [
     for seed, n, special in ((1, 25, True), (2, 0, True), (3, 40, False), (4, 9, True))
 ]
 WRITTEN = [words for *_, of_shard in WORDED for words in of_shard]
+
+
+QUESTIONS = (
+    "FROM tokens ORDER BY doc, position",
+    "FROM documents ORDER BY doc",
+    "FROM words ORDER BY doc, word",
+    "SELECT count(*), sum(word), sum(n_tokens) FROM words WHERE doc = 30",
+    "FROM kwic('river', 2)",
+    "SELECT doc, position FROM kwic('bank', most := 3)",
+    "SELECT list(document_text(doc) ORDER BY doc) FROM documents",
+    "SELECT * EXCLUDE (mean) FROM classes ORDER BY ALL",
+)
+
+
+@pytest.mark.parametrize(
+    ("versions", "as_file"), [((5, 5, 5, 5), False), ((6, 5, 6, 5), False), ((6, 5, 6, 5), True)]
+)
+def test_shards_of_an_older_version_give_the_same_answers(
+    worded: str, tmp_path: Path, versions: tuple[int, ...], as_file: bool
+) -> None:
+    """A run of them alone, and one that has shards of today's version between them."""
+    older = write_run(str(tmp_path), [(t, d) for t, d, _ in WORDED], LAYERS, versions=versions)
+
+    def answers(uri: str, name: str) -> list[list[Any]]:
+        if not as_file:
+            with open_run(uri) as run:
+                return [run.sql(query).fetchall() for query in QUESTIONS]
+        write_catalog(uri, path := tmp_path / name)
+        with duckdb.connect(path, read_only=True) as catalog:
+            return [catalog.sql(query).fetchall() for query in QUESTIONS]
+
+    assert answers(older, "older") == answers(worded, "todays")
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +347,7 @@ def test_a_word_of_more_tokens_than_characters_is_found(tmp_path: Path) -> None:
     one = documents.slice(0, 1)
     write_run(
         str(tmp_path),
-        [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)],
+        [(pa.Table.from_pylist(tokens, viewed(tokens_schema(strengths(LAYERS), True))), one)],
         LAYERS,
     )
     with open_run(str(tmp_path)) as run:
@@ -358,7 +391,7 @@ def test_words_of_many_tokens_are_as_many_words_beside_it(tmp_path: Path, num_to
     one = WORDED[0][1].slice(0, 1)
     write_run(
         str(tmp_path),
-        [(pa.Table.from_pylist(tokens, tokens_schema(strengths(LAYERS), True)), one)],
+        [(pa.Table.from_pylist(tokens, viewed(tokens_schema(strengths(LAYERS), True))), one)],
         LAYERS,
     )
     word = "ri" * num_tokens

@@ -29,7 +29,7 @@ from afn_ray.runs.values import Values
 from afn_ray.store import epochs, layout, manifest, plans, shard_files
 from afn_ray.store.commits import COMPOSED, Commit
 from afn_ray.tokens.feed import Chunk
-from conftest import config_of, edit_checksummed, make_measure, recommit, write_jsonl
+from conftest import as_version_5, config_of, edit_checksummed, make_measure, recommit, write_jsonl
 
 Ask = dict[str, Any]
 """Fields of a config that decide what is recorded."""
@@ -183,6 +183,35 @@ def test_a_run_has_the_bits_of_one_from_scratch_in_every_order_of_asking(
     run = run_in(tmp_path, asked)
     assert max(blocks_run, default=0) == num_blocks
     check_same(tables_of(run), expected)
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked", "num_blocks"),
+    [
+        pytest.param(
+            {"layers": "3", "signals": "neurons"},
+            {"layers": "1,3", "signals": "neurons"},
+            1,
+            id="beside a layer that is measured",
+        ),
+        pytest.param({"layers": "1,3", "signals": "neurons"}, FEW, 0, id="alone"),
+    ],
+)
+def test_columns_of_an_older_version_are_copied_in_the_form_of_today(
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    blocks_run: list[int],
+    stored: Ask,
+    asked: Ask,
+    num_blocks: int,
+) -> None:
+    run_in(tmp_path, stored)
+    as_version_5(str(tmp_path))
+    blocks_run.clear()
+    run = run_in(tmp_path, asked)
+    assert max(blocks_run, default=0) == num_blocks
+    check_same(tables_of(run), from_scratch(asked))
 
 
 def test_what_does_not_fit_is_measured_as_a_whole(

@@ -26,6 +26,7 @@ from afn_ray.show import report
 from afn_ray.show.run_facts import facts
 from afn_ray.show.summary import summarise
 from afn_ray.store import garbage, label_thresholds, manifest, series_runs, verdicts
+from afn_ray.store.shard_tables import ShardTable
 from afn_ray.store.verdicts import StoredVerdict
 from conftest import config_of, recorded, write_jsonl
 
@@ -213,7 +214,7 @@ def test_rows_that_the_shard_does_not_keep_are_found(
     def wrong(table: pa.Table) -> str:
         file = io.BytesIO()
         pq.write_table(table, file)
-        return some_rows.wrong_rows(pq.ParquetFile(file), documents, series, least)
+        return some_rows.wrong_rows(ShardTable(file), documents, series, least)
 
     assert not wrong(kept)
     assert wrong(every)

@@ -111,7 +111,7 @@ def test_parts_made_in_any_order_give_the_same_tables(
 
     monkeypatch.setattr(worker, "RECORDERS", 1)
     expected = tables(str(tmp_path / "one"))
-    assert expected["documents"]["doc"].to_pylist() == list(range(NUM_CHUNKS))
+    assert expected["documents"]["doc_in_shard"].to_pylist() == list(range(NUM_CHUNKS))
     order: list[int] = []
     make = Recorder.make
 

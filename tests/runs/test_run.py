@@ -68,12 +68,16 @@ def shard_tables(run: afn_ray.Run, table: str) -> list[pa.Table]:
 
 
 def all_rows(run: afn_ray.Run, table: str) -> list[dict[str, Any]]:
-    """Rows of all shards with their run-wide doc."""
+    """Rows of all shards with their run-wide doc and the ends of tokens."""
     rows, first = [], 0
     for tokens, documents in zip(
         shard_tables(run, table), shard_tables(run, "documents"), strict=True
     ):
-        rows += [{**row, "doc": row["doc"] + first} for row in tokens.to_pylist()]
+        for row in tokens.to_pylist():
+            row["doc"] = row.pop("doc_in_shard") + first
+            if "length" in row:
+                row["end"] = row["start"] + row.pop("length")
+            rows.append(row)
         first += documents.num_rows
     return rows
 

@@ -546,8 +546,8 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
     [
         (b"{", "is damaged"),
         (b"\xff", "is damaged"),
-        (b"[]", "schema version list, expected 5"),
-        (b"{}", "schema version None, expected 5"),
+        (b"[]", "schema version list, expected 5 or 6"),
+        (b"{}", "schema version None, expected 5 or 6"),
         (
             b'{"schema_version": 5}',
             "is damaged: its bytes do not have the checksum that it carries",
@@ -559,8 +559,8 @@ def test_find_run_says_what_is_wrong(config: RunConfig, store: str) -> None:
         ),
         (
             b'{"schema_version": 2}',
-            "schema version 2, expected 5; use the afn-ray that wrote it, or measure the corpus "
-            "anew",
+            "schema version 2, expected 5 or 6; use the afn-ray that wrote it, or measure the "
+            "corpus anew",
         ),
     ],
 )

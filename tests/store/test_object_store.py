@@ -85,7 +85,7 @@ def recorded(run: afn_ray.Run) -> dict[str, list[dict[str, Any]]]:
         for name, table in tables.items():
             dropped = [c for c in ("source",) if c in table.column_names]
             rows[name] += [
-                {**row, "doc": row["doc"] + first}
+                {**row, "doc": row.pop("doc_in_shard") + first}
                 for row in table.drop_columns(dropped).to_pylist()
             ]
         first += tables["documents"].num_rows

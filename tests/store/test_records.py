@@ -27,13 +27,13 @@ def _tokens(n: int, offsets: bool) -> pa.Table:
     number = np.arange(n)
     return make_table(
         {
-            "doc": number // 20,
+            "doc_in_shard": number // 20,
             "position": number % 20,
             "token_id": random.integers(0, 500, n),
             "flags": np.full(n, 2, np.uint8),
             "surface": ["LORD" if i % 9 == 0 else None for i in range(n)],
             "start": number % 20 * 4,
-            "end": number % 20 * 4 + 3,
+            "length": np.full(n, 3),
             **{s.name: round_strengths(random.normal(9, 1, n).astype(np.float32)) for s in SERIES},
         },
         tokens_schema(SERIES, offsets),
@@ -43,7 +43,7 @@ def _tokens(n: int, offsets: bool) -> pa.Table:
 def _documents(n: int) -> pa.Table:
     return make_table(
         {
-            "doc": range(n),
+            "doc_in_shard": range(n),
             "doc_id": [None, *map(str, range(1, n))],
             "source": ["a.txt"] * n,
             "offset": range(n),
@@ -64,7 +64,7 @@ def _documents(n: int) -> pa.Table:
 
 def _summary(tokens: pa.Table) -> list[pa.Table]:
     summary = Summary(SERIES)
-    docs, token_ids, flags = (tokens[c].to_numpy() for c in ("doc", "token_id", "flags"))
+    docs, token_ids, flags = (tokens[c].to_numpy() for c in ("doc_in_shard", "token_id", "flags"))
     summary.add(docs, token_ids, flags, {s: tokens[s.name].to_numpy() for s in SERIES})
     return list(summary.tables())
 
@@ -85,8 +85,8 @@ def test_what_is_written_is_read_back_in_the_schema_promised(tmp_path: Path, off
         files.summary.write_each(_summary(tokens))
     read = {name: pq.read_table(path) for name, (path, _) in files.tables().items()}
     for name, table in read.items():
-        says = (table.schema.metadata or {}).get(b"afn.doc", b"").decode()
-        assert ("it repeats in every shard" in says) == ("doc" in table.column_names), name
+        says = (table.schema.metadata or {}).get(b"afn.doc_in_shard", b"").decode()
+        assert ("it repeats in every shard" in says) == ("doc_in_shard" in table.column_names), name
     assert read["tokens"].schema == tokens_schema(SERIES, offsets)
     assert read["documents"].schema == documents_schema(SERIES)
     assert read["summary"].schema == SUMMARY_SCHEMA
@@ -106,13 +106,13 @@ def test_the_encodings_are_those_that_measured_best(tmp_path: Path) -> None:
         files.summary.write_each(_summary(tokens))
     expected = {
         "tokens": {
-            "DELTA_BINARY_PACKED": ["doc", "position", "start", "end"],
-            "RLE_DICTIONARY": ["token_id", "flags", "surface"],
+            "DELTA_BINARY_PACKED": ["doc_in_shard", "position", "start"],
+            "RLE_DICTIONARY": ["token_id", "flags", "surface", "length"],
             "BYTE_STREAM_SPLIT": ["strength_0", "strength_8"],
         },
         "documents": {
             "DELTA_BINARY_PACKED": [
-                "doc",
+                "doc_in_shard",
                 "offset",
                 "n_tokens",
                 "n_windows",
