@@ -151,6 +151,8 @@ def _write(
                 new.add(file.name)
                 if on_file is not None:
                     on_file(file, len(planned) or None)
+        if (finished := target.finished()) is not None:
+            return finished
         if table is not None:
             files = table.commit(files)
     return target.finish(files, card.readme(about, request, schema, files))
@@ -168,12 +170,16 @@ def _files(
         reader = rows(run, request).to_arrow_reader(BATCH_ROWS)
         for file in writing.write_files(request, schema, reader, target.data):
             yield file, True
+            if target.finished() is not None:  # by another process; do not write the rest
+                return
         return
     there = target.written()
     for number, part in enumerate(planned):
-        if number in there:
-            yield there[number], False
+        if (done := there.get(number) or target.noted(number)) is not None:
+            yield done, False
             continue
+        if target.finished() is not None:
+            return
         reader = rows(run, request, part).to_arrow_reader(BATCH_ROWS)
         uri = uris.join(target.data, writing.file_name(request, number))
         ours = writing.write_file(request, schema, iter(reader), uri)

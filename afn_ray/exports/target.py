@@ -58,16 +58,31 @@ class Target:
     def planned(self) -> list[ShardRange] | None:
         """The parts of an export that was begun; None if none was.
 
-        Raises ``ConfigError`` if the folder holds anything else.
+        One that was begun for another request and wrote nothing is forgotten. Raises
+        ``ConfigError`` if the folder holds anything else.
         """
+        names = {n for n in storage.list_names(self.uri) if not n.startswith(".")}
+        begun = [*storage.list_names(self.data), *storage.list_names(self._written)]
+        if names <= {"plan.json", "data"} and not begun:
+            if self._other_plan():
+                storage.remove(self._plan)
+            names = set()
         if (found := self._read(self._plan)) is not None:
             return _parts(found)
-        if others := [n for n in storage.list_names(self.uri) if not n.startswith(".")]:
+        if names:
             raise ConfigError(
-                f"{self.uri} holds {others[0]!r} and no export; give an empty folder, or one that "
+                f"{self.uri} holds {min(names)!r} and no export; give an empty folder, or one that "
                 "does not exist"
             )
         return None
+
+    def _other_plan(self) -> bool:
+        """True if the folder has the plan of another request."""
+        try:
+            self._read(self._plan)
+        except ConfigError:
+            return True
+        return False
 
     def plan(self, parts: Sequence[ShardRange]) -> list[ShardRange]:
         """Write the request and its ``parts``; return them, or those of a
@@ -123,9 +138,18 @@ class Target:
                 found[int(note[1])] = file
         return found
 
+    def noted(self, part: int) -> ExportFile | None:
+        """File that another process has written as the ``part`` by now; None if there is none."""
+        file = _noted(self._note(part))
+        is_there = file is not None and storage.exists(uris.join(self.data, file.name))
+        return file if is_there else None
+
+    def _note(self, part: int) -> str:
+        return uris.join(self._written, f"part-{part:05d}.json")
+
     def note(self, part: int, file: ExportFile) -> ExportFile:
         """Record that ``file`` is the ``part``; return it, or that of a process that was first."""
-        uri = uris.join(self._written, f"part-{part:05d}.json")
+        uri = self._note(part)
         body = json.dumps(asdict(file)).encode()
         try:
             storage.write_once(uri, body)

@@ -65,7 +65,10 @@ class RecordedColumns:
         if self.copies is None:
             return ""
         # NOT IN always makes its hash table from the copies, and never from the tokens.
-        return f" AND doc NOT IN (SELECT doc FROM read_parquet({self.copies}))"  # noqa: S608
+        return f" AND doc NOT IN (SELECT doc FROM read_parquet({self.copies}){self.of_docs})"  # noqa: S608
+
+    of_docs: str = ""
+    """SQL of the condition that leaves out copies of other documents than those that are read."""
 
     own_q3: str | None = None
     """SQL of ``doc`` and ``q3_<k>`` of its group, if tokens are labelled by that too."""

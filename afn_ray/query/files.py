@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import fsspec
@@ -17,6 +17,9 @@ from afn_ray.store.blocks import Blocks
 from afn_ray.store.readers import RangeFile
 from afn_ray.store.retry import with_retries
 from afn_ray.store.uris import open_filesystem, path_in
+
+MOST_BLOCKS = 4096
+"""Most files whose checksums are held in memory."""
 
 
 class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -40,8 +43,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         on the first read of the file. All bytes read are compared with the checksums.
         """
         super().__init__()
-        self._find_blocks = find_blocks
-        self._blocks: dict[str, Blocks] = {}
+        self._blocks = lru_cache(MOST_BLOCKS)(find_blocks)
         # Error of the last failed read: DuckDB reduces errors to text.
         self.failed: AfnError | None = None
         self._fs, path = open_filesystem(root)
@@ -79,9 +81,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         """
         target, size = self._files[name]
         try:
-            if name not in self._blocks:
-                self._blocks[name] = self._find_blocks(name)
-            blocks = self._blocks[name]
+            blocks = self._blocks(name)
             data = None
             if blocks.num_bytes == size:
                 data = blocks.read(start, end, partial(self._read, target))

@@ -44,7 +44,7 @@ class ShardViews:
         the view, with its columns.
         """
         documents = self._files("documents", part)
-        recorded = self.recorded
+        recorded = replace(self.recorded, of_docs=self._of_docs(part))
         if self.own_q3 is not None:
             recorded = replace(recorded, own_q3=self.own_q3(rows_of(documents)))
         if view == "documents":
@@ -58,6 +58,14 @@ class ShardViews:
         if neurons is not None:
             neurons = neurons._replace(tokens=self._files("neurons", part))
         return views.token_neurons_view(neurons, recorded)
+
+    def _of_docs(self, part: ShardRange) -> str:
+        """SQL of the condition that ``doc`` is one of ``part``; a filter skips row groups."""
+        files = self.files["documents"]
+        begin, end = part.docs or (files[part.first].doc_offset, None)
+        if end is None and part.end < len(files):
+            end = files[part.end].doc_offset
+        return f" WHERE doc >= {begin}" + ("" if end is None else f" AND doc < {end}")
 
     def _files(self, table: str, part: ShardRange) -> list[ShardFile]:
         files = list(self.files[table][part.first : part.end])

@@ -237,7 +237,7 @@ def documents_view(source: str, recorded: RecordedColumns) -> str:
         if path is not None:
             joined += (
                 f" LEFT JOIN (SELECT doc, {name} FROM "  # noqa: S608
-                f"read_parquet({path})) USING (doc)"
+                f"read_parquet({path}){recorded.of_docs}) USING (doc)"
             )
     others = ", ".join(columns)
     return f"""

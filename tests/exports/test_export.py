@@ -20,8 +20,10 @@ import pytest
 import afn_ray
 from afn_ray.cli import commands
 from afn_ray.errors import ConfigError, QueryError
-from afn_ray.exports import catalogs
+from afn_ray.exports import catalogs, writing
 from afn_ray.exports.formats import FORMATS
+from afn_ray.exports.target import Target
+from afn_ray.exports.writing import ExportFile
 from afn_ray.query.database import Run
 from afn_ray.runs import job
 from afn_ray.store import storage
@@ -396,6 +398,46 @@ def test_the_second_of_two_exports_ends_well_and_changes_nothing(
         name = "afn.tokens" if sql is None else "afn.query"
         table = load_catalog("afn", uri=f"sqlite:///{target}/catalog.db").load_table(name)
         assert len(table.snapshots()) == 1 and table.scan().count() == num_tokens
+
+
+@pytest.mark.parametrize("format", ["parquet", "iceberg"])
+def test_a_process_that_is_overtaken_writes_no_part_that_is_there(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    """The first one writes a part, and then all; the second one has planned before."""
+    target = str(tmp_path / "t")
+    options: dict[str, Any] = {"format": format, "file_bytes": FILE_BYTES}
+    note, written = Target.note, list[tuple[int, str]]()
+    first: list[afn_ray.Exported] = []
+
+    def overtaken(self: Target, part: int, file: ExportFile) -> ExportFile:
+        written.append((part, file.name))
+        noted = note(self, part, file)
+        if len(written) == 1:
+            first.append(afn_ray.export(run, target, **options))
+        return noted
+
+    monkeypatch.setattr(Target, "note", overtaken)
+    second = afn_ray.export(run, target, **options)
+    assert first[0].files == second.files and second.num_new == 1
+    assert sorted(part for part, _ in written) == list(range(len(second.files)))
+
+
+def test_a_plan_that_wrote_nothing_gives_way_to_another(run: Run, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+
+    def killed_at_once(*_: Any) -> Any:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(writing, "write_file", killed_at_once)
+        afn_ray.export(run, str(target), "documents")
+    assert (target / "plan.json").exists()
+    done = afn_ray.export(run, str(target), "tokens", file_bytes=FILE_BYTES)
+    assert done.num_new == len(done.files) > 1
+    (target / "export.json").unlink()  # files are there: nothing gives way
+    with pytest.raises(ConfigError, match="holds another export"):
+        afn_ray.export(run, str(target), "documents")
 
 
 def test_a_target_with_anything_else_is_refused(run: Run, tmp_path: Path) -> None:

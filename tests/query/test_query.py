@@ -951,6 +951,25 @@ def read_only_files(folder: Path) -> ReadOnlyFiles:
     return ReadOnlyFiles(str(folder), {"name": (str(folder / "file"), 100)}, lambda name: found)
 
 
+def test_checksums_of_a_few_files_are_held_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afn_ray.query.files.MOST_BLOCKS", 2)
+    (tmp_path / "file").write_bytes(b"x" * 100)
+    found = blocks.Blocks(100, blocks.checksums(b"x" * 100))
+    asked: list[str] = []
+
+    def find(name: str) -> blocks.Blocks:
+        asked.append(name)
+        return found
+
+    named = dict.fromkeys("abc", (str(tmp_path / "file"), 100))
+    files = ReadOnlyFiles(str(tmp_path), named, find)
+    for name in "aabcca":
+        assert files.open(f"afn://{name}").read() == b"x" * 100
+    assert asked == ["a", "b", "c", "a"]
+
+
 def test_every_thread_has_a_position_of_its_own(tmp_path: Path) -> None:
     file = read_only_files(tmp_path).open("afn://name")
     barrier = threading.Barrier(4)
