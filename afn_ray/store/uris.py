@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gs": {"requests_timeout": 120},  # for a whole request
     "az": {"connection_timeout": 5, "read_timeout": 30},
 }
+MISTYPED = re.compile(rf"({'|'.join(EXTRAS)}|hf|https?):/?(?!/)(.*)", re.IGNORECASE | re.DOTALL)
+"""A URL that lacks a slash, and so would be a local path."""
 MEMBER_MARK = "::"
 """Mark between an archive and its member."""
 MEMBER = re.compile(r"(.+?\.(?:zip|tar))::(.*)", re.IGNORECASE | re.DOTALL)
@@ -65,14 +67,22 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     Raises ``ConfigError`` for a URL that cannot be opened or that holds credentials. Credentials
     come from the environment.
     """
-    if "://" not in uri:  # a local path may contain anything, including fsspec's `::`
+    typed = MISTYPED.fullmatch(uri)
+    is_mistyped = typed is not None and not os.path.exists(uri.partition("/")[0])  # noqa: PTH110
+    url = f"{typed[1]}://{typed[2]}" if typed is not None and is_mistyped else uri
+    if "://" not in url:  # a local path may contain anything, including fsspec's `::`
         local = LocalFileSystem()
         return local, path_in(uri)
-    protocol = uri.partition("://")[0]
-    if URL_SECRET.search(uri):
+    protocol = url.partition("://")[0]
+    if URL_SECRET.search(url):
         raise ConfigError(
             f"a {protocol}:// URL holds credentials, which would end up in logs and in the store; "
             "remove them from the URL and give them in the environment"
+        )
+    if is_mistyped:
+        raise ConfigError(
+            f"{uri!r} lacks slashes, so it would be a folder here named '{protocol}:'; give {url}, "
+            f"or ./{uri} for the folder"
         )
     if "::" in uri:
         raise ConfigError(

@@ -524,6 +524,7 @@ SECRET = "wJalrXUtnFEMIbPxRfiCY"  # as AWS's manuals have it
         f"abfs://container:{SECRET}@account.dfs.core.windows.net/x",
         f"gs://bucket/x?access_token={SECRET}",
         f"simplecache::s3://user:{SECRET}@bucket/x",
+        f"s3:/user:{SECRET}@bucket/x",
     ],
 )
 def test_a_url_with_credentials_is_refused_without_echo(uri: str) -> None:
@@ -545,6 +546,19 @@ def test_a_url_with_credentials_is_refused_without_echo(uri: str) -> None:
 )
 def test_other_urls_are_not_taken_for_one(s3_server: str, uri: str) -> None:
     uris.open_filesystem(uri)
+
+
+@pytest.mark.parametrize("uri", ["s3:/bucket/x", "gs:bucket/x", "AZ:/x", "hf:/datasets/x", "s3a:x"])
+def test_a_url_that_lacks_slashes_is_no_folder_unless_there_is_one(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    protocol = uri.partition(":")[0]
+    with pytest.raises(ConfigError, match=rf"lacks slashes.*; give {protocol}://\w.*, or \./{uri}"):
+        uris.open_filesystem(uri)
+    assert uris.absolute(f"./{uri}") == str(tmp_path / uri)
+    (tmp_path / uri).mkdir(parents=True)
+    assert uris.absolute(uri) == str(tmp_path / uri)
 
 
 @pytest.mark.parametrize(
