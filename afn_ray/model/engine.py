@@ -188,8 +188,16 @@ class Model:
 
     @property
     def maker(self) -> dict[str, str]:
-        """Entries of a commit on how this model computes: attention, dtypes, norms and device."""
+        """Entries of a commit on how this model computes: attention, dtypes, norms and device.
+
+        The reasons of attention that is not the fastest and of norms that are not fused are
+        included.
+        """
         made_by = {"attention": self.attention, "dtype": name_of(self.dtype)}
+        if why := self.why_slow or self.why_padded:
+            made_by["why"] = why
+        if self.why_eager:
+            made_by["why_eager"] = self.why_eager
         if self.is_mixture:
             made_by["experts"] = name_of(self.experts)
         if self.norm:

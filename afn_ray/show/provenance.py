@@ -18,6 +18,10 @@ MOST_CHARS = 2000
 """Longest command that is shown on a terminal, in characters."""
 
 
+REASONS = {"attention": "why", "norm": "why_eager"}
+"""Choices of a model in a commit, each with the entry that has its reason, if there is one."""
+
+
 def facts(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Names and values of what measured the shards of the run with run.json ``info``.
 
@@ -27,6 +31,9 @@ def facts(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if makers and list(makers) != ["cpu"]:  # older runs name no CPU
         yield "measured on", _by_shards(makers)
     provenance = info.get("provenance", ())
+    for name, why in REASONS.items():
+        if chosen := _chosen(provenance, name, why):
+            yield name, chosen
     if software := _software(provenance):
         yield "software", software
     if info["model"]["depth"] in info["layers"] and (norms := _final_norms(provenance)):
@@ -38,6 +45,18 @@ def _by_shards(numbers: Mapping[str, int]) -> str:
     if len(numbers) == 1:
         return next(iter(numbers))
     return "; ".join(f"{count(n, 'shard')} on {text}" for text, n in numbers.items())
+
+
+def _chosen(provenance: Sequence[Mapping[str, Any]], name: str, why: str) -> str:
+    """The choice ``name`` of the models that give its reason ``why``; "" if none does."""
+    numbers: Counter[str] = Counter()
+    for kind in provenance:
+        made_by = kind["made_by"]
+        if reason := made_by.get(why):
+            numbers[f"{made_by.get(name, '?')}, since {reason}"] += kind["shards"]
+    if numbers and len(provenance) == 1:
+        return next(iter(numbers))
+    return "; ".join(f"{count(n, 'shard')} by {text}" for text, n in numbers.most_common())
 
 
 def _software(provenance: Sequence[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 import afn_ray
 import simulated
-from afn_ray import model, nvidia
+from afn_ray import model, nvidia, text
 from afn_ray.analysis.verify import lines
 from afn_ray.errors import ModelError
 from afn_ray.model import device
@@ -24,7 +24,8 @@ from conftest import config_of, edit_checksummed, find_model
 from test_families import documents
 
 H200 = {"device": "cuda", "gpu": "NVIDIA H200", "capability": "9.0", "attention": "flash"}
-T4 = {"device": "cuda", "gpu": "Tesla T4", "capability": "7.5", "attention": "sdpa"}
+T4 = {"device": "cuda", "gpu": "Tesla T4", "capability": "7.5", "attention": "sdpa",
+      "why": "flash attention is refused: [red]no[/red]"}  # fmt: skip
 MIXED = {
     "NVIDIA H200 (compute capability 9.0), attention flash": 2,
     "Tesla T4 (compute capability 7.5), attention sdpa": 1,
@@ -41,14 +42,21 @@ def test_a_model_on_a_gpu_says_how_it_computes(tiny_bert: Path) -> None:
             "attention": "flash",
             "dtype": "float16",
             "norm": "eager",
+            "why_eager": loaded.why_eager,
             "final_norm": "none",
             "gpu": "NVIDIA H200",
             "capability": "9.0",
             "reduced": "none",  # of its own accord: neither TF32 nor sums in half precision
         }
+        assert loaded.why_eager
         torch.backends.cudnn.allow_tf32 = True
         assert loaded.maker["reduced"] == "tf32"
         device.pin_rounding("cuda")
+    with simulated.device(gpu=simulated.T4):
+        loaded = model.Model(find_model(tiny_bert), [2], "float16", "cuda", 64)
+        model.prepare(loaded, probes)
+        assert loaded.maker["attention"] == "sdpa"
+        assert loaded.maker["why"].startswith("flash attention is refused: FlashAttention only")
     on_cpu = model.Model(find_model(tiny_bert), [2], "float32", "cpu", 64)
     model.prepare(on_cpu, probes)
     assert on_cpu.maker == {
@@ -109,7 +117,10 @@ def test_a_run_measured_in_several_ways_says_so(
     n = sum(makers.values())
     assert list(makers) == list(MIXED) and n == run.info["counts"]["shards"] > 2
     read = summary.summarise(manifest.find_run(uri))
-    shown = dict(run_facts.facts(read))["measured on"]
+    shown_facts = dict(run_facts.facts(read))
+    num_slow, shown = list(makers.values())[1], shown_facts["measured on"]
+    slow = f"{text.count(num_slow, 'shard')} by sdpa, since {T4['why']}"
+    assert shown_facts["attention"] == slow and "norm" not in shown_facts
     for maker, shards in makers.items():
         assert f"{shards} shard" in shown and maker in shown
     assert "measured in 2 ways" in run_facts.cautions(read)[0]
