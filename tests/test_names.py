@@ -13,11 +13,25 @@ ORPHANS = {"As", "By", "How", "Of", "That", "What", "Where", "Whether", "Which",
 """First words of a sentence that has no subject."""
 
 
+IN_SQL_TOO = {"is_high", "wilson"}
+"""Functions that exist twice: on arrays, and as SQL of the same rule."""
+
+
 @cache
 def trees(*folders: str) -> dict[str, ast.Module]:
     """Syntax tree of each module in ``folders``, by its path."""
     paths = [path for folder in folders for path in (PROJECT / folder).rglob("*.py")]
     return {p.relative_to(PROJECT).as_posix(): ast.parse(p.read_text("utf-8")) for p in paths}
+
+
+@cache
+def defined() -> set[tuple[str | None, str]]:
+    """Module and name of each public function at the top of a module of the package."""
+    found: set[tuple[str | None, str]] = set()
+    for path, tree in trees("afn_ray").items():
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        found |= {(module, n.name) for n in tree.body if isinstance(n, ast.FunctionDef)}
+    return found
 
 
 def docstrings(tree: ast.Module) -> Iterator[str]:
@@ -53,6 +67,20 @@ def test_an_alias_that_two_modules_define_is_the_same_type() -> None:
                 types[name].add(ast.unparse(node.value))
     assert len(types) > 20
     assert {name: found for name, found in types.items() if len(found) > 1} == {}
+
+
+def test_a_function_that_is_imported_by_its_name_alone_has_that_name_alone() -> None:
+    modules = defaultdict(set)
+    for tree in trees("afn_ray").values():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            for alias in node.names:
+                if alias.asname is None and (node.module, alias.name) in defined():
+                    modules[alias.name].add(node.module)
+    shared = {name: found for name, found in modules.items() if len(found) > 1}
+    assert len(modules) > 300
+    assert set(shared) == IN_SQL_TOO
 
 
 def test_docstrings_begin_with_their_subject() -> None:

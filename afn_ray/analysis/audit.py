@@ -107,7 +107,7 @@ class Audit:
         rows = [
             {"limit": rule.key, "state": rule.state, "value": rule.value, "where": rule.where}
             | {"reason": rule.reason}
-            for rule in in_order(self.rules)
+            for rule in by_state(self.rules)
         ]
         return pa.Table.from_pylist(rows, RULES)
 
@@ -433,7 +433,7 @@ def lines(found: Audit) -> Iterator[str]:
     A source, group or document that several limits name is listed once, below the first of them.
     """
     named: set[verdict.Culprit] = set()
-    for rule in in_order(found.rules):
+    for rule in by_state(found.rules):
         state = {HELD: "holds", WARNED: "WARNS", BROKEN: "BROKEN"}.get(rule.state, rule.state)
         where = f" ({text})" if (text := verdict.where_text(rule)) else ""
         value, limit = verdict.value_text(rule), verdict.limit_text(rule)
@@ -450,16 +450,16 @@ def lines(found: Audit) -> Iterator[str]:
     for line in verdict.reasons(found.rules):
         yield f"not judged: {line}"
     partition = "" if found.partition is None else f"partition {found.partition}, "
-    yield f"{answer(found)}; {partition}run {found.run.uri}{_against(found)}"
+    yield f"{state_in_words(found)}; {partition}run {found.run.uri}{_against(found)}"
 
 
-def in_order(rules: tuple[Rule, ...]) -> list[Rule]:
+def by_state(rules: tuple[Rule, ...]) -> list[Rule]:
     """``rules`` by state: those that were not judged, broken ones, warnings, then the others."""
     states = (NOT_JUDGED, BROKEN, WARNED, HELD)
     return sorted(rules, key=lambda rule: states.index(rule.state))
 
 
-def answer(found: Audit) -> str:
+def state_in_words(found: Audit) -> str:
     """The state of the night in words, with the number of warnings and who accepted it."""
     num_warned = sum(rule.state == WARNED for rule in found.rules)
     warnings = f"; {count(num_warned, 'warning')}" if num_warned else ""

@@ -30,14 +30,14 @@ from afn_ray.analysis.explanation import (
 )
 from afn_ray.analysis.local_model import LocalModel
 from afn_ray.analysis.remeasure import measure_text, notes_on, recorded_task
-from afn_ray.analysis.word_readings import TextWord, Usual, explained_words, words_of
+from afn_ray.analysis.word_readings import TextWord, Usual, explained_words, words_in
 from afn_ray.config import resolve_layers
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import find_signals
 from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.stats import spearman
 from afn_ray.runs import worker
-from afn_ray.runs.measurer import find_model
+from afn_ray.runs.measurer import find_model_files
 from afn_ray.runs.task import Task
 from afn_ray.schema import SPECIAL, STRENGTH, WORD_START, Series
 from afn_ray.store import label_thresholds, manifest
@@ -76,7 +76,7 @@ def explain(
     encoded = measured.encoded
     by_series = dict(zip(plan.measure.series, measured.values, strict=True))
     is_special = (encoded.flags & SPECIAL) > 0
-    words = words_of(cleaned, encoded)
+    words = words_in(cleaned, encoded)
     tables = _tables(folder, encoded.token_ids, words)
     thresholds, readings = _compare(tables, encoded.token_ids, is_special, by_series)
     strengths = {k: by_series[Series(STRENGTH, k)] for k in plan.measure.layers}
@@ -237,7 +237,7 @@ def _check_window(num_tokens: int, window: int) -> None:
 def _decide(task: Task, layer: int, token_ids: Any, strengths: Any, special: Any) -> Decision:
     """The classifier's decision, attributed at ``layer``; the arrays are [n_tokens]."""
     model.free_memory()
-    files = find_model(task.config)
+    files = find_model_files(task.config)
     ids = token_ids.tolist()
     decided = model.decide(files, ids, layer, strengths, task.measure.dtype, task.device)
     return _decision(decided, layer, strengths, special)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pyarrow.compute as pc
 
 from afn_ray.analysis import verdict
-from afn_ray.analysis.audit import Audit, answer, in_order
+from afn_ray.analysis.audit import Audit, by_state, state_in_words
 from afn_ray.analysis.learned import UsualRange
 from afn_ray.analysis.verdict import BROKEN, Rule
 from afn_ray.reduce import compare
@@ -46,7 +46,7 @@ def message(
     """
     day = "" if found.partition is None else f" {found.partition}"
     title = f"afn audit {found.state}: {inert(found.series, 60)}{day}"
-    lines = [inert(answer(found), MOST_ANSWER_CHARS), "", *_unjudged(found)]
+    lines = [inert(state_in_words(found), MOST_ANSWER_CHARS), "", *_unjudged(found)]
     lines += [*_broken(found, usual or {}), ""]
     if found.comparison is not None:
         lines += [*_movers(found.comparison, found.layer), ""]
@@ -75,7 +75,7 @@ def _unjudged(found: Audit) -> Iterator[str]:
 
 def _broken(found: Audit, usual: Mapping[str, UsualRange]) -> Iterator[str]:
     """The first broken limits, as list items."""
-    broken = [rule for rule in in_order(found.rules) if rule.state == BROKEN]
+    broken = [rule for rule in by_state(found.rules) if rule.state == BROKEN]
     for rule in broken[:MOST_RULES]:
         where = "" if rule.where is None else f": {inert(rule.where, 50)}"
         yield (

@@ -13,7 +13,7 @@ from afn_ray import model
 from afn_ray.analysis.local_model import LocalModel
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.runs import cluster, worker
-from afn_ray.runs.measurer import Measured, Measurer, find_model
+from afn_ray.runs.measurer import Measured, Measurer, find_model_files
 from afn_ray.runs.task import Task
 from afn_ray.store import manifest
 from afn_ray.store.settings import config_from
@@ -59,7 +59,7 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
             )
     config = replace(config, dtype=recorded["dtype"], model=local.name or config.model)
     device = cluster.local_device(run.info["made_by"]["device"])
-    task = worker.prepare(config, find_model(config), device, config.dtype)
+    task = worker.prepare(config, find_model_files(config), device, config.dtype)
     measure = replace(
         task.measure,
         labels=recorded.get("labels"),

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
+from afn_ray.reduce.stats import is_high
 from afn_ray.reduce.word_sums import WORD_CHARS, normalised
 from afn_ray.schema import SPECIAL, WORD_START
 from afn_ray.tokens.encode import Encoded
@@ -51,7 +53,7 @@ class TextWord(NamedTuple):
     n_tokens: int
 
 
-def words_of(text: str, encoded: Encoded) -> list[TextWord]:
+def words_in(text: str, encoded: Encoded) -> list[TextWord]:
     """The words of several tokens of ``text``."""
     found = []
     for first, size in _spans(encoded):
@@ -86,8 +88,8 @@ def explained_words(
         readings = []
         for layer, of_layer in strengths.items():
             strongest = float(of_layer[first : first + size].max())
-            is_high = strongest >= q3[layer]
-            readings.append(WordReading(layer, strongest, is_high, usual.get((layer, name))))
+            high = bool(is_high(np.asarray(strongest, np.float32), q3[layer]))
+            readings.append(WordReading(layer, strongest, high, usual.get((layer, name))))
         found.append(ExplainedWord(written, first, size, tuple(readings)))
     return tuple(found)
 

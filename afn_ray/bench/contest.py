@@ -20,8 +20,15 @@ from transformers.pytorch_utils import Conv1D
 
 from afn_ray import model
 from afn_ray.bench import BUILT_IN, LEAST_S, TOKENS_PER_WORKER, machine
-from afn_ray.bench.figures import FOREIGN, Counted, ProfileTimes, compare, figures, ratios
-from afn_ray.bench.peers import Spec, find_blocks
+from afn_ray.bench.figures import (
+    FOREIGN,
+    Counted,
+    ProfileTimes,
+    compare_strengths,
+    profile_figures,
+    ratios,
+)
+from afn_ray.bench.peers import Spec, blocks_of
 from afn_ray.bench.team import ONE_PROCESS, Missing, Team
 from afn_ray.bench.texts import Text, Writer, sample, save_bert, share
 from afn_ray.bench.worker import dump_texts
@@ -98,7 +105,7 @@ def measure(
                 peaks.append(Peak(*gemm.multiply()))
                 strengths = _measure_once(one, folder, repetition, options.repeat, note)
                 if repetition == 0:
-                    one.differences = compare(strengths, base.dtype)
+                    one.differences = compare_strengths(strengths, base.dtype)
             measured.append(one)
     return _result(_facts(options, base) | _peak_facts(peaks), skipped, measured, counted)
 
@@ -147,7 +154,7 @@ def _result(
     peak = facts["gemm_peak_tflops"] * 1e12
     profiles = {}
     for one in measured:
-        profiles[one.profile] = {v: figures(one, v, counted, peak) for v in one.teams}
+        profiles[one.profile] = {v: profile_figures(one, v, counted, peak) for v in one.teams}
     return {
         **facts,
         "skipped": skipped,
@@ -209,7 +216,7 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
         config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
         shape = transformers.AutoModel.from_config(config)
     causal = any(getattr(m, "is_causal", False) is True for m in shape.modules())
-    linear = [m for b in find_blocks(shape, files.depth)[:layer] for m in b.modules()]
+    linear = [m for b in blocks_of(shape, files.depth)[:layer] for m in b.modules()]
     weights = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear | Conv1D))
     return (
         base,

@@ -171,7 +171,7 @@ def _save_model(folder: Path, name: str | None) -> None:
 def _texts(config: RunConfig, corpus: Sequence[str], num_tokens: int) -> list[str]:
     """Texts of ``corpus``; without any, about ``num_tokens`` tokens of made-up words."""
     if not corpus:
-        files = measurer.find_model(config)
+        files = measurer.find_model_files(config)
         window = measurer.window_tokens(config, files)
         writer = Writer(model.load_tokenizer(files), window)
         written = writer.write(MEAN_PROFILE, num_tokens, num_tokens, causal=False)
@@ -260,7 +260,7 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
 def _load(config: RunConfig, num_processes: int) -> worker.Processor:
     """A worker with ``num_processes`` tokenizer processes, whose model answers at once."""
     config = replace(config, tokenizer_workers=num_processes)
-    files = measurer.find_model(config)
+    files = measurer.find_model_files(config)
     task = worker.prepare(config, files, "cpu", "float32")
     if config.language == AUTO_LANGUAGE:  # as a run does
         task = replace(task, measure=replace(task.measure, languages=languages.identity()))

@@ -18,7 +18,7 @@ FOREIGN = 0.1
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 2e-2}
 """Largest relative difference between two variants' strengths, by dtype.
 
-One token in a hundred may differ more: ``compare`` uses the 99th percentile.
+One token in a hundred may differ more: ``compare_strengths`` uses the 99th percentile.
 """
 REFERENCES = ("engine", "loop", "tuned", "job", "ray_data")
 """Variants with which the others are compared: the first one that was measured."""
@@ -52,7 +52,9 @@ class Counted:
         return flops
 
 
-def compare(strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str) -> dict[str, float]:
+def compare_strengths(
+    strengths: dict[str, dict[int, tuple[Any, Any]]], dtype: str
+) -> dict[str, float]:
     """Relative difference of each variant's strengths from the reference, by variant.
 
     It is the 99th percentile over tokens. The reference is the first variant of ``REFERENCES`` that
@@ -110,7 +112,7 @@ class ProfileTimes:
     texts: Sequence[Text]
     teams: dict[str, Team]
     takes: dict[str, list[Take]]  # variant -> repetitions
-    differences: dict[str, float]  # variant -> what ``compare`` returns
+    differences: dict[str, float]  # variant -> what ``compare_strengths`` returns
 
     def texts_of(self, variant: str) -> list[Text]:
         """The texts that the variant measures."""
@@ -171,7 +173,7 @@ def _stages(takes: Sequence[Take], processes: int) -> dict[str, float]:
     return stages
 
 
-def figures(
+def profile_figures(
     measured: ProfileTimes, variant: str, counted: Counted, peak_flops_per_s: float
 ) -> dict[str, Any]:
     """The figures of one variant, as ``--json`` writes them."""

@@ -24,7 +24,7 @@ from rich.table import Table
 from afn_ray import model
 from afn_ray.bench import machine
 from afn_ray.bench.contest import likely_dtype, one_layer
-from afn_ray.bench.peers import find_blocks
+from afn_ray.bench.peers import blocks_of
 from afn_ray.bench.texts import Writer, save_bert
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
@@ -161,7 +161,7 @@ class _Candidate:
         *,
         ends: bool = False,
     ) -> Way:
-        block = find_blocks(plain, self.files.depth)[self.layer - 1]
+        block = blocks_of(plain, self.files.depth)[self.layer - 1]
 
         def run(text: str) -> Any:
             values = np.empty(0, np.float32)

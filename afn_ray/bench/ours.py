@@ -49,7 +49,7 @@ class _Ours:
             executor="inline",
             scratch=spec.folder,
         )
-        files = measurer.find_model(self._config)
+        files = measurer.find_model_files(self._config)
         self._task = worker.prepare(self._config, files, spec.device, spec.dtype)
         self._processor = worker.Processor(self._task)
 

@@ -143,7 +143,7 @@ class Tuned:
         self._model = (
             transformers.AutoModel.from_pretrained(spec.model, dtype=dtype).to(spec.device).eval()
         )
-        blocks = find_blocks(self._model, spec.depth)
+        blocks = blocks_of(self._model, spec.depth)
         for block in blocks[spec.layer :]:
             block.to("meta")  # never runs, so it needs no memory
         blocks[spec.layer - 1].register_forward_hook(self._stop)
@@ -202,7 +202,7 @@ class Tuned:
         )
 
 
-def find_blocks(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
+def blocks_of(model: torch.nn.Module, depth: int) -> list[torch.nn.Module]:
     """The ``depth`` blocks of ``model``.
 
     Raises ``ConfigError`` when the model has no ``ModuleList`` of that length.

@@ -30,7 +30,7 @@ Commands = Any
 # --- types of values; a message of an ``ArgumentTypeError`` follows the name of the flag
 
 
-def count(text: str) -> int:
+def not_negative(text: str) -> int:
     """A whole number, 0 or more."""
     return _whole_number(text, least=0)
 

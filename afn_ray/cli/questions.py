@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from afn_ray.cli import arguments, terminal
-from afn_ray.cli.arguments import EPILOG, Commands, count, local_file, positive
+from afn_ray.cli.arguments import EPILOG, Commands, local_file, not_negative, positive
 from afn_ray.errors import ConfigError
 from afn_ray.query.views import MACROS, VIEWS
 from afn_ray.store import disk, storage, uris
@@ -83,7 +83,7 @@ def add_neurons(commands: Commands) -> None:
     )
     asked.add_argument(
         "--neuron",
-        type=count,
+        type=not_negative,
         metavar="N",
         help="list the types that this neuron responds to, and the tokens where it is strongest",
     )
@@ -92,7 +92,7 @@ def add_neurons(commands: Commands) -> None:
     )
     neurons.add_argument(
         "--top",
-        type=count,
+        type=not_negative,
         default=15,
         metavar="N",
         help="number of neurons to show (default: 15)",
@@ -161,7 +161,7 @@ def _add_sql_output(sql: argparse.ArgumentParser) -> None:
     )
     sql.add_argument(
         "--max-rows",
-        type=count,
+        type=not_negative,
         default=100,
         help="largest number of rows that a table shows; 0 shows all (default: 100)",
     )

@@ -132,7 +132,7 @@ def problem(
         "",
         doc_id and doc_id[:ID_CHARS],
         num_replaced,
-        problem=printable(reason[:REASON_CHARS]),
+        problem=without_unprintable(reason[:REASON_CHARS]),
         lost_bytes=origin.lost_bytes,
         lost_documents=origin.lost_documents,
     )
@@ -234,7 +234,7 @@ def listing(names: Iterable[str], width: int = 40) -> str:
     """The first ten of ``names``, each cut at ``width`` characters, as one printable line."""
     names = list(names)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return printable(", ".join(name[:width] for name in names[:10])) + more
+    return without_unprintable(", ".join(name[:width] for name in names[:10])) + more
 
 
 def columns(names: Iterable[str]) -> str:
@@ -252,7 +252,7 @@ def columns(names: Iterable[str]) -> str:
     return ", and ".join(parts) or "none"
 
 
-def printable(text: str) -> str:
+def without_unprintable(text: str) -> str:
     """``text`` with U+FFFD in place of characters that cannot be printed."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 

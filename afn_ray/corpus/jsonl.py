@@ -23,7 +23,7 @@ from afn_ray.corpus_values import Document, ReadOptions
 
 def json_document(origin: Origin, line: str, options: ReadOptions) -> Document:
     """The document of one line of JSON; quarantined if it is not an object with the columns."""
-    value = parse(line)
+    value = parse_line(line)
     if isinstance(value, _NotJson):
         num_invalid = line.count(INVALID)
         why = garbled(line, num_invalid)
@@ -86,7 +86,7 @@ class _NotJson(str):
     """Reason why a line is not JSON."""
 
 
-def parse(line: str) -> Any:
+def parse_line(line: str) -> Any:
     """The JSON value in ``line``, or a ``_NotJson`` with the reason."""
     try:
         return json.loads(line)

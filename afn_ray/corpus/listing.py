@@ -191,7 +191,7 @@ def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
         missing = [name for name in missing if name not in names]
     if missing and names:
         num_files = min(SAMPLE_FILES, len(files))
-        hint = documents.printable(nearest(missing[:1], list(names)))
+        hint = documents.without_unprintable(nearest(missing[:1], list(names)))
         raise CorpusError(
             f"no column {missing[0]!r} in the first documents of {count(num_files, 'file')}, as "
             f"{files[0].uri}{hint}; they have: {documents.columns(names)}"
@@ -313,7 +313,7 @@ def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadO
     if names is None or missing is None:
         return
     hint = nearest([missing], names).strip(" ()")
-    why = documents.why_missing(names, options) or documents.printable(hint)
+    why = documents.why_missing(names, options) or documents.without_unprintable(hint)
     raise CorpusError(
         f"no column {missing!r} in {file.uri}; it has: "
         f"{documents.columns(names)}{why and '; '}{why}"

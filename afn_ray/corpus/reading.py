@@ -22,7 +22,7 @@ from afn_ray.corpus.documents import (
     origin_in,
     problem,
 )
-from afn_ray.corpus.jsonl import json_document, parse
+from afn_ray.corpus.jsonl import json_document, parse_line
 from afn_ray.corpus.row_groups import (
     UNREADABLE,
     chunk_paths,
@@ -253,7 +253,7 @@ def _add_json_columns(
             value = None
         else:
             num_documents += 1
-            value = parse(stream.line_text(line.data)) if line.data else None
+            value = parse_line(stream.line_text(line.data)) if line.data else None
         if isinstance(value, dict):
             names.update(dict.fromkeys(nested.names(value, columns_of(options))))
         if num_documents >= PEEK_DOCUMENTS and names.keys() >= {*wanted}:

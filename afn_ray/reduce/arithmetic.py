@@ -74,10 +74,8 @@ def total(values: Float64s) -> Float64s:
     return np.asarray(values[..., 0])
 
 
-def combined(rows: Float64s, weights: Float64s) -> Float64s:
-    """Sum of ``rows`` [n_rows, n], each times its weight of ``weights``
-    [n_rows], in their order.
-    """
+def weighted_sum(rows: Float64s, weights: Float64s) -> Float64s:
+    """Sum of ``rows`` [n_rows, n] in their order, each times its ``weights`` [n_rows]."""
     found = np.zeros(rows.shape[1])
     for row, weight in zip(rows, weights.tolist(), strict=True):
         found += row * weight
@@ -105,14 +103,14 @@ def quadratic(rows: Float64s, matrix: Float64s) -> Float64s:
     for begin in range(0, len(found), _BLOCK):
         block = rows[:, begin : begin + _BLOCK]
         for at, row in enumerate(block):
-            others = combined(block[at + 1 :], matrix[at, at + 1 :])
+            others = weighted_sum(block[at + 1 :], matrix[at, at + 1 :])
             found[begin : begin + _BLOCK] += row * (row * matrix[at, at] + 2 * others)
     return found
 
 
 def multiplied(a: Float64s, b: Float64s) -> Float64s:
     """Product of the small matrices ``a`` [n, k] and ``b`` [k, m]."""
-    return np.stack([combined(b, row) for row in a])
+    return np.stack([weighted_sum(b, row) for row in a])
 
 
 def cholesky(matrix: Float64s) -> Float64s:

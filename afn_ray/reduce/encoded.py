@@ -13,10 +13,10 @@ def encoded_parts(table: pa.Table, column: str, num_parts: int) -> list[bytes]:
     """
     part_of = table[column].to_numpy() % num_parts
     parts = (table.filter(pa.array(part_of == part)) for part in range(num_parts))
-    return [encode(part) for part in parts]
+    return [encode_table(part) for part in parts]
 
 
-def encode(table: pa.Table) -> bytes:
+def encode_table(table: pa.Table) -> bytes:
     """A sum as Parquet bytes, for transfer between processes.
 
     A distinct pair of a type and a strength takes 2 to 4 bytes, against 16 in memory.
@@ -35,5 +35,5 @@ def encode(table: pa.Table) -> bytes:
     )
 
 
-def decode(data: bytes) -> pa.Table:
+def decode_table(data: bytes) -> pa.Table:
     return parquet.read(data, use_threads=False).combine_chunks()

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.errors import ShardError
-from afn_ray.reduce.encoded import decode, encode
+from afn_ray.reduce.encoded import decode_table, encode_table
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Float64s, Ints
 from afn_ray.reduce.tasks import Tasks, in_groups, merge_parts
@@ -148,12 +148,14 @@ class StateTotals:
 
     def encoded(self) -> bytes:
         """Form for transfer between processes."""
-        return encode(pa.table({"n": self.n, "high": _cells(self.high), "low": _cells(self.low)}))
+        return encode_table(
+            pa.table({"n": self.n, "high": _cells(self.high), "low": _cells(self.low)})
+        )
 
     @classmethod
     def decoded(cls, data: bytes) -> StateTotals:
         """The inverse of ``encoded``."""
-        table = decode(data)
+        table = decode_table(data)
         n = table["n"].to_numpy()
         high, low = (flat(table[name]).reshape(len(n), -1) for name in ("high", "low"))
         return cls(n, high, low)

@@ -25,7 +25,7 @@ import pyarrow as pa
 from afn_ray.errors import ConfigError
 from afn_ray.reduce.features import read_columns
 from afn_ray.reduce.histogram import starts
-from afn_ray.reduce.screen import joined
+from afn_ray.reduce.screen import joined_text
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
@@ -168,7 +168,7 @@ def _shingles(place: _Place, readable: Sequence[str]) -> Iterator[tuple[Ints, li
         counts = ~np.isin(column[begins], place.left_out)
         shingles = []
         for begin, length in zip(begins[counts].tolist(), sizes[counts].tolist(), strict=True):
-            words = joined(tokens.slice(begin, length), readable).lower().split()
+            words = joined_text(tokens.slice(begin, length), readable).lower().split()
             last = max(1, len(words) - NUM_WORDS + 1)
             shingles.append([*{" ".join(words[at : at + NUM_WORDS]) for at in range(last)}])
         yield column[begins][counts] + place.doc_offset, shingles

@@ -309,7 +309,7 @@ def _texts(
         sizes = np.diff(begins, append=len(column))
         for begin, size in zip(begins.tolist(), sizes.tolist(), strict=True):
             # Nearly every token has at least one character.
-            text = joined(tokens.slice(begin, min(size, TEXT_CHARS)), readable)
+            text = joined_text(tokens.slice(begin, min(size, TEXT_CHARS)), readable)
             if len(text) > TEXT_CHARS:
                 text = text[: TEXT_CHARS - 3] + "..."
             doc = int(column[begin])
@@ -318,7 +318,7 @@ def _texts(
     return [found]
 
 
-def joined(tokens: pa.Table, readable: Sequence[str]) -> str:
+def joined_text(tokens: pa.Table, readable: Sequence[str]) -> str:
     """The text of ``tokens``: words as written in the corpus, with one space between them."""
     pieces: list[str] = []
     is_whole = False  # the whole current word is already in ``pieces``

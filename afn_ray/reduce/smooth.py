@@ -16,13 +16,13 @@ import numpy as np
 
 from afn_ray.reduce.arithmetic import (
     cholesky,
-    combined,
     exp,
     gram,
     inverse,
     softplus,
     solved,
     total,
+    weighted_sum,
 )
 from afn_ray.reduce.stats import Float64s
 
@@ -79,7 +79,7 @@ class Fit(NamedTuple):
 
     def curve(self, at: int, x: Float64s) -> Float64s:
         """Log-odds that control number ``at`` adds at ``x`` [n]."""
-        return combined(self.curves[at].basis(x), self.coefficients[at])
+        return weighted_sum(self.curves[at].basis(x), self.coefficients[at])
 
     def log_odds(self, controls: Float64s) -> Float64s:
         """Log-odds of HIGH at ``controls`` [n, n_controls]."""
@@ -102,12 +102,12 @@ def fit(controls: Float64s, n: Float64s, n_high: Float64s) -> Fit:
     ridge[0] = RIDGE_OF_CONSTANT
 
     def loss(beta: Float64s) -> float:
-        of_cells = deviance(combined(design, beta), n, n_high)
+        of_cells = deviance(weighted_sum(design, beta), n, n_high)
         return float(total(of_cells) + total(ridge * beta * beta)) / 2
 
     def derivatives(beta: Float64s) -> tuple[Float64s, Float64s]:
         """The gradient of the loss, and the root, by Cholesky, of its second derivatives."""
-        eta = combined(design, beta)
+        eta = weighted_sum(design, beta)
         share, others = sigmoid(eta), sigmoid(-eta)  # 1 - share would lose what is small
         residuals = (n - n_high) * share - n_high * others
         curvature = gram(design, n * share * others) + np.diag(ridge)

@@ -169,7 +169,7 @@ def _moments(h: Histogram) -> dict[str, Any]:
     return {"n": h.n, "mean": mean, "sd": math.sqrt(variance), "min": values[0], "max": values[-1]}
 
 
-def frozen_rows(
+def rows_under_frozen(
     own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[LabelThresholds]
 ) -> list[dict[str, Any]]:
     """``own`` rows of a layer with the quartiles of ``frozen``.

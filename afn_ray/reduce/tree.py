@@ -37,7 +37,7 @@ import pyarrow.parquet as pq
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure
 from afn_ray.reduce import left_out, mean_vectors, neurons
-from afn_ray.reduce.encoded import decode, encode, encoded_parts
+from afn_ray.reduce.encoded import decode_table, encode_table, encoded_parts
 from afn_ray.reduce.histogram import (
     BIN_MASK,
     SPECIAL_KEY,
@@ -50,8 +50,8 @@ from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tables import (
     STATISTICS_SCHEMA,
     TokenTexts,
-    frozen_rows,
     histogram_table,
+    rows_under_frozen,
     shards_table,
     threshold_rows,
     type_statistics,
@@ -368,9 +368,9 @@ def _merge(series: Series, *parts: Any) -> list[Any]:
     """The sum of ``parts``, which are parts of ``series`` or tags."""
     if isinstance(parts[0], TypeTags):
         return [TypeTags.merge(parts)]
-    summaries = (SeriesSummary.from_table(decode(part)) for part in parts)
+    summaries = (SeriesSummary.from_table(decode_table(part)) for part in parts)
     total = SeriesSummary.merge(summaries)
-    return [encode(total.to_table(series))]
+    return [encode_table(total.to_table(series))]
 
 
 def _count(part: bytes) -> list[tuple[Histogram, Histogram]]:
@@ -395,7 +395,7 @@ def _total(
     normal = Histogram.merge(of_normal for of_normal, _ in counts)
     special = Histogram.merge(of_special for _, of_special in counts)
     own = threshold_rows(layer, normal, special.n, sink_factor)
-    labels = frozen_rows(own, normal, frozen) if frozen else own
+    labels = rows_under_frozen(own, normal, frozen) if frozen else own
     histogram = pa.concat_tables(
         [histogram_table(layer, False, normal), histogram_table(layer, True, special)]
     )
@@ -428,14 +428,14 @@ def _read_pairs(files: Sequence[CommittedFile], layer: int, num_parts: int) -> l
 
 def _merge_pairs(layer: int, *parts: bytes) -> list[bytes]:
     """The sum of ``parts``."""
-    pairs = (neurons.Pairs.from_table(decode(part)) for part in parts)
+    pairs = (neurons.Pairs.from_table(decode_table(part)) for part in parts)
     total = neurons.Pairs.merge(pairs)
-    return [encode(total.to_table(layer))]
+    return [encode_table(total.to_table(layer))]
 
 
 def _neuron_tables(part: bytes, layer: int, types: dict[str, Ints]) -> list[pa.Table]:
     """``neurons.neuron_tables`` of ``part``."""
-    pairs = neurons.Pairs.from_table(decode(part))
+    pairs = neurons.Pairs.from_table(decode_table(part))
     return list(neurons.neuron_tables(pairs, layer, types))
 
 
@@ -445,7 +445,7 @@ def _most_frequent(tags: TypeTags) -> list[dict[int, TagShare]]:
 
 def _slices(part: bytes) -> Iterator[SeriesSummary]:
     """``part``, some types at a time; each slice holds all values of its types."""
-    table = decode(part)
+    table = decode_table(part)
     if not len(table):
         return
     ends = table["bins"].chunk(0).offsets.to_numpy()

@@ -28,7 +28,7 @@ from afn_ray.errors import (
 from afn_ray.runs.deadlines import SLOTS, Deadlines, Flight
 from afn_ray.runs.outcome import State
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, Pool, PoolEvent, Ready, Silent
-from afn_ray.runs.progress import Counters, Progress, total
+from afn_ray.runs.progress import Counters, Progress, sum_of
 from afn_ray.runs.reasons import reason
 from afn_ray.runs.waiting import WaitLimit
 from afn_ray.store.commits import Commit
@@ -474,7 +474,7 @@ class Dispatcher:
 
     def _work(self) -> Counters:
         """Counters of all workers, those of earlier pools included."""
-        return total([self.state.work, self._pool.counters()])
+        return sum_of([self.state.work, self._pool.counters()])
 
     def _seconds(self) -> float:
         """Seconds since the first worker was ready, those of earlier pools included."""

@@ -13,12 +13,12 @@ from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard, Unread
 from afn_ray.errors import CorpusError
 from afn_ray.measure import Measure
-from afn_ray.runs import cluster, composition, precheck
+from afn_ray.runs import cluster, composition, precheck, preparation
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.events import OnEvent
 from afn_ray.runs.measurer import Measurer, text_encoder
-from afn_ray.runs.preparation import Preparation, prepare, take_stock
+from afn_ray.runs.preparation import Preparation
 from afn_ray.runs.prices import Cost, Prices, bill, read_prices
 from afn_ray.runs.rates import Rate, read_rate, speed_of
 from afn_ray.runs.task import Task
@@ -151,7 +151,7 @@ def dry_run(
     known = None if rate is None else read_rate(rate)
     config = precheck.normalised(config)
     probes.try_writable(config.store)
-    asked = prepare(config, on_event, keep=False, reduce_only=reduce_only)
+    asked = preparation.prepare(config, on_event, keep=False, reduce_only=reduce_only)
     if known is not None and rate is not None:
         known.check(speed_of(asked.task), rate)
     work = _find_work(asked, on_event, reduce_only=reduce_only)
@@ -286,7 +286,7 @@ class _Times:
 
 def _find_work(asked: Preparation, on_event: OnEvent, *, reduce_only: bool) -> _Work:
     """The work of the run ``asked``. Raises ``CorpusError`` if the corpus has no token."""
-    stock = take_stock(asked, on_event, reduce_only=reduce_only)
+    stock = preparation.take_stock(asked, on_event, reduce_only=reduce_only)
     todo: list[Shard] = []
     if not reduce_only:
         todo = [shard for shard in asked.plan.shards if shard.id not in stock.commits]

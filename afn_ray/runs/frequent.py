@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from afn_ray.runs.measurer import find_model, text_encoder
+from afn_ray.runs.measurer import find_model_files, text_encoder
 from afn_ray.runs.task import Task
 
 SAMPLE_CHARS = 1 << 20
@@ -21,7 +21,7 @@ def find_types(task: Task, texts: Sequence[str]) -> list[int]:
     Types that the tokenizer's template adds are left out. Of types that are equally frequent, the
     smaller id is taken first.
     """
-    encoder = text_encoder(find_model(task.config))
+    encoder = text_encoder(find_model_files(task.config))
     encoded = encoder.encode(bounded(texts, SAMPLE_CHARS, MOST_CHARS))
     n = np.bincount(encoded.token_ids)
     template = np.isin(np.arange(len(n)), [*encoder.template.prefix, *encoder.template.suffix])

@@ -82,7 +82,7 @@ def window_tokens(config: RunConfig, files: model.ModelFiles) -> int:
     return config.window_tokens or min(files.context_tokens, model.DEFAULT_WINDOW_TOKENS)
 
 
-def find_model(config: RunConfig) -> model.ModelFiles:
+def find_model_files(config: RunConfig) -> model.ModelFiles:
     """Files of the config's model on this machine."""
     return model.find_model(
         config.model,
@@ -109,7 +109,7 @@ class Measurer:
         self.task = task
         self.counters = Counters()
         config, measure = task.config, task.measure
-        files = find_model(config)
+        files = find_model_files(config)
         tokenizer = model.load_tokenizer(files)
         _check_identity(task, model.identity(files, tokenizer))
         window = window_tokens(config, files)

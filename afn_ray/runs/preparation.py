@@ -48,7 +48,7 @@ def prepare(
     no calibration runs.
     """
     device = "cpu" if reduce_only else cluster.find_device(config)
-    files = measurer.find_model(config)
+    files = measurer.find_model_files(config)
     detector = languages.identity() if config.language == AUTO_LANGUAGE else None
     task = worker.prepare(config, files, device, "float32")
     begun_ns = time.time_ns()

@@ -66,7 +66,7 @@ def bill(
     ), monthly
 
 
-def is_number(value: Any) -> bool:
+def is_finite_number(value: Any) -> bool:
     """True if ``value`` is a number of 0 or more that a float can hold."""
     return (
         isinstance(value, int | float)
@@ -96,6 +96,6 @@ def read_prices(path: Path) -> Prices:
             )
     for name in known[2:]:
         price = value.get(name, 0)
-        if not is_number(price):
+        if not is_finite_number(price):
             raise ConfigError(f"--prices {path}: {name} is {price!r}; expected a number, 0 or more")
     return Prices(**value)

@@ -39,7 +39,7 @@ class Counters:
         return f"{waiting} the corpus"
 
 
-def total(parts: Iterable[Counters]) -> Counters:
+def sum_of(parts: Iterable[Counters]) -> Counters:
     """The sum of the counters of several workers."""
     parts = list(parts)
     reasons = ("why_padded", "why_slow")

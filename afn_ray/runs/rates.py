@@ -11,7 +11,7 @@ from typing import Any
 
 from afn_ray.errors import ConfigError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.runs.prices import is_number
+from afn_ray.runs.prices import is_finite_number
 from afn_ray.runs.task import Task
 from afn_ray.store import settings
 
@@ -67,16 +67,16 @@ def speed_of(task: Task) -> dict[str, Any]:
 RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "speed": (lambda v: isinstance(v, dict), "an object"),
     "tokens_per_second": (
-        lambda v: isinstance(v, list) and bool(v) and all(is_number(n) and n for n in v),
+        lambda v: isinstance(v, list) and bool(v) and all(is_finite_number(n) and n for n in v),
         "a list of numbers over 0",
     ),
-    "load_s": (is_number, "a number, 0 or more"),
+    "load_s": (is_finite_number, "a number, 0 or more"),
     "machine": (lambda v: isinstance(v, str), "a text"),
     "versions": (
         lambda v: isinstance(v, dict) and isinstance(v.get("torch"), str),
         "an object with that of torch",
     ),
-    "foreign": (is_number, "a number, 0 or more"),
+    "foreign": (is_finite_number, "a number, 0 or more"),
 }
 """Keys that are read from a file by ``afn bench rate --json``: a check and the expected value."""
 

@@ -234,7 +234,7 @@ def _model(name: str | None) -> Check:
     from afn_ray.config import RunConfig
     from afn_ray.model import choose_device
     from afn_ray.runs import demo, worker
-    from afn_ray.runs.measurer import Measurer, find_model
+    from afn_ray.runs.measurer import Measurer, find_model_files
 
     if name is None:
         try:
@@ -243,7 +243,7 @@ def _model(name: str | None) -> Check:
             return Check("model", None, "not tried", f"name one with --model, or: {error}")
     began = time.monotonic()
     config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
-    files = find_model(config)
+    files = find_model_files(config)
     task = worker.prepare(config, files, choose_device("auto"), "float32")
     why = Measurer(task).counters.why_padded
     packing = f"padded ({why})" if why else "packed without padding"
@@ -272,7 +272,7 @@ def _gpu(index: int, name: str | None) -> Check:
 
     from afn_ray.config import RunConfig
     from afn_ray.runs import demo, worker
-    from afn_ray.runs.measurer import Measurer, find_model
+    from afn_ray.runs.measurer import Measurer, find_model_files
 
     what, gpu = f"GPU {index}", torch.cuda.get_device_name(index)
     if name is None:
@@ -282,7 +282,7 @@ def _gpu(index: int, name: str | None) -> Check:
             return Check(what, None, f"{gpu}: not tried", f"name a model with --model, or: {error}")
     config = RunConfig(corpus=("-",), model=name, store="-", layers="2/3")
     with torch.cuda.device(index):
-        measurer = Measurer(worker.prepare(config, find_model(config), "cuda", "float16"))
+        measurer = Measurer(worker.prepare(config, find_model_files(config), "cuda", "float16"))
         rate, loaded = _rate(measurer), measurer.model
         norms = _norms(loaded)
         made_by = loaded.maker

@@ -181,8 +181,8 @@ def _lines(places: Sequence[Point | None]) -> Iterator[str]:
 
 def _text(rule: Rule, nights: Sequence[NightFigures], known: Sequence[float]) -> str:
     """Text alternative of the drawing."""
-    low, high = (short(rule.limit, value) for value in (min(known), max(known)))
-    tonight = "no value" if rule.value is None else short(rule.limit, rule.value)
+    low, high = (short_value(rule.limit, value) for value in (min(known), max(known)))
+    tonight = "no value" if rule.value is None else short_value(rule.limit, rule.value)
     text = f"{rule.key} on {count(len(known), 'night')}: {low} to {high}, tonight {tonight}"
     broken = [night.name for night in nights if rule.key in night.broken]
     if not broken:
@@ -191,6 +191,6 @@ def _text(rule: Rule, nights: Sequence[NightFigures], known: Sequence[float]) ->
     return f"{text}; broken on {', '.join(broken[-MOST_NAMES:])}{more}"
 
 
-def short(limit: Limit, value: float) -> str:
+def short_value(limit: Limit, value: float) -> str:
     """A value of ``limit`` with about three digits."""
     return f"{value:,.0f}" if limit.is_whole or abs(value) >= 1000 else f"{value:.3g}"

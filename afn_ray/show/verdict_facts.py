@@ -12,7 +12,7 @@ from afn_ray.show.page_tables import Table
 from afn_ray.show.sparklines import (
     NightFigures,
     Sparkline,
-    short,
+    short_value,
     sparkline,
     usual_of,
     usual_values,
@@ -54,7 +54,7 @@ class VerdictFacts:
 
 def verdict_facts(found: Audit, nights: Sequence[NightFigures] = ()) -> VerdictFacts:
     """The facts of ``found``; ``nights`` are those before it, the oldest first."""
-    answer = audit.answer(found)
+    answer = audit.state_in_words(found)
     return VerdictFacts(
         state=found.state,
         mark=MARKS[found.state],
@@ -62,7 +62,7 @@ def verdict_facts(found: Audit, nights: Sequence[NightFigures] = ()) -> VerdictF
         series=found.series,
         partition="" if found.partition is None else found.partition.isoformat(),
         unjudged=tuple(verdict.reasons(found.rules)),
-        limits=tuple(_limit(rule, nights) for rule in audit.in_order(found.rules)),
+        limits=tuple(_limit(rule, nights) for rule in audit.by_state(found.rules)),
         culprits=_culprits(found),
     )
 
@@ -87,14 +87,14 @@ def _usual(rule: Rule, nights: Sequence[NightFigures]) -> str:
     if usual is None:
         n = len(usual_values(rule, nights))
         return f"not known: {count(n, 'night')} of {learned.LEAST_NIGHTS}"
-    low, high = short(rule.limit, usual.low), short(rule.limit, usual.high)
+    low, high = short_value(rule.limit, usual.low), short_value(rule.limit, usual.high)
     return f"{low}–{high} over {count(usual.nights, 'night')}"
 
 
 def _culprits(found: Audit) -> Table | None:
     """Culprits that the limits of ``found`` name, each once, with the limits that name it."""
     limits_of: dict[Culprit, list[str]] = {}
-    for rule in audit.in_order(found.rules):
+    for rule in audit.by_state(found.rules):
         for one in rule.culprits:
             limits_of.setdefault(one, []).append(rule.key)
     if not limits_of:

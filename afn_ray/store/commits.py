@@ -48,7 +48,7 @@ def num_measured(counts: Mapping[str, int]) -> int:
     return counts["documents"] - counts["empty"] - counts["quarantined"]
 
 
-class ShardFile(TypedDict):
+class CommitEntry(TypedDict):
     """A file of a committed shard, as commit.json lists it."""
 
     name: str
@@ -63,7 +63,7 @@ class Commit:
 
     shard: str
     attempt: str
-    files: dict[str, ShardFile]  # by table
+    files: dict[str, CommitEntry]  # by table
     counts: dict[str, int]
     seconds: float
     # Device and versions, attention and dtype; of a GPU also its name, its compute capability, its
@@ -170,7 +170,7 @@ class Commits(MutableMapping[str, Commit]):
         counts = dict(zip(kind.counts, numbers[:num_counts], strict=True))
         rows = numbers[num_counts : num_counts + num_tables]
         sizes = numbers[num_counts + num_tables :]
-        files: dict[str, ShardFile] = {}
+        files: dict[str, CommitEntry] = {}
         for i, table in enumerate(kind.tables):
             digest_at = layout.size + SHA256_BYTES * i
             files[table] = {

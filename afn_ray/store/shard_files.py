@@ -26,7 +26,7 @@ from afn_ray.store.checksums import (
     read_json,
     short,
 )
-from afn_ray.store.commits import Commit, Commits, ShardFile
+from afn_ray.store.commits import Commit, CommitEntry, Commits
 from afn_ray.store.layout import NEURON_TABLES, TABLES, VECTORS, commit_name, generation_of
 from afn_ray.store.readers import RangeFile
 from afn_ray.store.shard_tables import ShardTable
@@ -270,7 +270,7 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
     store again to find out.
     """
     folder = shard_uri(store, measure_id, shard.id)
-    files: dict[str, ShardFile] = {}
+    files: dict[str, CommitEntry] = {}
     crc32: dict[str, str] = {}
     for table, (path, rows) in attempt.tables.items():
         digest, crc32[table] = blocks.file_checksums(path)

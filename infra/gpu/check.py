@@ -706,7 +706,7 @@ def _against_tuned(
         outcome = variant.run(texts)
         model_s[name] = outcome.stages["model_s"]
         strengths[name] = {i: (norms, None) for i, norms in enumerate(outcome.strengths)}
-    differences = figures.compare(strengths, dtype)  # raises where the values disagree
+    differences = figures.compare_strengths(strengths, dtype)  # raises where the values disagree
     return {
         "engine_tokens_per_s": num_tokens / model_s["engine"],
         "tuned_tokens_per_s": num_tokens / model_s["tuned"],
@@ -824,7 +824,7 @@ def _feed(run: Check, corpus: Path, num_tokenizers: int) -> Row:
         tokenizer_workers=num_tokenizers,
         shard_bytes=run.size.shard_bytes,
     )
-    task = worker.prepare(config, measurer.find_model(config), run.device, run.dtype)
+    task = worker.prepare(config, measurer.find_model_files(config), run.device, run.dtype)
     first, *shards = make_plan(config).shards
     processor = worker.Processor(task)
     try:

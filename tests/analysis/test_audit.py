@@ -578,7 +578,7 @@ def test_a_warning_is_told_and_does_not_break_the_night(limit: Limit, state: str
     assert ["BROKEN", "js"] in said[:2] and [words[state], limit.key] in said[:3]
     if state == "warned":
         assert said[:3] == [["BROKEN", "js"], ["WARNS", limit.key], ["holds", "ks"]]
-        assert audit.answer(found) == "the policy is broken: 1 limit of 3; 1 warning"
+        assert audit.state_in_words(found) == "the policy is broken: 1 limit of 3; 1 warning"
         assert "warn" in list(audit.lines(found))[1]
     of_json = audit.to_json(found)["rules"][1]
     assert (of_json["limit"], of_json["warn"]) == (limit.fail, limit.warn)

@@ -14,7 +14,7 @@ from functools import partial
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import OutOfMemory, ShardError, Unavailable
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
-from afn_ray.runs.progress import Counters, total
+from afn_ray.runs.progress import Counters, sum_of
 from afn_ray.store import layout
 from afn_ray.store.commits import COUNTS, Commit
 
@@ -134,7 +134,7 @@ class Crowd:
         assert not self._workers.pop(worker).queue
 
     def counters(self) -> Counters:
-        return total(w.counters for w in self._workers.values())
+        return sum_of(w.counters for w in self._workers.values())
 
     def num_tokens(self, worker: int) -> int:
         one = self._workers[worker]

@@ -36,7 +36,7 @@ from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.schema import SPECIAL, SUMMARY_SCHEMA, WORD_START, Series
 from afn_ray.store import blocks, layout, shard_files
-from afn_ray.store.commits import COUNTS, Commit, ShardFile
+from afn_ray.store.commits import COUNTS, Commit, CommitEntry
 from afn_ray.store.records import TableFile
 from bench.apart import call_apart
 
@@ -191,7 +191,7 @@ def _commit(row: dict[str, Any]) -> Commit:
         "forward_tokens": row["tokens"],
     }
     files = {
-        table: ShardFile(
+        table: CommitEntry(
             name=f"0-{table}.parquet",
             rows=row["rows"],
             bytes=row["bytes"],

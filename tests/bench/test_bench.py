@@ -32,7 +32,7 @@ from afn_ray.bench import (
     texts,
 )
 from afn_ray.bench import worker as bench_worker
-from afn_ray.bench.figures import TOLERANCE, compare
+from afn_ray.bench.figures import TOLERANCE, compare_strengths
 from afn_ray.cli import commands as cli
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
@@ -159,7 +159,7 @@ def in_this_process(
     assert all(
         sum(map(len, o.strengths)) == sum(t.num_tokens for t in written) for o in found.values()
     )
-    return {"outcomes": found, "differences": compare(strengths, "float32")}
+    return {"outcomes": found, "differences": compare_strengths(strengths, "float32")}
 
 
 def test_a_decoder_is_measured_too(tiny_gpt: Path, tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_figures_count_every_pass() -> None:
         "loop": [team.Take(8.0, 0.0, 0, 0, 30, {"model_s": 7.5})],
     }
     one = figures.ProfileTimes("short", written, dict.fromkeys(takes, both), takes, {})
-    found = figures.figures(one, "engine", figures.Counted(1.0, 0.0), 1e3)
+    found = figures.profile_figures(one, "engine", figures.Counted(1.0, 0.0), 1e3)
     assert found["tokens_per_s"] == 4 * 20 / 2.0 and found["passes"] == 4
     assert found["ratio_loop"] == (8.0 / 1) / (2.0 / 4)
     assert found["padding"] == pytest.approx(1 - 24 / 25)
@@ -320,20 +320,24 @@ def test_variants_that_disagree_give_no_figures() -> None:
     whole = {0: (np.ones(200, np.float32), None), 1: (np.full(9, 2, np.float32), None)}
     off = {0: (np.full(200, 1.2, np.float32), None)}
     short = {0: (np.ones(199, np.float32), None)}
-    assert compare({"loop": {0: whole[0]}, "engine": whole}, "float32") == {
+    assert compare_strengths({"loop": {0: whole[0]}, "engine": whole}, "float32") == {
         "loop": 0,
         "engine": 0,
     }
     for wrong in (off, short):
         with pytest.raises(ModelError, match=r"tuned .*no figures"):
-            compare({"tuned": wrong, "engine": whole}, "bfloat16")
+            compare_strengths({"tuned": wrong, "engine": whole}, "bfloat16")
     last = {0: (np.ones(4, np.float32), np.full(4, 3, np.float32))}
     deep = {0: (np.full(4, 3, np.float32), None)}
     assert (
-        compare({"loop": last, "sentence_transformers": deep}, "float32")["sentence_transformers"]
+        compare_strengths({"loop": last, "sentence_transformers": deep}, "float32")[
+            "sentence_transformers"
+        ]
         == 0
     )
-    assert "sentence_transformers" not in compare({"sentence_transformers": deep}, "float32")
+    assert "sentence_transformers" not in compare_strengths(
+        {"sentence_transformers": deep}, "float32"
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from afn_ray.mean_texts import from_text, to_text
 from afn_ray.measure import Measure
 from afn_ray.model.signals import CentredMean, States, Strength
 from afn_ray.runs import mean_states, measurer, worker
-from afn_ray.runs.measurer import Measurer, find_model
+from afn_ray.runs.measurer import Measurer, find_model_files
 from afn_ray.store import manifest
 from afn_ray.store.shard_tables import ShardTable
 from conftest import config_of, write_jsonl
@@ -65,7 +65,7 @@ def test_the_signal_is_the_distance_of_the_recorded_states(
     """Packed and padded, against numpy over whole states."""
     folder = request.getfixturevalue(family)
     config = config_of(folder, tmp_path / "c", tmp_path / "s", layers="0,1,3")
-    measuring = Measurer(worker.prepare(config, find_model(config), "cpu", "float32"))
+    measuring = Measurer(worker.prepare(config, find_model_files(config), "cpu", "float32"))
     means = np.random.default_rng(3).normal(size=(3, 32)).astype(np.float32)
     measuring.model.subtract(list(means))
     prepared = measuring.preparer.prepare(verses[:7], [False] * 7)
@@ -108,7 +108,9 @@ def test_the_mean_is_that_of_the_samples_tokens(made: RunConfig, tiny_bert: Path
 def test_sinks_are_no_part_of_the_mean(
     made: RunConfig, verses: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = worker.with_signals(worker.prepare(made, find_model(made), "cpu", "float32"), "strength")
+    task = worker.with_signals(
+        worker.prepare(made, find_model_files(made), "cpu", "float32"), "strength"
+    )
     measuring = Measurer(task)
     right = measuring.model.measure
 

@@ -23,7 +23,7 @@ import transformers
 
 from afn_ray.model.signals import Received
 from afn_ray.runs import worker
-from afn_ray.runs.measurer import Measurer, find_model
+from afn_ray.runs.measurer import Measurer, find_model_files
 from conftest import config_of
 
 PUBLISHED = {"Attn-W": 96.41, "Attn-N": 85.28, "AttnRes-N": 22.25, "AttnResLn-N": 18.75}
@@ -109,7 +109,7 @@ def _plain_mixing(folder: Path, ids: Sequence[list[int]]) -> Any:
 def _measured(folder: Path, texts: list[str], tmp_path: Path) -> tuple[Any, list[list[int]]]:
     """Attention of each token to itself as a run measures it, [n_layers, n_tokens]; token ids."""
     config = config_of(folder, tmp_path / "c", tmp_path / "s", layers="all", signals="attention")
-    measuring = Measurer(worker.prepare(config, find_model(config), "cpu", "float32"))
+    measuring = Measurer(worker.prepare(config, find_model_files(config), "cpu", "float32"))
     prepared = measuring.preparer.prepare(texts, [False] * len(texts))
     bounds, tokens = prepared.encoded.bounds, prepared.encoded.token_ids
     assert prepared.n_windows.tolist() == [1] * len(texts)

@@ -31,7 +31,7 @@ from afn_ray.reduce import shards as shard_reading
 from afn_ray.reduce.mean_vectors import StateSums, StateTotals, flat
 from afn_ray.reduce.tasks import Inline
 from afn_ray.runs import estimate, precheck, preparation, worker
-from afn_ray.runs.measurer import Measurer, find_model
+from afn_ray.runs.measurer import Measurer, find_model_files
 from afn_ray.schema import STATE_UNITS
 from afn_ray.store import manifest, plans, shard_files, storage
 from conftest import config_of, edit_table, recommit, write_jsonl
@@ -83,7 +83,7 @@ def test_sums_are_those_of_the_recorded_states(
     """Packed and padded batches: integers equal to numpy's over whole states, to the last bit."""
     folder = request.getfixturevalue(family)
     config = config_of(folder, tmp_path / "c", tmp_path / "s", layers="0,2,3", window_tokens=24)
-    task = worker.prepare(config, find_model(config), "cpu", "float32")
+    task = worker.prepare(config, find_model_files(config), "cpu", "float32")
     measurer = Measurer(task)
     texts = verses[:9]
     prepared = measurer.preparer.prepare(texts, [False] * len(texts))

@@ -47,7 +47,7 @@ from afn_ray.schema import (
     Series,
 )
 from afn_ray.store import layout, shard_files, storage
-from afn_ray.store.commits import COUNTS, Commit, ShardFile
+from afn_ray.store.commits import COUNTS, Commit, CommitEntry
 from afn_ray.store.records import ShardFiles
 from conftest import write_jsonl
 
@@ -531,7 +531,7 @@ def test_few_sums_are_held_however_many_there_are(monkeypatch: pytest.MonkeyPatc
             raise AssertionError("no value is asked for while the tree grows")
 
     monkeypatch.setattr("afn_ray.reduce.tasks.FAN_IN", 4)
-    files = {"summary": ShardFile(name="", rows=1, bytes=1, sha256="")}
+    files = {"summary": CommitEntry(name="", rows=1, bytes=1, sha256="")}
     commits = [Commit(str(i), "", files, {}, 0.0, {}) for i in range(4**6)]
     shards = CommittedShards("/store", MEASURE_ID, commits, [1] * len(commits))
     recorded = RecordedSeries(SERIES[1:])

@@ -271,7 +271,7 @@ def test_the_same_bits_for_any_order_grouping_and_number_of_parts(
         committed,
         header["measure"]["layers"],
         {t: manifest.read_table(run, t) for t in ("thresholds", "files", "vocabulary")},
-        measurer.text_encoder(measurer.find_model(made)).texts()[1],
+        measurer.text_encoder(measurer.find_model_files(made)).texts()[1],
         screen.Asked(1000, language=made.language),
         Shuffled(seed),
     )

@@ -29,7 +29,7 @@ BUDGETS = (64, 100, 256, 1000, 2048, 4096, 16384)
 
 
 def make_processor(config: RunConfig, dtype: str = "float32") -> Processor:
-    task = worker.prepare(config, measurer.find_model(config), "cpu", dtype)
+    task = worker.prepare(config, measurer.find_model_files(config), "cpu", dtype)
     return Processor(task)
 
 

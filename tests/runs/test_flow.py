@@ -116,7 +116,7 @@ class Ground:
         config = self._make_config(
             store=store, batch_tokens=64, shard_bytes=self._shard_bytes, layers="all"
         )
-        task = worker.prepare(config, measurer.find_model(config), device, dtype)
+        task = worker.prepare(config, measurer.find_model_files(config), device, dtype)
         self._workers.append(Processor(task))
         shards = sorted(make_plan(config).shards, key=lambda shard: shard.slices[0].uri)
         assert [len(shard.slices) for shard in shards] == [1] * NUM_SHARDS

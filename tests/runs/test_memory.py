@@ -87,7 +87,7 @@ corpus, model, store, shard_bytes, cores = sys.argv[1:]
 os.sched_setaffinity(0, list(map(int, cores.split(","))))
 config = RunConfig(corpus=(corpus,), model=model, store=store, executor="inline", layers="2",
                    shard_bytes=int(shard_bytes), batch_tokens=1024)
-task = worker.prepare(config, measurer.find_model(config), "cpu", "float32")
+task = worker.prepare(config, measurer.find_model_files(config), "cpu", "float32")
 processor, shards = worker.Processor(task), plan.make_plan(config).shards
 resident = []
 print("ready", flush=True)

@@ -360,7 +360,7 @@ def test_a_run_in_this_process_notes_that_no_workers_share_its_gpu(
 def test_how_many_workers_share_a_gpu_is_no_input_of_a_measure(make_config: MakeConfig) -> None:
     def measure_of(**options: Any) -> tuple[str, dict[str, Any]]:
         config = make_config(**options)
-        task = worker.prepare(config, measurer.find_model(config), "cuda", "float16")
+        task = worker.prepare(config, measurer.find_model_files(config), "cuda", "float16")
         return task.measure.id, task.measure.as_dict()
 
     assert measure_of() == measure_of(workers_per_gpu=4, tokenizer_workers=5)
@@ -514,7 +514,7 @@ def test_a_rate_is_of_the_number_of_tokenizers_with_which_it_was_measured(
 
     def speed(tokenizers: int | None) -> dict[str, Any]:
         config = make_config(tokenizer_workers=tokenizers)
-        task = worker.prepare(config, measurer.find_model(config), device, "float32")
+        task = worker.prepare(config, measurer.find_model_files(config), device, "float32")
         return rates.speed_of(task)
 
     asked = speed(given)

@@ -41,7 +41,7 @@ def small_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def task_of(config: RunConfig) -> Task:
-    return worker.prepare(config, measurer.find_model(config), "cpu", "float32")
+    return worker.prepare(config, measurer.find_model_files(config), "cpu", "float32")
 
 
 def test_bfloat16_products_are_safe_on_real_weights_and_the_figures_are_true(
@@ -224,7 +224,7 @@ def test_each_model_of_a_calibration_finds_the_memory_free(
     monkeypatch.setattr(precision, "MAX_MEDIAN_ERROR", 0.0)
     config = make_config(dtype="auto", batch_tokens=512)
     with simulated.device() as log:
-        task = worker.prepare(config, measurer.find_model(config), "cuda", "float32")
+        task = worker.prepare(config, measurer.find_model_files(config), "cuda", "float32")
         decided = precision.decide(task, verses[:60])
         found.append(("the worker's", log.memory.live_bytes))
         outliers.find_dimensions(task, verses[:5])

@@ -39,7 +39,7 @@ def config(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def load(config: RunConfig) -> worker.Processor:
-    task = worker.prepare(config, measurer.find_model(config), "cpu", "float32")
+    task = worker.prepare(config, measurer.find_model_files(config), "cpu", "float32")
     return worker.Processor(task)
 
 

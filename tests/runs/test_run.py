@@ -640,7 +640,9 @@ def test_a_measure_is_of_what_changes_a_value(
 ) -> None:
     def measure_id(folder: Path) -> str:
         config = make_config(model=str(folder))
-        return worker.prepare(config, measurer.find_model(config), "cpu", "float32").measure.id
+        return worker.prepare(
+            config, measurer.find_model_files(config), "cpu", "float32"
+        ).measure.id
 
     before = measure_id(tiny_bert)
     copy = shutil.copytree(tiny_bert, tmp_path / "copy")

@@ -55,7 +55,7 @@ from afn_ray.store import (
     storage,
     uris,
 )
-from afn_ray.store.commits import Commit, Commits, ShardFile, total_counts
+from afn_ray.store.commits import Commit, CommitEntry, Commits, total_counts
 from afn_ray.store.label_thresholds import measure_differences
 from afn_ray.store.manifest import RunFolder, find_run, finish_run
 from afn_ray.store.plans import Plan
@@ -829,7 +829,7 @@ def test_packed_commits_are_those_that_were_given(
     tables = layout.TABLES + (layout.NEURON_TABLES if neurons else ())
     attempt = f"{numbers[0]:016x}"
     files = {
-        t: ShardFile(
+        t: CommitEntry(
             name=f"{attempt}-{t}.parquet",
             rows=numbers[1],
             bytes=numbers[2],

@@ -24,7 +24,7 @@ from afn_ray.runs.cluster.connection import (
 from afn_ray.runs.composer import Composer
 from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.pool import Cause, Done, Failed, Gone, Leaving, PoolEvent, Ready, Silent
-from afn_ray.runs.progress import Counters, total
+from afn_ray.runs.progress import Counters, sum_of
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
 from afn_ray.store.commits import Commit
@@ -305,7 +305,7 @@ class RayPool:
         actor.ready = False
         actor.dead_since = time.monotonic()
         actor.restarts += 1
-        self._released = total([self._released, actor.counters])
+        self._released = sum_of([self._released, actor.counters])
         actor.counters = Counters()  # the next process counts from 0
         if error.preempted:
             actor.node = ""  # counts as a dead node
@@ -353,7 +353,7 @@ class RayPool:
 
     def release(self, worker: int) -> None:
         actor = self._actors.pop(worker)
-        self._released = total([self._released, actor.counters])
+        self._released = sum_of([self._released, actor.counters])
         self._close([actor])
 
     def counters(self) -> Counters:
@@ -363,7 +363,7 @@ class RayPool:
             if actor.poll is None and now >= actor.next_poll:
                 self._send_poll(actor)
         current = [actor.counters for actor in self._actors.values()]
-        return total([self._released, *current])
+        return sum_of([self._released, *current])
 
     def num_tokens(self, worker: int) -> int:
         return self._actors[worker].counters.tokens
