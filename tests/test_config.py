@@ -331,10 +331,13 @@ def test_a_relative_place_behind_a_url_is_refused(name: str, memory: str, tmp_pa
 
 def test_a_file_that_nobody_wrote_by_hand_is_refused_before_it_is_read_whole(memory: str) -> None:
     write_new(f"{memory}/run.toml", b"#" * (MOST_BYTES + 1))
-    for file in (f"{memory}/run.toml", "/dev/zero"):
-        with pytest.raises(ConfigError, match=rf"config file {file} has more than 1,048,576 bytes"):
+    for file, why in (
+        (f"{memory}/run.toml", "has more than 1,048,576 bytes"),
+        ("/dev/zero", "cannot be read: it is a pipe, a device or a socket"),
+    ):
+        with pytest.raises(ConfigError, match=rf"config file {file} {why}"):
             config_from(NEEDED, file)
-        with pytest.raises(ConfigError, match=rf"policy {file} has more than 1,048,576 bytes"):
+        with pytest.raises(ConfigError, match=rf"policy {file} {why}"):
             read_policy(file)
 
 
