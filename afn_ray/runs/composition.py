@@ -36,7 +36,7 @@ class Group:
 
     task: Task
     shards: tuple[Shard, ...]
-    donated: tuple[Commit, ...] = ()
+    donated: Sequence[Commit] = ()
     """A donor's commit of each shard: it has the documents and tokens of the shard."""
 
 
@@ -72,18 +72,18 @@ def plan(task: Task, todo: Sequence[Shard]) -> Work:
     there = {
         donor: shard_files.find_commits(store, donor, marked) for donor, marked in held.items()
     }
-    groups: dict[tuple[str, ...], list[tuple[Shard, Commit]]] = {}
+    groups: dict[tuple[str, ...], list[Shard]] = {}
     measured: list[Shard] = []
     for shard in todo:
         able = {donor: has[donor] for donor, commits in there.items() if shard.id in commits}
         if able:
             found = _fewest(able)
-            groups.setdefault(found, []).append((shard, there[found[0]][shard.id]))
+            groups.setdefault(found, []).append(shard)
         else:
             measured.append(shard)
     composed = []
     for found, shards in groups.items():
-        ids = {shard.id for shard, _ in shards}
+        ids = {shard.id for shard in shards}
         later = {
             donor: {s.id: s.generation for s in held[donor] if s.generation and s.id in ids}
             for donor in found
@@ -92,8 +92,8 @@ def plan(task: Task, todo: Sequence[Shard]) -> Work:
         of_group = replace(task, composition=composition)
         if composition.rest is None:
             of_group = replace(of_group, device="cpu")  # no GPU is asked for
-        commits = tuple(commit for _, commit in shards)
-        composed.append(Group(of_group, tuple(shard for shard, _ in shards), commits))
+        commits = there[found[0]].in_order(shard.id for shard in shards)  # they stay packed
+        composed.append(Group(of_group, tuple(shards), commits))
     composed.sort(key=lambda group: needs_model(group.task))
     return Work(tuple(composed), tuple(measured))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ import pytest
 import afn_ray
 from afn_ray.analysis import verify
 from afn_ray.config import RunConfig
+from afn_ray.corpus_values import Shard
 from afn_ray.model import engine
 from afn_ray.reduce import compare
-from afn_ray.runs import composer
+from afn_ray.runs import composer, composition
 from afn_ray.runs.recorder import Part, Recorder
 from afn_ray.runs.task import Composition, Task
 from afn_ray.runs.values import Values
@@ -183,6 +185,31 @@ def test_a_run_has_the_bits_of_one_from_scratch_in_every_order_of_asking(
     run = run_in(tmp_path, asked)
     assert max(blocks_run, default=0) == num_blocks
     check_same(tables_of(run), expected)
+
+
+def test_a_plan_unpacks_no_commit_of_a_donor(
+    tmp_path: Path,
+    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As an object each takes 3 kB, and a run may have a million."""
+    run_in(tmp_path, {"layers": "1"})
+    held: list[int] = []
+    plan = composition.plan
+
+    def counted(task: Task, todo: Sequence[Shard]) -> composition.Work:
+        gc.collect()
+        before = sum(isinstance(one, Commit) for one in gc.get_objects())
+        work = plan(task, todo)
+        gc.collect()
+        held.append(sum(isinstance(one, Commit) for one in gc.get_objects()) - before)
+        (group,) = work.composed
+        assert [commit.shard for commit in group.donated] == [shard.id for shard in group.shards]
+        return work
+
+    monkeypatch.setattr(composition, "plan", counted)
+    run_in(tmp_path, {"layers": "1,3"})
+    assert held == [0]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ again once.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -30,6 +31,7 @@ from afn_ray.runs.deadlines import SLOTS
 from afn_ray.runs.events import Event, Working
 from afn_ray.runs.pool import Ready
 from afn_ray.runs.progress import Counters
+from afn_ray.store.commits import COMPOSED
 from conftest import MakeConfig, config_of, recorded, stop_after, write_jsonl
 
 pytestmark = pytest.mark.ray
@@ -78,6 +80,28 @@ def test_a_run_begun_in_this_process_is_finished_on_ray(
     with afn_ray.run(make_config(corpus=(str(corpus),), executor="ray", workers=2)) as run:
         assert run.info["counts"]["shards_reused"] == 2
         assert run.info["counts"]["documents"] == 200
+
+
+def test_lean_runs_and_composed_columns_are_on_ray_what_they_are_in_this_process(
+    local_ray: None, tmp_path: Path, make_config: MakeConfig, verses: list[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:60]])
+    base: dict[str, Any] = {"corpus": (str(corpus),), "shard_bytes": 2048, "screen": 0}
+    on_ray: dict[str, Any] = {"executor": "ray", "workers": 2}
+
+    def rows(name: str, **more: Any) -> list[list[dict[str, Any]]]:
+        with afn_ray.run(make_config(**base, store=str(tmp_path / name), **more)) as run:
+            return plain(recorded(run))
+
+    for record in ("sample:50%", "summaries"):
+        here = rows(f"here-{record}", layers="2", record=record)
+        assert rows(f"ray-{record}", layers="2", record=record, **on_ray) == here
+    expected = rows("scratch", layers="1,2")
+    rows("composed", layers="2")
+    assert rows("composed", layers="1,2", **on_ray) == expected
+    commits = [json.loads(p.read_text()) for p in (tmp_path / "composed").rglob("commit.json")]
+    made = [commit for commit in commits if COMPOSED in commit["made_by"]]
+    assert 1 < len(made) == len(commits) // 2
 
 
 class Poisoned(pool._Worker):

@@ -16,7 +16,7 @@ import pytest
 
 import afn_ray
 from afn_ray import samples, token_rows
-from afn_ray.analysis import claims, culprits, some_rows, verify
+from afn_ray.analysis import baselines, claims, culprits, some_rows, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
 from afn_ray.reduce.compare import compare
@@ -29,6 +29,7 @@ from afn_ray.store import garbage, label_thresholds, manifest, series_runs, verd
 from afn_ray.store.shard_tables import ShardTable
 from afn_ray.store.verdicts import StoredVerdict
 from conftest import config_of, recorded, write_jsonl
+from nights import Nights
 
 MODES = ("summaries", "high", "sample:20%")
 
@@ -269,6 +270,38 @@ def test_a_night_that_is_run_again_for_other_rows_is_the_same_night(
     assert not verdicts.may_be_baseline(again)
     write_jsonl(corpus, [{"text": text} for text in verses[:7]])
     assert before(made("all")) == [again.id, first.id]
+
+
+def test_an_audit_judges_lean_runs_as_it_judges_runs_with_all_rows(
+    tmp_path: Path, tiny_bert: Path, verses: list[str]
+) -> None:
+    """Figures of the limits are of summaries, so they are the same bit for bit."""
+    found: dict[str, Any] = {}
+    for record in ("all", *MODES):
+        nights = Nights(
+            tmp_path / record, tiny_bert, verses, "psi = 2\nmax_new_types = 0\nks = 0.9\n"
+        )
+        with nights.config.open("a") as config:
+            config.write(f'record = "{record}"\n')
+            if record == "high":
+                config.write(f'thresholds = "{tmp_path}/all/store"\n')
+        assert nights.begin() == 0
+        nights.add(1, 600, 640)
+        assert nights.audit() == 1
+        assert nights.said["baseline"] is not None
+        found[record] = [
+            (rule["key"], rule["state"], rule["value"]) for rule in nights.said["rules"]
+        ]
+    assert {key: state for key, state, _ in found["all"]}["max_new_types"] == "broken"
+    for record in MODES:
+        assert found[record] == found["all"], record
+
+
+def test_a_night_with_layers_that_the_model_lacks_has_no_baseline(full: RunConfig) -> None:
+    run = manifest.find_run(full.store)
+    assert baselines._has_layers(run, replace(full, layers="2"))
+    assert not baselines._has_layers(run, replace(full, layers="1"))
+    assert not baselines._has_layers(run, replace(full, layers="2,99"))  # deeper than the model
 
 
 @pytest.mark.parametrize("record", MODES)
