@@ -1,15 +1,17 @@
 """The Arrow schemas of the product's tables, and the names and numbers that stand in them.
 
-In this order: what is recorded of a token; classes and tags; then the tables of a shard, of a run,
-and of two runs compared.
+In this order: what is recorded of a token; then the tables of a shard, of a run, and of two runs
+compared. ``columns`` says how the tables are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
+
+from afn_ray.columns import comments_in, fields_of, list_type, name_type, schema_of
 
 SCHEMA_VERSION = 6
 """Version of the stored files: it grows when a table or a JSON file changes its form.
@@ -71,128 +73,6 @@ def neurons_column(layer: int) -> str:
     return f"neurons_{layer}"
 
 
-# --- classes and tags
-
-CLASSES_VERSION = 3
-"""Version of the rules and words that give types their classes; part of a run's request.
-
-It grows when the class of a type may change. 1 stands for the stop lists of earlier versions.
-"""
-CLASSES = ("content", "function", "word", "piece", "fragment", "number", "punctuation", "special")
-"""Classes of a token type, in the order of the tables.
-
-A type is a ``word`` where the language has no list of closed-class words.
-"""
-WORD_CLASSES = ("content", "function", "word")
-"""Classes of types that are mostly whole words."""
-PARTS_OF_WORDS = ("piece", "fragment")
-"""Classes of types that mostly begin or continue a word of several tokens.
-
-No word list contains such types.
-"""
-UNTAGGED = "untagged"
-"""Class of tokens without a tag in a labelled corpus."""
-RESERVED = ("special", UNTAGGED)
-"""Class names that no tag may have."""
-
-UPOS_CLASSES = {
-    "content": ("NOUN", "PROPN", "VERB", "ADJ", "ADV", "INTJ"),
-    "function": ("ADP", "AUX", "CCONJ", "DET", "NUM", "PART", "PRON", "SCONJ"),
-    "punctuation": ("PUNCT", "SYM"),
-}
-"""UPOS tags by class: open classes, closed classes with numerals, and the others except X."""
-_ORDER = (*CLASSES[:-1], *(tag for tags in UPOS_CLASSES.values() for tag in tags), "X")
-
-
-def in_order(classes: Iterable[str]) -> list[str]:
-    """``classes`` or tags, each once, in the order of the tables.
-
-    Known names come first, then other tags by name, then those in ``RESERVED``.
-    """
-    rank = {name: at for at, name in enumerate(_ORDER)} | {
-        name: len(_ORDER) + 1 for name in RESERVED
-    }
-    return sorted({*classes}, key=lambda name: (rank.get(name, len(_ORDER)), name))
-
-
-def upos_classes(tags: Iterable[str]) -> dict[str, str]:
-    """Class of each of ``tags`` by ``UPOS_CLASSES``; empty where any tag is not a UPOS tag.
-
-    A joined tag has the class that all its parts share. X, and joined tags whose parts differ in
-    class, are left out.
-    """
-    kinds = {tag: kind for kind, of_kind in UPOS_CLASSES.items() for tag in of_kind} | {"X": ""}
-    found = {
-        tag: {kinds.get(part) for part in tag.split("+")} for tag in tags if tag not in RESERVED
-    }
-    if any(None in parts for parts in found.values()):
-        return {}
-    return {tag: kind for tag, parts in found.items() if len(parts) == 1 for kind in parts if kind}
-
-
-# --- columns of tables
-
-
-COMMENT = "  # "
-"""Text between a column and its comment, in the lines below and nowhere in a name or type."""
-
-
-def _list_of(kind: str | pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("item", kind, nullable=False))
-
-
-_ARROW_TYPES = {
-    "repeated string": pa.dictionary(pa.int32(), pa.string()),
-    "32 bytes": pa.binary(32),
-    "list of int32": _list_of("int32"),
-    "list of int64": _list_of("int64"),
-    "list of float32": _list_of("float32"),
-    "list of string": _list_of("string"),
-}
-"""Types that have a name in ``_columns`` but none in Arrow."""
-
-
-def _columns(*lines: str) -> list[pa.Field]:
-    """Columns in the order of ``lines``, which read ``q1, q3: float32`` or ``id: string or null``.
-
-    A column without "or null" holds no nulls. A comment may follow, after ``COMMENT``.
-    """
-    fields = []
-    for line in lines:
-        names, _, kind = line.partition(COMMENT)[0].partition(": ")
-        kind, or_null, _ = kind.partition(" or null")
-        for name in names.split(", "):
-            fields.append(pa.field(name, _ARROW_TYPES.get(kind, kind), nullable=bool(or_null)))
-    return fields
-
-
-def _comments(*lines: str) -> dict[str, str]:
-    """The comments in ``lines``, by column."""
-    found: dict[str, str] = {}
-    for line in lines:
-        columns, _, comment = line.partition(COMMENT)
-        if comment:
-            found |= dict.fromkeys(columns.partition(": ")[0].split(", "), comment)
-    return found
-
-
-def _schema(*lines: str) -> pa.Schema:
-    schema = pa.schema(_columns(*lines))
-    _COMMENTS[schema] = _comments(*lines)
-    return schema
-
-
-_COMMENTS: dict[pa.Schema, dict[str, str]] = {}
-
-
-def comments_of(schema: pa.Schema) -> dict[str, str]:
-    """Comments of the columns of a table of this module, by name; plain names have none.
-
-    They are not part of ``schema``, so that a better comment changes no stored file.
-    """
-    return _COMMENTS.get(schema, {})
-
-
 # Groups of columns that several tables share
 _TOKEN_TYPE = (
     "token_id: int32",
@@ -222,7 +102,7 @@ def tokens_schema(series: Sequence[Series], offsets: bool, tagged: bool = False)
 
     ``tagged``: the corpus is labelled, so the table has a ``tag`` column.
     """
-    columns = _columns(
+    columns = fields_of(
         "doc_in_shard, position, token_id: int32",
         "flags: uint8",
         "surface: repeated string or null",
@@ -242,7 +122,7 @@ UNKNOWN_LANGUAGE = "unknown"
 """Language of a document whose text does not show it."""
 NOT_KEPT = "not_kept"
 """Column of ``documents`` with the values that a run with kept columns left out."""
-REFUSED = _list_of(pa.struct(_columns("name, reason: string")))
+REFUSED = list_type(pa.struct(fields_of("name, reason: string")))
 """Arrow type of ``NOT_KEPT``: the kept column, and why its value is left out."""
 
 
@@ -260,7 +140,7 @@ _DOCUMENT = (
     "status: repeated string  # ok, empty, or quarantined with a reason",
 )
 _DETECTED = f"{LANGUAGE}: repeated string or null  # null: the document has no text"
-DOCUMENT_COMMENTS = _comments(*_DOCUMENT, _DETECTED)
+DOCUMENT_COMMENTS = comments_in(*_DOCUMENT, _DETECTED)
 """Comments of the columns of ``documents``, by name, as ``comments_of`` gives them."""
 
 
@@ -272,13 +152,13 @@ def documents_schema(
     ``kept`` are the fields of the kept columns; with any, ``NOT_KEPT`` is a column too.
     ``detected``: languages are detected, so the table has ``LANGUAGE``.
     """
-    columns = _columns(*_DOCUMENT, *([_DETECTED] if detected else []))
+    columns = fields_of(*_DOCUMENT, *([_DETECTED] if detected else []))
     means = [pa.field(f"mean_{s.name}", pa.float32()) for s in series]
     refused = [pa.field(NOT_KEPT, REFUSED)] if kept else []
     return pa.schema(columns + means + [*kept, *refused])
 
 
-NEURON_LIST = _list_of(pa.struct(_columns("neuron: uint16", "value: float32")))
+NEURON_LIST = list_type(pa.struct(fields_of("neuron: uint16", "value: float32")))
 """Arrow type of a token's recorded neurons, the largest absolute value first."""
 
 
@@ -289,10 +169,10 @@ def token_neurons_schema(layers: Sequence[int]) -> pa.Schema:
     more; the column of every other layer is null.
     """
     lists = [pa.field(neurons_column(layer), NEURON_LIST) for layer in layers]
-    return pa.schema(_columns("doc_in_shard, position: int32") + lists)
+    return pa.schema(fields_of("doc_in_shard, position: int32") + lists)
 
 
-PAIRS_SCHEMA = _schema(
+PAIRS_SCHEMA = schema_of(
     "layer: int16",
     "neuron, token_id: int32",
     "n: int64",
@@ -308,7 +188,7 @@ STATE_UNITS = 1 << 20
 """Units per 1.0 in which hidden states are added."""
 STATE_LIMIT = float(1 << 24)
 """Strength from which on a document is refused where states are added, so that sums fit."""
-VECTORS_SCHEMA = _schema(
+VECTORS_SCHEMA = schema_of(
     "layer: int16",
     "token_id: int32",
     "n: int64",
@@ -319,7 +199,7 @@ VECTORS_SCHEMA = _schema(
 The Parquet file has one row group per layer.
 """
 
-SUMMARY_SCHEMA = _schema(
+SUMMARY_SCHEMA = schema_of(
     "signal: string",
     "layer: int16",
     "special: bool",
@@ -349,7 +229,7 @@ def summary_schema(*, tagged: bool, detected: bool) -> pa.Schema:
 
 # --- tables of a run
 
-PLAN_SCHEMA = _schema(
+PLAN_SCHEMA = schema_of(
     "ordinal: int32",
     "shard, uri: string",
     "size: int64",
@@ -360,7 +240,7 @@ PLAN_SCHEMA = _schema(
 )
 """A run's plan: one row per slice, in order."""
 
-SHARDS_SCHEMA = _schema(
+SHARDS_SCHEMA = schema_of(
     "ordinal: int32",
     "shard: string",
     "doc_offset: int64  # run-wide doc = doc_offset + doc_in_shard",
@@ -380,7 +260,7 @@ SHARDS_SCHEMA = _schema(
 )
 """A run's shards in plan order: the location of their files and their numbers of rows."""
 
-FILES_SCHEMA = _schema(
+FILES_SCHEMA = schema_of(
     "source: string  # URI of the file",
     "is_skipped: bool  # not read: the suffix is unknown, or the file belongs to a store",
     "bytes: int64  # size of the file",
@@ -391,7 +271,7 @@ FILES_SCHEMA = _schema(
 )
 """Bytes and documents measured of each file of a run's corpus."""
 
-KEPT_SCHEMA = _schema(
+KEPT_SCHEMA = schema_of(
     "name: string",
     "type: string  # string, int64, double, bool, date or timestamp",
     "n: int64  # documents with a value",
@@ -402,7 +282,7 @@ KEPT_SCHEMA = _schema(
 )
 """A run's kept columns; n, n_lacking and n_refused add up to all documents."""
 
-LANGUAGES_SCHEMA = _schema(
+LANGUAGES_SCHEMA = schema_of(
     "language: string  # as in detected_language of documents",
     "n_words: int64  # in documents that count",
     "n_whole: int64  # words of one token among them",
@@ -411,20 +291,20 @@ LANGUAGES_SCHEMA = _schema(
 )
 """A run's words by the detected language of their document."""
 
-DUPLICATES_SCHEMA = _schema(
+DUPLICATES_SCHEMA = schema_of(
     "doc: int64  # run-wide",
     "duplicate_of: int64  # the document of the same text that is counted",
 )
 """The copies that a run does not count, by ``doc``."""
 
-NEAR_DUPLICATES_SCHEMA = _schema(
+NEAR_DUPLICATES_SCHEMA = schema_of(
     "doc: int64  # run-wide",
     "near_duplicate_of: int64  # the first document that it is near to",
     "similarity: float32  # estimated: shared word 5-grams over all that the two have",
 )
 """The near-copies of a run, by ``doc``."""
 
-SOURCES_SCHEMA = _schema(
+SOURCES_SCHEMA = schema_of(
     "layer: int16",
     "source: string  # URI of a file, or of a folder where there are many files",
     "bytes, lost_bytes: int64  # as in files",
@@ -441,7 +321,7 @@ SOURCES_SCHEMA = _schema(
 ``bins`` and ``counts`` are the lossless histogram of strengths, as in ``SUMMARY_SCHEMA``.
 """
 
-GROUPS_SCHEMA = _schema(
+GROUPS_SCHEMA = schema_of(
     "layer: int16",
     "group: string or null  # null: documents without a value",
     "n_documents: int64  # documents read, empty and quarantined ones included",
@@ -453,7 +333,7 @@ GROUPS_SCHEMA = _schema(
 )
 """A run's tokens by group; ``bins`` and ``counts`` are as in ``SOURCES_SCHEMA``."""
 
-GROUP_TYPES_SCHEMA = _schema(
+GROUP_TYPES_SCHEMA = schema_of(
     "layer: int16",
     "group: repeated string or null",
     "token_id: int32",
@@ -461,7 +341,7 @@ GROUP_TYPES_SCHEMA = _schema(
 )
 """Every type of each group, special tokens apart."""
 
-GROUP_CLASSES_SCHEMA = _schema(
+GROUP_CLASSES_SCHEMA = schema_of(
     "layer: int16",
     "group: string or null",
     "class: string",
@@ -476,19 +356,19 @@ Where the groups are languages, a word has the class that the group's language g
 """
 
 OWN_LABELS = {
-    "groups": _schema("n_high_own: int64"),
-    "group_types": _schema("n_high_own: int64"),
-    "group_classes": _schema(
+    "groups": schema_of("n_high_own: int64"),
+    "group_types": schema_of("n_high_own: int64"),
+    "group_classes": schema_of(
         "n_high_own: int64",
         "share_high_own, share_high_own_low, share_high_own_high: float64",
     ),
 }
 """Further columns of the tables of groups, if tokens are labelled by their group's own Q3 too."""
 
-HISTOGRAM_SCHEMA = _schema("layer: int16", "special: bool", "strength: float32", "n: int64")
+HISTOGRAM_SCHEMA = schema_of("layer: int16", "special: bool", "strength: float32", "n: int64")
 """The run's strengths: each distinct recorded value with its count, special tokens apart."""
 
-THRESHOLDS_SCHEMA = _schema(
+THRESHOLDS_SCHEMA = schema_of(
     "layer: int16",
     "population: string  # tokens or tokens_without_sinks",
     "n: int64",
@@ -499,7 +379,7 @@ THRESHOLDS_SCHEMA = _schema(
 )
 """The run's thresholds and moments of strength, one row per layer and population."""
 
-VOCABULARY_SCHEMA = _schema(
+VOCABULARY_SCHEMA = schema_of(
     "layer: int16",
     *_TYPE_IN_CORPUS,
     "n_high: int64",
@@ -517,7 +397,7 @@ ADDED = {
 }
 """Columns that tables of older runs lack; they read as null."""
 
-WORD_VOCABULARY_SCHEMA = _schema(
+WORD_VOCABULARY_SCHEMA = schema_of(
     "layer: int16",
     "word: string or null  # lower case, NFC, cut to 200 characters; null: folded words",
     "text: string  # as written most often; of folded words, the text of their first piece",
@@ -552,12 +432,12 @@ WORD_VOCABULARY_SCHEMA = _schema(
 Rarer words have a row together with those of the same first piece and class.
 """
 
-SIGNAL_VOCABULARY_SCHEMA = _schema(
+SIGNAL_VOCABULARY_SCHEMA = schema_of(
     "signal: string", "layer: int16", *_TYPE_IN_CORPUS, "idf: float64"
 )
 """Every type under each signal except strength, as in ``VOCABULARY_SCHEMA``."""
 
-MOMENTS_SCHEMA = _schema(
+MOMENTS_SCHEMA = schema_of(
     "layer: int16",
     *_TOKEN_TYPE,
     "n: int64",
@@ -568,7 +448,7 @@ MOMENTS_SCHEMA = _schema(
 )
 """Parts of the second moment of a frequent type's states (Yamagiwa and Shimodaira 2025)."""
 
-MEAN_VECTORS_SCHEMA = _schema(
+MEAN_VECTORS_SCHEMA = schema_of(
     "layer: int16",
     "token_id: int32",
     "n: int64",
@@ -576,23 +456,26 @@ MEAN_VECTORS_SCHEMA = _schema(
 )
 """The mean hidden state of each type in ``MOMENTS_SCHEMA``, in the same order."""
 
-SIGNALS_SCHEMA = _schema(
+SIGNALS_SCHEMA = schema_of(
     "signal: string", "layer: int16", "n: int64", *_DISTRIBUTION_OR_NULL, "n_special: int64"
 )
 """Distribution of each signal except strength over the tokens, special tokens apart."""
 
-_ARROW_TYPES["types of a neuron"] = _list_of(
-    pa.struct(
-        _columns(
-            "token_id: int32",
-            "text: string",
-            "n: int64",
-            "lift: float64  # frequency of the type here over its frequency among all tokens",
+name_type(
+    "types of a neuron",
+    list_type(
+        pa.struct(
+            fields_of(
+                "token_id: int32",
+                "text: string",
+                "n: int64",
+                "lift: float64  # frequency of the type here over its frequency among all tokens",
+            )
         )
-    )
+    ),
 )
 
-NEURONS_SCHEMA = _schema(
+NEURONS_SCHEMA = schema_of(
     "layer: int16",
     "neuron: int32",
     "n: int64  # tokens that have the neuron in their list, special tokens apart",
@@ -610,7 +493,7 @@ all tokens. It is 0 for a neuron that responds to all types alike. With few toke
 chance.
 """
 
-NEURON_TYPES_SCHEMA = _schema(
+NEURON_TYPES_SCHEMA = schema_of(
     "layer: int16",
     "neuron, token_id: int32",
     "n: int64  # tokens of the type that have the neuron in their list",
@@ -631,7 +514,7 @@ FEATURES = (
 )
 """Features of a document that the screening compares, all at one layer; see ``reduce.screen``."""
 
-SCREENED_SCHEMA = _schema(
+SCREENED_SCHEMA = schema_of(
     "rank: int32  # from 1, the strangest document",
     "doc: int64  # run-wide, as in the views",
     "source: string  # URI of the file",
@@ -645,7 +528,7 @@ SCREENED_SCHEMA = _schema(
 )
 """A run's strangest documents."""
 
-SALIENCE_SCHEMA = _schema(
+SALIENCE_SCHEMA = schema_of(
     "layer: int16",
     "token_id: int32",
     "expected: float64  # HIGH share that the type's frequency, positions and documents would give",
@@ -655,7 +538,7 @@ SALIENCE_SCHEMA = _schema(
 )
 """Salience of each type beyond its frequency at each layer, special types apart."""
 
-STRANGE_SCHEMA = _schema(
+STRANGE_SCHEMA = schema_of(
     "source: string  # as in sources",
     "group: string or null  # as in groups; null too where the run has no groups",
     "n_docs: int64",
@@ -666,7 +549,7 @@ STRANGE_SCHEMA = _schema(
 ``screened`` lists some of them; this table counts every one, by source and group.
 """
 
-COPIED_SCHEMA = _schema(
+COPIED_SCHEMA = schema_of(
     "source: string  # as in sources",
     "group: string or null  # as in strange",
     "n_docs: int64  # documents with tokens, whether they count or not",
@@ -683,7 +566,7 @@ _STRENGTHS_OF_TWO = (
     "share_high_a, share_high_b: float64 or null  # at or above the Q3 of the run's labels",
     "psi, ks, js: float64 or null",
 )
-DRIFT_SCHEMA = _schema(
+DRIFT_SCHEMA = schema_of(
     "layer: int16",
     "source: string or null  # null: the whole corpus",
     *_STRENGTHS_OF_TWO,
@@ -701,7 +584,7 @@ _CLASSES_OF_TWO = (
     "n_high_b: int64",
     "share_high_b, share_high_low_b, share_high_high_b: float64",
 )
-CLASS_DRIFT_SCHEMA = _schema("layer: int16", *_CLASSES_OF_TWO)
+CLASS_DRIFT_SCHEMA = schema_of("layer: int16", *_CLASSES_OF_TWO)
 """Classes in two runs: their share of the tokens, and their HIGH share with its interval.
 
 The interval is Wilson's, 95 %.
@@ -717,10 +600,10 @@ _MOVED = (
     "q: float64 or null  # p adjusted by Benjamini and Hochberg over the layer",
 )
 _MOVER = (*_TOKEN_TYPE, *_MOVED)
-MOVERS_SCHEMA = _schema("layer: int16", *_MOVER)
+MOVERS_SCHEMA = schema_of("layer: int16", *_MOVER)
 """Every type that occurs in either of two runs, and how it moved between them."""
 
-WORD_MOVERS_SCHEMA = _schema(
+WORD_MOVERS_SCHEMA = schema_of(
     "layer: int16",
     "word: string  # as in word_vocabulary",
     "text: string  # as written most often",
@@ -733,25 +616,25 @@ A word that is new or vanished is rare in the other run, or not there; it occurs
 least twice as often as a word must to have a row in both. Rarer ones are left out.
 """
 
-GROUP_DRIFT_SCHEMA = _schema("layer: int16", "group: string or null", *_STRENGTHS_OF_TWO)
+GROUP_DRIFT_SCHEMA = schema_of("layer: int16", "group: string or null", *_STRENGTHS_OF_TWO)
 """Strength distributions of two runs per layer and group; null: documents without a value."""
 
-GROUP_CLASS_DRIFT_SCHEMA = _schema("layer: int16", "group: string or null", *_CLASSES_OF_TWO)
+GROUP_CLASS_DRIFT_SCHEMA = schema_of("layer: int16", "group: string or null", *_CLASSES_OF_TWO)
 """Classes in each group of two runs, as in ``CLASS_DRIFT_SCHEMA``."""
 
-GROUP_MOVERS_SCHEMA = _schema("layer: int16", "group: string or null", *_MOVER)
+GROUP_MOVERS_SCHEMA = schema_of("layer: int16", "group: string or null", *_MOVER)
 """The types of each group that moved most between two runs, as in ``MOVERS_SCHEMA``.
 
 Medians are null: groups have none of each type.
 """
 
-LAYER_CLASSES_SCHEMA = _schema(*_CLASSES_OF_TWO, "rank_a, rank_b: float64 or null")
+LAYER_CLASSES_SCHEMA = schema_of(*_CLASSES_OF_TWO, "rank_a, rank_b: float64 or null")
 """Classes of words at two layers; null: the class has no words there.
 
 A rank is the mean share of the run's words with a smaller strength, ties half, 0 to 1.
 """
 
-LAYER_WORDS_SCHEMA = _schema(
+LAYER_WORDS_SCHEMA = schema_of(
     "word: string  # lower case, NFC",
     "class: string  # at b; at a for a word that only a has",
     "status: string  # both, only_a or only_b: too rare on the other side, or not there",
@@ -764,11 +647,12 @@ LAYER_WORDS_SCHEMA = _schema(
 
 # --- table of a series of runs
 
-_ARROW_TYPES["classes of a night"] = _list_of(
-    pa.struct(_columns("class: string", "share, share_high: float64"))
+name_type(
+    "classes of a night",
+    list_type(pa.struct(fields_of("class: string", "share, share_high: float64"))),
 )
 
-HISTORY_SCHEMA = _schema(
+HISTORY_SCHEMA = schema_of(
     "run, measure: string",
     "base: string  # of the measure without layers and signals: of one base strengths compare",
     "began_at: timestamp[us]  # UTC",

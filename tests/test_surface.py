@@ -20,6 +20,7 @@ import pytest
 import afn_ray
 from afn_ray import schema
 from afn_ray.analysis import audit, claims, explanation, neuron_questions
+from afn_ray.columns import comments_of
 from afn_ray.config import HINTS, RunConfig
 from afn_ray.exports import export
 from afn_ray.query import views
@@ -93,12 +94,12 @@ def test_arrow_schemas() -> None:
 
 def test_comments_are_of_columns_that_their_schema_has() -> None:
     schemas = [getattr(schema, name) for name in dir(schema) if name.endswith("_SCHEMA")]
-    commented = [arrow for arrow in schemas if schema.comments_of(arrow)]
+    commented = [arrow for arrow in schemas if comments_of(arrow)]
     assert len(commented) > 20
-    assert all(schema.comments_of(arrow).keys() <= {*arrow.names} for arrow in commented)
+    assert all(comments_of(arrow).keys() <= {*arrow.names} for arrow in commented)
     assert schema.DOCUMENT_COMMENTS.keys() <= {*schema.documents_schema([], detected=True).names}
-    assert schema.comments_of(schema.KEPT_SCHEMA)["n"] == "documents with a value"
-    assert schema.comments_of(schema.SOURCES_SCHEMA)["n"] == "tokens, special ones apart"
+    assert comments_of(schema.KEPT_SCHEMA)["n"] == "documents with a value"
+    assert comments_of(schema.SOURCES_SCHEMA)["n"] == "tokens, special ones apart"
 
 
 def test_config_keys() -> None:

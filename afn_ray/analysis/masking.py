@@ -18,13 +18,14 @@ import numpy.typing as npt
 from afn_ray.analysis.bootstrap import SEED, Drawn, Draws, Figure, Quantity
 from afn_ray.analysis.local_model import LocalModel
 from afn_ray.analysis.remeasure import recorded_task
+from afn_ray.classes import upos_classes
 from afn_ray.errors import ConfigError, ModelError
 from afn_ray.model.signals import States
 from afn_ray.query.database import Run
 from afn_ray.runs import worker
 from afn_ray.runs.measurer import Measurer
 from afn_ray.runs.task import Task
-from afn_ray.schema import strengths, upos_classes
+from afn_ray.schema import strengths
 from afn_ray.store import manifest
 from afn_ray.text import count
 

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 
 from afn_ray.analysis.bootstrap import Figure, Quantity, Sample, by_number, ranks
 from afn_ray.analysis.explained import ControlModels
+from afn_ray.classes import UNTAGGED, in_order, upos_classes
 from afn_ray.query.database import Run
 from afn_ray.reduce.stats import Float64s, Ints, is_high, quantile_index
-from afn_ray.schema import UNTAGGED, in_order, upos_classes
 from afn_ray.text import count
 
 BINS = 256

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from afn_ray.classes import RESERVED
 from afn_ray.corpus_values import UPOS, XPOS, Span
-from afn_ray.schema import RESERVED
 from afn_ray.text import count
 
 MAX_TAG_CHARS = 100

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 
 from afn_ray import schema
+from afn_ray.columns import comments_of
 from afn_ray.query.contents import SMALL
 
 OF_TABLES = {
@@ -92,7 +93,7 @@ def column_comments(view: str, columns: Sequence[str]) -> dict[str, str]:
     """Comments of ``columns`` of ``view``, by name; those that their name explains are left out."""
     known = DERIVED_COLUMNS.get(view, {})
     if view in OF_TABLES:
-        known = schema.comments_of(OF_TABLES[view])
+        known = comments_of(OF_TABLES[view])
     found = {}
     for column in columns:
         name, layer = column, ""

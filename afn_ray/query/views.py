@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from afn_ray.classes import UNTAGGED
 from afn_ray.query.expressions import (
     RecordedColumns,
     ShardFile,
@@ -29,7 +30,6 @@ from afn_ray.schema import (
     REPLACED,
     SPECIAL,
     STRENGTH,
-    UNTAGGED,
     WORD_START,
     Series,
 )

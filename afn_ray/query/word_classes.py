@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from afn_ray.classes import UNTAGGED
 from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.query.expressions import WORD, RecordedColumns, ShardFile, rows_of
 from afn_ray.reduce import lexicon
-from afn_ray.schema import LANGUAGE, UNTAGGED
+from afn_ray.schema import LANGUAGE
 
 CLOSED = "internal.closed_words"
 """Table of closed-class words: ``word``, in lower case, and the run's

@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.classes import UNTAGGED
 from afn_ray.query.database import Run
 from afn_ray.query.expressions import WORD
-from afn_ray.schema import UNTAGGED
 
 LEAST_N = 5
 """Smallest number of occurrences of a word that has a row of its own; rarer words are folded."""

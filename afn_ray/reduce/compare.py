@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import notebook
+from afn_ray.classes import PARTS_OF_WORDS
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.measure import base_of
 from afn_ray.reduce import duplicates, losses
@@ -40,7 +41,7 @@ from afn_ray.reduce.group_drift import (
 )
 from afn_ray.reduce.histogram import Histogram
 from afn_ray.reduce.word_movers import NO_WORDS, TIMES_LEAST, rare_below, word_movers_table
-from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, PARTS_OF_WORDS
+from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA
 from afn_ray.store import checksums, label_thresholds, manifest, series
 from afn_ray.store.manifest import RunFolder
 from afn_ray.text import count

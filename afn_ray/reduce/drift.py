@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.classes import in_order
 from afn_ray.reduce.distances import (
     benjamini_hochberg,
     jensen_shannon,
@@ -20,7 +21,7 @@ from afn_ray.reduce.distances import (
 )
 from afn_ray.reduce.histogram import Histogram, to_bins, to_values
 from afn_ray.reduce.stats import Float64s, Ints, wilson
-from afn_ray.schema import MOVERS_SCHEMA, in_order
+from afn_ray.schema import MOVERS_SCHEMA
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
 

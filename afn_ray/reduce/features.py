@@ -27,13 +27,7 @@ from afn_ray.reduce.shards import CommittedFile
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Float64s, Int32s, Ints, is_high
 from afn_ray.reduce.word_sums import WordCounter, WordRules, WordTokens
-from afn_ray.schema import (
-    FEATURES,
-    LANGUAGE,
-    SPECIAL,
-    WORD_START,
-    strength_column,
-)
+from afn_ray.schema import FEATURES, LANGUAGE, SPECIAL, WORD_START, strength_column
 from afn_ray.store import parquet, records
 from afn_ray.store.shard_tables import DOC, ShardTable
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.classes import WORD_CLASSES, in_order
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.groups import OTHERS, Grouping
 from afn_ray.reduce.histogram import BIN_BITS, Histogram, by_index, to_values
@@ -19,8 +20,6 @@ from afn_ray.schema import (
     GROUP_TYPES_SCHEMA,
     GROUPS_SCHEMA,
     OWN_LABELS,
-    WORD_CLASSES,
-    in_order,
 )
 
 

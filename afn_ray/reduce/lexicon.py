@@ -11,7 +11,7 @@ from functools import cache
 from importlib import resources
 from typing import NamedTuple, Protocol
 
-from afn_ray.schema import CLASSES_VERSION
+from afn_ray.classes import CLASSES_VERSION
 
 SOURCE = f"closed-class words {CLASSES_VERSION}"
 """Name and version of the packed word lists; another version may give other classes."""
@@ -34,7 +34,7 @@ _APOSTROPHES = str.maketrans({"\u2019": "'", "\u02bc": "'", "\u2018": "'"})
 class Guess(NamedTuple):
     """The class of a type, and how sure it is."""
 
-    name: str  # one of ``schema.CLASSES``
+    name: str  # one of ``classes.CLASSES``
     confidence: float  # estimated share of the type's uses that have this class
     is_ambiguous: bool = False  # a word that is used as open and as closed, see ``MANY``
 

@@ -26,12 +26,7 @@ from afn_ray.reduce.encoded import decode_table, encode_table
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Float64s, Ints
 from afn_ray.reduce.tasks import Tasks, in_groups, merge_parts
-from afn_ray.schema import (
-    MEAN_VECTORS_SCHEMA,
-    MOMENTS_SCHEMA,
-    STATE_UNITS,
-    VECTORS_SCHEMA,
-)
+from afn_ray.schema import MEAN_VECTORS_SCHEMA, MOMENTS_SCHEMA, STATE_UNITS, VECTORS_SCHEMA
 from afn_ray.store import parquet
 from afn_ray.store.layout import VECTORS
 

@@ -18,12 +18,7 @@ from afn_ray.reduce.histogram import (
 )
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.stats import Float64s, Ints, is_high, mean_and_variance, quantile_index
-from afn_ray.schema import (
-    FEATURES,
-    SCREENED_SCHEMA,
-    SOURCES_SCHEMA,
-    STRANGE_SCHEMA,
-)
+from afn_ray.schema import FEATURES, SCREENED_SCHEMA, SOURCES_SCHEMA, STRANGE_SCHEMA
 
 LEAST_DOCS = 20
 """Smallest number of documents in a source that is compared with itself."""

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from afn_ray.classes import UNTAGGED
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.histogram import (
     BIN_BITS,
@@ -24,13 +25,7 @@ from afn_ray.reduce.histogram import (
 from afn_ray.reduce.language_uses import WordsOf
 from afn_ray.reduce.stats import is_high, mean_and_variance, quantile_rank, wilson
 from afn_ray.reduce.type_tags import TagShare
-from afn_ray.schema import (
-    HISTOGRAM_SCHEMA,
-    SHARDS_SCHEMA,
-    THRESHOLDS_SCHEMA,
-    UNTAGGED,
-    VOCABULARY_SCHEMA,
-)
+from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
 from afn_ray.store import checksums, layout
 from afn_ray.store.commits import Commit
 from afn_ray.token_rows import LabelThresholds

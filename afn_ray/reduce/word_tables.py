@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.classes import CLASSES, UNTAGGED
 from afn_ray.option_rules import AUTO_LANGUAGE
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.histogram import (
@@ -40,7 +41,7 @@ from afn_ray.reduce.word_sums import (
     merge,
     total_of,
 )
-from afn_ray.schema import CLASSES, UNKNOWN_LANGUAGE, UNTAGGED, WORD_VOCABULARY_SCHEMA
+from afn_ray.schema import UNKNOWN_LANGUAGE, WORD_VOCABULARY_SCHEMA
 
 LEAST_N = 5
 """Smallest number of occurrences of a word that has a row of its own; rarer words are folded."""

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from afn_ray import notebook
+from afn_ray.classes import CLASSES, RESERVED, upos_classes
 from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.stats import wilson
-from afn_ray.schema import CLASSES, RESERVED, upos_classes
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.store import manifest
 from afn_ray.text import WORD_FORM, printable

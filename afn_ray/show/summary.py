@@ -11,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray import notebook
+from afn_ray.classes import in_order
 from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce import language_uses, losses
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
-from afn_ray.schema import in_order
 from afn_ray.store import checksums, label_thresholds, manifest
 
 MAX_CLASSES = 24

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray import notebook
-from afn_ray.schema import CLASSES
+from afn_ray.classes import CLASSES
 from afn_ray.show import pictures
 from afn_ray.show.page_tables import Table
 from afn_ray.text import printable

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from afn_ray.classes import in_order
 from afn_ray.reduce import compare
-from afn_ray.schema import in_order
 from afn_ray.show.figures import cut, number
 from afn_ray.show.page_tables import MAX_ROWS, Table
 from afn_ray.show.vega import (

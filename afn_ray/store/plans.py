@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray import token_rows
+from afn_ray.classes import CLASSES_VERSION
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import (
     NOTHING_UNREAD,
@@ -25,7 +26,7 @@ from afn_ray.corpus_values import (
 )
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
-from afn_ray.schema import CLASSES_VERSION, PLAN_SCHEMA, VALUES_VERSION
+from afn_ray.schema import PLAN_SCHEMA, VALUES_VERSION
 from afn_ray.store import manifest, storage, uris
 from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
 from afn_ray.token_rows import LabelThresholds

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
+from afn_ray.classes import CLASSES_VERSION
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import StoreError
 from afn_ray.measure import Measure, base_of
-from afn_ray.schema import CLASSES_VERSION, SCHEMA_VERSION
+from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import epochs, manifest, measures, parquet, plans, storage, uris
 from afn_ray.store.checksums import checksummed
 from afn_ray.store.label_thresholds import frozen_rows, measure_differences

@@ -50,7 +50,7 @@ class ShardTable:
 
     @property
     def has_documents(self) -> bool:
-        """Whether the rows belong to documents, so that the version shows in the columns."""
+        """True if the rows belong to documents, so that the version shows in the columns."""
         return DOC in self.schema.names
 
     @property

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 import afn_ray
 from afn_ray import schema
 from afn_ray.analysis import claims, explain, masking, verify
+from afn_ray.classes import CLASSES, in_order, upos_classes
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
@@ -32,7 +33,6 @@ from afn_ray.corpus_values import Shard, Span
 from afn_ray.errors import ConfigError, CorpusError
 from afn_ray.reduce import compare
 from afn_ray.reduce.stats import wilson
-from afn_ray.schema import CLASSES, in_order, upos_classes
 from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
 from afn_ray.tokens import encode

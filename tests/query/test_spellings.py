@@ -17,13 +17,7 @@ import test_query
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.expressions import lower_word
 from afn_ray.reduce.word_sums import normalised
-from afn_ray.schema import (
-    WORD_START,
-    documents_schema,
-    strength_column,
-    strengths,
-    tokens_schema,
-)
+from afn_ray.schema import WORD_START, documents_schema, strength_column, strengths, tokens_schema
 from test_query import LAYERS, viewed, write_run
 
 CHARACTERS = (

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afn_ray.classes import CLASSES, CLASSES_VERSION
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.lexicon import Entry, Guess, Lexicon, classify, find, languages
-from afn_ray.schema import CLASSES, CLASSES_VERSION
 
 TAGGED = [
     "ar",

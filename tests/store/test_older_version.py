@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_its_shards_and_has_the_bits_of_one_from_scratch(
 def test_files_of_shards_join_by_their_folder_and_their_document(
     make: Callable[[str], RunConfig],
 ) -> None:
-    """As the guide writes it, without afn-ray."""
+    """A reader as the guide writes it, without afn-ray."""
     config = make("raw")
     with afn_ray.run(config) as run:
         of_shards = "SELECT sum(n_documents - n_empty), sum(n_tokens), 0 FROM shards"
