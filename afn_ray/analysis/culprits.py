@@ -1,5 +1,4 @@
-"""Culprits of a broken limit, by name: sources, groups, files, classes, types in context,
-documents.
+"""Culprits of a broken limit, by name: sources, groups, files, classes, types, documents.
 
 All texts are from the corpus: they are cut, and characters that act on a terminal or reorder a page
 are escaped.
@@ -413,10 +412,8 @@ def _texts_of(night: _Night, docs: Collection[int]) -> dict[int, dict[str, Any]]
         return {}
     listed = ", ".join(map(str, docs))
     tokens = f"FROM tokens t WHERE t.doc IN ({listed}) AND t.position <= {MOST_TEXT_CHARS}"
-    query = (
-        "SELECT doc, source, text FROM documents JOIN "  # noqa: S608
-        f"({_written(tokens)}) USING (doc)"
-    )
+    written = f"({_written(tokens)})"
+    query = f"SELECT doc, source, text FROM documents JOIN {written} USING (doc)"  # noqa: S608
     return {row["doc"]: row for row in night.here.rows(query)}
 
 
@@ -471,10 +468,7 @@ def _with_language(night: _Night, table: pa.Table) -> pa.Table:
 
 
 def _places_of(run: RunFolder, rows: pa.Table) -> pa.Table:
-    """``source`` of ``rows``, and the column that groups them, if one does.
-
-    ``rows`` have it as ``screened`` does.
-    """
+    """``source`` of ``rows``, and the column that groups them as ``screened`` has it, if any."""
     places = rows.select(["source"])
     column = grouping_column(run)
     if column is None or _in_screened(column.name) not in rows.column_names:
