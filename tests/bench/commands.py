@@ -6,7 +6,7 @@ import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from afn_ray import bench as of_users
 from afn_ray.bench import TOKENS_PER_WORKER
@@ -29,6 +29,10 @@ def command(argv: Sequence[str]) -> NoReturn:
     cli.command(argv, parser, {"bench": call})
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[grammar.Parser]"
+"""Sub-commands of ``parser``; argparse has no public name for their type."""
+
+
 def main(argv: Sequence[str]) -> NoReturn:
     """Run the benchmark in ``argv``; raise ``SystemExit`` with the exit code."""
     cli.main(argv, parser, {"bench": call})
@@ -43,6 +47,28 @@ def parser() -> argparse.ArgumentParser:
     )
     top.set_defaults(command="bench")
     commands = top.add_subparsers(required=True, metavar="WHAT", dest="what")
+    for add in (
+        _add_audit,
+        _add_demo,
+        _add_groups,
+        _add_languages,
+        _add_lexicons,
+        _add_reduce,
+        _add_safety,
+        _add_screen,
+        _add_signals,
+        _add_simulate,
+        _add_sql,
+    ):
+        add(commands)
+    for command in commands.choices.values():
+        of_users.add_json_flag(command)
+        command.set_defaults(parser=command)
+    return top
+
+
+def _add_audit(commands: Commands) -> None:
+    """Add the flags of ``audit``."""
     audit = commands.add_parser(
         "audit",
         allow_abbrev=False,
@@ -53,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--repeat", type=int, default=20, metavar="N", help="half years (default: 20)"
     )
+
+
+def _add_demo(commands: Commands) -> None:
+    """Add the flags of ``demo``."""
     demo = commands.add_parser(
         "demo",
         allow_abbrev=False,
@@ -61,6 +91,10 @@ def parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--workers", type=int, metavar="N", help="workers (default: one per core)")
     demo.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
+
+
+def _add_groups(commands: Commands) -> None:
+    """Add the flags of ``groups``."""
     groups = commands.add_parser(
         "groups",
         allow_abbrev=False,
@@ -85,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     groups.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="reduces of each kind (default: 3)"
     )
+
+
+def _add_languages(commands: Commands) -> None:
+    """Add the flags of ``languages``."""
     languages = commands.add_parser(
         "languages",
         allow_abbrev=False,
@@ -100,6 +138,10 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="texts of each language and length (default: 150)",
     )
+
+
+def _add_lexicons(commands: Commands) -> None:
+    """Add the flags of ``lexicons``."""
     lexicons = commands.add_parser(
         "lexicons",
         allow_abbrev=False,
@@ -114,6 +156,10 @@ def parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="score the packed lists over TAGGED, and build none"
     )
     what.add_argument("--write", action="store_true", help="put what is built into the package")
+
+
+def _add_reduce(commands: Commands) -> None:
+    """Add the flags of ``reduce``."""
     reduce = commands.add_parser(
         "reduce",
         allow_abbrev=False,
@@ -134,6 +180,10 @@ def parser() -> argparse.ArgumentParser:
     reduce.add_argument(
         "--repeat", type=int, default=2, metavar="N", help="reduces by each executor (default: 2)"
     )
+
+
+def _add_safety(commands: Commands) -> None:
+    """Add the flags of ``safety``."""
     safety = commands.add_parser(
         "safety",
         allow_abbrev=False,
@@ -151,6 +201,10 @@ def parser() -> argparse.ArgumentParser:
     safety.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)"
     )
+
+
+def _add_screen(commands: Commands) -> None:
+    """Add the flags of ``screen``."""
     screen = commands.add_parser(
         "screen",
         allow_abbrev=False,
@@ -164,6 +218,10 @@ def parser() -> argparse.ArgumentParser:
         help="where the run is made, and left (default: a temporary folder)",
     )
     screen.add_argument("--seed", type=int, default=0, metavar="N", help="of the junk (default: 0)")
+
+
+def _add_signals(commands: Commands) -> None:
+    """Add the flags of ``signals``."""
     signals = commands.add_parser(
         "signals",
         allow_abbrev=False,
@@ -185,6 +243,11 @@ def parser() -> argparse.ArgumentParser:
         help=f"of the texts (default: {cpu:,}, on a GPU {cuda:,})",
     )
     signals.add_argument("--repeat", type=int, default=5, metavar="N", help="turns (default: 5)")
+    of_users.add_model_flags(signals)
+
+
+def _add_simulate(commands: Commands) -> None:
+    """Add the flags of ``simulate``."""
     simulate = commands.add_parser(
         "simulate",
         allow_abbrev=False,
@@ -202,6 +265,10 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument(
         "--repeat", type=int, default=1, metavar="N", help="runs, each of its own luck (default: 1)"
     )
+
+
+def _add_sql(commands: Commands) -> None:
+    """Add the flags of ``sql``."""
     sql = commands.add_parser(
         "sql",
         allow_abbrev=False,
@@ -220,11 +287,6 @@ def parser() -> argparse.ArgumentParser:
     sql.add_argument(
         "--repeat", type=int, default=3, metavar="N", help="times of each question (default: 3)"
     )
-    of_users.add_model_flags(signals)
-    for command in commands.choices.values():
-        of_users.add_json_flag(command)
-        command.set_defaults(parser=command)
-    return top
 
 
 def call(args: argparse.Namespace) -> None:
