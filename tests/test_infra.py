@@ -388,7 +388,9 @@ def selects(selector: Manifest, labels: dict[str, str]) -> bool:
 
 
 @pytest.mark.parametrize("folder", ["once", "nightly"])
-def test_who_reaches_what(rendered: dict[str, list[Manifest]], folder: str) -> None:
+def test_ports_are_open_to_those_who_need_them_alone(
+    rendered: dict[str, list[Manifest]], folder: str
+) -> None:
     """Ray's ports are for the cluster's own pods, its dashboard for two callers more, metrics for
     Prometheus.
     """
@@ -977,7 +979,7 @@ def constraints() -> dict[str, str]:
     return dict(line.split("==") for line in lines)
 
 
-def test_the_containerfile() -> None:
+def test_the_containerfile_lints_and_pins_what_the_project_asks_for() -> None:
     lint("hadolint", INFRA / "Containerfile")
     *_, (user,) = of_image("USER")
     assert re.fullmatch(r"[1-9]\d{3,}:[1-9]\d{3,}", user)

@@ -220,7 +220,7 @@ def test_every_other_command_runs_in_order(
     assert (workplace / "beginning.html").exists() and (workplace / "thresholds.parquet").exists()
 
 
-def test_the_python_runs(workplace: Path) -> None:
+def test_the_python_of_the_pages_runs(workplace: Path) -> None:
     for code in fenced(TEXT, "python"):
         done = subprocess.run(
             [sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True
@@ -240,7 +240,7 @@ def baseline(workplace: Path, minilm: Path) -> str:
 
 
 @pytest.mark.parametrize("number", range(1, 11))
-def test_the_worked_question(workplace: Path, baseline: str, number: int) -> None:
+def test_each_worked_question_has_an_answer(workplace: Path, baseline: str, number: int) -> None:
     (block,) = fenced(TEXT, "sql")
     questions, rest = shell.split_statements(block)
     assert [q.split()[1] for q in questions] == [f"{i}." for i in range(1, 11)] and not rest.strip()

@@ -46,14 +46,14 @@ def columns(arrow: Any) -> list[str]:
     return [str(field) for field in arrow]
 
 
-def test_public_names() -> None:
+def test_public_names_are_as_frozen() -> None:
     check("names", sorted(afn_ray.__all__))
     assert all(getattr(afn_ray, name) is not None for name in afn_ray.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         afn_ray.nothing  # noqa: B018
 
 
-def test_tables_of_the_python_api() -> None:
+def test_tables_of_the_python_api_are_as_frozen() -> None:
     """Columns of the Arrow tables that results have and no store has."""
     tables = {
         "Audit.table": audit.RULES,
@@ -75,7 +75,7 @@ def test_tables_of_the_python_api() -> None:
     check("tables", {name: columns(arrow) for name, arrow in tables.items()})
 
 
-def test_arrow_schemas() -> None:
+def test_arrow_schemas_are_as_frozen() -> None:
     found = {
         name.lower(): columns(getattr(schema, name))
         for name in dir(schema)
@@ -102,7 +102,7 @@ def test_comments_are_of_columns_that_their_schema_has() -> None:
     assert comments_of(schema.SOURCES_SCHEMA)["n"] == "tokens, special ones apart"
 
 
-def test_config_keys() -> None:
+def test_config_keys_and_defaults_are_as_frozen() -> None:
     check(
         "config",
         {
@@ -112,7 +112,7 @@ def test_config_keys() -> None:
     )
 
 
-def test_command_line() -> None:
+def test_flags_defaults_and_choices_are_as_frozen() -> None:
     found = {
         name: [
             {

@@ -99,7 +99,9 @@ def auc(values: Any, rows: dict[str, Any]) -> float:
 
 
 @pytest.mark.parametrize("name", VARIABLES)
-def test_classes(name: str, figures: By, rows: dict[str, Any]) -> None:
+def test_the_auc_of_classes_equals_the_slow_one(
+    name: str, figures: By, rows: dict[str, Any]
+) -> None:
     values = rows[VARIABLES[name]].astype(np.float64)
     layer = None if name == "rarity (idf)" else 3
     expected = auc(values, rows)

@@ -161,7 +161,7 @@ def test_explicit_format_applies_to_all_and_compression_goes_by_ending(tmp_path:
 
 
 @pytest.mark.parametrize("name", ["a b.jsonl", "ünï 文.jsonl", "a*[b]?.jsonl", "a#b%20c&d.jsonl"])
-def test_odd_names(tmp_path: Path, name: str) -> None:
+def test_a_file_with_an_odd_name_is_found_by_it_alone(tmp_path: Path, name: str) -> None:
     write(tmp_path, name, jsonl({"text": "x"}))
     write(tmp_path, "axb.jsonl", jsonl({"text": "not asked for"}))
     storage.write_once(f"memory://{tmp_path.name}/{name}", jsonl({"text": "x"}))
@@ -417,7 +417,7 @@ def test_missing_keys_are_listed_in_bounds_and_printable() -> None:
     ("found", "doc_id"),
     [("x", "x"), (7, "7"), ("", ""), (None, None), (2**70 + 1, "1180591620717411303425")],
 )
-def test_json_ids(found: object, doc_id: str | None) -> None:
+def test_ids_of_json_become_text(found: object, doc_id: str | None) -> None:
     document = one(jsonl({"text": "a", "id": found}), "jsonl", IDS)
     assert (document.doc_id, document.text, document.problem) == (doc_id, "a", None)
 
@@ -1145,7 +1145,7 @@ TYPES = [
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-def test_parquet_text_types(tmp_path: Path, kind: pa.DataType) -> None:
+def test_every_text_type_of_parquet_reads_equal(tmp_path: Path, kind: pa.DataType) -> None:
     column = pa.array(["a", None, "", "é"])
     column = (
         column.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else column.cast(kind)

@@ -426,7 +426,7 @@ def test_a_token_has_the_tag_of_its_first_character(
         }
 
 
-def test_classes_in_order() -> None:
+def test_classes_and_tags_have_one_order() -> None:
     assert in_order(
         ["special", "B-PER", "VERB", "untagged", "X", "A", "NOUN", "PUNCT", "ADP", "NOUN"]
     ) == [

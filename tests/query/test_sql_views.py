@@ -224,7 +224,7 @@ def test_words_are_those_that_were_written(run: Run) -> None:
     assert max(w["n_tokens"] for w in got) > 2 * PIECES - 2
 
 
-def test_words_stream(run: Run) -> None:
+def test_words_are_made_by_streaming_windows_alone(run: Run) -> None:
     """Windows that hold what they have seen would hold the whole run."""
     [(_, plan)] = run.sql("EXPLAIN SELECT text, max_strength_8 FROM words").fetchall()
     assert plan.count("Streaming Window") == plan.count("Window ") > 0

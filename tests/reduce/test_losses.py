@@ -300,5 +300,5 @@ def test_files_of_one_name_are_told_apart() -> None:
      (9_990_000, "10 MB"),
      (1_234_567, "1.2 MB"), (5 * 10**15, "5.0 PB"), (5 * 10**19, "50,000 PB")],
 )  # fmt: skip
-def test_bytes_in_words(n: int, said: str) -> None:
+def test_numbers_of_bytes_are_short_and_have_a_unit(n: int, said: str) -> None:
     assert losses.bytes_text(n) == said

@@ -184,7 +184,7 @@ def test_a_broken_installation_is_a_row_and_no_traceback(
 
 
 @pytest.mark.parametrize(("free", "ok"), [(1 << 20, False), (1 << 30, None), (1 << 40, True)])
-def test_free_space(
+def test_low_space_is_warned_of_and_too_little_fails(
     free: int, ok: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Usage:

@@ -333,7 +333,7 @@ TABLES = {"tokens": ["doc", "token", "end"], "vocabulary": ["token", "n_docs"]}
         (".nothing ", []),
     ],
 )
-def test_completion(text: str, expected: list[str]) -> None:
+def test_completion_offers_names_that_fit(text: str, expected: list[str]) -> None:
     assert shell.complete(text, TABLES) == expected
 
 
@@ -478,7 +478,7 @@ def test_without_a_state_folder_there_is_no_history(
     press(".quit", ENTER)
 
 
-def test_commands(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_print_what_they_name(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = shell.Shell(run)
     expected = {
         ".help": [*shell.COMMANDS, "semicolon"],

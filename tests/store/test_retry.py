@@ -144,15 +144,21 @@ def test_these_pass_on_a_network(error: BaseException) -> None:
     ],
     ids=repr,
 )
-def test_these_do_not(error: BaseException) -> None:
+def test_lasting_errors_are_not_transient(error: BaseException) -> None:
     assert not is_transient(error)
     assert not is_transient(error, local=True)
 
 
-@pytest.mark.parametrize(("number", "passes"),
-                         [(errno.ESTALE, True), (errno.EINTR, True), (errno.EIO, False),
-                                                (errno.ENOSPC, False),
-                                                (errno.EBUSY, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("number", "passes"),
+    [
+        (errno.ESTALE, True),
+        (errno.EINTR, True),
+        (errno.EIO, False),
+        (errno.ENOSPC, False),
+        (errno.EBUSY, False),
+    ],
+)
 def test_a_disk_that_fails_goes_on_failing(number: int, passes: bool) -> None:
     assert is_transient(_os_error(number), local=True) is passes
 

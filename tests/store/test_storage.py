@@ -544,7 +544,7 @@ def test_a_name_is_a_file_before_it_is_a_pattern(folder: str, name: str) -> None
     assert _names(folder, name) == [name]
 
 
-def test_globs(folder: str) -> None:
+def test_globs_find_the_files_that_they_match(folder: str) -> None:
     _fill(folder, NAMES)
     assert _names(folder, "?.txt") == ["a.txt", "b.txt"]
     assert _names(folder, "sub/*") == ["sub/d.jsonl"]
