@@ -68,7 +68,7 @@ def stat(uri: str) -> FileInfo:
 def find_member(archive_uri: str, name: str) -> tuple[FileInfo, archives.Member]:
     """The archive as it is now, and its member ``name``. Raises ``CorpusError`` if it is gone."""
     archive = stat(archive_uri)
-    member = archives.members(archive, readers.open_read).get(name)
+    member = archives.members(archive, readers.open_headers).get(name)
     if member is None:
         what = f"{archive_uri} has no member {name!r}"
         raise CorpusError(what) from FileNotFoundError(what)
@@ -88,7 +88,7 @@ def _members(archive: FileInfo, pattern: str, left_out: set[str] | None) -> list
     """
     found: list[FileInfo] = []
     matches = re.compile(glob_translate(pattern)).match
-    for name, member in archives.members(archive, readers.open_read).items():
+    for name, member in archives.members(archive, readers.open_headers).items():
         info = _member_info(archive, member)
         parts = [part for part in name.split("/") if part not in (".", "..")]
         is_hidden = any(map(_is_hidden, parts))

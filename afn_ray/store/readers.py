@@ -20,6 +20,21 @@ READ_AHEAD_BYTES = 4 << 20
 """Largest read-ahead of a remote file, in bytes."""
 
 
+HEADER_BYTES = 64 << 10
+"""Least read-ahead of a remote file of which headers are read here and there, in bytes."""
+CLOSE_BYTES = 1 << 20
+"""Longest way that is read and not skipped, in bytes: a request takes as long as some of them."""
+
+
+def open_headers(uri: str) -> IO[bytes]:
+    """A reader of ``uri`` for headers between what is skipped: it reads little ahead of each."""
+    fs, path = uris.open_filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
+        return open_read(uri)
+    size = corpus_files.stat(uri).size
+    return cast(IO[bytes], SparseFile(_ranged_read(fs, path, uri), size))
+
+
 def open_read(uri: str) -> IO[bytes]:
     """A seekable binary reader of ``uri``.
 
@@ -37,6 +52,13 @@ def open_read(uri: str) -> IO[bytes]:
 
         return call_with_retries(fs, "opening", uri, CorpusError, open_local)
     size = corpus_files.stat(uri).size
+    ranges = RangeFile(_ranged_read(fs, path, uri), size, SimpleNamespace())
+    buffer_bytes = max(1, min(READ_AHEAD_BYTES, size))
+    return io.BufferedReader(ranges, buffer_bytes)
+
+
+def _ranged_read(fs: Any, path: str, uri: str) -> Callable[[int, int], bytes]:
+    """A function that reads a range of the remote file ``uri``."""
     exact = {"cache_type": "none"} if fs.protocol == "hf" else {}  # it would read ahead once more
 
     def read(start: int, end: int) -> bytes:
@@ -45,9 +67,7 @@ def open_read(uri: str) -> IO[bytes]:
 
         return call_with_retries(fs, "reading", uri, CorpusError, read_once)
 
-    ranges = RangeFile(read, size, SimpleNamespace())
-    buffer_bytes = max(1, min(READ_AHEAD_BYTES, size))
-    return io.BufferedReader(ranges, buffer_bytes)
+    return read
 
 
 def read_range(uri: str, start: int, end: int) -> bytes:
@@ -106,6 +126,30 @@ class RangeFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class SparseFile(RangeFile):
+    """A file that is read by ranges, and a little ahead of each.
+
+    The read-ahead doubles while reads follow closely, up to ``READ_AHEAD_BYTES``, and begins anew
+    with ``HEADER_BYTES`` after a long way.
+    """
+
+    def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
+        super().__init__(self._buffered, size, SimpleNamespace())
+        self._fetch = read
+        self._first, self._held = 0, b""
+        self._ahead = HEADER_BYTES
+
+    def _buffered(self, start: int, end: int) -> bytes:
+        last = self._first + len(self._held)
+        if not (self._first <= start and end <= last):
+            is_close = bool(self._held) and self._first <= start <= last + CLOSE_BYTES
+            self._ahead = min(2 * self._ahead, READ_AHEAD_BYTES) if is_close else HEADER_BYTES
+            until = min(max(end, start + self._ahead), self._size)
+            self._first, self._held = start, self._fetch(start, until)
+        at = start - self._first
+        return self._held[at : at + end - start]
 
 
 class MemberFile(RangeFile):

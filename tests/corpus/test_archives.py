@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ from afn_ray.corpus import first, listing, reading
 from afn_ray.corpus_values import Document, FileSlice, ReadOptions
 from afn_ray.errors import CorpusChanged, CorpusError
 from afn_ray.runs import plan
-from afn_ray.store import storage
+from afn_ray.store import readers, storage, uris
 from conftest import config_of
 from test_corpus import jsonl
 
@@ -380,6 +381,33 @@ def test_members_that_cannot_be_read_are_refused_with_their_names(tmp_path: Path
         path.write_bytes(zipped({log: b"{}", "t/a.parquet": b"x"}, zipfile.ZIP_STORED))
         with pytest.raises(CorpusError, match="has a table of a lakehouse"):
             read(path)
+
+
+@pytest.mark.parametrize(
+    ("member_bytes", "num_requests"), [(600, 2), (50_000, 8), (300_000, 10), (2_000_000, 25)]
+)
+def test_a_remote_tar_is_listed_with_few_requests_and_bytes(
+    member_bytes: int, num_requests: int, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tarred({f"{i}.txt": b"x" * member_bytes for i in range(20)}, tarfile.GNU_FORMAT)
+    storage.write_once(f"{memory}/c/x.tar", data)
+    asked: list[int] = []
+    fs, _ = uris.open_filesystem(memory)
+    cat_file = type(fs).cat_file
+
+    def counted(*args: Any, **options: Any) -> bytes:
+        found = bytes(cat_file(*args, **options))
+        asked.append(len(found))
+        return found
+
+    monkeypatch.setattr(type(fs), "cat_file", counted)
+    files, _ = listing.list_files([f"{memory}/c/x.tar"], OPTIONS)
+    assert [file.size for file in files] == [member_bytes] * 20
+    assert len(asked) <= num_requests
+    if member_bytes > readers.CLOSE_BYTES:  # the members are skipped
+        assert sum(asked) <= num_requests * readers.HEADER_BYTES < len(data) / 20
+    else:
+        assert sum(asked) <= 1.2 * len(data)
 
 
 @pytest.mark.parametrize("kind", ["stored.zip", "tar", "zip"])
