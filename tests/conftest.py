@@ -52,7 +52,7 @@ from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.query import processes
 from afn_ray.runs import demo
-from afn_ray.schema import strengths
+from afn_ray.schema import TOKEN_CHARS, strengths
 from afn_ray.store import blocks, checksums, layout, shard_files, storage, uris
 from afn_ray.store.commits import Commit
 
@@ -488,9 +488,12 @@ def as_version_5(store: str) -> None:
 def _of_version_5(table: pa.Table) -> pa.Table:
     metadata = table.schema.metadata
     if "length" in table.column_names:
-        at = table.column_names.index("length")
-        end = pc.add(table["start"], table["length"])
-        table = table.set_column(at, table.schema.field(at).with_name("end"), end)
+        chars = pc.multiply(table["position"], pa.scalar(TOKEN_CHARS, pa.int32()))
+        start = pc.add(table["start_ahead"], chars)
+        end = pc.add(start, table["length"])
+        for name, old, values in (("start_ahead", "start", start), ("length", "end", end)):
+            at = table.column_names.index(name)
+            table = table.set_column(at, table.schema.field(at).with_name(old), values)
     return table.rename_columns({"doc_in_shard": "doc"}).replace_schema_metadata(metadata)
 
 

@@ -135,7 +135,7 @@ def _check_schemas(
         layers = list(measure.neuron_layers)
     else:
         series = tuple(Series(signal, layer) for signal, layer in _by_layer(names))
-        tagged, offsets = "tag" in names, "start" in names
+        tagged, offsets = "tag" in names, "length" in names
         of_corpus = [column.name for column in kept.parse(options.keep)]
         of_documents = {*tables["documents"].schema.names} - {*of_corpus}
         detected = LANGUAGE in of_documents

@@ -241,7 +241,7 @@ def _shard_views(
     copies, near_copies, word_table, mean_vectors = (
         paths[table][0].path if table in paths else None for table in WHOLE_RUN_FILES
     )
-    has_offsets, is_tagged = "start" in columns, "tag" in columns
+    has_offsets, is_tagged = not {"start", "start_ahead"}.isdisjoint(columns), "tag" in columns
     recorded = RecordedColumns(
         layers,
         thresholds,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from afn_ray import token_rows
 from afn_ray.reduce.stats import Z_95
-from afn_ray.schema import SCHEMA_VERSION, Series
+from afn_ray.schema import SCHEMA_VERSION, TOKEN_CHARS, Series
 
 
 class ShardFile(NamedTuple):
@@ -83,14 +83,15 @@ def tokens_of(files: Sequence[ShardFile], offsets: bool) -> str:
 
     These are ``start`` and ``"end"``, whatever version wrote the files.
     """
-    return rows_of(files, 'start + length AS "end"' if offsets else "")
+    start = f"{TOKEN_CHARS} * position + start_ahead"
+    return rows_of(files, f'{start} AS start, {start} + length AS "end"' if offsets else "")
 
 
 def rows_of(files: Sequence[ShardFile], of_today: str = "") -> str:
     """SQL of the rows of ``files`` in order, with run-wide ``doc`` and the ``file`` and ``row``.
 
     One file can be read in part, by its ``docs``; then it is the only one. Files of older versions
-    come first. ``of_today`` is SQL of a column that only these have.
+    come first. ``of_today`` is SQL of columns that only these have.
     """
     ordinals: dict[bool, list[int]] = {}
     for ordinal, of_shard in enumerate(files):
@@ -106,8 +107,8 @@ def rows_of(files: Sequence[ShardFile], of_today: str = "") -> str:
 def _rows_of(files: Sequence[ShardFile], doc: str, file: str, more: str) -> str:
     """SQL of the rows of ``files`` of one version, whose number in the shard is ``doc``.
 
-    ``file`` is SQL of a file's ordinal from its place among ``files``, ``more`` that of one more
-    column.
+    ``file`` is SQL of a file's ordinal from its place among ``files``, ``more`` that of further
+    columns.
     """
     paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
     numbered = (

@@ -19,7 +19,15 @@ from afn_ray.reduce.shard_summary import Spoken, Summary
 from afn_ray.reduce.stats import is_high
 from afn_ray.runs import token_filter
 from afn_ray.runs.values import Float32s, Numbers, Values
-from afn_ray.schema import LANGUAGE, SPECIAL, STRENGTH, Series, neurons_column, token_neurons_schema
+from afn_ray.schema import (
+    LANGUAGE,
+    SPECIAL,
+    STRENGTH,
+    TOKEN_CHARS,
+    Series,
+    neurons_column,
+    token_neurons_schema,
+)
 from afn_ray.store import records
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.shard_tables import DOC
@@ -158,7 +166,7 @@ class Recorder:
             "flags": encoded.flags,
             "surface": chunk.prepared.surfaces,
             "tag": tokens.tags,
-            "start": encoded.start,
+            "start_ahead": encoded.start - TOKEN_CHARS * encoded.positions,
             "length": encoded.end - encoded.start,
             **{s.name: values for s, values in tokens.by_series.items()},
         }

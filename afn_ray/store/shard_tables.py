@@ -1,7 +1,7 @@
 """Tables of a shard with the columns of today's version, whichever version wrote their files.
 
-Version 5 has ``doc`` in the place of ``doc_in_shard``, and in ``tokens`` ``end`` in the place of
-``length``, which is ``end - start``. In SQL, ``query.expressions`` knows the same difference.
+Version 5 has ``doc`` in the place of ``doc_in_shard``, and in ``tokens`` ``start`` and ``end`` in
+the place of ``start_ahead`` and ``length``. ``query.expressions`` knows the same difference in SQL.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from afn_ray.schema import READABLE_VERSIONS, SCHEMA_VERSION
+from afn_ray.schema import READABLE_VERSIONS, SCHEMA_VERSION, TOKEN_CHARS
 from afn_ray.store import parquet
 
 OLDEST = READABLE_VERSIONS[0]
-DOC, LENGTH = "doc_in_shard", "length"
+DOC, START, LENGTH = "doc_in_shard", "start_ahead", "length"
+_OFFSETS = {START: ("start", "position"), LENGTH: ("end", "start")}
+"""Columns of version 5 that the offsets of today are made of; the first has its place."""
 Rows = TypeVar("Rows", pa.Table, pa.RecordBatch)
 
 
@@ -31,8 +33,8 @@ class ShardTable:
         self._stored: dict[str, str] = {}
         if "doc" in stored.names:
             self._stored[DOC] = "doc"
-            if "doc_id" not in stored.names:  # else "end" is a kept column of the documents
-                self._stored |= {LENGTH: "end"} if "end" in stored.names else {}
+            if "doc_id" not in stored.names and "end" in stored.names:  # no documents' kept column
+                self._stored |= {today: made_of[0] for today, made_of in _OFFSETS.items()}
         todays = {name: today for today, name in self._stored.items()}
         fields = [field.with_name(todays.get(field.name, field.name)) for field in stored]
         self.schema = pa.schema(fields, stored.metadata)
@@ -91,10 +93,11 @@ class ShardTable:
 
     def _stored_names(self, names: Sequence[str]) -> list[str]:
         """The columns of the file that ``names`` need."""
-        stored = [self._stored.get(name, name) for name in names]
-        if LENGTH in self._stored and LENGTH in names and "start" not in names:
-            stored.append("start")
-        return stored
+        stored: dict[str, None] = {}
+        for name in names:
+            is_offset = name in _OFFSETS and name in self._stored
+            stored |= dict.fromkeys(_OFFSETS[name] if is_offset else [self._stored.get(name, name)])
+        return list(stored)
 
     def _todays(self, rows: Rows, names: Sequence[str]) -> Rows:
         if not self._stored:
@@ -102,7 +105,10 @@ class ShardTable:
         columns = []
         for name in names:
             values = rows[self._stored.get(name, name)]
-            if name == LENGTH and name in self._stored:
+            if name == START and name in self._stored:
+                chars = pc.multiply(rows["position"], pa.scalar(TOKEN_CHARS, pa.int32()))
+                values = pc.subtract(values, chars)
+            elif name == LENGTH and name in self._stored:
                 values = pc.subtract(values, rows["start"])
             columns.append(values)
         fields = [self.schema.field(name) for name in names]

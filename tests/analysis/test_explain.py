@@ -35,7 +35,7 @@ from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError, StoreError
 from afn_ray.model import VERSIONS
 from afn_ray.runs import job, worker
-from afn_ray.schema import SPECIAL
+from afn_ray.schema import SPECIAL, TOKEN_CHARS
 from afn_ray.show import explanation_terminal
 from afn_ray.show.colours import DARK, DARK_HEAT, LIGHT, LIGHT_HEAT
 from afn_ray.show.explanation import QUARTILES, decision_rows
@@ -115,7 +115,8 @@ def test_tokens_and_strengths_are_those_that_the_run_recorded(corpus: Corpus, do
     recorded = corpus.tokens.filter(pc.field("doc") == doc).to_pydict()
     assert len(recorded["doc"]) > (600 if doc == 250 else 8)  # 250 has windows
     assert [t.token_id for t in explanation.tokens] == recorded["token_id"]
-    assert [t.start for t in explanation.tokens] == recorded["start"]
+    ahead = [t.start - TOKEN_CHARS * i for i, t in enumerate(explanation.tokens)]
+    assert ahead == recorded["start_ahead"]
     assert [t.end - t.start for t in explanation.tokens] == recorded["length"]
     assert [t.special for t in explanation.tokens] == [bool(f & SPECIAL) for f in recorded["flags"]]
     assert explanation.layers == (0, 4)

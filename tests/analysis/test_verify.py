@@ -479,7 +479,7 @@ ROW_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
                          "doc 0: mean_strength_2"),
     "another type": ("tokens", lambda t: put(t, "token_id", 3, 7), "not the summary of the tokens"),
     "no longer special": ("tokens", lambda t: put(t, "flags", 0, 0), "mean_strength_0"),
-    "a column less": ("tokens", lambda t: t.drop_columns(["start"]), "schema"),
+    "a column less": ("tokens", lambda t: t.drop_columns(["length"]), "schema"),
     "a document lost": ("documents", lambda t: t.slice(1), "doc_in_shard is not 0 to"),
     "a document doubled": ("documents", lambda t: pa.concat_tables([t.slice(0, 2), t.slice(1)]),
                            "doc_in_shard is not 0 to"),

@@ -26,8 +26,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from afn_ray.schema import TOKEN_CHARS
 from afn_ray.store import parquet
-from afn_ray.store.records import ROW_GROUP_ROWS
+from afn_ray.store.records import PAGE_ROWS, ROW_GROUP_ROWS
 from afn_ray.store.shard_tables import ShardTable
 
 Ints = npt.NDArray[np.int32]
@@ -49,6 +50,10 @@ class Layout:
     """SQL of the character after its last."""
     token_id: tuple[str, int] = (DICTIONARY, 3)
     """Encoding and level of zstd of the column ``token_id``."""
+    level: int = 1
+    """Level of zstd of the other columns."""
+    page_rows: int = PAGE_ROWS
+    """Largest number of rows in a page."""
 
 
 def in_texts(doc: Ints, start: Ints, end: Ints) -> dict[str, Ints]:
@@ -65,37 +70,52 @@ def gaps(doc: Ints, start: Ints, end: Ints) -> dict[str, Ints]:
     return {"gap": (start - previous).astype(np.int32), "length": end - start}
 
 
+def ahead(doc: Ints, start: Ints, end: Ints) -> dict[str, Ints]:
+    """Starts without what positions foretell."""
+    rows = np.arange(len(doc))
+    first = np.r_[True, doc[1:] != doc[:-1]]
+    position = rows - np.maximum.accumulate(np.where(first, rows, 0))
+    return {
+        "start_ahead": (start - TOKEN_CHARS * position).astype(np.int32),
+        "length": end - start,
+    }
+
+
+BOTH = Layout(lambda _, s, e: {"start": s, "end": e}, dict.fromkeys(("start", "end"), DELTA))
+WITH_LENGTH = Layout(
+    lambda _, s, e: {"start": s, "length": e - s},
+    {"start": DELTA, "length": DICTIONARY},
+    end="start + length",
+)
 IN_TEXTS = Layout(
     in_texts,
     {"text_start": DELTA, "start_in_shard": DELTA, "length": DICTIONARY},
     "start_in_shard - text_start",
     "start_in_shard - text_start + length",
 )
-WITH_LENGTH = Layout(
-    lambda _, s, e: {"start": s, "length": e - s},
-    {"start": DELTA, "length": DICTIONARY},
-    end="start + length",
+AHEAD = Layout(
+    ahead,
+    {"start_ahead": DELTA, "length": DICTIONARY},
+    f"{TOKEN_CHARS} * position + start_ahead",
+    f"{TOKEN_CHARS} * position + start_ahead + length",
 )
 LAYOUTS = {
-    "start, end (version 5)": Layout(lambda _, s, e: {"start": s, "end": e},
-                                     dict.fromkeys(("start", "end"), DELTA)),
-    "start, end, split": Layout(lambda _, s, e: {"start": s, "end": e},
-                                dict.fromkeys(("start", "end"), SPLIT)),
-    "start, length (today)": WITH_LENGTH,
-    "the same, token_id zstd 6": replace(WITH_LENGTH, token_id=(DICTIONARY, 6)),
+    "start, end, small pages": replace(BOTH, level=3, page_rows=20_000),
+    "start, end": BOTH,
+    "start, end, split": replace(BOTH, encodings=dict.fromkeys(("start", "end"), SPLIT)),
+    "start, length": WITH_LENGTH,
     "start, split, length": replace(WITH_LENGTH, encodings={"start": SPLIT, "length": DICTIONARY}),
-    "the same, position split": replace(
-        WITH_LENGTH, encodings={"start": SPLIT, "length": DICTIONARY, "position": SPLIT}
-    ),
+    "start ahead, length (today)": AHEAD,
+    "the same, token_id plain": replace(AHEAD, token_id=(PLAIN, 3)),
+    "those of today, all zstd 3": replace(AHEAD, level=3),
     "start in shard, text, length": IN_TEXTS,
-    "and position split, token_id zstd 6": replace(
-        IN_TEXTS, encodings={**IN_TEXTS.encodings, "position": SPLIT}, token_id=(DICTIONARY, 6)
-    ),
-    "token_id plain, zstd 9": replace(IN_TEXTS, token_id=(PLAIN, 9)),
     "gap, length": Layout(
-        gaps, {"gap": DICTIONARY, "length": DICTIONARY}, f"{WINDOW} - length", WINDOW,
+        gaps,
+        {"gap": DICTIONARY, "length": DICTIONARY},
+        f"{WINDOW} - length",
+        WINDOW,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -121,19 +141,23 @@ def laid_out(tokens: pa.Table, layout: Layout) -> pa.Table:
     return table
 
 
-def write(path: Path, table: pa.Table, encodings: Mapping[str, str], token_id_level: int) -> None:
-    """``table`` as a shard has it, but for ``encodings`` of its columns."""
+def write(path: Path, table: pa.Table, encodings: Mapping[str, str], layout: Layout) -> None:
+    """``table`` as a shard has it, but for ``encodings`` of its columns and for ``layout``."""
     chosen = {"doc": DELTA, "position": DELTA}
     for name in table.column_names:
         if pa.types.is_floating(table.schema.field(name).type):
             chosen[name] = SPLIT
     chosen |= encodings
     plain = {name: how for name, how in chosen.items() if how != DICTIONARY}
-    levels = dict.fromkeys(table.column_names, 3) | {"token_id": token_id_level}
+    levels = dict.fromkeys(table.column_names, layout.level)
+    if "token_id" in levels:
+        levels["token_id"] = layout.token_id[1]
     with parquet.writer(
         path,
         table.schema,
-        compression_level={name: levels[name] for name in table.column_names},
+        compression_level=levels,
+        max_rows_per_page=layout.page_rows,
+        write_batch_size=layout.page_rows,
         use_dictionary=[name for name in table.column_names if name not in plain],
         column_encoding={name: how for name, how in plain.items() if name in table.column_names},
     ) as writer:
@@ -155,14 +179,15 @@ def measure_layouts(tokens: pa.Table, folder: Path, repeat: int) -> dict[str, Fi
     with duckdb.connect(config={"threads": 1}) as connection:
         for _ in range(repeat):
             for name, layout in LAYOUTS.items():
-                how, level = layout.token_id
-                encodings, table = {**layout.encodings, "token_id": how}, tables[name]
-                query = f'SELECT sum(start), sum("end") FROM ({offsets_sql(path, layout)})'
+                encodings = {**layout.encodings, "token_id": layout.token_id[0]}
+                offsets = f'sum(start), sum("end") FROM ({offsets_sql(path, layout)})'
+                rows = f"sum(doc), sum(position), sum(token_id), {offsets}"
                 figures = found[name]
-                figures.timed("write", partial(write, path, table, encodings, level))
+                figures.timed("write", partial(write, path, tables[name], encodings, layout))
                 figures.num_bytes = path.stat().st_size
                 figures.timed("Arrow", partial(pq.read_table, path, use_threads=False))
-                figures.timed("SQL", partial(_ask, connection, query))
+                figures.timed("offsets", partial(_ask, connection, f"SELECT {offsets}"))
+                figures.timed("rows", partial(_ask, connection, f"SELECT {rows}"))
     return found
 
 
@@ -193,21 +218,29 @@ def measure_columns(tokens: pa.Table, folder: Path, repeat: int) -> dict[str, Fi
     for _ in range(repeat):
         for name, (values, how, level) in variants.items():
             table = pa.table({"token_id": values})
-            encodings = {"token_id": how}
+            encodings, layout = {"token_id": how}, replace(BOTH, token_id=(how, level))
             figures = found[name]
-            figures.timed("write", partial(write, path, table, encodings, level))
+            figures.timed("write", partial(write, path, table, encodings, layout))
             figures.num_bytes = path.stat().st_size
             figures.timed("Arrow", partial(pq.read_table, path, use_threads=False))
     return found
 
 
+def viewed(tokens: pa.Table) -> pa.Table:
+    """``tokens`` as today's version stores them, with ``doc``, ``start`` and ``end``."""
+    start = pc.add(
+        pc.multiply(tokens["position"], pa.scalar(TOKEN_CHARS, pa.int32())), tokens["start_ahead"]
+    )
+    columns = {"start": start, "end": pc.add(start, tokens["length"])}
+    rest = tokens.drop_columns(["start_ahead", "length"]).rename_columns({"doc_in_shard": "doc"})
+    for name, values in columns.items():
+        rest = rest.append_column(pa.field(name, pa.int32(), nullable=False), values)
+    return rest.unify_dictionaries()
+
+
 def main(paths: Sequence[str]) -> None:
     """Print the figures of the tokens tables at ``paths``."""
-    read = [ShardTable(path).read() for path in paths]
-    tokens = pa.concat_tables(read).unify_dictionaries()
-    at, end = tokens.schema.get_field_index("length"), pc.add(tokens["start"], tokens["length"])
-    tokens = tokens.set_column(at, tokens.schema.field(at).with_name("end"), end)
-    tokens = tokens.rename_columns({"doc_in_shard": "doc"})
+    tokens = viewed(pa.concat_tables([ShardTable(path).read() for path in paths]))
     with tempfile.TemporaryDirectory() as folder:
         for measured in (measure_layouts, measure_columns):
             for name, figures in measured(tokens, Path(folder), REPEAT).items():

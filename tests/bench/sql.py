@@ -40,7 +40,7 @@ from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.shard_summary import Summary
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
-from afn_ray.schema import NOT_KEPT, SPECIAL, WORD_START, Series
+from afn_ray.schema import NOT_KEPT, SPECIAL, TOKEN_CHARS, WORD_START, Series
 from afn_ray.store import manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import COUNTS
 from afn_ray.store.records import CorpusColumns, ShardFiles, make_table
@@ -197,7 +197,7 @@ def write_shard(store: str, number: int, num_documents: int, num_groups: int = 0
                     "surface": pa.DictionaryArray.from_arrays(
                         pa.array(ids, mask=no_surface), capitalized
                     ),
-                    "start": 6 * position,
+                    "start_ahead": (6 - TOKEN_CHARS) * position,
                     "length": np.full(n, 5, np.int32),
                     SERIES.name: strengths,
                 }

@@ -25,9 +25,9 @@ def tokens() -> pa.Table:
 @pytest.mark.parametrize("name", encodings.LAYOUTS)
 def test_a_layout_gives_back_the_offsets(name: str, tokens: pa.Table, tmp_path: Path) -> None:
     layout, path = encodings.LAYOUTS[name], tmp_path / "tokens.parquet"
-    how, level = layout.token_id
     table = encodings.laid_out(tokens, layout)
-    encodings.write(path, table, {**layout.encodings, "token_id": how}, level)
+    chosen = {**layout.encodings, "token_id": layout.token_id[0]}
+    encodings.write(path, table, chosen, layout)
     query = f"{encodings.offsets_sql(path, layout)} ORDER BY doc, position"
     columns = ["doc", "position", "token_id", "start", "end"]
     expected = [tuple(row.values()) for row in tokens.select(columns).to_pylist()]

@@ -42,6 +42,7 @@ from afn_ray.schema import (
     SHARDS_SCHEMA,
     SPECIAL,
     THRESHOLDS_SCHEMA,
+    TOKEN_CHARS,
     VOCABULARY_SCHEMA,
     WORD_START,
     documents_schema,
@@ -67,7 +68,7 @@ def write_parquet(uri: str, table: pa.Table, **options: Any) -> int:
     return len(sink.getvalue())
 
 
-VIEWED = {"doc_in_shard": "doc", "length": "end"}
+VIEWED = {"doc_in_shard": "doc", "start_ahead": "start", "length": "end"}
 """Columns of the views by those of the files that they are made of; version 5 stored the former."""
 
 
@@ -80,8 +81,13 @@ def stored(table: pa.Table) -> pa.Table:
     """``table``, of a schema that ``viewed`` gives, as today's version stores it."""
     if "end" in table.column_names:
         length = pc.subtract(table["end"], table["start"])
-        at = table.column_names.index("end")
-        table = table.set_column(at, table.schema.field("end").with_name("length"), length)
+        chars = pc.multiply(table["position"], pa.scalar(TOKEN_CHARS, pa.int32()))
+        for name, values in (
+            ("length", length),
+            ("start_ahead", pc.subtract(table["start"], chars)),
+        ):
+            at = table.column_names.index(VIEWED[name])
+            table = table.set_column(at, table.schema.field(at).with_name(name), values)
     return table.rename_columns({"doc": "doc_in_shard"})
 
 

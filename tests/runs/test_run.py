@@ -52,7 +52,14 @@ from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, estimate, flow, job, measurer, precision, status, worker
 from afn_ray.runs.events import Complete, Event, Warned, Working
 from afn_ray.runs.plan import make_plan
-from afn_ray.schema import REPLACED, SPECIAL, documents_schema, strengths, tokens_schema
+from afn_ray.schema import (
+    REPLACED,
+    SPECIAL,
+    TOKEN_CHARS,
+    documents_schema,
+    strengths,
+    tokens_schema,
+)
 from afn_ray.show import doctor, salient
 from afn_ray.store import disk, garbage, manifest, records, run_claims
 from conftest import MakeConfig, interrupted, stop_after, write_jsonl
@@ -76,6 +83,7 @@ def all_rows(run: afn_ray.Run, table: str) -> list[dict[str, Any]]:
         for row in tokens.to_pylist():
             row["doc"] = row.pop("doc_in_shard") + first
             if "length" in row:
+                row["start"] = TOKEN_CHARS * row["position"] + row.pop("start_ahead")
                 row["end"] = row["start"] + row.pop("length")
             rows.append(row)
         first += documents.num_rows
