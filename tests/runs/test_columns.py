@@ -192,7 +192,7 @@ def test_a_plan_unpacks_no_commit_of_a_donor(
     run_in: Callable[[Path, Ask], manifest.RunFolder],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As an object each takes 3 kB, and a run may have a million."""
+    """Each takes 3 kB as an object, and a run may have a million."""
     run_in(tmp_path, {"layers": "1"})
     held: list[int] = []
     plan = composition.plan
