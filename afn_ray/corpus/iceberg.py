@@ -71,7 +71,7 @@ def find_version(pattern: str) -> Version | None:
 
     It names a metadata file, or the folder of a table that has ``HINT``.
     """
-    if any(character in pattern for character in corpus_files.WILDCARDS):
+    if any(character in pattern for character in uris.WILDCARDS):
         return None
     if METADATA.fullmatch(pattern):
         return Version(uris.absolute(pattern))

@@ -20,9 +20,6 @@ from afn_ray.errors import CorpusError
 from afn_ray.store import archives, disk, readers, uris
 from afn_ray.store.fs_calls import FsEntry, call_with_retries, find_entry, named_errors
 
-WILDCARDS = "*?["
-"""Characters that make a pattern a glob."""
-
 
 def _version(info: FsEntry) -> str:
     for key in ("ETag", "etag", "md5Hash", "content_md5", "blob_id"):
@@ -163,8 +160,8 @@ def _match(
 
 
 def _is_glob(path: str) -> bool:
-    """True if ``path`` contains one of ``WILDCARDS``."""
-    return any(character in path for character in WILDCARDS)
+    """True if ``path`` contains a character of globs."""
+    return any(character in path for character in uris.WILDCARDS)
 
 
 def _files_in_folder(

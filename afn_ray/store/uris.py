@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -14,6 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import ConfigError
 
+WILDCARDS = "*?["
+"""Characters that make a pattern a glob."""
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az", "abfss": "az"}
 """URL protocol -> extra of the package that supports it."""
 # Timeouts in seconds, so that a dead peer is noticed. botocore retries one request (a page of a
@@ -128,7 +131,31 @@ def absolute(uri: str) -> str:
     if (parts := split_member(uri)) is not None:
         return MEMBER_MARK.join([absolute(parts[0]), parts[1]])
     fs, path = open_filesystem(uri)
-    return str(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+    return _plain(path) if isinstance(fs, LocalFileSystem) else str(fs.unstrip_protocol(path))
+
+
+def _plain(path: str) -> str:
+    """The local ``path`` without empty steps, ``.``, and ``..`` where it only undoes a step.
+
+    After a link or a glob, ``..`` leads elsewhere, and stays.
+    """
+    steps: list[str] = []
+    for step in path.split("/"):
+        if step == ".." and steps and not _is_turn(steps):
+            steps.pop()
+        elif step not in ("", "."):
+            steps.append(step)
+    return f"/{'/'.join(steps)}"
+
+
+def _is_turn(steps: list[str]) -> bool:
+    """True if ``..`` after ``steps`` may lead to another folder than that of the last one."""
+    last = steps[-1]
+    return (
+        last == ".."
+        or any(character in last for character in WILDCARDS)
+        or Path("/", *steps).is_symlink()
+    )
 
 
 def below(folder: str) -> Callable[[str], bool]:

@@ -57,6 +57,18 @@ def test_two_writers_of_one_name_have_a_hidden_file_each(tmp_path: Path) -> None
         assert one != other and one.parent == other.parent == tmp_path
 
 
+def test_a_local_path_has_one_spelling(tmp_path: Path) -> None:
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("far/deep")
+    (tmp_path / "a.txt").touch()
+    for spelling in ("a.txt", "./a.txt", "/a.txt", "far/../a.txt", "far/deep/.././../a.txt"):
+        assert absolute(f"{tmp_path}/{spelling}") == f"{tmp_path}/a.txt"
+    assert absolute(f"{tmp_path}/") == str(tmp_path)
+    assert (absolute("/"), absolute("/..")) == ("/", "/..")
+    for other in ("link/../a.txt", "*/../a.txt"):  # a.txt of far; once for each folder
+        assert absolute(f"{tmp_path}/{other}") == f"{tmp_path}/{other}"
+
+
 # --- write_once
 # ------------------------------------------------------------------------------------------
 
