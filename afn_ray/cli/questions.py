@@ -311,6 +311,8 @@ def call_sql(args: argparse.Namespace) -> None:
         name = printable(str(args.catalog))
         print(f"{name} is written; any DuckDB client opens it, as in: duckdb {shlex.quote(name)}")
         return
+    if args.out == "":
+        raise ConfigError("--out is empty; name a file, or leave it out")
     form = _format_of(args.format, args.out)
     if args.out:
         uris.open_filesystem(args.out)  # a URL that cannot be opened is refused before the query

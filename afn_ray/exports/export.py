@@ -92,6 +92,8 @@ def export(
     holds anything else, and what ``open_run`` and a query raise.
     """
     check_names(table, sql, format, file_bytes)
+    if not target:
+        raise ConfigError("the target is empty; name a folder, or its URL")
     if iceberg is not None:
         if format != "iceberg":
             raise ConfigError(f"an Iceberg table is named, and the format is {format!r}; give one")

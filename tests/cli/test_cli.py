@@ -143,6 +143,7 @@ def test_a_result_of_sql_goes_to_a_bucket_whole_or_not_at_all(
         ("s3://key:secret@bucket/x.csv", "holds credentials"),
         ("nosuch://bucket/x.csv", "nosuch"),
         ("s3://bucket/x", "the ending says no format"),
+        ("", "--out is empty; name a file"),
     ],
 )
 def test_a_place_for_a_result_is_refused_before_the_query(

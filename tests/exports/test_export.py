@@ -464,6 +464,8 @@ def test_what_contradicts_itself_is_refused(run: Run, tmp_path: Path) -> None:
         afn_ray.export(run, target, "tokens", sql="FROM words")
     with pytest.raises(ConfigError, match="an Iceberg table is named, and the format is 'parquet'"):
         afn_ray.export(run, target, iceberg=afn_ray.IcebergTable("a.b"))
+    with pytest.raises(ConfigError, match="the target is empty; name a folder"):
+        afn_ray.export(run, "", "thresholds")
     assert not Path(target).exists()
 
 
