@@ -102,7 +102,10 @@ def describe(record: str) -> str:
 
 def why_refused(record: str) -> str:
     """Answer to a question for rows of tokens that a run has not kept."""
+    kind, _, _ = record.partition(":")
+    there = {HIGH: "tokens, ", SAMPLE: "tokens, words, classes, "}.get(kind, "")
     return (
-        f"the run recorded {describe(record)} (--record {record}): ask its vocabulary, thresholds "
-        "and documents, or give its afn run command without --record to measure the rows too"
+        f"the run recorded {describe(record)} (--record {record}): ask its {there}vocabulary, "
+        "thresholds and documents, or give its afn run command without --record to measure the "
+        "rows too"
     )

@@ -138,15 +138,18 @@ PLAIN = "hive_partitioning = false"
 """Options of ``read_parquet``: folder names are no columns."""
 
 
-def answerable(sql: str, recorded: RecordedColumns, lacking: Collection[str]) -> str:
+def answerable(
+    sql: str, recorded: RecordedColumns, lacking: Collection[str], instead: str = ""
+) -> str:
     """SQL of the rows of ``sql``, or an error if the run's ``record`` is one of ``lacking``.
 
-    The columns are known either way, and no row is read for the error.
+    The columns are known either way, and no row is read for the error. ``instead`` is a query that
+    nearly has them, for the message.
     """
     if recorded.record not in lacking:
         return sql
     return (
-        f"SELECT t.* FROM {_refused(recorded)} LEFT JOIN ({sql}) AS t ON "  # noqa: S608
+        f"SELECT t.* FROM {_refused(recorded, instead)} LEFT JOIN ({sql}) AS t ON "  # noqa: S608
         "r.why IS NULL"
     )
 
@@ -158,8 +161,10 @@ def answerable_value(sql: str, recorded: RecordedColumns, lacking: Collection[st
     return f"SELECT CASE WHEN why IS NULL THEN ({sql}) END FROM {_refused(recorded)}"  # noqa: S608
 
 
-def _refused(recorded: RecordedColumns) -> str:
-    return f"(SELECT error('{token_rows.why_refused(recorded.record)}') AS why) AS r"
+def _refused(recorded: RecordedColumns, instead: str = "") -> str:
+    why = token_rows.why_refused(recorded.record) + (instead and f"; nearly the same is: {instead}")
+    why = why.replace("'", "''")
+    return f"(SELECT error('{why}') AS why) AS r"
 
 
 def quoted(name: str) -> str:

@@ -19,7 +19,11 @@ EMPTY_BY_DESIGN = (
     "languages", "moments", "mean_vectors", "word_salience", "word_movers",
 )  # fmt: skip
 """Views that may be empty; their descriptions say when."""
-
+SCREENED = (
+    "sources", "screened", "strange", "copied", "salience", "word_salience", "word_vocabulary",
+    "word_movers",
+)  # fmt: skip
+"""Those of them that come from the scan of ``screen``, which needs the rows of all tokens."""
 
 OF_TOKENS = re.compile(r"\b(tokens|words|kwic|classes|document_text)\b")
 """Views and macros that are made of the rows of tokens."""
@@ -38,7 +42,7 @@ def why_no_rows(run: Run, query: str) -> list[str]:
     notes = []
     for view in EMPTY_BY_DESIGN:
         if re.search(rf"\b{view}\b", query) and not _has_rows(run, view):
-            notes.append(f"{view}: {VIEWS[view]}")
+            notes.append(f"{view}: {_why_empty(run.info, view)}")
     layers = run.info["layers"]
     asked_layers = {int(k) for k in re.findall(r"\blayer\s*=\s*(\d{1,9})\b", query)}
     missing_layers = sorted(asked_layers - set(layers))
@@ -54,6 +58,17 @@ def why_no_rows(run: Run, query: str) -> list[str]:
     if (note := _about_kwic(query)) is not None:
         notes.append(note)
     return notes
+
+
+def _why_empty(info: Mapping[str, Any], view: str) -> str:
+    """Reason why the view is empty, or the description that says when it is."""
+    record = token_rows.record_of(info)
+    if view not in SCREENED or token_rows.is_complete(record):
+        return VIEWS[view]
+    return (
+        f"empty, since --record {record} leaves out the screening; give the afn run command "
+        "without --record to have it"
+    )
 
 
 def _about_kwic(query: str) -> str | None:

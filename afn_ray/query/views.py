@@ -281,6 +281,12 @@ def mean_vectors_view(path: str | None) -> str:
 
 # --- classes ---
 
+CLASSES_OF_TYPES = (
+    "SELECT layer, class, sum(n) AS n, sum(n_high) / sum(n) AS share_high FROM vocabulary "
+    "WHERE class <> 'special' GROUP BY ALL"
+)
+"""Query of classes as ``afn show`` has them: by the types of the vocabulary, without quartiles."""
+
 
 def classes_view(recorded: RecordedColumns) -> str:
     """SQL of the ``classes`` view.
@@ -315,7 +321,7 @@ def classes_view(recorded: RecordedColumns) -> str:
             {high} AS share_high_high,
             mean, q1, q2, q3
         FROM ({of_layers})"""  # noqa: S608
-    return answerable(view, recorded, NO_WORDS)
+    return answerable(view, recorded, NO_WORDS, CLASSES_OF_TYPES)
 
 
 # --- salience ---

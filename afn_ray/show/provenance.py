@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
+from afn_ray import token_rows
 from afn_ray.config import RunConfig
 from afn_ray.provenance import PACKAGES
 from afn_ray.text import count
@@ -94,9 +95,12 @@ def shown_command(config: Mapping[str, Any]) -> str:
 def command_line(config: Mapping[str, Any]) -> str:
     """The ``afn run`` command that gives a run's recorded ``config``, quoted for a shell."""
     words = ["afn", "run", *config["corpus"]]
+    left_out = {"corpus"}
+    if not token_rows.is_complete(config.get("record", token_rows.ALL)):
+        left_out.add("screen")  # record implies that it is 0
     for field in fields(RunConfig):
         value = config.get(field.name, field.default)
-        if field.name == "corpus" or (field.default is not MISSING and value == field.default):
+        if field.name in left_out or (field.default is not MISSING and value == field.default):
             continue
         flag = "--" + field.name.replace("_", "-")
         if not isinstance(value, bool):

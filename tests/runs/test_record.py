@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -19,10 +20,11 @@ from afn_ray import samples, token_rows
 from afn_ray.analysis import baselines, claims, culprits, some_rows, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, QueryError
+from afn_ray.query import no_rows
 from afn_ray.reduce.compare import compare
 from afn_ray.runs import estimate
 from afn_ray.schema import Series
-from afn_ray.show import report
+from afn_ray.show import provenance, report
 from afn_ray.show.run_facts import facts
 from afn_ray.show.summary import summarise
 from afn_ray.store import garbage, label_thresholds, manifest, series_runs, verdicts
@@ -156,6 +158,32 @@ def test_a_question_for_rows_that_are_not_there_says_so(
             claims.claims(run)
         (note,) = run.why_some("SELECT count(*) FROM tokens")
         assert token_rows.describe(record) in note and not run.why_some("FROM documents")
+        for view in no_rows.SCREENED:
+            assert run.sql(f"FROM {view}").fetchall() == []
+            (why, *_) = run.why_empty(f"FROM {view}")
+            assert f"{view}: empty, since --record {record} leaves out the screening" in why
+
+
+@pytest.mark.parametrize("record", MODES)
+def test_what_is_there_is_advised_and_the_command_has_no_screen_that_record_implies(
+    record: str, lean: Callable[[str], RunConfig]
+) -> None:
+    asked = token_rows.why_refused(record).partition(": ask its ")[2]
+    names = asked.partition(", or give")[0].replace(" and", ",").split(", ")
+    with afn_ray.open_run(lean(record).store) as run:
+        for name in names:
+            assert run.sql(f"FROM {name}").limit(1).fetchall(), name
+        assert ("tokens" in names) == (record != "summaries")
+        words = provenance.command_line(run.info["config"])
+        if record == "sample:20%":
+            return
+        with pytest.raises(QueryError) as refused:
+            run.sql("FROM classes").fetchall()
+        (query,) = re.findall("nearly the same is: (SELECT .* GROUP BY ALL)", str(refused.value))
+        shown = summarise(manifest.find_run(run.uri)).classes.to_pylist()
+        found = run.sql(query).fetchall()
+        assert {(c["layer"], c["name"], c["n"]) for c in shown} == {row[:3] for row in found}
+    assert f"--record {record}" in words and "--screen" not in words
 
 
 @pytest.mark.parametrize("record", MODES)
