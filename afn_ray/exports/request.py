@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from afn_ray import kept
-from afn_ray.errors import ConfigError
+from afn_ray.errors import ConfigError, QueryError
 from afn_ray.exports.formats import FORMATS
 from afn_ray.query.column_comments import column_comments
 from afn_ray.query.database import Run
@@ -23,6 +24,8 @@ from afn_ray.text import nearest
 
 BATCH_ROWS = 1 << 16
 """Rows that come from the query process at a time."""
+LOST_TYPES = re.compile(r"\bBIT\b|\bTIME WITH TIME ZONE\b")
+"""SQL types that Arrow lacks: values would come as others without an error, or not at all."""
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,15 @@ def _of_corpus(run: Run, table: str, columns: Sequence[str]) -> set[str]:
 def arrow_schema(run: Run, request: ExportRequest) -> pa.Schema:
     """Schema of the files: with comments of the columns, and where the rows come from.
 
-    Columns of one name are numbered: no format of an export has two of them.
+    Columns of one name are numbered: no format of an export has two of them. Raises ``QueryError``
+    for a type that Arrow lacks.
     """
+    for name, sql_type in request.columns:
+        if (lost := LOST_TYPES.search(sql_type)) is not None:
+            raise QueryError(
+                f"a column does not fit into {request.format}: {name[:80]!r} has the type "
+                f"{lost[0]}; cast it in the query, as with ::VARCHAR"
+            )
     comments: dict[str, str] = {}
     if request.table is not None:
         names = [name for name, _ in request.columns]

@@ -227,6 +227,8 @@ def test_types_that_a_format_lacks_are_widened_or_refused_at_once(run: Run, tmp_
     assert row == {"l": [1], "s": {"x": 2}, "e": ["x"], "m": [("k", 3)], "f": [4]}
     for format, lacking in (
         ("parquet", "INTERVAL 1 DAY"),
+        ("parquet", "TIMETZ '12:00:00+05'"),
+        ("csv", "['101'::BIT]"),
         ("iceberg", "TIMESTAMP_NS '2026-01-02'"),
         ("iceberg", "['2026-01-02'::TIMESTAMP_NS]"),
     ):
