@@ -26,12 +26,14 @@ def _render(summary: RunSummary, console: Console) -> None:
     table.show_header = False
     for name, value in run_facts.facts(summary):
         table.add_row(name, Text(printable(value)))
-    command = provenance.shown_command(summary.info["config"])
-    table.add_row("to repeat", Text(printable(command)))
     console.print(table)
     render_thresholds(summary, console)
     render_classes(summary, console)
     render_caution(summary, console)
+    command = provenance.shown_command(summary.info["config"])
+    console.print("[bold]To repeat it[/bold]")
+    # one line at any width, to be copied
+    console.print(printable(command), markup=False, soft_wrap=True)
 
 
 def render_thresholds(summary: RunSummary, console: Console) -> None:

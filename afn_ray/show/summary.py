@@ -17,6 +17,7 @@ from afn_ray.reduce import language_uses, losses
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
+from afn_ray.show import provenance
 from afn_ray.store import checksums, label_thresholds, manifest
 
 MAX_CLASSES = 24
@@ -276,5 +277,5 @@ def _idf_auc(vocabulary: pa.Table) -> float | None:
 
 
 def to_json(summary: RunSummary) -> dict[str, Any]:
-    """The summary as plain values; class shares include their interval."""
-    return asdict(summary)
+    """The summary as plain values: class shares with their interval, and the command to repeat."""
+    return asdict(summary) | {"command": provenance.command_line(summary.info["config"])}

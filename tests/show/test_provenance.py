@@ -22,6 +22,7 @@ from afn_ray.errors import StoreError
 from afn_ray.provenance import PACKAGES, software
 from afn_ray.runs import worker
 from afn_ray.show import provenance
+from afn_ray.show.summary import summarise, to_json
 from afn_ray.store import manifest
 from afn_ray.store.settings import config_from
 from conftest import config_of, edit_checksummed
@@ -61,10 +62,14 @@ def test_afn_show_names_the_software_and_the_command(
     assert software().items() <= kind["made_by"].items()
     with pytest.raises(SystemExit, match=r"^0$"):
         commands.main(["show", uri])
-    shown = "".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    shown = "".join(" ".join(lines).split())
     for name in PACKAGES:
         assert f"{name}{version(name)}" in shown
-    assert f"afnrun{''.join(config.corpus)}--model{config.model}" in shown
+    command = provenance.command_line(info["config"])
+    assert command.startswith(f"afn run {' '.join(config.corpus)} --model {config.model}")
+    assert len(command) > 80 and command in lines  # one line at any width, to be copied
+    assert to_json(summarise(uri))["command"] == command
 
 
 @pytest.mark.parametrize(
