@@ -120,7 +120,13 @@ class Result:
         """
         schema, batches = self._batches(batch_size)
         if _has_duckdb_types(schema):  # convert DuckDB's own types to the nearest Arrow types
-            schema = self._arrow_types(schema.empty_table()).schema
+            try:
+                schema = self._arrow_types(schema.empty_table()).schema
+            except pa.ArrowNotImplementedError as error:
+                raise QueryError(
+                    "a column is a list or a struct of a type that Arrow lacks ("
+                    f"{', '.join(self.types)[:200]}); cast it in the query, as with ::VARCHAR"
+                ) from error
             batches = self._arrow_types_only(batches)
         return pa.RecordBatchReader.from_batches(schema, batches)
 

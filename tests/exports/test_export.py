@@ -237,6 +237,8 @@ def test_types_that_a_format_lacks_are_widened_or_refused_at_once(run: Run, tmp_
         with pytest.raises(QueryError, match=match):
             afn_ray.export(run, str(target), sql=f"SELECT {lacking} AS i", format=format)
         assert not target.exists()
+    with pytest.raises(QueryError, match=r"Arrow lacks \(BIT\[\]\); cast it in the query"):
+        run.sql("SELECT ['101'::BIT] AS i").to_arrow_reader()
 
 
 def test_files_say_what_their_columns_hold_and_where_they_come_from(
