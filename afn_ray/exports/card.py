@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from afn_ray.exports.formats import CSV_RULES, READERS
+from afn_ray import token_rows
+from afn_ray.exports.formats import CSV_RULES
 from afn_ray.exports.request import ExportRequest
 from afn_ray.exports.writing import ExportFile
 from afn_ray.query.database import Run
 from afn_ray.query.no_rows import OF_TOKENS
-from afn_ray.query.views import VIEWS
+from afn_ray.query.views import described
 from afn_ray.reduce import duplicates
 from afn_ray.show import provenance, run_facts
 from afn_ray.show.summary import summarise
@@ -29,6 +30,8 @@ class AboutRun(NamedTuple):
     cautions: Sequence[str]
     labels: str
     """The thresholds that decide HIGH."""
+    row: str
+    """A row of the exported table; empty for a query."""
     left_out: Sequence[str]
     """Rows that the export cannot have, in sentences."""
 
@@ -45,6 +48,7 @@ def about(run: Run, request: ExportRequest) -> AboutRun:
         provenance.command_line(config),
         run_facts.cautions(summary),
         labels,
+        described(request.table, token_rows.record_of(run.info)) if request.table else "",
         left_out(run, request.table or str(request.sql)),
     )
 
@@ -61,9 +65,16 @@ def left_out(run: Run, query: str) -> list[str]:
 
 
 def readme(
-    run: AboutRun, request: ExportRequest, schema: pa.Schema, files: Sequence[ExportFile]
+    run: AboutRun,
+    request: ExportRequest,
+    schema: pa.Schema,
+    files: Sequence[ExportFile],
+    read: Sequence[str],
 ) -> str:
-    """The card of an export, as Markdown; the front matter makes it a dataset of the Hub."""
+    """The card of an export, as Markdown; the front matter makes it a dataset of the Hub.
+
+    ``read`` are lines that read the export.
+    """
     num_rows = sum(file.rows for file in files)
     of = "the result of a query" if request.table is None else f"the table `{request.table}`"
     parts = [
@@ -75,13 +86,13 @@ def readme(
         f"its strength is at or above Q3 {_inline(run.labels)}.",
     ]
     if request.table is not None:
-        parts.append(f"A row is: {VIEWS[request.table]}.")
+        parts.append(f"A row is: {run.row}.")
     else:
         parts.append(_fenced(str(request.sql)))
     parts += map(_inline, run.left_out)
     if request.baseline is not None:
         parts.append(f"The baseline is the run `{request.baseline}`.")
-    parts += ["## Read it", _fenced("\n".join(READERS[request.format]))]
+    parts += ["## Read it", _fenced("\n".join(read))]
     if request.format == "csv":
         parts.append(CSV_RULES)
     parts += ["## Columns", _columns(schema), "## The run"]

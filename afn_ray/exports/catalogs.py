@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,7 @@ class CommittedTable:
         """
         assert request.iceberg is not None
         self._id, self._asked = request.id_in(target), request.iceberg
+        self._target = target
         location = target if "://" in target else f"file://{target}"
         self._data = uris.join(location, "data")
         storage.make_folder(target)
@@ -141,6 +143,21 @@ class CommittedTable:
         committed = self.files()
         assert committed is not None
         return committed
+
+    def readers(self) -> list[str]:
+        """Lines that read the table, as it is now; the catalog's URI has no credentials."""
+        given = self._asked.catalog or _own_catalog(self._target)
+        opened = json.dumps(given, ensure_ascii=False)
+        if "://" in given:
+            opened = f"{json.dumps(CATALOG)}, uri={opened}"
+        name = json.dumps(self._asked.name, ensure_ascii=False)
+        metadata = self._table.metadata_location.removeprefix("file://")
+        in_sql = metadata.replace("'", "''")
+        return [
+            f"pyiceberg: load_catalog({opened}).load_table({name})",
+            f"DuckDB:    FROM iceberg_scan('{in_sql}')",
+            f"Polars:    pl.scan_iceberg({json.dumps(metadata, ensure_ascii=False)})",
+        ]
 
     def _snapshot(self) -> Snapshot | None:
         """The snapshot of the export, whatever was committed after it."""
@@ -210,6 +227,11 @@ def _load_catalog() -> Any:
     return load_catalog
 
 
+def _own_catalog(target: str) -> str:
+    """URI of the catalog that a local ``target`` has in itself."""
+    return f"sqlite:///{target}/catalog.db"
+
+
 def _catalog(given: str | None, target: str) -> Catalog:
     """The catalog ``given`` by its URI or name; a local ``target`` has one in itself."""
     load_catalog = _load_catalog()
@@ -219,7 +241,7 @@ def _catalog(given: str | None, target: str) -> Catalog:
                 f"an Iceberg table in {target} needs a catalog: give its URI, or the name that it "
                 "has in pyiceberg's configuration"
             )
-        given = f"sqlite:///{target}/catalog.db"
+        given = _own_catalog(target)
     if "://" not in given:
         named: Catalog = load_catalog(given)
         return named

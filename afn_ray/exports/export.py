@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from afn_ray import notebook
 from afn_ray.errors import ConfigError
-from afn_ray.exports import card, catalogs, parts, writing
+from afn_ray.exports import card, catalogs, formats, parts, writing
 from afn_ray.exports.request import (
     BATCH_ROWS,
     ExportRequest,
@@ -157,7 +157,8 @@ def _write(
             return finished
         if table is not None:
             files = table.commit(files)
-    return target.finish(files, card.readme(about, request, schema, files))
+    read = formats.readers(request.format, target.uri) if table is None else table.readers()
+    return target.finish(files, card.readme(about, request, schema, files, read))
 
 
 def _files(

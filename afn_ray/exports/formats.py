@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
+from afn_ray.store import uris
+
 FORMATS = {"parquet": "parquet", "iceberg": "parquet", "hf-dataset": "parquet", "csv": "csv"}
 """Endings of the files, by format."""
 READERS = {
@@ -11,13 +15,8 @@ READERS = {
         'pandas: pd.read_parquet("data")',
         'Spark:  spark.read.parquet("data")',
     ),
-    "iceberg": (
-        'pyiceberg: load_catalog("afn", uri="CATALOG").load_table("TABLE")',
-        "DuckDB:    FROM iceberg_scan('metadata/NEWEST.metadata.json')",
-        'Polars:    pl.scan_iceberg("metadata/NEWEST.metadata.json")',
-    ),
     "hf-dataset": (
-        'datasets: load_dataset("THIS FOLDER", split="train")',
+        'datasets: load_dataset({dataset}, split="train")',
         "DuckDB:   FROM 'data/*.parquet'",
     ),
     "csv": (
@@ -25,7 +24,7 @@ READERS = {
         'Polars: pl.scan_csv("data/*.csv")',
     ),
 }
-"""Lines that read an export in its folder, by format."""
+"""Lines that read an export in its folder, by format; those of Iceberg are the table's."""
 CSV_RULES = (
     "Each file begins with the names of the columns. There is a comma between fields, and "
     "a line feed after a row. Text is in quotes, and a quote inside is doubled; it is UTF-8 and "
@@ -35,3 +34,12 @@ CSV_RULES = (
     "formula."
 )
 """The form of CSV, in words."""
+
+
+def readers(format: str, target: str) -> list[str]:
+    """Lines that read an export in its folder ``target``; ``datasets`` needs its whole path."""
+    dataset = json.dumps(target, ensure_ascii=False)
+    if not uris.is_local(target):
+        files = uris.join(target, "data", "*.parquet")
+        dataset = f'"parquet", data_files={json.dumps(files, ensure_ascii=False)}'
+    return [line.replace("{dataset}", dataset) for line in READERS[format]]

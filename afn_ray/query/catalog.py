@@ -10,7 +10,7 @@ import duckdb
 from afn_ray.errors import ConfigError
 from afn_ray.query import sandbox, session
 from afn_ray.query.contents import Contents, read_contents
-from afn_ray.query.views import DERIVED, VIEWS
+from afn_ray.query.views import DERIVED, described
 from afn_ray.reduce import history
 from afn_ray.store import disk, manifest
 
@@ -53,6 +53,7 @@ def _write_catalog(path: Path, place: str, contents: Contents) -> None:
             session.fill(connection, contents.tables, contents.statements)
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
-                connection.execute(f"COMMENT ON VIEW {view} IS '{VIEWS[view]}; {hint}'")
+                text = described(view, contents.shard_views.recorded.record)
+                connection.execute(f"COMMENT ON VIEW {view} IS '{text}; {hint}'")
     finally:
         path.with_name(f"{path.name}.wal").unlink(missing_ok=True)

@@ -33,7 +33,7 @@ from afn_ray.schema import (
     WORD_START,
     Series,
 )
-from afn_ray.token_rows import NO_TOKENS, NO_WORDS
+from afn_ray.token_rows import HIGH, NO_TOKENS, NO_WORDS, SAMPLE
 
 VIEWS = {
     "tokens": "one row per token of the corpus, special tokens included",
@@ -95,6 +95,19 @@ VIEWS = {
     "run": "the run itself: one row",
 }
 """Descriptions of the views, by name."""
+
+
+def described(view: str, record: str) -> str:
+    """Description of a view of a run whose config has ``record``: of the rows that it keeps."""
+    kind, _, share = record.partition(":")
+    if kind == HIGH and view == "tokens":
+        return "one row per token that is HIGH at one of the layers; special tokens are left out"
+    if kind == SAMPLE and view in ("tokens", "words", "classes"):
+        text = VIEWS[view].replace(" of the corpus, ", ", ")
+        return f"{text}; of a sample of {share} of the documents"
+    return VIEWS[view]
+
+
 DERIVED = (
     "tokens",
     "documents",

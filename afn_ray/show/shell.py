@@ -20,9 +20,10 @@ from prompt_toolkit.lexers import PygmentsLexer
 from pygments.lexers.sql import SqlLexer  # type: ignore[import-untyped]
 from rich.console import Console
 
+from afn_ray import token_rows
 from afn_ray.errors import QueryError
 from afn_ray.query.database import Run
-from afn_ray.query.views import MACROS, VIEWS
+from afn_ray.query.views import MACROS, VIEWS, described
 from afn_ray.show.query_output import print_result, say_notes
 from afn_ray.text import printable
 
@@ -146,17 +147,20 @@ class Shell:
                 if self.timer:
                     self._say(f"{time.monotonic() - began:.3f} s")
 
+    def _described(self, view: str) -> str:
+        return described(view, token_rows.record_of(self.run.info))
+
     def _command(self, name: str, *arguments: str) -> None:
         argument = arguments[0] if arguments else ""
         if name == ".help":
             self._say("SQL ends with a semicolon; commands stand on a line of their own:")
             self._say("\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items()))
         elif name == ".tables":
-            self._say("\n".join(f"  {name:12}{text}" for name, text in VIEWS.items()))
+            self._say("\n".join(f"  {name:12}{self._described(name)}" for name in VIEWS))
             self._say("\n".join(f"  {name}\n              {text}" for name, text in MACROS.items()))
         elif name == ".schema" and (not argument or argument in VIEWS):
             for view in [argument] if argument else VIEWS:
-                self._say(f"{view}: {VIEWS[view]}")
+                self._say(f"{view}: {self._described(view)}")
                 result = self.run.sql(f"FROM {view}")
                 self._say(
                     "\n".join(

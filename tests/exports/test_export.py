@@ -6,6 +6,7 @@ import contextlib
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 import afn_ray
 from afn_ray.cli import commands
 from afn_ray.errors import ConfigError, QueryError
-from afn_ray.exports import catalogs, writing
+from afn_ray.exports import catalogs, formats, writing
 from afn_ray.exports.formats import FORMATS
 from afn_ray.exports.target import Target
 from afn_ray.exports.writing import ExportFile
@@ -123,6 +124,12 @@ def test_datasets_loads_the_rows_of_sql_and_the_card(
     assert in_order(loaded["train"].to_list()) == in_order(asked(run))
     card = (tmp_path / "hub" / "README.md").read_text("utf-8")
     assert card.startswith("---\npretty_name: ") and run.id in card
+    (read,) = re.findall(r"^datasets: load_dataset\((.*)\)$", card, re.M)
+    assert read == f'"{tmp_path}/hub", split="train"'
+    assert formats.readers("hf-dataset", "memory://b/hub")[0] == (
+        'datasets: load_dataset("parquet", data_files="memory://b/hub/data/*.parquet", '
+        'split="train")'
+    )
 
 
 def test_readers_of_iceberg_get_the_rows_of_sql_and_the_comments(
@@ -148,6 +155,13 @@ def test_readers_of_iceberg_get_the_rows_of_sql_and_the_comments(
     assert {c.name: int(c.metadata[b"PARQUET:field_id"]) for c in columns} == ids
     assert "Q3 of the run's labels at layer 3" in str(found.schema().find_field("high_3").doc)
     assert len(found.snapshots()) == 1 and len(files) == len(done.files) > 2
+    # The card's lines read it as they are.
+    card = (target / "README.md").read_text("utf-8")
+    (line,) = re.findall("^pyiceberg: (.*)$", card, re.M)
+    assert line == f'load_catalog("afn", uri="{table.catalog}").load_table("nights.tokens")'
+    (metadata,) = re.findall(r"""iceberg_scan\('(.*)'\)""", card)
+    assert f'pl.scan_iceberg("{metadata}")' in card
+    assert polars.scan_iceberg(metadata).collect().height == len(rows)
     assert afn_ray.export(run, str(target), **options) == afn_ray.Exported(
         done.uri, "iceberg", done.files, num_new=0
     )

@@ -15,6 +15,7 @@ from afn_ray.cli import commands
 from afn_ray.config import RunConfig
 from afn_ray.exports import parts
 from afn_ray.query.database import Run
+from afn_ray.query.views import described
 from conftest import config_of, write_jsonl
 
 
@@ -93,8 +94,10 @@ def test_the_card_and_the_command_say_which_rows_are_there_and_what_is_high(
         said = capsys.readouterr().err
         card = (target / "README.md").read_text("utf-8")
         assert f"note: {words}" in said and words in card
+        assert ("A row is: one row per token of the corpus" in card) == (uri != lean.uri)
         assert other not in said + card
         assert (frozen in card) == (uri == lean.uri)
+    assert "of the corpus" not in described("tokens", "high") + described("tokens", "sample:1%")
     afn_ray.export(lean, str(tmp_path / "d"), "documents")
     assert "tokens: " not in (tmp_path / "d" / "README.md").read_text("utf-8")
 
