@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from afn_ray import conditions, kept, samples, text_encodings, token_rows
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
-from afn_ray.option_rules import AUTO_LANGUAGE, NEEDS, check_value
+from afn_ray.option_rules import ADD_THRESHOLDS, AUTO_LANGUAGE, NEEDS, check_value
 from afn_ray.schema import LANGUAGE as LANGUAGE_COLUMN
 from afn_ray.schema import STRENGTH
 
@@ -308,7 +308,7 @@ class RunConfig:
         if self.record == token_rows.HIGH and self.thresholds is None:
             raise ConfigError(
                 "record is 'high', but what is HIGH is known before the corpus is measured only by "
-                "thresholds: name the run whose thresholds say it, or give record = 'sample:1%'"
+                f"thresholds: {ADD_THRESHOLDS}, or ask for --record sample:1%"
             )
         if self.screen not in (0, DEFAULTS["screen"]):
             raise ConfigError(

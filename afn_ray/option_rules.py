@@ -119,6 +119,11 @@ MOST = {
 """Largest values of numbers, by key."""
 ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
 """Values that numbers must exceed, by key; none is infinite."""
+ADD_THRESHOLDS = (
+    "measure once without this option, then add the thresholds of that run (--thresholds RUN, in a "
+    "config thresholds = 'RUN')"
+)
+"""Advice for an option that asks which tokens are HIGH while they are measured."""
 HAS_NEURONS = {"pattern": r"(^|,)\s*neurons\s*(,|$)"}
 HAS_NO_NEURONS = {"pattern": r"^(?!(.*,)?\s*neurons\s*(,|$))"}
 NEEDS = (
@@ -138,8 +143,8 @@ NEEDS = (
         "neurons_of",
         "thresholds",
         {},
-        "what is HIGH is known before the corpus is measured only by thresholds: name the "
-        "run whose thresholds say it",
+        "what is HIGH is known before the corpus is measured only by thresholds: "
+        f"{ADD_THRESHOLDS}",
     ),
     Need(
         "mean_vectors",

@@ -216,7 +216,8 @@ class Session:
         try:
             made: Any = cursor.sql(query, params=parameters)
         except duckdb.ProgrammingError as error:
-            raise _placed(error, cursor, query, parameters) from error
+            placed = _placed(error, cursor, query, parameters)
+            raise type(placed)(f"{placed}{_to_quote(cursor, query)}") from error
         for name, arguments, options in steps[1:]:
             made = getattr(made, name)(
                 *(self._argument(cursor, a) for a in arguments),
@@ -253,6 +254,25 @@ def _encoded(schema: pa.Schema, batch: pa.RecordBatch | None) -> pa.Buffer:
         if batch is not None:
             writer.write_batch(batch)
     return sink.getvalue()
+
+
+def _to_quote(cursor: duckdb.DuckDBPyConnection, query: str) -> str:
+    """A hint at the columns with hyphens that ``query`` names without quotes, or "".
+
+    ``query`` has failed, which ended the transaction of ``cursor``.
+    """
+    cursor.rollback()
+    listed = cursor.execute(
+        "SELECT DISTINCT column_name FROM duckdb_columns() WHERE contains(column_name, '-') "
+        "ORDER BY ALL"
+    )
+    bare = []
+    for (name,) in listed.fetchall():
+        if re.search(rf"(?i)(?<![\w\"'-]){re.escape(name)}(?![\w\"'-])", query):
+            bare.append(f'"{name}"')
+    if not bare:
+        return ""
+    return f"\nA name with hyphens needs double quotes, or SQL subtracts: {', '.join(bare)}"
 
 
 def _placed(

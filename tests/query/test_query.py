@@ -482,6 +482,17 @@ def test_own_tables_are_joined(run: Run) -> None:
         run.sql("FROM read_csv('dates.csv')").fetchall()
 
 
+def test_a_name_with_hyphens_that_lacks_its_quotes_is_named(run: Run) -> None:
+    kept = pa.table({"http-status": [200], "WARC-Date": ["x"]})
+    with pytest.raises(QueryError) as caught:
+        run.sql('SELECT "WARC-Date", HTTP-status FROM kept_columns', kept_columns=kept)
+    assert str(caught.value).endswith('needs double quotes, or SQL subtracts: "http-status"')
+    with pytest.raises(QueryError) as caught:
+        run.sql('SELECT "http-status", day FROM kept_columns', kept_columns=kept)
+    assert "double quotes" not in str(caught.value)
+    assert run.sql('SELECT "http-status" FROM k', k=kept).fetchall() == [(200,)]
+
+
 @pytest.mark.parametrize("can_fork", [True, False])
 def test_a_crash_a_hang_and_memory_leave_the_run_usable(
     store: Path, own_templates: None, monkeypatch: pytest.MonkeyPatch, can_fork: bool

@@ -211,7 +211,7 @@ def test_the_estimate_knows_what_is_kept(full: RunConfig, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"record": "high"}, "only by thresholds"),
+        ({"record": "high"}, "without this option, then .*--thresholds RUN"),
         ({"record": "sample:100%"}, "sample: and a share"),
         ({"record": "some"}, "expected all, summaries, high"),
         ({"record": "summaries", "signals": "neurons"}, "signals has neurons"),
