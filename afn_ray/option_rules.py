@@ -143,8 +143,7 @@ NEEDS = (
         "neurons_of",
         "thresholds",
         {},
-        "what is HIGH is known before the corpus is measured only by thresholds: "
-        f"{ADD_THRESHOLDS}",
+        f"what is HIGH is known before the corpus is measured only by thresholds: {ADD_THRESHOLDS}",
     ),
     Need(
         "mean_vectors",

@@ -34,6 +34,7 @@ from afn_ray.schema import (
 from afn_ray.store import layout, records
 from afn_ray.store.commits import Commit
 from afn_ray.store.shard_tables import DOC, ShardTable
+from afn_ray.text import count
 
 Ints = npt.NDArray[np.int64]
 
@@ -75,7 +76,8 @@ def check_rows(
         return
     if (num_rows := tables["tokens"].metadata.num_rows) != counts["tokens"]:
         message = (
-            f"it has {num_rows} rows, but the documents have {counts['tokens']} tokens together"
+            f"it has {count(num_rows, 'row')}, but the documents have "
+            f"{count(counts['tokens'], 'token')} together"
         )
         raise Wrong("tokens", message)
     counts["special"], summary = _check_tokens(tables["tokens"], documents, series, tagged)
@@ -103,7 +105,7 @@ def _check_counts(counts: Mapping[str, int], commit: Commit, read: Shard) -> Non
     if is_known and sum(planned) != num_read:
         raise Wrong(
             "documents",
-            f"it has {num_read} documents, but the slices read hold {sum(planned)}",
+            f"it has {count(num_read, 'document')}, but the slices read hold {sum(planned)}",
         )
 
 
@@ -114,7 +116,9 @@ def _check_summary(file: ShardTable, summary: Summary) -> None:
         raise Wrong("summary", "it is not the summary of the tokens beside it")
     num_groups = sum(len(table) > 0 for table in expected)
     if file.num_row_groups != num_groups:
-        raise Wrong("summary", f"it has {file.num_row_groups} row groups, expected {num_groups}")
+        raise Wrong(
+            "summary", f"it has {count(file.num_row_groups, 'row group')}, expected {num_groups}"
+        )
 
 
 def _check_schemas(
@@ -159,7 +163,9 @@ def _check_schemas(
             raise Wrong(table, f"it has schema version {found}, but its commit says {of_commit}")
         num_rows = commit.files[table].get("rows")
         if file.metadata.num_rows != num_rows:
-            message = f"it has {file.metadata.num_rows} rows, but its commit says {num_rows}"
+            message = (
+                f"it has {count(file.metadata.num_rows, 'row')}, but its commit says {num_rows}"
+            )
             raise Wrong(table, message)
     return series, tagged, detected
 
@@ -196,7 +202,9 @@ def _check_documents(documents: pa.Table) -> dict[str, int]:
     wrong = (n_tokens > 0) == (is_empty | is_quarantined)
     if wrong.any():
         doc = int(np.argmax(wrong))
-        message = f"doc {doc} has {n_tokens[doc]} tokens and status {status[doc].as_py()!r}"
+        message = (
+            f"doc {doc} has {count(n_tokens[doc], 'token')} and status {status[doc].as_py()!r}"
+        )
         raise Wrong("documents", message)
     total = int(n_tokens.sum())
     return {

@@ -14,6 +14,7 @@ from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.stats import is_high
 from afn_ray.schema import HASH_ID_CHARS, SPECIAL, STRENGTH, Series
 from afn_ray.store.shard_tables import DOC, ShardTable
+from afn_ray.text import count
 
 OF_DOCUMENTS = ("doc_id", "text_sha256", "source", "offset")
 """Columns of ``documents`` by which a document is drawn."""
@@ -28,7 +29,7 @@ def wrong_rows(file: ShardTable, documents: pa.Table, series: Sequence[Series], 
     """
     if record == token_rows.SUMMARIES:
         found = file.metadata.num_rows
-        return f"it has {found:,} rows, but the shard keeps none" if found else ""
+        return f"it has {count(found, 'row')}, but the shard keeps none" if found else ""
     table = file.read([DOC, "position", "flags", *(s.name for s in series)])
     docs, positions = (table[name].to_numpy().astype(np.int64) for name in (DOC, "position"))
     n_tokens = documents["n_tokens"].to_numpy().astype(np.int64)
@@ -78,7 +79,7 @@ def _wrong_choice(table: pa.Table, docs: Ints, documents: pa.Table, record: str)
     if np.array_equal(got, expected):
         return ""
     doc = int(np.argmax(got != expected))
-    return f"it has {got[doc]:,} rows of doc {doc}, expected {expected[doc]:,}"
+    return f"it has {count(got[doc], 'row')} of doc {doc}, expected {expected[doc]:,}"
 
 
 def _id_of(row: dict[str, object]) -> str:

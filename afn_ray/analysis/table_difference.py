@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
+from afn_ray.text import count
+
 RELATIVE = 1e-9
 """Relative tolerance between two computations of a mean, as the order of a sum may differ.
 
@@ -21,7 +23,7 @@ def difference(stored: pa.Table, expected: pa.Table) -> str:
     if stored.column_names != expected.column_names:
         return f"its columns are {stored.column_names}, expected {expected.column_names}"
     if len(stored) != len(expected):
-        return f"it has {len(stored)} rows, expected {len(expected)}"
+        return f"it has {count(len(stored), 'row')}, expected {len(expected)}"
     for name in expected.column_names:
         ours, theirs = expected[name], stored[name]
         row = _first_difference(theirs, ours, ABSOLUTE if name in FITTED else 1e-12)

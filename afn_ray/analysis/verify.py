@@ -217,7 +217,7 @@ def _check_shards(contents: _Scope, on_progress: OnMessage) -> dict[ShardKey, Ch
     with ThreadPoolExecutor(SHARDS_AT_ONCE) as pool:
         for place, one in zip(files, pool.map(check, files), strict=True):
             checked[place] = one
-            on_progress(f"{len(checked):,} of {len(files):,} shards checked")
+            on_progress(f"{len(checked):,} of {count(len(files), 'shard')} checked")
     return checked
 
 

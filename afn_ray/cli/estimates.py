@@ -30,7 +30,8 @@ def print_estimate(e: Estimate, console: Console) -> None:
         ("windows", f"{e.window_tokens} tokens, {e.overlap_tokens} shared by neighbours"),
         (
             "corpus",
-            f"{about}{e.num_documents:,} documents, {e.num_bytes:,} bytes in {e.num_files:,} files",
+            f"{about}{count(e.num_documents, 'document')}, {count(e.num_bytes, 'byte')} in "
+            f"{count(e.num_files, 'file')}",
         ),
         *_selected(e),
         (
@@ -101,7 +102,7 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
     yield (
         "time",
         (
-            f"about {_duration(e.seconds)} with {e.num_workers} workers: loading "
+            f"about {_duration(e.seconds)} with {count(e.num_workers, 'worker')}: loading "
             f"{_duration(e.load_s)}, reduce and screening {_duration(e.reduce_s)}"
         ),
     )

@@ -139,6 +139,8 @@ def _progress() -> Callable[[ExportFile, int | None], None]:
         if time.monotonic() - said_s >= SAY_EVERY_S:
             said_s = time.monotonic()
             parts = f" of at most {of:,}" if of else ""
-            print(f"{count(files, 'file')}{parts} written, {num_rows:,} rows", file=sys.stderr)
+            print(
+                f"{count(files, 'file')}{parts} written, {count(num_rows, 'row')}", file=sys.stderr
+            )
 
     return say

@@ -146,7 +146,7 @@ def _log(console: Console) -> OnEvent:
             last = time.monotonic()
         match event:
             case events.Hashing(done, total):
-                console.print(f"{event.message}: {done:,} of {total:,} files", markup=False)
+                console.print(f"{event.message}: {done:,} of {count(total, 'file')}", markup=False)
             case events.Working(progress):
                 what, done, total = bar_counts(progress)
                 text = f"{what} {done:,}/{total:,}  {_note(progress)}"
@@ -224,7 +224,7 @@ def _note(progress: Progress) -> str:
     if progress.num_documents:  # the bar already shows documents
         counted = f"{progress.num_done:,} of {count(progress.num_shards, 'shard')}"
     else:
-        counted = f"{progress.num_measured:,} documents"
+        counted = count(progress.num_measured, "document")
     parts = [counted, f"{progress.tokens_per_s:,.0f} tokens/s"]
     if (share := progress.share_padded) is not None:
         parts.append(f"{share:.1%} padding")

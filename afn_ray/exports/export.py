@@ -26,6 +26,7 @@ from afn_ray.query.database import Run, open_run
 from afn_ray.query.shard_views import SHARD_VIEWS, ShardRange
 from afn_ray.show.query_output import unique_names
 from afn_ray.store import uris
+from afn_ray.text import count
 
 FILE_BYTES = 256 << 20
 """Default size of a file, in bytes."""
@@ -64,7 +65,7 @@ class Exported:
         return pa.Table.from_pylist([asdict(file) for file in self.files], FILES)
 
     def _repr_html_(self) -> str:
-        return notebook.table(f"{self.num_rows:,} rows as {self.format}", self.table)
+        return notebook.table(f"{count(self.num_rows, 'row')} as {self.format}", self.table)
 
 
 def export(

@@ -22,7 +22,7 @@ from afn_ray.query.shard_views import ShardViews
 from afn_ray.query.views import VIEWS
 from afn_ray.reduce import history
 from afn_ray.store import manifest
-from afn_ray.text import printable
+from afn_ray.text import count, printable
 
 MAX_TIMEOUT_S = 1_000_000
 """Largest time limit of a query, in seconds."""
@@ -189,7 +189,7 @@ class Run:
         model, layers = self.info.get("model", {}).get("name"), self.info["layers"]
         tokens = self.info.get("counts", {}).get("tokens", 0)
         return printable(
-            f"<Run {self.id}: {model}, layers {layers}, {tokens:,} tokens, {self.uri}>"
+            f"<Run {self.id}: {model}, layers {layers}, {count(tokens, 'token')}, {self.uri}>"
         )
 
     def _repr_html_(self) -> str:

@@ -42,6 +42,7 @@ from afn_ray.store import (
     storage,
 )
 from afn_ray.store.commits import describe_makers, provenance_of
+from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
 """Reason of a missing shard in a run that was only reduced."""
@@ -146,9 +147,10 @@ def _finish(
     num_missing = len(folder.info["quarantined"])
     if num_missing > config.allow_quarantined:
         raise IncompleteRun(
-            f"another process has completed run {folder.uri} without {num_missing} shards, more "
-            f"than --allow-quarantined {config.allow_quarantined} permits here; the same command "
-            "tries them again"
+            f"another process has completed run {folder.uri} without "
+            f"{count(num_missing, 'shard')}, more than --allow-quarantined "
+            f"{config.allow_quarantined} "
+            "permits here; the same command tries them again"
         )
     reports.report_complete(folder, results, on_event)
     reports.report_losses(folder, on_event)
@@ -230,7 +232,7 @@ def _reporting(reporter: Reporter, on_event: OnEvent) -> OnEvent:
             case events.Warned(notice):
                 reporter.notice(notice)
             case events.Hashing(num_read, num_files):
-                reporter.phase("planning", f"read {num_read:,} of {num_files:,} files")
+                reporter.phase("planning", f"read {num_read:,} of {count(num_files, 'file')}")
             case events.Calibrating() | events.Starting() | events.Reducing() | events.Screening():
                 reporter.phase(event.name, event.message)
         on_event(event)

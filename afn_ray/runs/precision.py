@@ -10,6 +10,7 @@ import numpy as np
 
 from afn_ray.errors import ModelError, OutOfMemory, StoreError
 from afn_ray.schema import SPECIAL
+from afn_ray.text import count
 
 if TYPE_CHECKING:  # torch is loaded where a calibration runs, not where its decision is read
     from afn_ray.runs.measurer import Measurer
@@ -99,7 +100,7 @@ def describe(precision: Precision) -> str:
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
             text += (
-                f" (against float32 on {precision.n_tokens:,} tokens "
+                f" (against float32 on {count(precision.n_tokens, 'token')} "
                 f"{max(trial.flips.values()):.2%} of the labels change, median relative error "
                 f"{max(trial.median_error.values()):.1e})"
             )
@@ -141,7 +142,7 @@ def decide(task: Task, texts: Sequence[str]) -> Precision:
     model.free_memory()
     n = reference.shape[1]
     if n < LEAST_TOKENS:
-        why = f"the sample has {n:,} tokens, too few to decide"
+        why = f"the sample has {count(n, 'token')}, too few to decide"
         return Precision("float32" if asked == "auto" else asked, asked, task.device, why, n)
     trials: list[Trial] = []
     for name in names:

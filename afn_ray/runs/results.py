@@ -14,6 +14,7 @@ from afn_ray.store import (
     plans,
 )
 from afn_ray.store.commits import Commit, Commits, total_counts
+from afn_ray.text import count
 
 MOST_REASONS = 1000
 """Quarantined shards whose file and reason run.json keeps; further ones have only their id.
@@ -43,7 +44,7 @@ def collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> 
     lost = [s.id for s in plan.shards if s.id not in commits and s.id not in failures]
     if lost:
         raise IncompleteRun(
-            f"{len(lost)} of {len(plan.shards)} shards have no commit and no reason: "
+            f"{len(lost)} of {count(len(plan.shards), 'shard')} have no commit and no reason: "
             f"{', '.join(lost[:9])}"
         )
     ordered = commits.in_order(s.id for s in done)

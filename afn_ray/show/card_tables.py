@@ -40,11 +40,11 @@ def _facts(card: Card) -> Table:
     table.show_header = False
     of_model = (
         f"{card.model_type}, {count(card.depth, 'layer')}, {card.hidden_size:,} dimensions, "
-        f"{card.dtype}, windows of {card.window_tokens:,} tokens"
+        f"{card.dtype}, windows of {count(card.window_tokens, 'token')}"
     )
     sample = (
         f"{count(card.documents, 'document')} of {', '.join(card.corpus)}: "
-        f"{card.tokens - card.special:,} tokens and {card.special:,} special ones"
+        f"{count(card.tokens - card.special, 'token')} and {card.special:,} special ones"
     )
     for name, value in (("model", of_model), ("sample", sample), ("run", card.run)):
         table.add_row(name, Text(printable(value)))

@@ -33,7 +33,7 @@ from afn_ray.show.explanation import (
     token_name,
     word_cells,
 )
-from afn_ray.text import visible
+from afn_ray.text import count, visible
 
 STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif;
@@ -84,7 +84,9 @@ def render_html(explanation: Explanation) -> str:
     layers = explanation.layers
     style = _style(layers)
     policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    measured = f"{len(explanation.tokens):,} tokens, {explanation.dtype} on {explanation.device}"
+    measured = (
+        f"{count(len(explanation.tokens), 'token')}, {explanation.dtype} on {explanation.device}"
+    )
     facts = (("Run", explanation.run), ("Model", explanation.model), ("Measured", measured))
     switch = "".join(
         f'<input type="radio" name="layer" id="show-{k}"{" checked" if k == layers[-1] else ""}>'

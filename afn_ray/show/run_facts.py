@@ -14,6 +14,7 @@ from afn_ray.show.figures import figure
 from afn_ray.show.summary import RunSummary
 from afn_ray.store import checksums
 from afn_ray.store.commits import COMPOSED, num_measured
+from afn_ray.text import count
 
 GENERIC = re.compile(
     r"models?|weights|final|export|output|snapshots?|checkpoint.*|[0-9a-f]{40}", re.IGNORECASE
@@ -58,7 +59,8 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         (
             "documents",
             f"{counts['documents']:,} = {num_measured(counts):,} measured + {counts['empty']:,} "
-            f"empty + {counts['quarantined']:,} quarantined, in {info['corpus']['files']:,} files",
+            f"empty + {counts['quarantined']:,} quarantined, in "
+            f"{count(info['corpus']['files'], 'file')}",
         ),
         *([("selected", selection)] if (selection := selected.describe(info)) else []),
         *_kept_rows(info),
@@ -77,7 +79,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         ),
         (
             "model",
-            f"{model_title(model['name'])} ({model['type']}, {model['depth']} layers, "
+            f"{model_title(model['name'])} ({model['type']}, {count(model['depth'], 'layer')}, "
             f"{info['measure']['dtype']})",
         ),
         ("precision", precision.describe(precision.from_json(info["precision"]))),
@@ -105,14 +107,17 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         (
             "finished",
             f"{info['finished_at']}, {info['seconds']:,.0f} s, "
-            f"{counts['shards'] - counts['shards_reused']} of {counts['shards']} shards "
+            f"{counts['shards'] - counts['shards_reused']} of {count(counts['shards'], 'shard')} "
             f"new{composed}",
         ),
     ]
     if missing := info.get("quarantined"):
         uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
         rows.append(
-            ("missing", f"{len(missing)} of {len(missing) + counts['shards']} shards: {uris}")
+            (
+                "missing",
+                f"{len(missing)} of {count(len(missing) + counts['shards'], 'shard')}: {uris}",
+            )
         )
     if summary.skipped:
         rows.append(("skipped", summary.skipped))

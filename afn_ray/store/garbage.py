@@ -15,6 +15,7 @@ from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_fil
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.leftovers import Leftover, find_leftovers
 from afn_ray.store.retention import RetentionRules, has_file, is_old, kept_runs, planned_shards
+from afn_ray.text import count
 
 KEEP = 30
 """Default number of newest complete runs that are kept."""
@@ -267,7 +268,7 @@ def _delete(snapshot: _Snapshot, on_progress: OnMessage) -> Garbage:
             few = folders[begin : begin + checksums.IO_THREADS]
             list(pool.map(lambda folder: _remove(*folder), few))
             num_deleted = begin + len(few)
-            on_progress(f"{num_deleted:,} of {len(folders):,} shards deleted")
+            on_progress(f"{num_deleted:,} of {count(len(folders), 'shard')} deleted")
     deleted = set(snapshot.doomed) - claimed
     for measure_id in {measure_id for measure_id, _ in deleted}:
         storage.remove_if_empty(uris.join(store, "shards", measure_id))

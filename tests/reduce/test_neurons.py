@@ -239,7 +239,9 @@ def test_sums_over_shards_are_sums_over_the_whole(made: RunConfig) -> None:
 
 
 def test_neurons_of_high_tokens_alone(made: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neurons_of is 'high', but what is HIGH.*--thresholds RUN"):
+    with pytest.raises(
+        ConfigError, match=r"neurons_of is 'high', but what is HIGH.*--thresholds RUN"
+    ):
         replace(made, neurons_of="high")
     with pytest.raises(
         ConfigError, match="neurons_of is 'high', but signals does not have neurons"

@@ -478,6 +478,7 @@ def test_a_dry_run_says_how_many_workers_a_run_has(
     assert (found.num_workers, found.workers_per_gpu) == (4, 2)
     assert "workers  4 workers, 2 on a GPU" in out.getvalue()
     assert "workers  each node with 4 GPUs and 4 CPUs has room for 4 of 8" in out.getvalue()
+    assert "corpus   300 documents, 7,200 bytes in 1 file\n" in out.getvalue()
 
 
 def test_a_benchmark_on_a_gpu_has_the_tokenizers_of_a_real_worker(
