@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +83,10 @@ RANKED = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Rankings:
-    """The first words by the lower ends of two intervals, both clustered by document."""
+    """The first words by the lower ends of two intervals, both clustered by document.
+
+    Those of ``beyond`` are HIGH more often than is expected, so it may have fewer.
+    """
 
     salient: Sequence[RankedWord]  # of the HIGH share
     beyond: Sequence[RankedWord]  # of the difference from what is expected
@@ -123,7 +127,7 @@ def rankings(run: str | manifest.RunFolder | Run, layer: int | None = None) -> R
     low, _ = wilson(np.array([row["share_high"] for row in rows]) * n, n)
     return Rankings(
         _first(zip(low.tolist(), rows, strict=True)),
-        _first((row["beyond_low"], row) for row in rows),
+        _first((row["beyond_low"], row) for row in rows if row["beyond"] > 0),
     )
 
 
@@ -178,12 +182,17 @@ def render_rankings(run: str | manifest.RunFolder, layer: int, console: Console)
         "beyond",
     )
     table.columns[4].justify = "left"
-    for by_share, by_difference in zip(found.salient, found.beyond, strict=True):
-        table.add_row(*_cells(by_share), *_cells(by_difference), f"{by_difference.beyond:+.0%}")
+    for by_share, by_difference in zip_longest(found.salient, found.beyond):
+        table.add_row(*_cells(by_share)[:4], *(_cells(by_difference) if by_difference else ()))
     print_whole(table, console)
     console.print(MEANING, markup=False, soft_wrap=True)
 
 
-def _cells(word: RankedWord) -> tuple[Text, str, str, str]:
-    text = Text(printable(word.text))
-    return text, f"{word.n:,}", f"{word.share_high:.0%}", f"{word.expected:.0%}"
+def _cells(word: RankedWord) -> tuple[Text, str, str, str, str]:
+    return (
+        Text(printable(word.text)),
+        f"{word.n:,}",
+        f"{word.share_high:.0%}",
+        f"{word.expected:.0%}",
+        f"{word.beyond:+.0%}",
+    )

@@ -77,6 +77,23 @@ def test_a_word_in_bursts_is_ranked_below_one_spread_over_documents(
     assert [word.text for word in found.salient] == ["spread", "burst"]
 
 
+def test_a_word_less_often_high_than_expected_is_not_beyond_its_frequency(
+    run: manifest.RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = manifest.read_table(run, "word_vocabulary")
+    here = table.filter((pc.field("layer") == 2) & (pc.field("n") >= 20)).select(beyond.COLUMNS)
+    at, least = here.column_names.index("beyond"), pc.quantile(here["beyond"], 0.9)[0].as_py()
+    lower = here.set_column(at, "beyond", pc.subtract(here["beyond"], least))
+    monkeypatch.setattr(manifest, "read_table", lambda *_: lower)
+    found = beyond.rankings(run, 2)
+    assert found is not None
+    assert 0 < len(found.beyond) < len(found.salient) == 10
+    assert all(word.beyond > 0 for word in found.beyond)
+    out = io.StringIO()
+    beyond.render_rankings(run, 2, Console(file=out, width=80))
+    assert all(word.text in out.getvalue() for word in (*found.salient, *found.beyond))
+
+
 def test_a_terminal_of_80_columns_shows_both_side_by_side(
     run: manifest.RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
