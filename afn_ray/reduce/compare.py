@@ -255,7 +255,7 @@ def _notes(
     """Sentences that a reader of the comparison must know; ``rare`` is ``rare_below``."""
     if a.uri == b.uri:
         yield "A and B are one run."
-    of_a, of_b = (series.selection_of(run.info["config"]) for run in (a, b))
+    of_a, of_b = (series.selection_of_run(run.info) for run in (a, b))
     if of_a != of_b:
         yield (
             f"Other documents were selected: of A {_short(of_a or 'all')}, of B "

@@ -34,7 +34,7 @@ from afn_ray.schema import HISTORY_SCHEMA
 from afn_ray.store import checksums, manifest, series_runs, verdicts
 from afn_ray.store.layout import STAMP
 from afn_ray.store.manifest import RunFolder
-from afn_ray.store.series import selection_of
+from afn_ray.store.series import selection_of_run
 from afn_ray.store.verdicts import Distance, StoredVerdict
 from afn_ray.text import nearest
 
@@ -94,7 +94,7 @@ def of_store(store: str, series: str | None = None, last: int | None = None) -> 
     for run in every:
         by_series.setdefault(series_runs.series_of(run), []).append(run)
     if not manifest.is_named_by(latest, store):
-        whole = (run for run in every if not selection_of(run.info["config"]))
+        whole = (run for run in every if not selection_of_run(run.info))
         latest = next(whole, latest)
     name = series_runs.series_of(latest) if series is None else series
     if name not in by_series:

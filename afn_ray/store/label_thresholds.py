@@ -47,7 +47,7 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
     if config.thresholds is None:
         return []
     run = manifest.find_run(config.thresholds)
-    selected = series.selection_of(run.info["config"])
+    selected = series.selection_of_run(run.info)
     is_other = selected not in ("", series.selection_of(asdict(config)))
     if is_other and not manifest.is_named_by(run, config.thresholds):
         raise ConfigError(

@@ -388,6 +388,20 @@ def test_a_first_look_does_not_stand_in_for_a_whole_corpus(make: Make) -> None:
         assert found == label_thresholds.frozen_rows(look)
 
 
+def test_a_limit_that_is_not_reached_is_no_first_look(make: Make) -> None:
+    config = make()
+    runs = []
+    for limit in (None, 1_000_000):
+        with afn_ray.run(RunConfig(**(config_values(config) | {"limit": limit}))) as run:
+            runs.append(manifest.find_run(run.uri))
+    whole, limited = runs
+    assert not any("Other documents" in note for note in compare(limited, whole).notes)
+    assert history.of_store(config.store).series == series_runs.series_of(limited)
+    asked = RunConfig(**(config_values(config) | {"thresholds": config.store}))
+    found = label_thresholds.find_frozen(asked, Measure.of_dict(limited.info["measure"]))
+    assert found == label_thresholds.frozen_rows(limited)
+
+
 def test_a_named_series_compares_runs_of_one_selection(tmp_path: Path) -> None:
     """The day in a condition is no other selection."""
     selections: tuple[dict[str, Any], ...]
