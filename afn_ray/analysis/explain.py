@@ -343,5 +343,6 @@ def _usual(vocabulary: pa.Table) -> dict[tuple[int, bool], Usual]:
     usual = {}
     for row in vocabulary.to_pylist():
         is_special = row["class"] == "special"
-        usual[row["token_id"], is_special] = Usual(row["n"], row["q2"], row["share_high"])
+        share_high = None if is_special else row["share_high"]
+        usual[row["token_id"], is_special] = Usual(row["n"], row["q2"], share_high)
     return usual

@@ -21,7 +21,7 @@ class Usual:
 
     n: int  # occurrences
     median: float  # of a word's strongest tokens
-    share_high: float
+    share_high: float | None  # null for a special token, which is neither HIGH nor LOW
 
 
 @dataclass(frozen=True, slots=True)

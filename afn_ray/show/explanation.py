@@ -13,6 +13,7 @@ from afn_ray.analysis.explanation import (
     Reading,
     Thresholds,
 )
+from afn_ray.analysis.word_readings import Usual
 from afn_ray.schema import STRENGTH
 from afn_ray.text import visible
 
@@ -27,7 +28,7 @@ def token_name(token: ExplainedToken) -> str:
     return text if token.word_start else f"…{text}"
 
 
-def reading_cells(token: ExplainedToken, reading: Reading) -> list[str]:
+def reading_cells(reading: Reading) -> list[str]:
     """Cells of a token's table row after the token: strength to n, as in ``HEADS``."""
     cells = [
         f"{reading.strength:.4f}",
@@ -37,8 +38,13 @@ def reading_cells(token: ExplainedToken, reading: Reading) -> list[str]:
     usual = reading.usual
     if usual is None:
         return [*cells, "not in run", "", "0"]
-    share_high = "" if token.special else f"{usual.share_high:.0%}"
-    return [*cells, f"{usual.median:.4f}", share_high, f"{usual.n:,}"]
+    return [*cells, *_usual_cells(usual)]
+
+
+def _usual_cells(usual: Usual) -> list[str]:
+    """Cells of the figures of a type or word in the run: median, HIGH and n."""
+    share_high = "" if usual.share_high is None else f"{usual.share_high:.0%}"
+    return [f"{usual.median:.4f}", share_high, f"{usual.n:,}"]
 
 
 HEADS = ("token", "strength", "quartile", "rank", "median", "HIGH", "n")
@@ -63,7 +69,7 @@ def word_cells(explanation: Explanation, at: int) -> list[list[str]]:
         usual = reading.usual
         figures = ["rare", "", ""]
         if usual is not None:
-            figures = [f"{usual.median:.4f}", f"{usual.share_high:.0%}", f"{usual.n:,}"]
+            figures = _usual_cells(usual)
         is_high = "HIGH" if reading.high else "LOW"
         cells = [visible(word.text), f"{word.n_tokens}", f"{reading.strength:.4f}", is_high]
         rows.append([*cells, *figures])

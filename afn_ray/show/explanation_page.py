@@ -162,7 +162,7 @@ def _html_layer(explanation: Explanation, at: int) -> str:
     rows = "\n".join(
         f'<tr><td><span class="q{token.readings[at].quartile or 0}">'
         f"<bdi>{_html(token_name(token))}</bdi></span></td>"
-        + "".join(f"<td>{cell}</td>" for cell in reading_cells(token, token.readings[at]))
+        + "".join(f"<td>{cell}</td>" for cell in reading_cells(token.readings[at]))
         + "</tr>"
         for token in explanation.tokens
     )
@@ -269,7 +269,7 @@ def _html_decision(explanation: Explanation, decision: Decision) -> str:
 
 def _title(token: ExplainedToken, at: int) -> str:
     """Tooltip of a token."""
-    strength, quartile, rank, median, _, n = reading_cells(token, token.readings[at])
+    strength, quartile, rank, median, _, n = reading_cells(token.readings[at])
     usual = f"its type has median {median}, n {n}" if token.readings[at].usual else median
     return _html(
         f"{token_name(token)}: strength {strength}, quartile {quartile}, rank {rank}; {usual}"

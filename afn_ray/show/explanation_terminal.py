@@ -82,7 +82,7 @@ def render_terminal(
         label = Text.assemble(
             (token_name(token), TERMINAL[reading.quartile or 1])
         )  # colours only its letters
-        table.add_row(label, *reading_cells(token, reading), style="dim" if token.special else "")
+        table.add_row(label, *reading_cells(reading), style="dim" if token.special else "")
     console.print(table)
     _print_words(explanation, at, console, show_all=show_all)
     _print_signals(explanation, at, console, len(shown))

@@ -189,10 +189,11 @@ def examples(layer: int) -> list[str]:
     return [
         f"-- types that are HIGH most often, with 95 % intervals\n"
         f"SELECT text, class, n, share_high, share_high_low, share_high_high FROM vocabulary\n"
-        f"WHERE layer = {layer} AND n >= 100 ORDER BY share_high DESC LIMIT 20;",
+        f"WHERE layer = {layer} AND class <> 'special' AND n >= 100\n"
+        f"ORDER BY share_high DESC LIMIT 20;",
         f"-- classes of types: how often HIGH\n"
         f"SELECT class, sum(n) AS n, sum(n_high) / sum(n) AS share_high FROM vocabulary\n"
-        f"WHERE layer = {layer} GROUP BY class ORDER BY share_high DESC;",
+        f"WHERE layer = {layer} AND class <> 'special' GROUP BY class ORDER BY share_high DESC;",
         f"-- one document, word by word\n"
         f"SELECT word, text, max_strength_{layer}, high_{layer} FROM words WHERE doc = 0 ORDER BY "
         "word;",

@@ -155,8 +155,8 @@ def test_ranks_quartiles_and_the_usual_are_brute_force_counts(corpus: Corpus) ->
             else:
                 assert reading.usual.n == len(same)
                 assert reading.usual.median == np.quantile(same, 0.5, method="inverted_cdf")
-                if not token.special:
-                    assert reading.usual.share_high == np.mean(same >= q3)
+                share_high = None if token.special else np.mean(same >= q3)
+                assert reading.usual.share_high == share_high
     assert unknown >= 2  # the zeppelin, at both layers
 
 
@@ -415,6 +415,7 @@ def test_the_table_holds_the_figures(hostile: Explanation) -> None:
     token = next(t for t in hostile.tokens if t.text == "God")
     reading = token.readings[1]
     assert reading.usual is not None and reading.rank is not None
+    assert reading.usual.share_high is not None
     lines = [line.split() for line in printed(hostile, 4, show_all=True).splitlines()]
     rows = {line[0]: line[1:] for line in lines if line}
     shown = [
