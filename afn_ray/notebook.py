@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from html import escape
 from typing import Any
 
@@ -61,6 +62,19 @@ def facts(caption: str, named: Mapping[str, Any]) -> str:
 def text(paragraphs: Sequence[str]) -> str:
     """``paragraphs`` as HTML."""
     return "".join(f"<p>{_escaped(paragraph)}</p>\n" for paragraph in paragraphs)
+
+
+def short(result: Any) -> str:
+    """One line for ``repr(result)``, a dataclass: its type, its tables, and its run."""
+    names = ["table"] if hasattr(result, "table") else [field.name for field in fields(result)]
+    parts = []
+    for name in names:
+        if isinstance(rows := getattr(result, name), pa.Table):
+            parts.append(f"{count(rows.num_rows, 'row')} in .{name}")
+    run = getattr(result, "run", None) or getattr(result, "uri", None)
+    if isinstance(run, str):
+        parts.append(visible(run))
+    return f"<{type(result).__name__}: {', '.join(parts)}>"
 
 
 def marked_text(pieces: Iterable[tuple[str, bool]]) -> str:

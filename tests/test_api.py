@@ -166,6 +166,8 @@ def test_results_are_frozen_and_their_tables_have_rows(found: dict[str, Any]) ->
         assert is_dataclass(result) and name in documented, name
         with pytest.raises(AttributeError):
             setattr(result, fields(result)[0].name, None)
+        line = repr(result)
+        assert line.startswith(f"<{name}: ") and " in ." in line and len(line) < 400, line
         if hasattr(result, "table"):
             assert isinstance(result.table, pa.Table), name
             assert result.table.num_rows or name in ("Verification", "Garbage"), name

@@ -111,6 +111,8 @@ class Audit:
         ]
         return pa.Table.from_pylist(rows, RULES)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table(f"Audit: {self.state}", self.table) + notebook.text(self.notes)
 

@@ -76,6 +76,8 @@ class Claims:
         """One row for each figure, with the columns of ``FIGURES``; a missing bound is NaN."""
         return pa.Table.from_pylist([asdict(figure) for figure in self.figures], FIGURES)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         parts = []
         for claim, question in CLAIMS.items():

@@ -199,6 +199,8 @@ class Explanation:
                 rows.append(row)
         return pa.Table.from_pylist(rows, WORDS)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         deepest = self.layers[-1]
         here = pc.field("layer") == deepest

@@ -86,6 +86,8 @@ class LayerComparison:
         ranks = [self.in_both[f"rank_{side}"].to_numpy() for side in "ab"]
         return spearman(*ranks) if len(ranks[0]) else None
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         title = f"Words at layers {self.a.layer} (a) and {self.b.layer} (b)"
         parts = [notebook.table(title, self.words), notebook.table("Classes", self.classes)]

@@ -84,6 +84,8 @@ class SelectiveNeurons:
         rows = [asdict(x) | {"types": _types(x)} for x in self.neurons]
         return pa.Table.from_pylist(rows, NEURON_COLUMNS)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table(f"Neurons of layer {self.of.layer}", _readable(self.table))
 
@@ -106,6 +108,8 @@ class WordNeurons:
             row |= {"share": x.share, "elsewhere": x.elsewhere, "lift": x.lift, "mean": x.mean}
             rows.append(row)
         return pa.Table.from_pylist(rows, WORD_COLUMNS)
+
+    __repr__ = notebook.short
 
     def _repr_html_(self) -> str:
         n = count(self.occurrences, "occurrence")
@@ -130,6 +134,8 @@ class NeuronUses:
     def types(self) -> pa.Table:
         """The types that the neuron responds to, with the columns of ``TYPES``."""
         return pa.Table.from_pylist(_types(self.neuron), pa.schema(TYPES.value_type))
+
+    __repr__ = notebook.short
 
     def _repr_html_(self) -> str:
         caption = f"Neuron {self.neuron.neuron} of layer {self.of.layer}"

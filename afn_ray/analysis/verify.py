@@ -65,6 +65,8 @@ class Verification:
         names = pa.schema([(field.name, pa.string()) for field in fields(Finding)])
         return pa.Table.from_pylist([asdict(finding) for finding in self.findings], names)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         checked = f"{count(self.num_files, 'file')}, {count(self.num_shards, 'shard')}"
         state = "damaged" if self.findings else "as it was committed"

@@ -40,6 +40,24 @@ AUDIT_EPILOG = (
 )
 INVALID_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
 """argparse's message for a value that is not among the allowed choices."""
+METAVARS = {
+    "allow_quarantined": "N",
+    "group_by": "NAME",
+    "labels": "COLUMN",
+    "limit": "N",
+    "mean_vectors": "N",
+    "near_duplicates": "SHARE",
+    "sample": "SHARE",
+    "scratch": "FOLDER",
+    "screen": "N",
+    "thresholds": "RUN",
+    "tokenizer_workers": "N",
+    "top_neurons": "N",
+    "where": "CONDITION",
+    "workers": "N",
+    "workers_per_gpu": "N",
+}
+"""Metavars of ``afn run`` where the last word of a key does not say what to give."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -166,7 +184,7 @@ def _add_config_flag(run: argparse.ArgumentParser, field: Field[Any]) -> None:
     elif field.name in CHOICES:
         options["choices"] = CHOICES[field.name]
     else:
-        options["metavar"] = field.name.rsplit("_", 1)[-1].upper()
+        options["metavar"] = METAVARS.get(field.name, field.name.rsplit("_", 1)[-1].upper())
         options["type"] = str
         if hint in (float, float | None):
             options["type"] = float

@@ -64,6 +64,8 @@ class Exported:
         """One row for each file, with the columns of ``FILES``."""
         return pa.Table.from_pylist([asdict(file) for file in self.files], FILES)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table(f"{count(self.num_rows, 'row')} as {self.format}", self.table)
 

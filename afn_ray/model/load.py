@@ -16,6 +16,7 @@ from afn_ray.model import parts
 from afn_ray.model.files import ModelFiles, loading_failed
 from afn_ray.model.mapped import MappedFiles
 from afn_ray.model.memory import is_out_of_memory
+from afn_ray.text import count
 
 
 class Loaded(NamedTuple):
@@ -235,10 +236,17 @@ def _check(
     parts.check_shapes(files.name, info["mismatched_keys"])
     parts.check_weights(files.name, model, files.depth, unexpected)
     if missing:
+        hint = (
+            f"config.json says {count(files.depth, 'block')} of {files.hidden_size}: is it another "
+            "model's?"
+        )
+        if hasattr(model, base[:-1]) and all(
+            not k.startswith(base) or k.startswith(f"{base}pooler.") for k in missing
+        ):
+            hint = "The model has no such head: give one that was trained with it"
         raise ModelError(
-            f"model {files.name}: {len(missing)} weights are not in its files and would be random: "
-            f"{', '.join(sorted(missing)[:3])}. config.json says {files.depth} blocks of "
-            f"{files.hidden_size}: is it another model's?"
+            f"model {files.name}: its files lack {count(len(missing), 'weight')}, which would be "
+            f"random: {', '.join(sorted(missing)[:3])}. {hint}"
         )
 
 

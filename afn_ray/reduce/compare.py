@@ -94,6 +94,8 @@ class Comparison:
         """Kind of ``movers_to_read``: word or type."""
         return "word" if self.word_movers.num_rows else "type"
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         whole = self.drift.filter(pc.is_null(self.drift["source"])).drop_columns(["source"])
         deepest = max(whole["layer"].to_pylist())

@@ -73,6 +73,8 @@ class History:
     num_runs: int  # complete runs of the series, shown or not
     others: tuple[str, ...]  # names of the other series of the store
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         nights = self.table.filter(pc.is_null(self.table["group_by"])).select(list(SHOWN))
         newest_first = nights.take(list(range(nights.num_rows))[::-1])

@@ -178,6 +178,8 @@ class Statuses(Sequence[Status]):
         """One row for each run, with the columns of ``TABLE``; times are ISO 8601, in UTC."""
         return pa.Table.from_pylist([status._row() for status in self.runs], TABLE)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table("Runs", self.table)
 

@@ -99,6 +99,8 @@ class Rankings:
         named = [dict(zip(RANKED.names, row, strict=True)) for row in rows]
         return pa.Table.from_pylist(named, RANKED)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table("Salient words, and those beyond their frequency", self.table)
 

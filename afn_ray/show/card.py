@@ -103,6 +103,8 @@ class Card:
             rows.append({name: row[name] for name in LAYER_FIGURES.names})
         return pa.Table.from_pylist(rows, LAYER_FIGURES)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table("Model card of the measure", self.table)
 

@@ -52,6 +52,8 @@ class Diagnosis:
         rows = [asdict(check) for check in self.checks]
         return pa.Table.from_pylist(rows, CHECKS)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         return notebook.table("Checks of this installation", self.table)
 

@@ -139,6 +139,8 @@ class RunSummary:
         """True if frozen thresholds decide HIGH, and not the run's own."""
         return any(facts.labels != facts.thresholds for facts in self.layers)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         if self.is_frozen:
             thresholds = notebook.table(

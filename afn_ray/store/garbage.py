@@ -94,6 +94,8 @@ class Garbage:
         rows += [{"kind": "shard"} | asdict(folder) for folder in self.shards]
         return pa.Table.from_pylist(rows, FOLDERS)
 
+    __repr__ = notebook.short
+
     def _repr_html_(self) -> str:
         state = "deleted" if self.deleted else "not needed by a kept run"
         return notebook.table(f"{self.num_bytes:,} bytes {state}", self.table)

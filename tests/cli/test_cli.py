@@ -533,6 +533,14 @@ def test_the_parser_has_no_option_without_help() -> None:
     assert all(a.help for parser in command_parsers().values() for a in parser._actions)
 
 
+def test_a_flag_that_takes_a_count_calls_it_n() -> None:
+    (run,) = (parser for name, parser in command_parsers().items() if name == "run")
+    counts = {a.metavar for a in run._actions if a.type is int}
+    assert counts == {"N", "TOKENS", "BYTES"}
+    of_flag = {flag: a.metavar for a in run._actions for flag in a.option_strings}
+    assert of_flag["--near-duplicates"] == of_flag["--sample"] == "SHARE"
+
+
 @pytest.mark.parametrize(
     ("seconds", "says"),
     [
