@@ -92,11 +92,11 @@ def describe(record: str) -> str:
     """The rows that a run keeps whose config has ``record``, in words."""
     kind, _, share = record.partition(":")
     if kind == SAMPLE:
-        return f"the rows of tokens of a sample of {share} of the documents alone"
+        return f"only the rows of tokens of a sample of {share} of the documents"
     return {
         ALL: "the rows of all tokens",
-        HIGH: "the rows of HIGH tokens alone",
-        SUMMARIES: "summaries and documents alone, and no row of a token",
+        HIGH: "only the rows of HIGH tokens",
+        SUMMARIES: "only summaries and documents, and no row of a token",
     }[kind]
 
 

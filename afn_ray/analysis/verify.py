@@ -322,8 +322,8 @@ def lines(v: Verification) -> Iterator[str]:
         yield f"mixed       {uri}: last digits of strengths may differ between {ways}"
     for uri, kept_rows in v.without_rows.items():
         yield (
-            f"summaries   {uri}: it recorded {kept_rows}; its tables follow from its summaries, "
-            "and checksums alone vouch for these"
+            f"summaries   {uri}: it recorded {kept_rows}; its tables were computed again from its "
+            "summaries, and of these only the checksums were checked"
         )
     for uri in v.unproved:
         yield f"unproved    {uri}: its tables are not shown to be right, for what is said above"

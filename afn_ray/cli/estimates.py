@@ -76,7 +76,7 @@ def _tokens(e: Estimate) -> str:
     """The number of tokens, and how it was obtained."""
     there = f"{e.tokens_there:,} in the store" if e.tokens_there else ""
     known = e.tokens_there + e.tokens_composed
-    composed = f"{e.tokens_composed:,} in composed shards" if e.tokens_composed else ""
+    composed = f"{e.tokens_composed:,} in shards with copied columns" if e.tokens_composed else ""
     if e.tokens_exact:
         more = f"{e.tokens - known:,} counted" if e.tokens > known else ""
         return f"{e.tokens:,}: {', '.join(filter(None, (there, composed, more)))}"

@@ -48,8 +48,8 @@ class Calibrator:
         if stored is not None:
             decided = precision.from_json(stored)
             text = (
-                f"{precision.describe(decided)}; this store's first run decided it, and another "
-                "--dtype wants another store"
+                f"{precision.describe(decided)}; decided by the first run of this store: another "
+                "--dtype needs another --store"
             )
         else:
             ours = self._taken_over(task)

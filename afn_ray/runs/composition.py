@@ -109,7 +109,7 @@ def describe(work: Work) -> str:
         else:
             names = ", ".join(part.series.name for part in composition.missing[:MOST_NAMES])
             more = ", ..." if len(composition.missing) > MOST_NAMES else ""
-            parts.append(f"{num_shards} measured for {names}{more} alone")
+            parts.append(f"of {num_shards} only {names}{more} is measured, the rest copied")
     return "; ".join(parts)
 
 

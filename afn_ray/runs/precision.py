@@ -96,7 +96,7 @@ def from_json(value: dict[str, Any]) -> Precision:
 
 def describe(precision: Precision) -> str:
     """One line for people: the dtype, and the calibration's figures for it."""
-    text = f"products in {precision.dtype} on {precision.device}: {precision.why}"
+    text = f"matrix products in {precision.dtype} on {precision.device}: {precision.why}"
     for trial in precision.trials:
         if trial.dtype == precision.dtype and trial.flips:
             text += (

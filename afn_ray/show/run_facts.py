@@ -52,7 +52,7 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     num_composed = 0  # copies of earlier columns, maybe beside measured ones
     for kind in info.get("provenance", ()):
         num_composed += kind["shards"] if COMPOSED in kind["made_by"] else 0
-    composed = f", {num_composed} composed of stored columns" if num_composed else ""
+    composed = f", {num_composed} with columns copied from the store" if num_composed else ""
     rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),

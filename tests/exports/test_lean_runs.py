@@ -82,9 +82,7 @@ def test_files_of_a_sample_have_the_size_asked_for(
 def test_the_card_and_the_command_say_which_rows_are_there_and_what_is_high(
     before: RunConfig, lean: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sampled = (
-        "tokens: the run recorded the rows of tokens of a sample of 20% of the documents alone"
-    )
+    sampled = "tokens: the run recorded only the rows of tokens of a sample of 20% of the documents"
     once = "tokens: without those of copies; 10 documents"
     frozen = "at or above Q3 of frozen thresholds, those of "
     for uri, words, other in ((lean.uri, sampled, once), (before.store, once, sampled)):

@@ -317,7 +317,10 @@ def test_a_run_killed_while_it_composes_goes_on_where_it_was(
     donor = run_in(tmp_path, FEW)
     estimate = afn_ray.dry_run(config_in(tiny_bert, corpus, tmp_path, asked))
     assert (estimate.num_shards_composed, estimate.num_shards_done) == (3, 0)
-    assert estimate.composed == "3 shards measured for strength_3 alone" and estimate.tokens_exact
+    assert (
+        estimate.composed == "of 3 shards only strength_3 is measured, the rest copied"
+        and estimate.tokens_exact
+    )
     publish, one_by_one = shard_files.publish, threading.Lock()
     done: list[Commit] = []
 

@@ -247,7 +247,7 @@ def test_nothing_is_tried_where_half_precision_is_no_faster(
     assert (decided.dtype, decided.trials) == ("float32", ())
     assert (
         precision.describe(decided)
-        == "products in float32 on cpu: half-precision products are no faster"
+        == "matrix products in float32 on cpu: half-precision products are no faster"
     )
 
 
@@ -300,7 +300,7 @@ def test_the_store_remembers_and_the_run_records_what_was_decided(
     with afn_ray.run(config, lambda e: events.append(e.message)) as run:
         assert manifest.find_run(run.uri).info["precision"] == info["precision"]
     assert "a calibration compares half precision with float32" not in events
-    assert any("this store's first run decided it" in e for e in events)
+    assert any("decided by the first run of this store" in e for e in events)
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_a_run_of_summaries_uses_shards_with_rows_and_not_the_other_way_round(
     assert shards > 2
     with afn_ray.run(replace(full, record="summaries")) as run:
         assert run.info["counts"]["shards_reused"] == shards
-        with pytest.raises(QueryError, match="summaries and documents alone"):
+        with pytest.raises(QueryError, match="only summaries and documents"):
             run.sql("FROM tokens").fetchall()
     assert not verify.verify_store(full.store).findings
     config = lean("summaries")
