@@ -34,6 +34,7 @@ def print_estimate(e: Estimate, console: Console) -> None:
             f"{count(e.num_files, 'file')}",
         ),
         *_selected(e),
+        *_lost(e),
         (
             "shards",
             f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do",
@@ -41,6 +42,7 @@ def print_estimate(e: Estimate, console: Console) -> None:
         *([("columns", e.composed)] if e.composed else []),
         ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
+        *_recorded(e),
         ("workers", e.workers),
         *(("workers", notice) for notice in e.notices),
         *_pace(e),
@@ -68,8 +70,44 @@ def _selected(e: Estimate) -> Iterator[tuple[str, str]]:
     """The selection, and what it leaves unread."""
     from afn_ray.reduce import selected
 
-    if e.selection:
-        yield "selected", "; ".join(filter(None, [e.selection, selected.describe_unread(e.unread)]))
+    if not e.selection:
+        return
+    left_out = ""
+    if e.counts.get("unselected"):
+        left_out = f"{selected.describe_left_out(e.counts)}{_of_sample(e)}"
+    yield (
+        "selected",
+        "; ".join(filter(None, [e.selection, left_out, selected.describe_unread(e.unread)])),
+    )
+
+
+def _lost(e: Estimate) -> Iterator[tuple[str, str]]:
+    """Quarantined documents and replaced characters."""
+    from afn_ray.reduce import losses
+
+    if quarantined := e.counts.get("quarantined"):
+        why = f", as in {e.reasons[0]}" if e.reasons else ""
+        yield "lost", f"{count(quarantined, 'document')} quarantined{_of_sample(e)}{why}"
+    if replaced := e.counts.get("replaced"):
+        yield "replaced", f"{count(replaced, 'character')}{_of_sample(e)}"
+    if question := losses.describe_encoding(replaced or 0, e.replaced_in, e.encoding):
+        yield "encoding", question
+
+
+def _of_sample(e: Estimate) -> str:
+    """The documents that were counted, where they are a sample."""
+    if e.tokens_exact:
+        return ""
+    num_read = e.counts.get("documents", 0) + e.counts.get("unselected", 0)
+    return f" among {count(num_read, 'document')} that were read"
+
+
+def _recorded(e: Estimate) -> Iterator[tuple[str, str]]:
+    """The rows of tokens that are kept, if not all are."""
+    from afn_ray import token_rows
+
+    if not token_rows.is_complete(e.record):
+        yield "recorded", token_rows.describe(e.record)
 
 
 def _tokens(e: Estimate) -> str:

@@ -24,6 +24,12 @@ class Unselected:
     num_bytes: int = 0  # of their texts, as UTF-8
     unknown: int = 0  # documents whose condition a null makes unknown
 
+    def add(self, document: Document) -> None:
+        """Add ``document``, which is not selected."""
+        self.documents += 1
+        self.num_bytes += document.lost_bytes or len(document.text.encode())
+        self.unknown += document.selected is None
+
     def counts(self) -> dict[str, int]:
         """The counts of a commit, as in ``commits.UNSELECTED``."""
         return dict(zip(UNSELECTED, (self.documents, self.num_bytes, self.unknown), strict=True))
@@ -53,9 +59,7 @@ def selected(documents: Iterable[Document], unselected: Unselected) -> Iterator[
         if document.selected:
             yield document
             continue
-        unselected.documents += 1
-        unselected.num_bytes += document.lost_bytes or len(document.text.encode())
-        unselected.unknown += document.selected is None
+        unselected.add(document)
 
 
 class Beginning(NamedTuple):

@@ -32,6 +32,8 @@ SUMS = ("n_quarantined", "lost_bytes", "lost_documents", "lost_unknown", "n_repl
 COUNTED = ("quarantined", "lost_bytes", "lost_documents", "lost_unknown", "replaced")
 """Counts of a commit that correspond to ``SUMS``."""
 
+OWN_ENCODING = (".parquet", ".warc", ".wet")
+"""Parts of the names of files whose encoding no option decides."""
 LOST = ("lost_bytes", "lost_documents", "lost_unknown")
 """Members of ``SUMS`` that a quarantined shard also adds to."""
 
@@ -341,6 +343,26 @@ def describe_replaced(found: Losses) -> str:
 def replaced_files(found: Losses) -> str:
     """Names of the files with most replaced characters."""
     return _listed(_names(found.most_replaced), found.num_replaced_files)
+
+
+def describe_encoding(replaced: int, uris: Sequence[str], encoding: str | None) -> str:
+    """Question whether files with ``replaced`` characters have another encoding; empty without.
+
+    ``uris`` are some of the files, ``encoding`` the one that was given.
+    """
+    of_text = [uri for uri in uris if not any(mark in uri.lower() for mark in OWN_ENCODING)]
+    if not replaced or not of_text:
+        return ""
+    name = _names(of_text[:1])[0]
+    if encoding:
+        return (
+            f"{count(replaced, 'character')} of {name} and others are no {encoding}: is a file in "
+            "another encoding? Measure it alone, with its --encoding"
+        )
+    return (
+        f"{count(replaced, 'character')} are no UTF-8: if {name} is in latin-1 or another "
+        "encoding, give --encoding latin-1, or its own"
+    )
 
 
 def describe_skipped(files: Sequence[FileInfo]) -> str:

@@ -18,13 +18,7 @@ def describe(info: Mapping[str, Any]) -> str:
         return ""
     counts, parts = info["counts"], list[str]()
     if "unselected" in counts:
-        left_out = (
-            f"left out {count(counts['unselected'], 'document')} "
-            f"({bytes_text(counts['unselected_bytes'])} of text)"
-        )
-        if unknown := counts["unselected_unknown"]:
-            left_out += f", {unknown:,} of them because a null makes the condition unknown"
-        parts.append(left_out)
+        parts.append(describe_left_out(counts))
     corpus = info["corpus"]
     unread = Unread(
         corpus.get("unread", 0), corpus.get("unread_bytes", 0), info.get("unread_from", "")
@@ -32,6 +26,34 @@ def describe(info: Mapping[str, Any]) -> str:
     if rest := describe_unread(unread):
         parts.append(rest)
     return printable("; ".join([asked, *(parts or ["left out nothing"])]))
+
+
+def describe_left_out(counts: Mapping[str, int]) -> str:
+    """The documents that a selection left out, by the ``counts`` of commits."""
+    num_bytes = bytes_text(counts["unselected_bytes"])
+    text = f"left out {count(counts['unselected'], 'document')} ({num_bytes} of text)"
+    return text + _describe_unknown(counts)
+
+
+def describe_nothing(config: Mapping[str, Any], counts: Mapping[str, int]) -> str:
+    """Reason why the selection of ``config`` has no document, by the ``counts`` of commits."""
+    num = counts["unselected"]
+    where, sample = config.get("where"), config.get("sample")
+    if where is None:
+        verb = "is" if num == 1 else "are"
+        return f"no document is in the sample of {sample} ({num:,} {verb} not)"
+    verb = "does" if num == 1 else "do"
+    of_sample = f" and is in the sample of {sample}" if sample is not None else ""
+    return printable(
+        f"no document meets {where}{of_sample} ({num:,} {verb} not{_describe_unknown(counts)})"
+    )
+
+
+def _describe_unknown(counts: Mapping[str, int]) -> str:
+    """Addition on documents whose condition is unknown; empty without any."""
+    if not (unknown := counts.get("unselected_unknown", 0)):
+        return ""
+    return f", {unknown:,} of them because a null makes the condition unknown"
 
 
 def describe_unread(unread: Unread) -> str:

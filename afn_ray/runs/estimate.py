@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from afn_ray.corpus import listing
 from afn_ray.corpus_values import Document, FileInfo, Shard, Unread
 from afn_ray.errors import CorpusError
 from afn_ray.measure import Measure
-from afn_ray.runs import cluster, composition, precheck, preparation
+from afn_ray.runs import cluster, composition, precheck, preparation, reports
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.cluster.placement import Placement
 from afn_ray.runs.events import OnEvent
@@ -72,6 +73,13 @@ class Estimate:
     num_documents: int
     documents_exact: bool
     num_bytes: int
+    # counts of the documents in the store's shards and of those read here, as in a commit;
+    # where not all tokens are counted, those read here are a sample
+    counts: Mapping[str, int]
+    reasons: tuple[str, ...]  # files of some documents quarantined here, with the reasons
+    replaced_in: tuple[str, ...]  # some of the files that were read with replaced characters
+    encoding: str | None  # the config's
+    record: str  # rows of tokens that are kept, as the config has it
     selection: str  # what the config selects, in words; empty: all
     unread: Unread  # the end of the corpus, beyond a limit
     num_shards: int
@@ -173,6 +181,11 @@ def dry_run(
         num_documents=work.there.documents + work.composed.documents + work.lacking.documents,
         documents_exact=work.lacking.num_documents_exact,
         num_bytes=asked.plan.num_bytes,
+        counts=work.counts,
+        reasons=work.lacking.reasons,
+        replaced_in=work.lacking.replaced_in,
+        encoding=config.encoding,
+        record=config.record,
         selection=series.selection_of(asdict(config)),
         unread=asked.plan.unread,
         num_shards=len(asked.plan.shards),
@@ -244,6 +257,7 @@ class _There:
     tokens: int
     documents: int
     num_bytes: int
+    counts: Mapping[str, int]  # sums over its commits
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +275,14 @@ class _Work:
     def tokens(self) -> int:
         """Tokens of the whole run."""
         return self.there.tokens + self.composed.tokens + self.lacking.tokens
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counts of the documents in the store's shards and of those that were read."""
+        counts: Counter[str] = Counter()
+        for some in (self.there.counts, self.composed.counts, self.lacking.read):
+            counts.update(some)
+        return dict(counts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,9 +321,7 @@ def _find_work(asked: Preparation, on_event: OnEvent, *, reduce_only: bool) -> _
     there = _what_is_there(stock.commits.values())
     work = _Work(todo, planned, there, _what_is_there(donated), lacking, stock.complete)
     if lacking.exact and not work.tokens:
-        raise CorpusError(
-            "the corpus has no token to measure: all of its documents are empty or quarantined"
-        )
+        raise CorpusError(reports.no_tokens(asked.config, work.counts, lacking.reasons))
     return work
 
 
@@ -348,12 +368,12 @@ def _num_requests(shards: Sequence[Shard], measure: Measure) -> tuple[int, int]:
 
 
 def _what_is_there(commits: Iterable[Commit]) -> _There:
-    tokens = documents = num_bytes = 0
+    counts: Counter[str] = Counter()
+    num_bytes = 0
     for commit in commits:
-        tokens += commit.counts["tokens"]
-        documents += commit.counts["documents"]
+        counts.update(commit.counts)
         num_bytes += sum(file["bytes"] for file in commit.files.values())
-    return _There(tokens, documents, num_bytes)
+    return _There(counts["tokens"], counts["documents"], num_bytes, counts)
 
 
 # --- arithmetic

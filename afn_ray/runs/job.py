@@ -41,7 +41,7 @@ from afn_ray.store import (
     shard_files,
     storage,
 )
-from afn_ray.store.commits import describe_makers, provenance_of
+from afn_ray.store.commits import describe_makers, provenance_of, total_counts
 from afn_ray.text import count
 
 LACKING = "not in the store when the run was reduced alone"
@@ -98,7 +98,8 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     commits |= state.commits
     results = collect(plan, commits, state.failures)
     if not results.counts.get("tokens"):
-        raise CorpusError(reports.no_tokens(config, measure.id, results.commits))
+        reasons = reports.quarantine_reasons(config.store, measure.id, results.commits)
+        raise CorpusError(reports.no_tokens(config, total_counts(results.commits), reasons))
     _finish(asked, results, folder, len(plan.shards) - len(todo), began, on_event)
     return _opened(claim)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 
 from afn_ray import token_rows
@@ -14,7 +14,7 @@ from afn_ray.runs.events import OnEvent
 from afn_ray.runs.outcome import State
 from afn_ray.runs.results import Results, given_up
 from afn_ray.store import manifest, plans, series, shard_files
-from afn_ray.store.commits import Commit, total_counts
+from afn_ray.store.commits import Commit
 from afn_ray.text import count
 
 MOST_DOCUMENTS = 5
@@ -86,6 +86,9 @@ def report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     if "kept" in run.info["tables"]:
         for refused in kept_columns.describe(manifest.read_table(run, "kept")):
             on_event(events.Warned(f"not kept: {refused}"))
+    encoding = run.info["config"].get("encoding")
+    if question := losses.describe_encoding(found.replaced, found.most_replaced, encoding):
+        on_event(events.Warned(f"encoding: {question}"))
 
 
 def failed(state: State, plan: plans.Plan) -> str:
@@ -107,11 +110,32 @@ def failed(state: State, plan: plans.Plan) -> str:
     )
 
 
-def no_tokens(config: RunConfig, measure_id: str, commits: Sequence[Commit]) -> str:
-    """Message for a corpus without tokens, with reasons of quarantined documents."""
+def no_tokens(config: RunConfig, counts: Mapping[str, int], reasons: Sequence[str]) -> str:
+    """Message for a corpus without tokens.
+
+    ``counts`` are those of its shards, ``reasons`` some of its quarantined documents'.
+    """
+    totals = Counter(counts)  # no shards: 0 of each
+    none_of = ""
+    if selection := series.selection_of(asdict(config)):
+        if totals["unselected"] and not totals["documents"]:
+            why = selected.describe_nothing(asdict(config), totals)
+            return f"the corpus has no token to measure: {why}"
+        left_out = totals["unselected"]
+        none_of = f" of what is selected ({selection}; {count(left_out, 'document')} left out)"
+    lines = "".join(f"\n  {reason}" for reason in reasons[:MOST_DOCUMENTS])
+    return (
+        f"the corpus has no token to measure{none_of}: {count(totals['documents'], 'document')}, "
+        f"{totals['empty']:,} empty, {totals['quarantined']:,} quarantined"
+        f"{':' if lines else ''}{lines}"
+    )
+
+
+def quarantine_reasons(store: str, measure_id: str, commits: Iterable[Commit]) -> list[str]:
+    """Files of some quarantined documents of ``commits``, with the reasons."""
     reasons: list[str] = []
     for commit in commits:
-        table = shard_files.read_shard_table(config.store, measure_id, commit, "documents")
+        table = shard_files.read_shard_table(store, measure_id, commit, "documents")
         sources = table["source"].to_pylist()
         statuses = table["status"].to_pylist()
         for source, status in zip(sources, statuses, strict=True):
@@ -119,12 +143,4 @@ def no_tokens(config: RunConfig, measure_id: str, commits: Sequence[Commit]) -> 
                 reasons.append(f"{source}: {status.removeprefix('quarantined: ')}")
         if len(reasons) >= MOST_DOCUMENTS:
             break
-    lines = "".join(f"\n  {reason}" for reason in reasons[:MOST_DOCUMENTS])
-    totals = Counter(total_counts(commits))  # no commits: 0 of each
-    none_of = ""
-    if selection := series.selection_of(asdict(config)):
-        none_of = f" of what is selected ({selection}; {totals['unselected']:,} documents are not)"
-    return (
-        f"the corpus has no token to measure{none_of}: {totals['documents']} documents, "
-        f"{totals['empty']} empty, {totals['quarantined']} quarantined{':' if lines else ''}{lines}"
-    )
+    return reasons[:MOST_DOCUMENTS]

@@ -18,8 +18,9 @@ import hashlib
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from statistics import NormalDist
 
@@ -49,6 +50,8 @@ SEEDED_BY = 1000
 """Number of slices whose identity seeds the random generator."""
 CONFIDENCE = 0.95
 """Confidence level of the interval."""
+MOST_NAMED = 5
+"""Quarantined documents whose reasons are kept, and files with replaced characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,55 @@ class Count:
     exact: bool
     num_documents_exact: bool
     num_beginnings: int = 0  # slices of which only the beginning was read
+    # counts of the documents that were read for this, by their names in a commit
+    read: Mapping[str, int] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()  # files of quarantined documents, with the reasons
+    replaced_in: tuple[str, ...] = ()  # files with replaced characters
 
 
 NOTHING = Count(0, 0, 0, 0, True, True)
+
+
+class _Tally:
+    """Counts of documents that are read: selected, quarantined, replaced and left out."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._unselected = selection.Unselected()
+        self._reasons: list[str] = []
+        self._replaced_in: dict[str, None] = {}
+
+    def added_to(self, found: Count) -> Count:
+        """``found`` with the documents counted so far."""
+        return replace(
+            found,
+            read={**self._counts, **self._unselected.counts()},
+            reasons=tuple(self._reasons),
+            replaced_in=tuple(self._replaced_in),
+        )
+
+    def selected(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """Count ``documents``; yield those that are selected."""
+        return filter(self.add, documents)
+
+    def add(self, document: Document) -> bool:
+        """Count ``document``; True if it is selected."""
+        if not document.selected:
+            self._unselected.add(document)
+            return False
+        self._counts["documents"] += 1
+        self._counts["replaced"] += document.num_replaced
+        if document.num_replaced and len(self._replaced_in) < MOST_NAMED:
+            self._replaced_in[document.source] = None
+        if document.problem is not None:
+            self._counts["quarantined"] += 1
+            if len(self._reasons) < MOST_NAMED:
+                self._reasons.append(f"{document.source}: {document.problem}")
+        return True
+
+    def add_empty(self, num_empty: int) -> None:
+        """Count texts without a token."""
+        self._counts["empty"] += num_empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +147,17 @@ def _count_all(
     """Count all tokens; None where the text exceeds ``EXACT_TEXT_BYTES``."""
     num_tokens = num_documents = num_bytes = 0
     read = (d for piece in slices for d in reading.read(piece, options))
-    documents = selection.selected(read, selection.Unselected())
+    tally = _Tally()
+    documents = tally.selected(read)
     while batch := list(itertools.islice(documents, 256)):
         num_bytes += sum(len(d.text) for d in batch)
         if num_bytes > EXACT_TEXT_BYTES:
             return None
-        num_tokens += int(encoder.count([d.text for d in batch]).sum())
+        counts = encoder.count([d.text for d in batch])
+        num_tokens += int(counts.sum())
         num_documents += len(batch)
-    return Count(num_tokens, num_tokens, num_tokens, num_documents, True, True)
+        tally.add_empty(sum(not n for n, d in zip(counts, batch, strict=True) if d.problem is None))
+    return tally.added_to(Count(num_tokens, num_tokens, num_tokens, num_documents, True, True))
 
 
 # --- the estimate
@@ -147,7 +199,7 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
         )
     half = _student(variances) * math.sqrt(sum(v for v, _ in variances))
     known = [0 if _is_unknown(piece, options) else piece.num_documents for piece in slices]
-    return Count(
+    estimated = Count(
         round(tokens),
         max(0, round(tokens - half)),
         round(tokens + half),
@@ -156,6 +208,7 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
         not any(_is_unknown(piece, options) for piece in slices),
         reader.num_beginnings,
     )
+    return reader.tally.added_to(estimated)
 
 
 def _is_unknown(piece: FileSlice, options: ReadOptions) -> bool:
@@ -173,14 +226,13 @@ def _sampled(found: Count, share: Fraction) -> Count:
     half = max(found.high - found.tokens, found.tokens - found.low) * float(share)
     of_sample = z * tokens * math.sqrt(2 * float(1 - share) / max(documents, 1))
     half = math.hypot(half, of_sample)
-    return Count(
-        round(tokens),
-        max(0, round(tokens - half)),
-        round(tokens + half),
-        round(documents),
-        False,
-        False,
-        found.num_beginnings,
+    return replace(
+        found,
+        tokens=round(tokens),
+        low=max(0, round(tokens - half)),
+        high=round(tokens + half),
+        documents=round(documents),
+        num_documents_exact=False,
     )
 
 
@@ -242,6 +294,7 @@ class _Reader:
         self._options, self._encoder, self._chance = options, encoder, chance
         self._most_bytes = max(LEAST_READ_BYTES, READ_BYTES // max(1, num_whole))
         self.num_beginnings = 0
+        self.tally = _Tally()
 
     def densities(self, piece: FileSlice, places: Sequence[int]) -> list[_Density]:
         """Density at each of ``places``, in bytes from the start of ``piece``."""
@@ -264,7 +317,7 @@ class _Reader:
         counts = self._count(documents)
         tokens = num = 0.0
         for d, n, (a, b) in zip(documents, counts, itertools.pairwise(starts), strict=True):
-            if not d.selected:
+            if not self.tally.add(d):
                 continue
             share = max(0, min(b, end) - max(a, begin)) / (b - a)
             tokens, num = tokens + share * n, num + share
@@ -302,7 +355,7 @@ class _Reader:
             share = self._most_bytes / piece.num_bytes
         for num_read, document in enumerate(reading.read(read, self._options), 1):
             num_bytes += len(document.text)
-            if document.selected:
+            if self.tally.add(document):
                 texts.append(document.text)
             if num_bytes > self._most_bytes and num_read < piece.num_documents:
                 share = num_read / piece.num_documents

@@ -8,12 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import afn_ray
+from afn_ray.cli import estimates
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing, reading
 from afn_ray.corpus_values import Document, ReadOptions, Shard
 from afn_ray.errors import ConfigError
+from afn_ray.runs.events import Event
 from conftest import config_of
 
 TEXTS = {
@@ -160,3 +163,27 @@ def test_a_run_measures_the_words_of_a_corpus_in_another_encoding(
         assert run.info["counts"]["replaced"] == 0
         assert found == [("in the beginning was the café",)]
     assert not afn_ray.verify_store(str(tmp_path / "s")).findings
+
+
+def test_a_corpus_in_an_encoding_that_was_not_given_ends_with_that_question(
+    tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["the café is in the other street near the old stone house"] * 20
+    (tmp_path / "old.csv").write_bytes("\n".join(["text", *texts]).encode("latin-1"))
+    config = config_of(tiny_bert, tmp_path / "old.csv", tmp_path / "s")
+    question = (
+        "20 characters are no UTF-8: if old.csv is in latin-1 or another encoding, give --enc"
+    )
+
+    estimate = afn_ray.dry_run(config)
+    assert estimate.counts["replaced"] == 20
+    estimates.print_estimate(estimate, Console(highlight=False, soft_wrap=True, width=1000))
+    assert question in capsys.readouterr().out
+
+    reported: list[Event] = []
+    afn_ray.run(config, reported.append).close()
+    assert question in reported[-1].message
+
+    given = replace(config, encoding="latin-1", store=str(tmp_path / "s2"))
+    afn_ray.run(given, reported.append).close()
+    assert not reported[-1].message.startswith("encoding")

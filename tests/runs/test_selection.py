@@ -6,6 +6,7 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 import afn_ray
 from afn_ray.analysis import verify
+from afn_ray.cli import estimates
 from afn_ray.config import RunConfig
 from afn_ray.corpus import first, listing
 from afn_ray.corpus_values import FileInfo, FileSlice
@@ -29,6 +32,7 @@ from afn_ray.runs.events import Event
 from afn_ray.show.run_facts import facts
 from afn_ray.show.summary import summarise
 from afn_ray.store import label_thresholds, manifest, series, series_runs
+from afn_ray.store.commits import UNSELECTED
 from afn_ray.token_rows import LabelThresholds
 from conftest import config_of, stop_after, write_jsonl
 from nights import complete
@@ -305,11 +309,21 @@ def test_a_limited_plan_is_the_same_after_a_whole_run(make: Make) -> None:
     assert after.shards == before.shards
 
 
-def test_a_dry_run_counts_what_is_selected(make: Make) -> None:
-    config = make(where="lang = 'de'", sample="50%")
+def test_a_dry_run_counts_what_is_selected_and_lost_as_its_run_does(
+    make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make(where="lang = 'de'", sample="50%", record="summaries")
     found = estimate.dry_run(config)
     with afn_ray.run(config) as run:
         counts = run.info["counts"]
+    for name in ("documents", "empty", "quarantined", "replaced", *UNSELECTED):
+        assert found.counts.get(name, 0) == counts[name], name
+    assert counts["quarantined"] and counts["unselected"]
+    estimates.print_estimate(found, Console(highlight=False, soft_wrap=True, width=1000))
+    text = capsys.readouterr().out
+    assert f"; left out {counts['unselected']} documents (" in text
+    assert re.search(rf"^lost +{counts['quarantined']} documents? quarantined, as in /", text, re.M)
+    assert "recorded summaries and documents alone" in text
     assert found.tokens_exact and found.tokens == counts["tokens"]
     assert found.num_documents == counts["documents"]
     assert found.selection == "a sample of 50%, where lang = 'de'"
@@ -416,9 +430,32 @@ def test_a_named_series_compares_runs_of_one_selection(tmp_path: Path) -> None:
         assert list(found) == [runs[i] for i in expected]
 
 
-def test_a_selection_of_nothing_says_what_was_asked(make: Make) -> None:
-    with pytest.raises(CorpusError, match=r"where lang = 'xx'; \d+ documents are not"):
-        afn_ray.run(make(where="lang = 'xx'", corpus=(make().corpus[0] + "/c.csv",)))
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"where": "lang = 'xx'"}, r"no document meets lang = 'xx' \(40 do not"),
+        ({"sample": "0.0001%"}, r"no document is in the sample of 0.0001% \(40 are not\)"),
+        ({"where": "lang = 'xx'", "sample": "50%"}, "and is in the sample of 50%"),
+    ],
+)
+def test_a_selection_of_nothing_says_what_was_asked(
+    changes: dict[str, Any], expected: str, make: Make
+) -> None:
+    config = make(**changes, corpus=(make().corpus[0] + "/c.csv",))
+    for do in (afn_ray.dry_run, afn_ray.run):
+        with pytest.raises(CorpusError, match=expected):
+            do(config)
+
+
+def test_first_documents_without_text_are_counted_as_what_they_are(
+    make: Make, tmp_path: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": ""}, {"text": None}, {"text": "a word"}])
+    config = make(corpus=(str(corpus),), keep_columns=None, limit=2)
+    expected = r"(?s)2 documents, 1 empty, 1 quarantined:.*text is null"
+    for do in (afn_ray.dry_run, afn_ray.run):
+        with pytest.raises(CorpusError, match=expected):
+            do(config)
 
 
 @pytest.mark.parametrize(
