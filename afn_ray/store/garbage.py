@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pyarrow as pa
 
@@ -14,7 +14,14 @@ from afn_ray.errors import ConfigError, Interrupted, StoreError
 from afn_ray.store import checksums, epochs, layout, manifest, probes, shard_files, storage, uris
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.leftovers import Leftover, find_leftovers
-from afn_ray.store.retention import RetentionRules, has_file, is_old, kept_runs, planned_shards
+from afn_ray.store.retention import (
+    RetentionRules,
+    has_file,
+    is_old,
+    kept_runs,
+    planned_shards,
+    threshold_runs,
+)
 from afn_ray.text import count
 
 KEEP = 30
@@ -76,6 +83,8 @@ class Garbage:
     """Names of doomed runs that a process has resumed or completed in the meantime."""
     num_spared: int = 0
     """Doomed shards listed by a run that began or was spared in the meantime."""
+    threshold_users: Mapping[str, str] = field(default_factory=dict)
+    """Doomed runs whose thresholds a kept run labels by, and the newest such run, by name."""
 
     @property
     def num_files(self) -> int:
@@ -166,6 +175,8 @@ class _Snapshot:
     doomed: tuple[ShardKey, ...]
     leftovers: tuple[Leftover, ...]
     num_young: int
+    threshold_users: Mapping[str, str]
+    """As in ``Garbage``."""
 
     @property
     def found(self) -> bool:
@@ -231,6 +242,7 @@ def _take_snapshot(store: str, rules: RetentionRules, *, delete: bool) -> _Snaps
         if has_file(files, layout.commit_name(generation)):
             generations[place] = generation
     doomed_runs = [name for name in names if name not in kept]
+    complete = [name for name in names if has_file(there.runs[name], "run.json")]
     return _Snapshot(
         store=store,
         there=there,
@@ -242,6 +254,7 @@ def _take_snapshot(store: str, rules: RetentionRules, *, delete: bool) -> _Snaps
         doomed=tuple(doomed),
         leftovers=tuple(find_leftovers(store, there, planned, generations)),
         num_young=num_young,
+        threshold_users=threshold_runs(store, kept, complete) if doomed_runs else {},
     )
 
 
@@ -333,6 +346,7 @@ def _result(
         deleted=deleted,
         spared=tuple(spared),
         num_spared=sum(place in claimed for place in snapshot.doomed),
+        threshold_users={k: v for k, v in snapshot.threshold_users.items() if k not in spared},
     )
 
 

@@ -21,6 +21,12 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
     """
     for run in g.runs:
         yield f"run    {run.uri}: {count(run.num_files, 'file')}, {count(run.num_bytes, 'byte')}"
+        name = run.uri.rpartition("/")[2]
+        if user := g.threshold_users.get(name):
+            yield (
+                f"       its thresholds label the kept run {user}, whose command needs it: "
+                f"--keep-run {name} keeps it"
+            )
     for shard in g.shards[:MAX_LINES]:
         yield (
             f"shard  {shard.uri}: {count(shard.num_files, 'file')}, "

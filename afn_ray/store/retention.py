@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.store import layout, manifest, plans, series_runs, storage, uris, verdicts
+from afn_ray.store import (
+    label_thresholds,
+    layout,
+    manifest,
+    plans,
+    series_runs,
+    storage,
+    uris,
+    verdicts,
+)
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.manifest import RunFolder
 
@@ -83,6 +93,40 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
             able = filter(verdicts.may_be_baseline, runs)
             kept.update(run.id for run in (*runs[:1], *itertools.islice(able, 1)))
     return kept
+
+
+def threshold_runs(store: str, kept: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """The newest of the ``kept`` runs that labels by the thresholds of a run that is not, by name.
+
+    ``names`` are the complete runs, sorted. A run may name the store for what was then its latest
+    run, which is known by its thresholds.
+    """
+    users = {}
+    for name in sorted(set(names).intersection(kept)):
+        with contextlib.suppress(StoreError):  # 'afn verify' names what is damaged
+            used = _threshold_run(store, name, names)
+            if used in names and used not in kept:
+                users[used] = name
+    return users
+
+
+def _threshold_run(store: str, name: str, names: Sequence[str]) -> str:
+    """Name of the run of ``store`` whose thresholds the run ``name`` labels by, "" for none."""
+    run = manifest.open_folder(store, name)
+    asked = run.info["config"].get("thresholds")
+    if asked is None or "frozen" not in run.info["tables"]:
+        return ""
+    place, used = manifest.split_uri(uris.absolute(asked).rstrip("/"))
+    if place != store or used:
+        return used if place == store else ""
+    latest = max((other for other in names if other < name), default="")
+    return latest if latest and _has_labels_of(store, latest, run) else ""
+
+
+def _has_labels_of(store: str, name: str, run: RunFolder) -> bool:
+    """True if the run ``name`` has the thresholds that ``run`` labels by, layer by layer."""
+    rows = label_thresholds.frozen_rows(manifest.open_folder(store, name))
+    return all(row in rows for row in label_thresholds.frozen_rows(run))
 
 
 def _name_of(store: str, run: str, names: Sequence[str]) -> str:

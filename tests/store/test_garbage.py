@@ -28,6 +28,7 @@ from afn_ray.store import calibrations, epochs, manifest, storage, uris, verdict
 from afn_ray.store.garbage import Garbage
 from afn_ray.store.gc_report import lines as garbage_lines
 from afn_ray.store.layout import RAY_IGNORE
+from afn_ray.store.retention import threshold_runs
 from afn_ray.store.verdicts import StoredVerdict
 from conftest import afn, config_of, rewrite, write_jsonl
 
@@ -186,6 +187,28 @@ def test_a_removed_document_leaves_the_run_and_garbage_the_store(
     collect(store, delete=True)
     after = {uri.split("/")[-2] for uri in files_of(store) if "/shards/" in uri}
     assert after == planned(store, (run.uri.rpartition("/")[2],)) < shards
+
+
+def test_a_run_whose_thresholds_a_kept_run_uses_is_named(
+    tmp_path: Path, tiny_bert: Path, verses: list[str]
+) -> None:
+    store = str(tmp_path / "store")
+
+    def run(num_texts: int, thresholds: str | None) -> str:
+        texts = [{"text": text} for text in verses[:num_texts]]
+        corpus = write_jsonl(tmp_path / "c.jsonl", texts)
+        config = config_of(tiny_bert, corpus, store, layers="2", screen=0, thresholds=thresholds)
+        with afn_ray.run(config) as made:
+            return made.uri.rpartition("/")[2]
+
+    first = run(5, None)
+    names = [first, run(6, store), run(7, f"{store}/runs/{first}/"), run(8, None)]
+    assert threshold_runs(store, names[1:2], names) == {first: names[1]}  # the latest, then
+    assert threshold_runs(store, names, names) == threshold_runs(store, names[3:], names) == {}
+    found = collect(store, keep=3)
+    assert found.kept == tuple(names[1:]) and found.threshold_users == {first: names[2]}
+    (said,) = (line for line in garbage_lines(found, []) if "its thresholds label" in line)
+    assert f"kept run {names[2]}" in said and f"--keep-run {first}" in said
 
 
 def test_a_run_that_is_named_is_kept(made: Made, store: str) -> None:
