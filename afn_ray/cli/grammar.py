@@ -130,7 +130,8 @@ def _add_run(commands: Commands) -> None:
         help="measure a corpus and write the results into a store",
         epilog=EPILOG,
         description="Measures what the store does not have yet, then computes the run's tables. "
-        "The same command resumes a stopped run. With nothing changed it does nothing.",
+        "The same command resumes a stopped run. With nothing changed since the store's newest run "
+        "it does nothing.",
     )
     run.add_argument(
         "corpus", metavar="CORPUS", nargs="*", default=argparse.SUPPRESS, help=help_of("corpus")

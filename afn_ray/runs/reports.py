@@ -39,7 +39,21 @@ def report_plan(
     )
     if work.composed:
         message += f"; {composition.describe(work)}"
+    if not num_todo and (same := _earlier(folder)):
+        message += (
+            f"; run {same} is the same, and another run is newer: the tables are computed again, "
+            "so that this is the latest run"
+        )
     on_event(events.Planned(message, run=folder.id))
+
+
+def _earlier(folder: manifest.RunFolder) -> str:
+    """Name of an earlier run with the plan of the run in ``folder``, and another run between;
+    "" for none.
+    """
+    suffix = folder.id.rpartition("-")[2]
+    *earlier, _ = ["", *(name for name in manifest.run_names(folder.store) if name < folder.id)]
+    return max((name for name in earlier if name.endswith(f"-{suffix}")), default="")
 
 
 def report_complete(folder: manifest.RunFolder, results: Results, on_event: OnEvent) -> None:

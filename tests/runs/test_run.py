@@ -50,7 +50,7 @@ from afn_ray.errors import (
 from afn_ray.model import files as model_files
 from afn_ray.reduce import lexicon, losses
 from afn_ray.runs import cluster, demo, estimate, flow, job, measurer, precision, status, worker
-from afn_ray.runs.events import Complete, Event, Warned, Working
+from afn_ray.runs.events import Complete, Event, Planned, Warned, Working
 from afn_ray.runs.plan import make_plan
 from afn_ray.schema import (
     REPLACED,
@@ -683,6 +683,15 @@ def test_the_second_run_does_nothing_and_says_so(
         assert run.uri == first
     assert {p: p.stat().st_mtime_ns for p in Path(config.store).rglob("*") if p.is_file()} == before
     assert next(e.message for e in events if isinstance(e, Complete)).startswith("nothing to do")
+    again = "is the same, and another run is newer: the tables are computed again"
+    assert not any(again in e.message for e in events if isinstance(e, Planned))
+    for sink_factor in (config.sink_factor + 1, config.sink_factor):
+        events.clear()
+        with afn_ray.run(replace(config, sink_factor=sink_factor), events.append) as run:
+            assert run.uri != first
+        (planned,) = (e.message for e in events if isinstance(e, Planned))
+        assert (again in planned) == (sink_factor == config.sink_factor)
+    assert first.rpartition("/")[2] in planned
 
 
 def test_stopped_and_resumed_does_only_the_rest_and_gives_the_same_rows(
