@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -157,17 +158,50 @@ def check_columns(files: Sequence[FileInfo], options: ReadOptions) -> None:
     """Check the columns of one file of each format, so that a wrong name fails before the run.
 
     Raises ``CorpusError`` if a required column (text, and id or tags if configured) is in none of
-    the first 20 documents of a file, if a format cannot have the configured tags, or if none of
-    ``SAMPLE_FILES`` files has a kept column. Empty and unreadable files pass.
+    the first 20 documents of a file, if that of the text or id has another type in all of them, if
+    a format cannot have the configured tags, or if none of ``SAMPLE_FILES`` files has a kept
+    column. Empty and unreadable files pass.
     """
     first: dict[str, FileInfo] = {}
     for file in files:
         if file.size:
             first.setdefault(_kind(file, options)[0], file)
-    for format, file in first.items():
-        _check_labels(file, format, options)
-        _require_columns(file, reading.peek_columns(_whole(file, options), options), options)
+    with naming_others(files, options):
+        for format, file in first.items():
+            _check_labels(file, format, options)
+            whole = _whole(file, options)
+            _require_columns(file, reading.peek_columns(whole, options), options)
+            if why := reading.peek_text(whole, options):
+                raise CorpusError(f"{file.uri}: {why}")
     _check_kept([file for file in files if file.size], options)
+
+
+class LackingColumn(CorpusError):
+    """A file lacks a required column."""
+
+    def __init__(self, message: str = "", uri: str = "") -> None:
+        super().__init__(message)
+        self.uri = uri
+
+
+@contextlib.contextmanager
+def naming_others(files: Sequence[FileInfo], options: ReadOptions) -> Iterator[None]:
+    """Add to a ``LackingColumn`` which others of some ``files`` lack a required column too."""
+    try:
+        yield
+    except LackingColumn as error:
+        others = _spread([file for file in files if file.size and file.uri != error.uri])
+        lacking: list[str] = []
+        for file in others:
+            names = reading.peek_columns(_whole(file, options), options)
+            if names is not None and documents.missing_column(names, options) is not None:
+                lacking.append(file.uri)
+        if not lacking:
+            raise
+        of_others = f"{len(lacking)} of {count(len(others), 'other file')} looked at"
+        raise CorpusError(
+            f"{error}; {of_others} lack it too: {documents.listing(lacking, 200)}"
+        ) from error
 
 
 def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
@@ -314,9 +348,10 @@ def _require_columns(file: FileInfo, names: Sequence[str] | None, options: ReadO
         return
     hint = nearest([missing], names).strip(" ()")
     why = documents.why_missing(names, options) or documents.without_unprintable(hint)
-    raise CorpusError(
+    raise LackingColumn(
         f"no column {missing!r} in {file.uri}; it has: "
-        f"{documents.columns(names)}{why and '; '}{why}"
+        f"{documents.columns(names)}{why and '; '}{why}",
+        file.uri,
     )
 
 

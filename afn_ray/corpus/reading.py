@@ -10,8 +10,9 @@ import contextlib
 import itertools
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
-from afn_ray.corpus import nested, selection, streams, warc
+from afn_ray.corpus import nested, selection, streams, text_paths, warc
 from afn_ray.corpus.conllu import conllu_documents
 from afn_ray.corpus.csv_rows import csv_documents, read_rows
 from afn_ray.corpus.documents import (
@@ -241,6 +242,25 @@ def peek_columns(
                 ):
                     names.update(dict.fromkeys(of_page))
         return list(names) or None
+
+
+def peek_text(slice: FileSlice, options: ReadOptions) -> str:
+    """Reason why the first documents of ``slice`` have no text or id; empty if there is none."""
+    with Source(slice.uri, slice.start, slice.end) as source:
+        if slice.format == "parquet":
+            with contextlib.suppress(*UNREADABLE):
+                return text_paths.why_no_text_in(parquet.open_file(source).schema_arrow, options)
+        elif slice.format == "jsonl":
+            stream = _stream(source, slice, options)
+            rows: list[dict[str, Any]] = []
+            with contextlib.suppress(DamagedStream):
+                lines = streams.lines(stream, streams.line_limit(options))
+                for line in itertools.islice(lines, PEEK_DOCUMENTS):
+                    value = parse_line(stream.line_text(line.data)) if line.data else None
+                    if isinstance(value, dict):
+                        rows.append(value)
+            return text_paths.why_no_text(rows, options)
+        return ""
 
 
 def _add_json_columns(

@@ -54,8 +54,9 @@ def make_plan(config: RunConfig, on_file: Callable[[int, int], None] | None = No
     if config.limit is not None:
         for file in known.keys() & {*missing}:
             del known[file]
-        return _first(config, (files, skipped), known, shard_bytes, on_file)
-    with ThreadPoolExecutor(IO_THREADS) as pool:
+        with listing.naming_others(files, options):
+            return _first(config, (files, skipped), known, shard_bytes, on_file)
+    with listing.naming_others(files, options), ThreadPoolExecutor(IO_THREADS) as pool:
         cuts = pool.map(lambda file: listing.cut(file, options, shard_bytes), missing)
         for done, (file, slices) in enumerate(zip(missing, cuts, strict=True), 1):
             known[file] = slices

@@ -256,3 +256,36 @@ def test_names_of_kept_paths_are_checked_by_what_they_become() -> None:
 
 def test_a_shard_of_paths_is_another_than_one_of_the_columns() -> None:
     assert Shard.of([], CHAT).options == CHAT
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"text_column": "messages"},
+            r"'messages' is a list of objects, expected .*messages.0.role, messages.0.content$",
+        ),
+        ({"text_column": "meta"}, "'meta' is an object, expected .*text is in: meta.lang"),
+        ({"id_column": "messages"}, "id column 'messages' .*cannot be an id"),
+    ],
+)
+def test_a_column_without_texts_or_ids_is_refused_before_the_run(
+    ending: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / f"c.{ending}", ROWS)
+    options = replace(CHAT, keep="", id_column=None)
+    files = listing.list_files([str(path)], options)[0]
+    listing.check_columns(files, options)
+    with pytest.raises(CorpusError, match=message):
+        listing.check_columns(files, replace(options, **changes))
+        read(path, replace(options, **changes))  # Parquet's ids are checked as it is cut
+
+
+def test_all_files_that_lack_a_column_are_named(tmp_path: Path) -> None:
+    for name, text in (("a", "meta"), ("b", "text"), ("c", "meta")):
+        write(tmp_path / f"{name}.jsonl", [{text: "x"}])
+    options = ReadOptions("auto", "text", None, "line", 1 << 20)
+    files = listing.list_files([str(tmp_path)], options)[0]
+    with pytest.raises(CorpusError, match=r"a\.jsonl; .* 1 of 2 other files .*: \S*/c\.jsonl$"):
+        listing.check_columns(files, options)
