@@ -223,7 +223,9 @@ def _status(args: argparse.Namespace) -> int:
         print(json.dumps([status.to_json(one) for one in found], indent=1))
     else:
         terminal.print_lines(
-            status_text.lines(found[0]) if len(found) == 1 else status_text.table(found)
+            status_text.lines(found[0])
+            if len(found) == 1
+            else status_text.table(found, terminal.width())
         )
     return found[0].exit_code
 

@@ -5,6 +5,7 @@ UTF-8; and lines on them.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import Any, TextIO, cast
@@ -87,6 +88,11 @@ def read_input() -> str:
         raise ConfigError(
             f"standard input is not UTF-8: {error.reason} at byte {error.start:,}"
         ) from error
+
+
+def width() -> int | None:
+    """Width of the terminal in characters, or COLUMNS; None where the output is no terminal."""
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def print_lines(lines: Iterable[str]) -> None:

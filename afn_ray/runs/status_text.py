@@ -111,8 +111,11 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
-def table(runs: Sequence[Status]) -> Iterator[str]:
-    """Runs of a store as a table: a heading, then one line per run."""
+def table(runs: Sequence[Status], width: int | None = None) -> Iterator[str]:
+    """Runs of a store as a table: a heading, then one line per run.
+
+    Where that would be wider than ``width`` (None: any), a run's corpus is on a second line.
+    """
     rows = [("STATE", "BEGUN", "SHARDS", "TOKENS", "RUN", "CORPUS")]
     for s in runs:
         shards = s.body.get("shards") or {}
@@ -127,9 +130,15 @@ def table(runs: Sequence[Status]) -> Iterator[str]:
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    is_narrow = width is not None and sum(widths) + 2 * len(widths[1:]) > width
     for row in rows:
         cells: list[str] = []
         for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
             is_number = column in (2, 3)
             cells.append(cell.rjust(width) if is_number else cell.ljust(width))
-        yield "  ".join(cells).rstrip()
+        if is_narrow:
+            *cells, corpus = cells
+            yield "  ".join(cells).rstrip()
+            yield f"  {corpus}".rstrip()
+        else:
+            yield "  ".join(cells).rstrip()

@@ -11,7 +11,7 @@ from rich.text import Text
 from afn_ray.reduce import compare
 from afn_ray.reduce.groups import group_name
 from afn_ray.show.figures import figure
-from afn_ray.show.terminal_tables import print_whole, titled_table
+from afn_ray.show.terminal_tables import print_in_parts, print_whole, titled_table
 from afn_ray.text import count, printable
 
 MOVERS = 15
@@ -21,19 +21,16 @@ MOVED_SOURCES = 8
 
 def render_comparison(found: compare.Comparison, console: Console) -> None:
     """Print both runs, the distances at every layer, and the changes at the deepest layer."""
-    table = titled_table("Compared", "", "tokens", "documents", "corpus", "run", left=0)
-    for at in (0, 3, 4):
-        table.columns[at].justify = "left"
+    rows = []
     for name, run in (("A", found.a), ("B", found.b)):
         about = compare.describe(run)
-        corpus = ", ".join(about["corpus"])
-        table.add_row(
-            name,
-            f"{about['tokens']:,}",
-            f"{about['documents']:,}",
-            *(Text(printable(t)) for t in (corpus, run.uri)),
-        )
-    print_whole(table, console)
+        rows.append((name, f"{about['tokens']:,}", f"{about['documents']:,}", run.uri))
+    heads = ("", "tokens", "documents", "run")
+    print_in_parts("Compared", heads, rows, console)
+    for name, run in (("A", found.a), ("B", found.b)):
+        corpus = printable(", ".join(compare.describe(run)["corpus"]))
+        console.print(f"corpus of {name}: {corpus}", markup=False, soft_wrap=True)
+    console.print()
     whole = pc.is_null(found.drift["source"])
     _render_drift(
         "Strengths of all tokens", "layer", found.drift.filter(whole).to_pylist(), console
@@ -65,8 +62,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
     """Print ``DRIFT_SCHEMA`` rows: quartiles of B, their shift from A, HIGH shares, distances."""
-    table = titled_table(
-        title,
+    heads = (
         first,
         "tokens A",
         "tokens B",
@@ -82,6 +78,7 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
         "KS",
         "JS",
     )
+    cells = []
     for row in rows:
         quartiles = []
         for q in ("q1", "q2", "q3"):
@@ -94,9 +91,9 @@ def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: C
             "" if row[s] is None else f"{row[s]:.1%}" for s in ("share_high_a", "share_high_b")
         ]
         distances = ["" if row[d] is None else f"{row[d]:.4f}" for d in ("psi", "ks", "js")]
-        name = Text(printable(str(row[first])))
-        table.add_row(name, f"{row['n_a']:,}", f"{row['n_b']:,}", *quartiles, *shares, *distances)
-    print_whole(table, console)
+        n = (f"{row['n_a']:,}", f"{row['n_b']:,}")
+        cells.append((str(row[first]), *n, *quartiles, *shares, *distances))
+    print_in_parts(title, heads, cells, console)
 
 
 def _render_class_drift(layer: int, found: compare.Comparison, console: Console) -> None:
@@ -136,8 +133,7 @@ def _render_movers(layer: int, found: compare.Comparison, console: Console) -> N
         f"{kind.title()}s at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < "
         f"{compare.SIGNIFICANT})"
     )
-    table = titled_table(
-        title,
+    heads = (
         "word",
         "class",
         "n A",
@@ -148,28 +144,27 @@ def _render_movers(layer: int, found: compare.Comparison, console: Console) -> N
         "q",
         "median A",
         "median B",
-        left=2,
     )
-    if parts := len(moved) - len(words):
-        table.caption, table.caption_justify = (
-            f"and {count(parts, 'part')} of words: afn compare --json",
-            "left",
-        )
+    cells = []
     for row in words.slice(0, MOVERS).to_pylist():
         medians = ("" if row[f"median_{r}"] is None else figure(row[f"median_{r}"]) for r in "ab")
-        table.add_row(
-            Text(printable(row["text"])),
-            Text(printable(row["class"])),
-            f"{row['n_a']:,}",
-            f"{row['n_b']:,}",
-            f"{row['share_high_a']:.1%}",
-            f"{row['share_high_b']:.1%}",
-            f"{row['z']:+.1f}",
-            f"{row['q']:.1e}",
-            *medians,
+        cells.append(
+            (
+                row["text"],
+                row["class"],
+                f"{row['n_a']:,}",
+                f"{row['n_b']:,}",
+                f"{row['share_high_a']:.1%}",
+                f"{row['share_high_b']:.1%}",
+                f"{row['z']:+.1f}",
+                f"{row['q']:.1e}",
+                *medians,
+            )
         )
     if len(moved):
-        print_whole(table, console)
+        print_in_parts(title, heads, cells, console, left=2)
+        if parts := len(moved) - len(words):
+            console.print(f"and {count(parts, 'part')} of words: afn compare --json")
     else:
         console.print(Text(title, style="bold"))
     for status, verb, n in (("new", "are new", "n_b"), ("vanished", "have vanished", "n_a")):

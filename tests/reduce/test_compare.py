@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -607,7 +608,12 @@ def shown(found: Comparison, width: int) -> str:
 
 def test_the_terminal_shows_every_figure_whatever_its_width(compared: Comparison) -> None:
     text = shown(compared, 200)
-    assert shown(compared, 40).split() == text.split()
+    narrow = shown(compared, 80)
+    tables = narrow[narrow.index("Strengths") : narrow.index("Classes at")]
+    assert max(map(len, tables.splitlines())) <= 80
+    wide_figures, figures = (re.findall(r"\d+\.\d{4}\b", t) for t in (text, narrow))
+    assert sorted(wide_figures) == sorted(figures)
+    assert {"KS", "PSI", "Q3 B"} <= {*re.split(" {2,}|\n", narrow)}
     whole = rows_of(compared.drift, layer=2, source=None)[0]
     for expected in (
         f"{whole['psi']:.4f}",

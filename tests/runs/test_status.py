@@ -285,6 +285,10 @@ def test_a_store_lists_its_runs_newest_first_and_gc_and_verify_know_the_files(
         and first.endswith("/20.jsonl")
         and f"{found[0].body['tokens']:,}" in first
     )
+    assert list(status_text.table(found, 1000)) == list(status_text.table(found))
+    narrow = list(status_text.table(found, 80))
+    assert max(map(len, narrow[::2])) <= 80 and narrow[3].strip().endswith("/20.jsonl")
+    assert " ".join(narrow[2:4]).split() == first.split()
     assert status.read_status(found[1].uri).runs == (found[1],)
     checked = verify.verify_store(config.store)
     assert not checked.findings and not checked.orphans and not checked.foreign
