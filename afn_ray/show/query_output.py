@@ -25,8 +25,11 @@ from afn_ray.store import parquet
 from afn_ray.text import count, printable
 
 FORMATS = ("table", "csv", "json", "parquet")
-TEXT_WIDTH = 24
-"""Least width of text columns, in characters, before columns are left out of a table."""
+TEXT_WIDTHS = (24, 16, 10)
+"""Least widths of text columns to try, in characters, until no column is left out of a table.
+
+Where even the last leaves one out, the first is taken.
+"""
 BATCH_ROWS = 1 << 14
 
 
@@ -215,11 +218,14 @@ def _draw(console: Console, schema: pa.Schema, rows: list[tuple[Any, ...]], more
     names = [printable(name) for name in schema.names]
     numeric = [is_number(kind) for kind in schema.types]
     columns = [[_cell(row[i]) for row in rows] for i in range(len(names))]
-    least = []
+    widths = []
     for at, name in enumerate(names):
-        width = max(len(name), *(cell.cell_len for cell in columns[at]), 0)
-        least.append(width if numeric[at] else min(width, TEXT_WIDTH))
-    shown = _fitting(least, console.width)
+        widths.append(max(len(name), *(cell.cell_len for cell in columns[at]), 0))
+    fitting = []
+    for text_width in TEXT_WIDTHS:
+        least = [w if n else min(w, text_width) for w, n in zip(widths, numeric, strict=True)]
+        fitting.append(_fitting(least, console.width))
+    shown = next((some for some in fitting if len(some) == len(names)), fitting[0])
     cut = len(shown) < len(names)
     middle = (len(shown) + 1) // 2
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -187,6 +187,13 @@ def test_a_table_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) ->
     query_output.print_result(run.sql("FROM tokens LIMIT 3"))
     lines = screen.getvalue().splitlines()
     assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines[:-1]) <= 60
+    screen.seek(0)
+    screen.truncate()
+    four = "SELECT repeat('a', 64) AS one, repeat('b', 64) AS two, repeat('c', 64) AS three, 4 AS n"
+    query_output.print_result(run.sql(four))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    assert text.split()[:4] == ["one", "two", "three", "n"] and "…" not in text
+    assert all(text.count(letter) >= 64 for letter in "abc")
     assert " of 19 columns shown" in " ".join(lines[-2:])
     header = lines[0].split()
     assert {"doc", "position", "…", "high_8", "sink_8"} <= {
