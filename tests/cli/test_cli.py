@@ -47,7 +47,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: lis
         "id",
     )
     assert done.returncode == 0, done.stderr
-    assert "1 of 1 file" in done.stderr and "is complete" in done.stderr
+    assert " of 1 file" in done.stderr and "is complete" in done.stderr
     assert done.stdout.startswith("\nNext: afn show ")
     return folder / "store"
 
