@@ -312,7 +312,7 @@ def lines(v: Verification) -> Iterator[str]:
     for uri in v.foreign:
         yield f"foreign     {uri}: afn-ray does not write such a file; it is left alone"
     for uri in v.incomplete:
-        yield f"incomplete  {uri}: give its 'afn run' command again to finish it"
+        yield f"incomplete  {uri}: {manifest.why_incomplete(uri)}"
     for uri in v.condemned:
         yield (
             f"condemned   {uri}: 'afn gc' gave it up; 'afn gc --delete' removes what is left of it"

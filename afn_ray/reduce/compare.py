@@ -226,9 +226,8 @@ def complete_run(run: str | RunFolder) -> RunFolder:
     """The run's folder. Raises ``StoreError`` if the run is not complete."""
     folder = manifest.find_run(run) if isinstance(run, str) else run
     if not folder.info:
-        raise StoreError(
-            f"run {folder.uri} is not complete; give its 'afn run' command again to finish it"
-        )
+        why = manifest.why_incomplete(folder.uri)
+        raise StoreError(f"run {folder.uri} is not complete: {why}")
     return folder
 
 

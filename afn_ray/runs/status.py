@@ -51,7 +51,7 @@ SHARDS = ("planned", "reused", "done", "running", "quarantined")
 """Keys of ``shards`` in a status."""
 WORKERS = ("wanted", "ready", "lost")
 """Keys of ``workers`` in a status."""
-MOST_BYTES = 1 << 20
+MOST_BYTES = manifest.MOST_STATUS_BYTES
 """Largest status that is read, in bytes; it lists ``MOST_LISTED`` failures."""
 
 

@@ -15,6 +15,7 @@ def lines(s: Status) -> Iterator[str]:
     body, live = s.body, s.state not in EXIT_CODES
     yield f"run      {s.uri}"
     yield f"state    {_state_text(s)}"
+    yield from _more_reasons(body)
     if "phase" not in body:
         return
     by = f", by {body['host']} (pid {body['pid']})" if "host" in body else ""
@@ -24,10 +25,8 @@ def lines(s: Status) -> Iterator[str]:
         yield f"shards   {_shards_text(body, live=live)}"
         yield f"tokens   {_tokens_text(body)}"
     if lost := body["bytes_lost"]:
-        yield (
-            f"lost     {losses.bytes_text(lost)} of the corpus; 'afn show' of the complete run "
-            "names the files"
-        )
+        named = "; 'afn show' of the complete run names the files" if s.state != "failed" else ""
+        yield f"lost     {losses.bytes_text(lost)} of the corpus{named}"
     if live and body["documents_planned"]:
         planned = count(body["documents_planned"], "document")
         yield f"measured {body['documents_measured']:,} of {planned} of this call"
@@ -76,6 +75,13 @@ def _failure_lines(body: dict[str, Any]) -> Iterator[str]:
         yield f"failed   and {count(more, 'more shard')}"
 
 
+def _more_reasons(body: dict[str, Any]) -> Iterator[str]:
+    """Further lines of the reason; without those on shards, which have lines of their own."""
+    if not body.get("failures"):
+        for line in body.get("reason", "").splitlines()[1:]:
+            yield f"reason   {line.strip()}"
+
+
 def _state_text(s: Status) -> str:
     """The state of a run in words."""
     body = s.body
@@ -85,7 +91,7 @@ def _state_text(s: Status) -> str:
         return f"complete since {body['written_at']}"
     if s.state == "begun":
         return "begun, and no update since: killed? The same 'afn run' command resumes"
-    reason = f": {body['reason'].splitlines()[0]}" if body["reason"] else ""
+    reason = f": {body['reason'].splitlines()[0].rstrip(':')}" if body["reason"] else ""
     if s.state == "failed":
         return f"failed at {body['written_at']}, exit code {body['exit_code']}{reason}"
     if s.state == "stopped":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,9 +28,14 @@ from afn_ray.store.checksums import (
     read_json,
     short,
 )
-from afn_ray.store.layout import PLANNING, RAY_IGNORE, StoreFiles, is_run_name
+from afn_ray.store.layout import PLANNING, RAY_IGNORE, STATUS, StoreFiles, is_run_name
 from afn_ray.store.shard_files import blocks_by_name, shard_uri
+from afn_ray.text import printable
 
+MOST_STATUS_BYTES = 1 << 20
+"""Largest status of a run that is read, in bytes."""
+MOST_REASON_CHARS = 400
+"""Longest reason of a failed run in a message, in characters."""
 RUN_KEYS: dict[str, type] = {
     "id": str,
     "measure": dict,
@@ -220,9 +226,7 @@ def find_run(uri: str) -> RunFolder:
                 "store has"
             )
         if not run.info:
-            raise StoreError(
-                f"run {uri} is not complete; give its 'afn run' command again to finish it"
-            )
+            raise StoreError(f"run {uri} is not complete: {why_incomplete(uri)}")
         return run
     names = run_names(uri)
     for name in reversed(names):
@@ -230,10 +234,8 @@ def find_run(uri: str) -> RunFolder:
         if run.info and not is_copy(run):
             return run
     if names:
-        raise StoreError(
-            f"{uri} holds no complete run; give the 'afn run' command again to finish the run that "
-            "was begun"
-        )
+        why = why_incomplete(uris.join(uri, "runs", names[-1]))
+        raise StoreError(f"{uri} holds no complete run; of the one that was begun last: {why}")
     if storage.exists(uris.join(uri, PLANNING)):
         raise StoreError(
             f"{uri} has no run yet: 'afn run' ended, or still works, before it planned one; 'afn "
@@ -242,6 +244,18 @@ def find_run(uri: str) -> RunFolder:
     raise StoreError(
         f"{uri} is neither a store nor a run; give the store of an 'afn run --store' command"
     )
+
+
+def why_incomplete(uri: str) -> str:
+    """Reason why the run at ``uri`` failed by its status, else how to finish it."""
+    body: Any = None
+    with contextlib.suppress(StoreError, ValueError, RecursionError):  # best effort
+        body = json.loads(storage.read_if_there(uris.join(uri, STATUS), MOST_STATUS_BYTES) or b"{}")
+    if isinstance(body, dict) and body.get("phase") == "failed":
+        first, _, more = str(body.get("reason", "")).partition("\n")
+        reason = first.rstrip(":") if more else first
+        return f"it failed: {printable(reason)[:MOST_REASON_CHARS]}; 'afn status {uri}' says more"
+    return "give its 'afn run' command again to finish it"
 
 
 def is_named_by(run: RunFolder, uri: str) -> bool:

@@ -29,7 +29,7 @@ from afn_ray.cli import commands as cli
 from afn_ray.cli.progress import bar_counts, log_as, log_json
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
-from afn_ray.errors import ConfigError, IncompleteRun, StoreError, Unavailable
+from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, StoreError, Unavailable
 from afn_ray.runs import cluster, dispatch, status, status_text
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
@@ -61,6 +61,26 @@ def read(config: RunConfig) -> status.Status:
 
 # --- the file
 # --------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_failed_says_why_wherever_it_is_named(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": None}, {"text": ""}])
+    config = make_config(corpus=(str(corpus),))
+    with pytest.raises(CorpusError):
+        afn_ray.run(config)
+    (failed,) = status.read_status(config.store)
+    lines = list(status_text.lines(failed))
+    assert any(re.fullmatch(r"state .* 1 empty, 1 quarantined", line) for line in lines)
+    assert any(re.fullmatch(r"reason .*c.jsonl: text is null", line) for line in lines)
+    assert not any("complete run" in line for line in lines)
+    why = r"it failed: .*1 empty, 1 quarantined; 'afn status"
+    for uri in (config.store, failed.uri):
+        with pytest.raises(StoreError, match=why):
+            manifest.find_run(uri)
+    found = verify.lines(verify.verify_store(config.store))
+    assert any(re.search(f"incomplete .*{why}", line) for line in found)
 
 
 def test_a_run_tells_how_far_it_is_from_its_plan_to_its_end(
