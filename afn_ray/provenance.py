@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("afn-ray", "torch", "transformers", "tokenizers", "ray", "pyarrow", "numpy")
@@ -21,5 +22,10 @@ def cpu_name() -> str:
 
 @cache
 def software() -> dict[str, str]:
-    """Versions of Python and of ``PACKAGES``, by name."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    """Versions of Python and of the ``PACKAGES`` that are installed here, by name."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        # infra/gpu/check.py runs from a checkout, and without Ray.
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

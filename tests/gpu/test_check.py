@@ -26,7 +26,19 @@ CHECK = ROOT / "infra" / "gpu" / "check.py"
 ABSENT = {"ray", "duckdb", "prompt_toolkit", "conftest"}
 """Modules that a machine with torch's image may lack."""
 BLOCK = f"""
+import importlib.metadata
 import sys
+
+from_name = importlib.metadata.Distribution.from_name
+
+
+def installed(name):
+    if name in {ABSENT | {"afn-ray"}!r}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return from_name(name)
+
+
+importlib.metadata.Distribution.from_name = installed
 
 class Block:
     def find_spec(self, name, path=None, target=None):
