@@ -4,6 +4,7 @@ beside them.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +16,11 @@ import afn_ray
 from afn_ray.analysis import explain, verify
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, StoreError
+from afn_ray.runs import estimate
+from afn_ray.show.provenance import command_line
 from afn_ray.show.summary import summarise
 from afn_ray.store import manifest
+from afn_ray.store.settings import config_from
 from conftest import config_of, write_jsonl
 
 POPULATIONS = ("tokens", "tokens_without_sinks")
@@ -133,3 +137,22 @@ def test_what_cannot_be_taken_is_refused(
         afn_ray.run(replace(config, thresholds=str(tmp_path / "nothing")))
     with pytest.raises(ConfigError, match="thresholds is empty"):
         replace(config, thresholds="")
+
+
+def test_a_store_given_for_thresholds_is_recorded_as_the_run_that_it_meant(
+    nights: tuple[RunConfig, str, str], tmp_path: Path
+) -> None:
+    config, _, _ = nights
+    theirs = str(shutil.copytree(config.store, tmp_path / "theirs"))
+    asked = replace(config, store=str(tmp_path / "store"), layers="1", thresholds=theirs)
+    meant = manifest.find_run(theirs).uri
+    assert estimate.dry_run(asked).thresholds == meant
+    with afn_ray.run(asked) as run:
+        recorded, uri = run.info["config"], run.uri
+    assert recorded["thresholds"] == meant and f"--thresholds {meant}" in command_line(recorded)
+    with afn_ray.run(replace(config, store=theirs, limit=5)):
+        pass  # from now on the store means a first look, which is refused
+    with pytest.raises(ConfigError, match="a store, whose latest run"):
+        afn_ray.run(asked)
+    with afn_ray.run(config_from(recorded, None)) as again:
+        assert again.uri == uri

@@ -42,6 +42,7 @@ def print_estimate(e: Estimate, console: Console) -> None:
         *([("columns", e.composed)] if e.composed else []),
         ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
+        *([("HIGH", f"by the thresholds of {e.thresholds}")] if e.thresholds else []),
         *_recorded(e),
         ("workers", e.workers),
         *(("workers", notice) for notice in e.notices),

@@ -79,6 +79,7 @@ class Estimate:
     reasons: tuple[str, ...]  # files of some documents quarantined here, with the reasons
     replaced_in: tuple[str, ...]  # some of the files that were read with replaced characters
     encoding: str | None  # the config's
+    thresholds: str | None  # URI of the run whose thresholds label; None: the run's own
     record: str  # rows of tokens that are kept, as the config has it
     selection: str  # what the config selects, in words; empty: all
     unread: Unread  # the end of the corpus, beyond a limit
@@ -185,6 +186,7 @@ def dry_run(
         reasons=work.lacking.reasons,
         replaced_in=work.lacking.replaced_in,
         encoding=config.encoding,
+        thresholds=asked.config.thresholds,
         record=config.record,
         selection=series.selection_of(asdict(config)),
         unread=asked.plan.unread,

@@ -72,7 +72,8 @@ def run(
 def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_only: bool) -> Run:
     began = time.monotonic()
     asked = preparation.prepare(config, on_event, keep=True, reduce_only=reduce_only)
-    plan, measure, frozen = asked.plan, asked.task.measure, asked.frozen
+    config, plan = asked.config, asked.plan
+    measure, frozen = asked.task.measure, asked.frozen
     if reduce_only:
         preparation.commits_to_reduce(asked)  # before anything is written
     claim = run_claims.begin_run(config, measure, plan, asked.begun_ns, frozen)

@@ -29,7 +29,7 @@ from afn_ray.tokens import languages
 class Preparation:
     """The work of a run, before the store's shards are known."""
 
-    config: RunConfig
+    config: RunConfig  # its ``thresholds`` name a run
     device: str  # device of the workers
     files: model.ModelFiles
     plan: plans.Plan
@@ -62,12 +62,13 @@ def prepare(
     measure = replace(measure, means=calibrator.find_means(replace(task, measure=measure)))
     mean_types = calibrator.find_mean_types(replace(task, measure=measure))
     measure = replace(measure, mean_types=mean_types, languages=detector)
+    config = label_thresholds.resolved(config)
     frozen = label_thresholds.find_frozen(config, measure)
     if config.neurons_of == "high":
         measure = replace(
             measure, neurons_above=token_rows.high_from(frozen, measure.neuron_layers)
         )
-    task = replace(task, measure=measure)
+    task = replace(task, config=config, measure=measure)
     plan = _recording(plan, config, measure, frozen)
     if not measure.tagged and detector is None and lexicon.find(config.language) is None:
         on_event(events.Warned(lexicon.why_none(config.language)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pyarrow as pa
@@ -36,16 +36,14 @@ FROZEN = tuple(LabelThresholds.__annotations__)
 """Columns that a run takes from the thresholds of another run."""
 
 
-def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
-    """The thresholds that ``config`` names for labels, as rows of ``FROZEN``.
+def resolved(config: RunConfig) -> RunConfig:
+    """``config`` with the run that its ``thresholds`` mean in place of a store.
 
-    The list is empty if the run labels by its own thresholds. They are the thresholds that the
-    named run itself labels by, so that each nightly run can name the previous one. Raises
-    ``StoreError`` if there is no such run, ``ConfigError`` if it has another measure, or if it is a
-    first look that only happens to be the latest run of the named store.
+    What is recorded thus names that run, whatever runs the store gets later. Raises ``StoreError``
+    if there is no such run, and ``ConfigError`` for a first look, as ``find_frozen`` does.
     """
     if config.thresholds is None:
-        return []
+        return config
     run = manifest.find_run(config.thresholds)
     selected = series.selection_of_run(run.info)
     is_other = selected not in ("", series.selection_of(asdict(config)))
@@ -54,6 +52,21 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
             f"thresholds is {config.thresholds}, a store, whose latest run {run.uri} measured "
             f"{short(printable(selected))} alone: name the run whose thresholds are meant"
         )
+    return replace(config, thresholds=run.uri)
+
+
+def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
+    """The thresholds that ``config`` names for labels, as rows of ``FROZEN``.
+
+    The list is empty if the run labels by its own thresholds. They are the thresholds that the
+    named run itself labels by, so that each nightly run can name the previous one. Raises
+    ``StoreError`` if there is no such run, ``ConfigError`` if it has another measure, or if it is a
+    first look that only happens to be the latest run of the named store.
+    """
+    config = resolved(config)
+    if config.thresholds is None:
+        return []
+    run = manifest.find_run(config.thresholds)
     theirs = _strength_keys(run.info["measure"])
     ours = _strength_keys(measure.as_dict())
     if {*measure.layers} <= {*theirs["layers"]}:  # the thresholds of some of its layers
