@@ -360,7 +360,7 @@ def test_pages_name_files_bounds_and_commands_that_are_there() -> None:
     gate = ROOT / ".ci" / "run"
     assert everything == ".ci/run\n" and os.access(gate, os.X_OK)
     for command in commands[1:]:
-        assert re.search(rf"(?:^|[{{&] ){re.escape(command)}", gate.read_text(), re.M), command
+        assert re.search(rf"(?:^ *|[{{&] ){re.escape(command)}", gate.read_text(), re.M), command
     assert (
         commands[0].startswith("python -m pytest -n 0 tests/")
         and (ROOT / commands[0].split()[-1]).exists()
