@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
 from afn_ray.store import (
-    label_thresholds,
     layout,
     manifest,
     plans,
@@ -96,37 +95,20 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
 
 
 def threshold_runs(store: str, kept: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """The newest of the ``kept`` runs that labels by the thresholds of a run that is not, by name.
+    """Complete runs that are not kept, but whose thresholds a run that is kept labels by.
 
-    ``names`` are the complete runs, sorted. A run may name the store for what was then its latest
-    run, which is known by its thresholds.
+    Each has the newest such run. ``kept`` and ``names``, those of the complete runs, are sorted.
     """
     users = {}
-    for name in sorted(set(names).intersection(kept)):
+    for name in kept:
+        if name not in names:
+            continue
         with contextlib.suppress(StoreError):  # 'afn verify' names what is damaged
-            used = _threshold_run(store, name, names)
-            if used in names and used not in kept:
+            asked = manifest.open_folder(store, name).info["config"].get("thresholds") or ""
+            place, used = manifest.split_uri(uris.absolute(asked).rstrip("/"))
+            if place == store and used in names and used not in kept:
                 users[used] = name
     return users
-
-
-def _threshold_run(store: str, name: str, names: Sequence[str]) -> str:
-    """Name of the run of ``store`` whose thresholds the run ``name`` labels by, "" for none."""
-    run = manifest.open_folder(store, name)
-    asked = run.info["config"].get("thresholds")
-    if asked is None or "frozen" not in run.info["tables"]:
-        return ""
-    place, used = manifest.split_uri(uris.absolute(asked).rstrip("/"))
-    if place != store or used:
-        return used if place == store else ""
-    latest = max((other for other in names if other < name), default="")
-    return latest if latest and _has_labels_of(store, latest, run) else ""
-
-
-def _has_labels_of(store: str, name: str, run: RunFolder) -> bool:
-    """True if the run ``name`` has the thresholds that ``run`` labels by, layer by layer."""
-    rows = label_thresholds.frozen_rows(manifest.open_folder(store, name))
-    return all(row in rows for row in label_thresholds.frozen_rows(run))
 
 
 def _name_of(store: str, run: str, names: Sequence[str]) -> str:

@@ -203,7 +203,7 @@ def test_a_run_whose_thresholds_a_kept_run_uses_is_named(
 
     first = run(5, None)
     names = [first, run(6, store), run(7, f"{store}/runs/{first}/"), run(8, None)]
-    assert threshold_runs(store, names[1:2], names) == {first: names[1]}  # the latest, then
+    assert threshold_runs(store, names[1:2], names) == {first: names[1]}  # the store
     assert threshold_runs(store, names, names) == threshold_runs(store, names[3:], names) == {}
     found = collect(store, keep=3)
     assert found.kept == tuple(names[1:]) and found.threshold_users == {first: names[2]}
