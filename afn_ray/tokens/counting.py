@@ -81,7 +81,9 @@ NOTHING = Count(0, 0, 0, 0, True, True)
 class _Tally:
     """Counts of documents that are read: selected, quarantined, replaced and left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, options: ReadOptions) -> None:
+        """``options`` have the sample that the documents are for, if they are not marked by it."""
+        self._options = replace(options, where="")
         self._counts: Counter[str] = Counter()
         self._unselected = selection.Unselected()
         self._reasons: list[str] = []
@@ -101,10 +103,14 @@ class _Tally:
         return filter(self.add, documents)
 
     def add(self, document: Document) -> bool:
-        """Count ``document``; True if it is selected."""
+        """Count ``document``; True if it is selected before the sample is drawn."""
         if not document.selected:
             self._unselected.add(document)
             return False
+        (drawn,) = selection.mark([document], self._options)
+        if not drawn.selected:
+            self._unselected.add(document)
+            return True
         self._counts["documents"] += 1
         self._counts["replaced"] += document.num_replaced
         if document.num_replaced and len(self._replaced_in) < MOST_NAMED:
@@ -137,7 +143,7 @@ def count(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncode
         found = _count_all(slices, options, encoder)
         if found is not None:
             return found
-    found = _estimate(slices, replace(options, sample=""), encoder)
+    found = _estimate(slices, options, encoder)
     return _sampled(found, samples.share_of(options.sample)) if options.sample else found
 
 
@@ -147,7 +153,7 @@ def _count_all(
     """Count all tokens; None where the text exceeds ``EXACT_TEXT_BYTES``."""
     num_tokens = num_documents = num_bytes = 0
     read = (d for piece in slices for d in reading.read(piece, options))
-    tally = _Tally()
+    tally = _Tally(options)
     documents = tally.selected(read)
     while batch := list(itertools.islice(documents, 256)):
         num_bytes += sum(len(d.text) for d in batch)
@@ -164,7 +170,8 @@ def _count_all(
 
 
 def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
-    """Estimate the tokens and documents of ``slices`` from places in them."""
+    """Estimate the tokens and documents of ``slices`` from places in them, before a sample."""
+    tally, options = _Tally(options), replace(options, sample="")
     chance = np.random.default_rng(
         int(fingerprint([piece.identity for piece in slices[:SEEDED_BY]]), 16)
     )
@@ -180,7 +187,7 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
     ]
     at = [[int(np.searchsorted(ends, place, "right")) for place in places] for places in drawn]
     whole = {i for group in at for i in group if not _is_cut(slices[i], options)}
-    reader = _Reader(options, encoder, chance, len(whole))
+    reader = _Reader(options, encoder, chance, len(whole), tally)
     tokens = unknown = 0.0
     variances: list[tuple[float, int]] = []
     for (begin, end), places, group in zip(strata, drawn, at, strict=True):
@@ -208,7 +215,7 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
         not any(_is_unknown(piece, options) for piece in slices),
         reader.num_beginnings,
     )
-    return reader.tally.added_to(estimated)
+    return tally.added_to(estimated)
 
 
 def _is_unknown(piece: FileSlice, options: ReadOptions) -> bool:
@@ -290,11 +297,12 @@ class _Reader:
         encoder: TextEncoder,
         chance: np.random.Generator,
         num_whole: int,
+        tally: _Tally,
     ) -> None:
         self._options, self._encoder, self._chance = options, encoder, chance
         self._most_bytes = max(LEAST_READ_BYTES, READ_BYTES // max(1, num_whole))
         self.num_beginnings = 0
-        self.tally = _Tally()
+        self._tally = tally
 
     def densities(self, piece: FileSlice, places: Sequence[int]) -> list[_Density]:
         """Density at each of ``places``, in bytes from the start of ``piece``."""
@@ -317,7 +325,7 @@ class _Reader:
         counts = self._count(documents)
         tokens = num = 0.0
         for d, n, (a, b) in zip(documents, counts, itertools.pairwise(starts), strict=True):
-            if not self.tally.add(d):
+            if not self._tally.add(d):
                 continue
             share = max(0, min(b, end) - max(a, begin)) / (b - a)
             tokens, num = tokens + share * n, num + share
@@ -355,7 +363,7 @@ class _Reader:
             share = self._most_bytes / piece.num_bytes
         for num_read, document in enumerate(reading.read(read, self._options), 1):
             num_bytes += len(document.text)
-            if self.tally.add(document):
+            if self._tally.add(document):
                 texts.append(document.text)
             if num_bytes > self._most_bytes and num_read < piece.num_documents:
                 share = num_read / piece.num_documents

@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 import afn_ray
+from afn_ray import token_rows
 from afn_ray.analysis import verify
 from afn_ray.cli import estimates
 from afn_ray.config import RunConfig
@@ -323,7 +324,7 @@ def test_a_dry_run_counts_what_is_selected_and_lost_as_its_run_does(
     text = capsys.readouterr().out
     assert f"; left out {counts['unselected']} documents (" in text
     assert re.search(rf"^lost +{counts['quarantined']} documents? quarantined, as in /", text, re.M)
-    assert "recorded summaries and documents alone" in text
+    assert f"recorded {token_rows.describe(config.record)}\n" in text
     assert found.tokens_exact and found.tokens == counts["tokens"]
     assert found.num_documents == counts["documents"]
     assert found.selection == "a sample of 50%, where lang = 'de'"
@@ -357,6 +358,7 @@ def test_the_estimate_of_a_large_corpus_has_what_is_selected(
     tmp_path: Path,
     verses: list[str],
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr("afn_ray.tokens.counting.EXACT_BYTES", 1)
     rows = [{"text": t, "lang": LANGUAGES[i % 3]} for i, t in enumerate(verses[:6000])]
@@ -369,6 +371,12 @@ def test_the_estimate_of_a_large_corpus_has_what_is_selected(
     assert found.tokens_low <= exact.tokens <= found.tokens_high < 2 * exact.tokens
     assert not found.documents_exact
     assert abs(found.num_documents / exact.num_documents - 1) < 0.25
+    read, of_all = found.counts, exact.counts
+    num_read = read["documents"] + read["unselected"]
+    share = of_all["unselected"] / (of_all["documents"] + of_all["unselected"])
+    assert num_read and abs(read["unselected"] / num_read - share) < 0.1
+    estimates.print_estimate(found, Console(highlight=False, soft_wrap=True, width=1000))
+    assert f" among {num_read:,} documents that were read" in capsys.readouterr().out
 
 
 def test_a_selection_is_a_series_of_its_own() -> None:
