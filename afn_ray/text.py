@@ -55,7 +55,7 @@ def _escape(c: str) -> str:
 
 def count(n: int, noun: str) -> str:
     """``n`` and ``noun``, with an s unless n is 1: "1 shard", "1,000 shards"."""
-    return f"{n:,} {noun}{'s' * (n != 1)}"
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"  # n may be NumPy's
 
 
 def nearest(unknown: Sequence[str], known: Sequence[str]) -> str:
