@@ -169,16 +169,18 @@ def test_a_corpus_in_an_encoding_that_was_not_given_ends_with_that_question(
     tiny_bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = ["the café is in the other street near the old stone house"] * 20
-    (tmp_path / "old.csv").write_bytes("\n".join(["text", *texts]).encode("latin-1"))
+    rows = ["text", *texts, "éé éé is garbled"]
+    (tmp_path / "old.csv").write_bytes("\n".join(rows).encode("latin-1"))
     config = config_of(tiny_bert, tmp_path / "old.csv", tmp_path / "s")
     question = (
-        "20 characters are no UTF-8: if old.csv is in latin-1 or another encoding, give --enc"
+        "24 characters are no UTF-8: if old.csv is in latin-1 or another encoding, give --enc"
     )
 
     estimate = afn_ray.dry_run(config)
-    assert estimate.counts["replaced"] == 20
+    assert estimate.counts["replaced"] == 24
     estimates.print_estimate(estimate, Console(highlight=False, soft_wrap=True, width=1000))
-    assert question in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert question in text and "1 document quarantined, as in /" in text
 
     reported: list[Event] = []
     afn_ray.run(config, reported.append).close()
