@@ -312,7 +312,7 @@ def test_a_limited_plan_is_the_same_after_a_whole_run(make: Make) -> None:
 def test_a_dry_run_counts_what_is_selected_and_lost_as_its_run_does(
     make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = make(where="lang = 'de'", sample="50%", record="summaries")
+    config = make(where="lang = 'de'", sample="99%", record="summaries")
     found = estimate.dry_run(config)
     with afn_ray.run(config) as run:
         counts = run.info["counts"]
@@ -326,7 +326,7 @@ def test_a_dry_run_counts_what_is_selected_and_lost_as_its_run_does(
     assert f"recorded {token_rows.describe(config.record)}\n" in text
     assert found.tokens_exact and found.tokens == counts["tokens"]
     assert found.num_documents == counts["documents"]
-    assert found.selection == "a sample of 50%, where lang = 'de'"
+    assert found.selection == "a sample of 99%, where lang = 'de'"
 
 
 @pytest.mark.parametrize(("encoding", "asked"), [("utf-16", None), ("cp1252", "cp1252")])
