@@ -176,7 +176,7 @@ class _Snapshot:
     leftovers: tuple[Leftover, ...]
     num_young: int
     threshold_users: Mapping[str, str]
-    """As in ``Garbage``."""
+    """Doomed runs by whose thresholds a kept run labels, and the newest such run, by name."""
 
     @property
     def found(self) -> bool:
