@@ -545,7 +545,7 @@ RUN_EDITS: dict[str, tuple[str, Callable[[pa.Table], pa.Table], str]] = {
     "n_special": ("thresholds", lambda t: put(t, "n_special", 2, 7), "n_special is 7"),
     "mean": ("thresholds", lambda t: put(t, "mean", 2, 7.0), "mean is 7"),
     "sd": ("thresholds", lambda t: put(t, "sd", 2, 7.0), "sd is 7"),
-    "a row of thresholds": ("thresholds", lambda t: t.slice(0, 3), "it has 1 rows, expected 2"),
+    "a row of thresholds": ("thresholds", lambda t: t.slice(0, 3), "it has 1 row, expected 2"),
     "n of a type": ("vocabulary", lambda t: put(t, "n", 9, 7777), "token_id"),
     "a type": ("vocabulary", lambda t: t.slice(1), "token_id"),
     "n_high of a type": ("vocabulary", lambda t: put(t, "n_high", 9, 7777), "token_id"),
