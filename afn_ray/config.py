@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from afn_ray import conditions, kept, samples, text_encodings, token_rows
 from afn_ray.corpus_values import ReadOptions
 from afn_ray.errors import ConfigError
-from afn_ray.option_rules import ADD_THRESHOLDS, AUTO_LANGUAGE, NEEDS, check_value
+from afn_ray.option_rules import ADD_THRESHOLDS, AUTO_LANGUAGE, NEEDS, SCREENED, check_value
 from afn_ray.schema import LANGUAGE as LANGUAGE_COLUMN
 from afn_ray.schema import STRENGTH
 
@@ -155,7 +155,7 @@ class RunConfig:
         "run's own",
     )
     screen: int = _option(
-        1000,
+        SCREENED,
         "number of strangest documents to list, found in one more scan of the records; 0: no scan",
     )
     group_by: str | None = _option(
@@ -262,6 +262,8 @@ class RunConfig:
             is_default = getattr(self, need.key) == DEFAULTS[need.key]
             if not is_default and not need.is_met_by(getattr(self, need.other)):
                 raise ConfigError(f"{need.key} is {getattr(self, need.key)!r}, but {need.message}")
+        if not token_rows.is_complete(self.record):
+            object.__setattr__(self, "screen", 0)  # the scan reads the rows of all tokens
         # This checks the form alone; the depth is checked once the model is known.
         resolve_layers(self.layers, ANY_DEPTH)
 
@@ -301,22 +303,13 @@ class RunConfig:
             object.__setattr__(self, "where", str(condition))
 
     def _check_record(self) -> None:
-        """Raise ``ConfigError`` for rows that are not known; ask for no scan where rows lack."""
+        """Raise ``ConfigError`` for rows that are not known; write them in canonical form."""
         object.__setattr__(self, "record", token_rows.canonical(self.record))
-        if token_rows.is_complete(self.record):
-            return
         if self.record == token_rows.HIGH and self.thresholds is None:
             raise ConfigError(
                 "record is 'high', but what is HIGH is known before the corpus is measured only by "
                 f"thresholds: {ADD_THRESHOLDS}, or ask for --record sample:1%"
             )
-        if self.screen not in (0, DEFAULTS["screen"]):
-            raise ConfigError(
-                f"screen is {self.screen}, but its scan reads the rows of all tokens, and record "
-                f"{self.record!r} does not keep them: leave screen out, or record (groups need "
-                "the scan too)"
-            )
-        object.__setattr__(self, "screen", 0)  # the scan reads the rows of all tokens
 
     @classmethod
     def of_stored(cls, values: Mapping[str, Any]) -> RunConfig:

@@ -51,7 +51,7 @@ class Need(NamedTuple):
 
     key: str
     other: str
-    rule: dict[str, Any]  # what ``other`` must be: ``pattern``, ``minimum``; empty: given
+    rule: dict[str, Any]  # what ``other`` must be: ``pattern``, ``minimum``, ``enum``; empty: given
     message: str
 
     def is_met_by(self, value: Any) -> bool:
@@ -60,6 +60,8 @@ class Need(NamedTuple):
             return False
         if "pattern" in self.rule:
             return re.search(self.rule["pattern"], value) is not None
+        if "enum" in self.rule:
+            return value in self.rule["enum"]
         return "minimum" not in self.rule or bool(value >= self.rule["minimum"])
 
 
@@ -119,6 +121,8 @@ MOST = {
 """Largest values of numbers, by key."""
 ABOVE = {"wait_s": 0, "shard_deadline_s": 0, "sink_factor": 1}
 """Values that numbers must exceed, by key; none is infinite."""
+SCREENED = 1000
+"""Number of strangest documents that are listed unless another is given."""
 ADD_THRESHOLDS = (
     "measure once without this option, then add the thresholds of that run (--thresholds RUN, in a "
     "config thresholds = 'RUN')"
@@ -169,6 +173,12 @@ NEEDS = (
             ("near_duplicates", "near-copies are found in"),
             ("duplicates", "a copy's tokens are taken out of the summaries by"),
         )
+    ),
+    Need(
+        "record",
+        "screen",
+        {"enum": [0, SCREENED]},
+        "the scan that screen asks for reads the rows of all tokens: leave one of the two out",
     ),
     Need(
         "thresholds_by",

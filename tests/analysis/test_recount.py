@@ -19,8 +19,8 @@ WAYS = ("max", "mean", "first", "last")
 
 @pytest.mark.parametrize("word", DOTTED)
 def test_sql_makes_the_word_that_the_reduce_makes(word: str) -> None:
-    found = duckdb.execute(f"SELECT {lower_word('$1')}", [word]).fetchone()
-    assert found == (normalised(word),)
+    found = duckdb.execute(f"SELECT {lower_word('$1')}", [word]).fetchall()
+    assert found == [(normalised(word),)]
 
 
 def test_intact_words_with_a_dotted_i_are_proved_and_a_wrong_count_is_found() -> None:

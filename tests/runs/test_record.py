@@ -218,7 +218,7 @@ def test_the_estimate_knows_what_is_kept(full: RunConfig, tmp_path: Path) -> Non
         ({"record": "summaries", "duplicates": "once"}, "a copy's tokens"),
         ({"record": "summaries", "near_duplicates": 0.8}, "near-copies"),
         ({"record": "summaries", "group_by": "source", "screen": 1000}, "groups"),
-        ({"record": "sample:1%", "screen": 50}, "its scan reads the rows of all tokens"),
+        ({"record": "sample:1%", "screen": 50}, "screen asks for reads the rows of all tokens"),
     ],
 )
 def test_what_needs_rows_is_refused_at_once(
