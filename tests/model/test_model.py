@@ -938,7 +938,7 @@ def with_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         (dict, {"num_hidden_layers": 2},
          r"hold 16 tensors .*encoder\.layer\.2\..*config\.json says 2 blocks"),
         (dict, {"num_hidden_layers": 4},
-         r"16 weights are not in its files .*encoder\.layer\.3\..*says 4 blocks of 32"),
+         r"its files lack 16 weights, .*encoder\.layer\.3\..*says 4 blocks of 32"),
         (dict, {"hidden_size": 16}, r"embeddings\.LayerNorm\.bias is \(32,\), expected \(16,\)"),
         (dict, {"vocab_size": 30600},
          r"1 tensor of its files .* is \(30522, 32\), expected \(30600, 32\)"),
