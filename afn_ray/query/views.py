@@ -167,7 +167,7 @@ def statements(
         f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
         f"CREATE VIEW words AS {words_view(tokens, documents, recorded)}",
         f"CREATE VIEW word_vocabulary AS FROM {_table_of(recorded.word_table, 'no_words')}",
-        f"CREATE VIEW classes AS {classes_view(recorded)}",
+        f"CREATE VIEW classes AS {classes_view(rows, recorded)}",
         f"CREATE VIEW salience AS {SALIENCE_VIEW}",
         f"CREATE VIEW word_salience AS {WORD_SALIENCE_VIEW}",
         f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic}",
@@ -188,6 +188,11 @@ def statements(
 
 def tokens_view(source: str, recorded: RecordedColumns) -> str:
     """SQL of the ``tokens`` view over ``source``."""
+    return answerable(_token_rows(source, recorded), recorded, NO_TOKENS)
+
+
+def _token_rows(source: str, recorded: RecordedColumns) -> str:
+    """SQL of the rows of ``tokens``, also where the run did not record them: none."""
     columns = ["doc", "position", "token_id", "token", "text", "surface"]
     if recorded.tagged:
         columns.append("tag")
@@ -210,7 +215,7 @@ def tokens_view(source: str, recorded: RecordedColumns) -> str:
     view = f"SELECT {', '.join(columns)} FROM {source} {joined}"  # noqa: S608
     if recorded.copies is not None:
         view += f" WHERE true{recorded.and_counts}"
-    return answerable(view, recorded, NO_TOKENS)
+    return view
 
 
 def _layer_columns(layer: int, recorded: RecordedColumns) -> list[str]:
@@ -301,15 +306,17 @@ CLASSES_OF_TYPES = (
 """Query of classes as ``afn show`` has them: by the types of the vocabulary, without quartiles."""
 
 
-def classes_view(recorded: RecordedColumns) -> str:
-    """SQL of the ``classes`` view.
+def classes_view(rows: str, recorded: RecordedColumns) -> str:
+    """SQL of the ``classes`` view; ``rows`` is the source of ``tokens``.
 
     It first counts equal values, so memory does not grow with the number of tokens.
     """
-    source, name = "tokens", f"coalesce(tag, '{UNTAGGED}')"
+    # The view ``tokens`` may have an error of its own, and of two errors either comes first.
+    tokens = f"({_token_rows(rows, recorded)})" if recorded.record in NO_WORDS else "tokens"
+    source, name = tokens, f"coalesce(tag, '{UNTAGGED}')"
     if not recorded.tagged:
         guessed = "SELECT DISTINCT token_id, class FROM vocabulary WHERE class <> 'special'"
-        source, name = f"tokens JOIN ({guessed}) USING (token_id)", "class"
+        source, name = f"{tokens} JOIN ({guessed}) USING (token_id)", "class"
     low, high = wilson("n_high", "n")
     of_layers = " UNION ALL ".join(
         f"""

@@ -179,7 +179,9 @@ def test_what_is_there_is_advised_and_the_command_has_no_screen_that_record_impl
             return
         with pytest.raises(QueryError) as refused:
             run.sql("FROM classes").fetchall()
-        (query,) = re.findall("nearly the same is: (SELECT .* GROUP BY ALL)", str(refused.value))
+        queries = re.findall("nearly the same is: (SELECT .* GROUP BY ALL)", str(refused.value))
+        assert len(queries) == 1, str(refused.value)
+        (query,) = queries
         shown = summarise(manifest.find_run(run.uri)).classes.to_pylist()
         found = run.sql(query).fetchall()
         assert {(c["layer"], c["name"], c["n"]) for c in shown} == {row[:3] for row in found}
