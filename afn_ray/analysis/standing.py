@@ -19,7 +19,7 @@ class Standing(NamedTuple):
     is_repeated: bool = False
     """True if an earlier audit gave the same verdict on the same text."""
     was_told: bool = False
-    """True if somebody was notified of it."""
+    """True if the notifications of it were delivered."""
     acceptance: Acceptance | None = None
     """Somebody's word that the night may be a baseline although it is broken."""
 

@@ -1,4 +1,4 @@
-"""Avro files with their blocks unpacked, within bounds; whoever reads them then unpacks nothing."""
+"""Unpack Avro files within bounds, so that their reader has nothing left to unpack."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def check(address: str | None) -> Check:
         return Check(
             "Ray",
             False,
-            f"the cluster at {address} wants a token, and not the one we have, if any",
+            f"the cluster at {address} requires a token that this process does not have",
             "set RAY_AUTH_TOKEN to the cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it",
         )
     if address is None:

@@ -78,7 +78,7 @@ class StoredVerdict:
     terms: Mapping[str, str] = field(default_factory=dict)
     """Settings under which each figure was found, by name; older verdicts lack them."""
     told: bool = False
-    """True if this verdict was reported to somebody: to every place that the audit notified."""
+    """True if every place that the audit notifies has got this verdict."""
 
 
 @dataclass(frozen=True, slots=True)

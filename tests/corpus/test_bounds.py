@@ -1,6 +1,4 @@
-"""Files of strangers are bounded and runs nothing: corpora, models and stores made to hurt whoever
-reads them.
-"""
+"""Corpora, models and stores from strangers take bounded memory and time, and run no code."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_a_cluster_with_a_token_takes_it_and_no_other(
         monkeypatch.setattr("ray.init", refuse)
         config = RunConfig(corpus=("c",), model="m", store="s", address=token_head)
         with (
-            pytest.raises(ConfigError, match="wants a token, and not the one we have"),
+            pytest.raises(ConfigError, match="requires a token that this process does not have"),
             connection.joined(config),
         ):
             pytest.fail("joined it")

@@ -290,7 +290,7 @@ def test_a_token_in_clear_text_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (
             "W gcs_client: Unauthenticated: RPC error\nthe cluster cannot be reached",
-            "wants a token",
+            "requires a token",
             "RAY_AUTH_TOKEN",
         ),
         (

@@ -1,5 +1,5 @@
-"""Files that no kept run refers to go, and nothing else, wherever the collection is stopped and
-whoever else is there.
+"""gc deletes the files that no kept run refers to, and nothing else, wherever it is stopped and
+whatever runs beside it.
 """
 
 from __future__ import annotations

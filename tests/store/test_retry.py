@@ -1,5 +1,5 @@
-"""A transient error is asked again until it has passed or time is up; what does not is told at
-once.
+"""A call that met a transient error is repeated until it succeeds or its time is up; other errors
+are raised at once.
 """
 
 from __future__ import annotations

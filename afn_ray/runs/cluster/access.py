@@ -20,7 +20,7 @@ CONNECT_S = 5.0
 REFUSED = ("Unauthenticated", "AuthenticationError", "authentication_token_loader")
 """Ray's words to a client without a valid token."""
 NOT_OURS = (
-    "the cluster at {} wants a token, and not the one we have, if any: set RAY_AUTH_TOKEN to the "
+    "the cluster at {} requires a token that this process does not have: set RAY_AUTH_TOKEN to the "
     "cluster's, or RAY_AUTH_TOKEN_PATH to a file that has it"
 )
 """Message for a cluster that refuses this process's token."""
