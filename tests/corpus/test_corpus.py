@@ -29,11 +29,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from afn_ray.cli import commands
-from afn_ray.corpus import footer, listing, reading, row_groups, sources, streams
+from afn_ray.corpus import csv_rows, footer, listing, reading, row_groups, sources, streams
 from afn_ray.corpus_values import Document, FileInfo, ReadOptions, Shard
 from afn_ray.errors import CorpusChanged, CorpusError, ShardError, Unavailable
 from afn_ray.store import corpus_files, readers, storage, uris
@@ -921,16 +921,20 @@ CELL = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(CELL, CELL), max_size=12), st.booleans())
+@example([(csv_rows.NULL, "a"), ("b", csv_rows.NULL), ("\\\\N", csv_rows.NULL * 2)], False)
 def test_csv_gives_back_what_was_written(rows: list[tuple[str, str]], bom: bool) -> None:
+    """Only the null of MySQL and Hive is no text and no id."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, quoting=csv.QUOTE_ALL)
     writer.writerows([("id", "text"), *rows])
     options = dataclasses.replace(IDS, csv_escape="doubled")
     documents = read_all(remember(BOM * bom + buffer.getvalue().encode(), "csv"), options)
     assert [(d.offset, d.doc_id) for d in documents] == [
-        (i, a or None) for i, (a, _) in enumerate(rows)
+        (i, None if a in ("", csv_rows.NULL) else a) for i, (a, _) in enumerate(rows)
     ]
-    assert texts(documents) == [None if is_garbled(b, 0) else b for _, b in rows]
+    assert texts(documents) == [
+        None if b == csv_rows.NULL or is_garbled(b, 0) else b for _, b in rows
+    ]
     assert all(d.num_replaced == 0 for d in documents)
 
 
