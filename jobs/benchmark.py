@@ -7,20 +7,21 @@
 
 is ``afn bench``. A checkout has more, which live in tests/bench and are not shipped with a job:
 
-    python jobs/benchmark.py audit                       how often each kind of limit wakes somebody
-    python jobs/benchmark.py demo                        time, memory and bytes of 'afn demo'
-    python jobs/benchmark.py groups --tokens 100000000   what groups add to a reduce
-    python jobs/benchmark.py languages TAGGED            how often a short text's language is
-    detected python jobs/benchmark.py lexicons TAGGED             how well closed-class words are
-    told from others python jobs/benchmark.py reduce --shards 10000       the reduce of many shards
-    python jobs/benchmark.py safety --store s3://b/p     what a shard costs beside its tokens python
-    jobs/benchmark.py screen                      how well screening finds planted junk python
-    jobs/benchmark.py signals                     what each signal costs python jobs/benchmark.py
-    simulate --shards 100000    the driver of a huge run python jobs/benchmark.py sql
-    questions to a large run
+    python jobs/benchmark.py audit                      alarms of each kind of limit
+    python jobs/benchmark.py demo                       time, memory and bytes of 'afn demo'
+    python jobs/benchmark.py groups --tokens 100000000  what groups add to a reduce
+    python jobs/benchmark.py languages TAGGED           detected languages of short texts
+    python jobs/benchmark.py lexicons TAGGED            closed-class words told from others
+    python jobs/benchmark.py reduce --shards 10000      the reduce of many shards
+    python jobs/benchmark.py safety --store s3://b/p    what a shard costs beside its tokens
+    python jobs/benchmark.py screen                     planted junk that screening finds
+    python jobs/benchmark.py signals                    what each signal costs
+    python jobs/benchmark.py simulate --shards 100000   the driver of a huge run
+    python jobs/benchmark.py sql                        questions to a large run
 
-Exit code 0: measured; 2: the request is wrong. On a cluster: ``ray job submit --working-dir . --
-python jobs/benchmark.py engine``; it measures the node that has the job.
+Exit code 0: measured; 2: the request is wrong. On a cluster it measures the node that has the job:
+
+    ray job submit --working-dir . -- python jobs/benchmark.py engine
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The nightly audit as a Ray job: an increment, a comparison with an earlier run, and a verdict by
 a policy.
 
-    python jobs/nightly_audit.py run.toml --policy policy.toml --baseline week --frozen --out
-    /var/audit
+    python jobs/nightly_audit.py run.toml --policy policy.toml --frozen --out /var/audit
 
 is ``afn audit``; config and policy are files or their URLs. Exit code 0: the policy holds; 1: it is
 broken; 2: the audit failed or was stopped, and the same command resumes it; 3: a limit could not be

@@ -555,9 +555,12 @@ def command_parsers() -> dict[str, argparse.ArgumentParser]:
     """The parser of each command, by its name."""
     from afn_ray.cli import grammar
 
-    (commands,) = (
-        a for a in grammar.parser()._actions if isinstance(a, argparse._SubParsersAction)
-    )
+    return subcommands_of(grammar.parser())
+
+
+def subcommands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each subcommand of ``parser``, by its name."""
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     return dict(commands.choices)
 
 

@@ -439,6 +439,7 @@ def _add_bench(commands: Commands) -> None:
         help="measure the speed of this engine on this machine, beside what users write instead",
         epilog=EPILOG,
         description="A checkout of the repository has more benchmarks: python jobs/benchmark.py "
-        "audit, demo, groups, reduce, safety, screen, signals, simulate or sql.",
+        "audit, demo, groups, languages, lexicons, reduce, safety, screen, signals, simulate "
+        "or sql.",
     )
     bench.add_commands(command)

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the benchmarks that need a checkout."""
     top = grammar.Parser(
         prog="python jobs/benchmark.py",
-        description="Measurements of a checkout; engine, monitor and rate are those of "
+        description="Measurements of a checkout; engine, feed, monitor and rate are those of "
         "'afn bench'.",
     )
     top.set_defaults(command="bench")

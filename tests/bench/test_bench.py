@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -40,7 +42,16 @@ from afn_ray.model.signals import Received
 from afn_ray.runs import worker
 from afn_ray.runs.cluster import connection
 from afn_ray.runs.measurer import Measurer
-from conftest import benchmark, config_of, find_model, printed, write_jsonl
+from bench import commands as bench_commands
+from conftest import (
+    benchmark,
+    command_parsers,
+    config_of,
+    find_model,
+    printed,
+    subcommands_of,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -549,3 +560,14 @@ def test_the_cluster_job_is_the_same_command() -> None:
     command = [sys.executable, "jobs/benchmark.py", "engine", "--variants", "fastest"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "variants are 'fastest'" in done.stderr
+
+
+def test_the_help_and_the_page_on_jobs_name_every_benchmark() -> None:
+    in_a_checkout = set(runpy.run_path(str(ROOT / "jobs" / "benchmark.py"))["OF_A_CHECKOUT"])
+    assert in_a_checkout == subcommands_of(bench_commands.parser()).keys()
+    anywhere = command_parsers()["bench"]
+    page = (ROOT / "infra" / "guide" / "jobs.md").read_text("utf-8")
+    listed = page.partition("`WHAT` is ")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`([a-z]+)`", listed)) == in_a_checkout | subcommands_of(anywhere).keys()
+    offered = (anywhere.description or "").partition("jobs/benchmark.py ")[2]
+    assert set(re.findall(r"[a-z]+", offered)) - {"or"} == in_a_checkout
