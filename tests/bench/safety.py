@@ -136,7 +136,7 @@ def render(result: dict[str, Any], console: Console) -> None:
     for key, what in (
         ("many_s", f"a run of {result['shards']:,} shards, s"),
         ("few_s", f"a run of {result['shards'] // 10:,}, s"),
-        ("overhead_ms", "a shard more, ms of a worker"),
+        ("overhead_ms", "each further shard, ms of a worker"),
         ("again_s", "the finished run again, s"),
     ):
         values = [[r[key] for r in rounds] for rounds in result["rounds"].values()]
@@ -146,5 +146,6 @@ def render(result: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(
         "\n"
-        "Whole commands, start of Python included; a shard more is the difference of the first two."
+        "Whole commands, start of Python included; each further shard: the difference of the first "
+        "two."
     )
