@@ -389,7 +389,7 @@ def test_the_table_of_bounds_has_the_bounds_of_the_code() -> None:
     assert footer.FOOTER_BYTES == 64 << 20
     assert (checksums.JSON_BYTES, DESCRIPTION_BYTES) == (64 << 20, 256 << 20)
     garbled = (
-        f"more than {documents.GARBLED_SHARE * 100:.0f} %, and at least {documents.GARBLED_FROM}"
+        f"{documents.GARBLED_SHARE * 100:.0f} %, or {documents.GARBLED_FROM - 1} if that is more"
     )
     for bound in (
         garbled,
