@@ -51,10 +51,17 @@ def upos_classes(tags: Iterable[str]) -> dict[str, str]:
     A joined tag has the class that all its parts share. X, and joined tags whose parts differ in
     class, are left out.
     """
-    kinds = {tag: kind for kind, of_kind in UPOS_CLASSES.items() for tag in of_kind} | {"X": ""}
-    found = {
-        tag: {kinds.get(part) for part in tag.split("+")} for tag in tags if tag not in RESERVED
-    }
-    if any(None in parts for parts in found.values()):
-        return {}
-    return {tag: kind for tag, parts in found.items() if len(parts) == 1 for kind in parts if kind}
+    kinds = {"X": ""}
+    for kind, of_kind in UPOS_CLASSES.items():
+        kinds |= dict.fromkeys(of_kind, kind)
+    found = {}
+    for tag in tags:
+        if tag in RESERVED:
+            continue
+        parts = tag.split("+")
+        if not kinds.keys() >= {*parts}:
+            return {}
+        shared = {kinds[part] for part in parts}
+        if len(shared) == 1 and "" not in shared:
+            found[tag] = shared.pop()
+    return found

@@ -327,10 +327,12 @@ class _Parser:
             if name.lower() in (known.name.lower(), known.path.lower()):
                 return Column(at, known.name, known.kind)
         kept_names = f"kept are {', '.join(names)}" if names else "none is kept"
+        shown = name[:80]
+        columns = [kept.canonical(self._columns), shown]
         raise ConfigError(
-            f"where names {name[:80]!r}{nearest([name], names)}, which is not in keep_columns "
+            f"where names {shown!r}{nearest([name], names)}, which is not in keep_columns "
             f"({kept_names}): add it there, with its type if it is not a string, as in "
-            f"--keep-columns {','.join(filter(None, [kept.canonical(self._columns), name[:80]]))}"
+            f"--keep-columns {','.join(filter(None, columns))}"
         )
 
     def _literal(self, column: Column) -> Literal:

@@ -38,7 +38,8 @@ class ReadOptions:
     def as_dict(self) -> dict[str, object]:
         """The options as plans and commits store them; those of later versions only where given."""
         newer = ("keep", "encoding", "sample", "where", "record")
-        return {k: v for k, v in asdict(self).items() if v or k not in newer}
+        options = asdict(self)
+        return {name: value for name, value in options.items() if value or name not in newer}
 
     @property
     def selects(self) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 def fingerprint(value: object) -> str:
     """First 128 bits of the SHA-256 of ``value`` as canonical JSON, in hex."""
-    return hashlib.sha256(_canonical(value).encode()).hexdigest()[:32]
+    text = _canonical(value)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def fingerprint_of_rows(header: object, groups: Iterable[Sequence[object]]) -> str:
@@ -19,7 +20,9 @@ def fingerprint_of_rows(header: object, groups: Iterable[Sequence[object]]) -> s
     """
     digest = hashlib.sha256(f"[{_canonical(header)},[".encode())
     for at, rows in enumerate(groups):
-        digest.update(("," if at else "").encode() + _canonical(list(rows))[1:-1].encode())
+        comma = "," if at else ""
+        listed = _canonical(list(rows))
+        digest.update(f"{comma}{listed[1:-1]}".encode())
     digest.update(b"]]")
     return digest.hexdigest()[:32]
 

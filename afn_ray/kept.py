@@ -322,8 +322,8 @@ def columns_of(documents: Sequence[Document], names: Sequence[str]) -> dict[str,
     for document in documents:
         for name, value in zip(names, document.kept or none, strict=True):
             found[name].append(value)
-    found[NOT_KEPT] = [
-        [{"name": name, "reason": reason} for name, reason in document.refused] or None
-        for document in documents
-    ]
+    found[NOT_KEPT] = []
+    for document in documents:
+        refused = [{"name": name, "reason": reason} for name, reason in document.refused]
+        found[NOT_KEPT].append(refused or None)
     return found

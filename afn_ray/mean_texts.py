@@ -14,7 +14,8 @@ Floats = npt.NDArray[np.floating]
 
 def to_text(state: Floats) -> str:
     """``state`` [hidden_size] as base64 of little-endian float32 numbers."""
-    return base64.b64encode(state.astype("<f4").tobytes()).decode()
+    numbers = state.astype("<f4")
+    return base64.b64encode(numbers.tobytes()).decode()
 
 
 def from_text(text: str, hidden_size: int | None = None) -> npt.NDArray[np.float32]:

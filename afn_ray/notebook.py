@@ -28,10 +28,10 @@ def table(caption: str, rows: pa.Table, *, more: bool = False) -> str:
     num_columns = min(rows.num_columns, MAX_COLUMNS)
     heads = [_cell("th", name) for name in rows.column_names[:num_columns]]
     first = rows.slice(0, MAX_ROWS)
-    columns = [
-        [_cell("td", value, is_figure=is_number(column.type)) for value in listed(column)]
-        for column in first.columns[:num_columns]
-    ]
+    columns = []
+    for column in first.columns[:num_columns]:
+        is_figure = is_number(column.type)
+        columns.append([_cell("td", value, is_figure=is_figure) for value in listed(column)])
     lines = [_line(heads), *map(_line, zip(*columns, strict=True))]
     notes = []
     if more:
@@ -69,7 +69,8 @@ def short(result: Any) -> str:
     names = ["table"] if hasattr(result, "table") else [field.name for field in fields(result)]
     parts = []
     for name in names:
-        if isinstance(rows := getattr(result, name), pa.Table):
+        rows = getattr(result, name)
+        if isinstance(rows, pa.Table):
             parts.append(f"{count(rows.num_rows, 'row')} in .{name}")
     run = getattr(result, "run", None) or getattr(result, "uri", None)
     if isinstance(run, str):

@@ -35,7 +35,12 @@ with a meaning. There may be an apostrophe, a hyphen or one of ``JOINERS`` betwe
 
 def printable(text: str, keep: str = "") -> str:
     """``text`` with the characters in ``UNSAFE`` as escapes, except those in ``keep``."""
-    return UNSAFE.sub(lambda m: m[0] if m[0] in keep else ascii(m[0])[1:-1], text)
+
+    def shown(match: re.Match[str]) -> str:
+        character = match[0]
+        return character if character in keep else ascii(character)[1:-1]
+
+    return UNSAFE.sub(shown, text)
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -60,5 +65,7 @@ def count(n: int, noun: str) -> str:
 
 def nearest(unknown: Sequence[str], known: Sequence[str]) -> str:
     """Known names similar to the ``unknown`` ones, as a hint in brackets, or ""."""
-    found = [near for name in unknown for near in difflib.get_close_matches(name, known, 1)]
+    found: list[str] = []
+    for name in unknown:
+        found += difflib.get_close_matches(name, known, 1)
     return f" (did you mean {', '.join(found)}?)" if found else ""

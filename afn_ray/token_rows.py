@@ -84,7 +84,8 @@ def check_complete(info: Mapping[str, Any]) -> None:
     """Raise ``ConfigError`` unless the run of ``info``, a run.json, keeps
     the rows of all tokens.
     """
-    if not is_complete(record := record_of(info)):
+    record = record_of(info)
+    if not is_complete(record):
         raise ConfigError(why_refused(record))
 
 

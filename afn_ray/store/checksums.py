@@ -130,7 +130,8 @@ def checksummed(body: dict[str, Any]) -> bytes:
     The checksum covers every byte. Raises ``StoreError`` if the file would be larger than
     ``JSON_BYTES``, which no reader accepts.
     """
-    data = json_bytes({**body, "sha256": sha256(json_bytes(body)).hexdigest()})
+    digest = sha256(json_bytes(body)).hexdigest()
+    data = json_bytes({**body, "sha256": digest})
     if len(data) > JSON_BYTES:
         longest = max(body, key=lambda key: len(json_bytes({key: body[key]})))
         raise StoreError(

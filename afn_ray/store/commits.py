@@ -198,9 +198,12 @@ class _InOrder(Sequence[Commit]):
 
 def provenance_of(commits: Iterable[Commit]) -> list[dict[str, Any]]:
     """Each distinct ``made_by`` of ``commits`` with its number of ``shards``, the largest first."""
-    numbers = Counter(tuple(sorted(commit.made_by.items())) for commit in commits)
+    numbers: Counter[tuple[tuple[str, str], ...]] = Counter()
+    for commit in commits:
+        made_by = sorted(commit.made_by.items())
+        numbers[tuple(made_by)] += 1
     ordered = sorted(numbers.items(), key=lambda item: (-item[1], item[0]))
-    return [{"shards": n, "made_by": dict(made_by)} for made_by, n in ordered]
+    return [{"shards": n, "made_by": dict(items)} for items, n in ordered]
 
 
 def describe_makers(provenance: Iterable[Mapping[str, Any]]) -> dict[str, int]:

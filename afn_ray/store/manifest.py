@@ -67,7 +67,8 @@ def keep_from_jobs(store: str) -> None:
 
 def run_names(store: str) -> list[str]:
     """Names of the runs in ``store``, oldest first, including copies under such names."""
-    return [name for name in storage.list_names(uris.join(store, "runs")) if is_run_name(name)]
+    names = storage.list_names(uris.join(store, "runs"))
+    return [name for name in names if is_run_name(name)]
 
 
 def is_copy(run: RunFolder) -> bool:
@@ -129,7 +130,10 @@ def _is_config(value: Any) -> bool:
 
 
 def _are_quarantined(value: Any) -> bool:
-    return all(isinstance(shard[key], str) for shard in value for key in ("shard", "uri", "reason"))
+    for shard in value:
+        if not all(isinstance(shard[key], str) for key in ("shard", "uri", "reason")):
+            return False
+    return True
 
 
 def _is_provenance(value: Any) -> bool:

@@ -14,7 +14,8 @@ from afn_ray.store.layout import HEX
 
 def ids(store: str) -> set[str]:
     """Ids of the measures of which ``store`` has a shard, or had one."""
-    return {name for name in storage.list_names(uris.join(store, "shards")) if HEX.fullmatch(name)}
+    names = storage.list_names(uris.join(store, "shards"))
+    return {name for name in names if HEX.fullmatch(name)}
 
 
 def known(store: str, but: str = "") -> list[Measure]:

@@ -303,7 +303,8 @@ def some_documents(
     held: list[pa.RecordBatch] = []
     for batch in file.batches(BATCH_ROWS, [DOC, *columns], groups):
         rows = batch[DOC].to_numpy()
-        held.append(batch.filter(pa.array(np.isin(rows, docs))))
+        is_wanted = np.isin(rows, docs)
+        held.append(batch.filter(pa.array(is_wanted)))
         table = pa.Table.from_batches(held)
         end = int(np.searchsorted(table[DOC].to_numpy(), rows[-1]))  # the last may go on
         if end:

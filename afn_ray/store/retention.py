@@ -6,6 +6,7 @@ import contextlib
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import date
 
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
@@ -86,8 +87,13 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
         by_series.setdefault(key, []).append(run)
     kept: set[str] = set()
     for newest in by_series.values():
-        days = [(day, run) for run in newest if (day := series_runs.day_of(run)) is not None]
-        of_day = [run for _, run in sorted(days, key=lambda dated: dated[0], reverse=True)]
+        dated: list[tuple[date, RunFolder]] = []
+        for run in newest:
+            day = series_runs.day_of(run)
+            if day is not None:
+                dated.append((day, run))
+        dated.sort(key=lambda day_and_run: day_and_run[0], reverse=True)
+        of_day = [run for _, run in dated]
         for runs in (newest, of_day):
             able = filter(verdicts.may_be_baseline, runs)
             kept.update(run.id for run in (*runs[:1], *itertools.islice(able, 1)))

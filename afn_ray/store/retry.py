@@ -197,7 +197,10 @@ def short_message(error: BaseException) -> str:
 
 def http_status(error: BaseException) -> int:
     """The HTTP status in ``error`` or its causes; 0 if there is none."""
-    return next(filter(None, map(_status, _causes(error))), 0)
+    for cause in _causes(error):
+        if status := _status(cause):
+            return status
+    return 0
 
 
 def _status(error: BaseException) -> int:

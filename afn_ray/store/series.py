@@ -34,15 +34,23 @@ def day_of(corpus: Sequence[str]) -> date | None:
 
     It is the newest date of its paths. In a path with ``dt=`` or ``date=`` only that value counts.
     """
-    days = [day for path in corpus for day in _days_of(path)]
+    days: list[date] = []
+    for path in corpus:
+        days += _dating_days(path)
     return max(days, default=None)
 
 
-def _days_of(path: str) -> list[date]:
+def _dating_days(path: str) -> list[date]:
     """The days that date ``path``."""
-    keyed = [match["value"] for match in DATED.finditer(path) if match["key"]]
-    of_keys = [day for value in keyed for day, _, _ in days_in(value)]
-    return of_keys or [day for day, _, _ in days_in(path)]
+    of_keys: list[date] = []
+    for match in DATED.finditer(path):
+        if match["key"]:
+            of_keys += _every_day(match["value"])
+    return of_keys or _every_day(path)
+
+
+def _every_day(path: str) -> list[date]:
+    return [day for day, _, _ in days_in(path)]
 
 
 def undated(path: str) -> str:
@@ -107,8 +115,8 @@ def matched_names(
     night, each run's own dates are replaced by ``DATE`` in its sources. Otherwise names stay as
     they are.
     """
-    our_days = {day for path in ours for day, _, _ in days_in(path)}
-    their_days = {day for path in theirs for day, _, _ in days_in(path)}
+    our_days = {day for path in ours for day in _every_day(path)}
+    their_days = {day for path in theirs for day in _every_day(path)}
     if not our_days or not their_days or our_days == their_days:
         return str, str
     return _without(our_days), _without(their_days)
@@ -118,7 +126,7 @@ def _without(days: Collection[date]) -> Callable[[str], str]:
     """A function that replaces ``days`` in a path."""
 
     def replaced(match: re.Match[str]) -> str:
-        is_one = any(day in days for day, _, _ in days_in(match[0]))
+        is_one = any(day in days for day in _every_day(match[0]))
         return _in_place(match) if is_one else match[0]
 
     return lambda path: DATED.sub(replaced, path)

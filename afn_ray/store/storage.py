@@ -97,7 +97,8 @@ def list_names(uri: str) -> list[str]:
             if NO_BUCKET in str(error):
                 raise
             return []
-        return sorted(posixpath.basename(str(name).rstrip("/")) for name in found)
+        paths = [str(name).rstrip("/") for name in found]
+        return sorted(map(posixpath.basename, paths))
 
     return call_with_retries(fs, "listing", uri, StoreError, names)
 

@@ -132,19 +132,19 @@ def read_verdict(run: RunFolder) -> StoredVerdict | None:
     with checksums.named_damage(uri):
         if body["run"] != run.id:  # copied with a folder
             return None
+        terms = body.get("terms", {})  # older verdicts lack it, and "told"
         found = StoredVerdict(
-            _text(body["state"]),
-            _text(body["window"]),
-            _whole(body["layer"]),
-            _text_or_none(body["baseline"]),
-            tuple(map(_text, body["broken"])),
-            tuple(map(_text, body["warned"])),
-            tuple(map(_text, body["unjudged"])),
-            {_text(key): _number(value) for key, value in body["figures"].items()},
-            tuple(map(_distance, body["distances"])),
-            # Older verdicts lack the last two.
-            {_text(key): _text(value) for key, value in body.get("terms", {}).items()},
-            body.get("told") is True,
+            state=_text(body["state"]),
+            window=_text(body["window"]),
+            layer=_whole(body["layer"]),
+            baseline=_text_or_none(body["baseline"]),
+            broken=tuple(map(_text, body["broken"])),
+            warned=tuple(map(_text, body["warned"])),
+            unjudged=tuple(map(_text, body["unjudged"])),
+            figures={_text(key): _number(value) for key, value in body["figures"].items()},
+            distances=tuple(map(_distance, body["distances"])),
+            terms={_text(key): _text(value) for key, value in terms.items()},
+            told=body.get("told") is True,
         )
     return found
 
