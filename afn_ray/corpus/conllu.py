@@ -80,6 +80,15 @@ def _begins_document(line: Line) -> bool:
     return _is_comment(line) and tags.begins_document(decode(line.data or b""))
 
 
+def _numbered(sentence: list[Line]) -> list[tuple[int, str]]:
+    """The lines of ``sentence``, each with its number from 1 on."""
+    numbered = []
+    for line in sentence:
+        text = decode(line.data or b"")
+        numbered.append((line.number + 1, text.removesuffix("\r")))
+    return numbered
+
+
 def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadOptions) -> Document:
     labels = options.labels_in("conllu")
     assert labels is not None
@@ -90,12 +99,8 @@ def _conllu_document(origin: Origin, sentences: list[list[Line]], options: ReadO
             f"document of CoNLL-U, or a line of it, is over the limit of {limit} bytes or "
             f"{CONLLU_LINES} lines",
         )
-    numbered = (
-        [(line.number + 1, decode(line.data or b"").removesuffix("\r")) for line in sentence]
-        for sentence in sentences
-    )
     try:
-        text, spans, doc_id = tags.from_conllu(numbered, labels)
+        text, spans, doc_id = tags.from_conllu(map(_numbered, sentences), labels)
         doc_id = clean_id(doc_id)
     except ValueError as error:
         return problem(origin, f"not CoNLL-U: {error}")

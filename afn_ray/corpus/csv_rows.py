@@ -76,7 +76,9 @@ def csv_documents(stream: Stream, slice: FileSlice, options: ReadOptions) -> Ite
         else:
             # Of two columns with one name, the first counts.
             values = dict(zip(reversed(names), reversed(row.fields), strict=True))
-            given = {n: v for n, v in values.items() if v not in ("", NULL)} if options.keep else {}
+            given: dict[str, str] = {}
+            if options.keep:
+                given = {name: value for name, value in values.items() if value not in ("", NULL)}
             yield with_kept(_document(origin, values, options), given, options)
 
 

@@ -66,14 +66,18 @@ def _parse(data: bytes) -> list[list[ColumnChunk]]:
     """Chunks of the footer ``data``, cached because the slices of a file are read in turn."""
     try:
         footer = _ThriftReader(data).struct()
-        groups = [[_chunk(column[3]) for column in group[1]] for group in footer[4]]
-        num_rows = sum(group[3] for group in footer[4])
+        groups = []
+        num_rows = 0
+        for group in footer[4]:
+            groups.append([_chunk(column[3]) for column in group[1]])
+            num_rows += group[3]
         if num_rows != footer[3]:
             raise ValueError(f"its row groups have {num_rows} rows, the file {footer[3]}")
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"its footer is damaged: {error!r}") from error
-    if len({tuple(chunk.path for chunk in chunks) for chunks in groups}) > 1:
-        raise ValueError("its row groups have not the same columns")
+    for chunks in groups:
+        if [chunk.path for chunk in chunks] != [chunk.path for chunk in groups[0]]:
+            raise ValueError("its row groups have not the same columns")
     return groups
 
 

@@ -259,9 +259,10 @@ class _OpenElements:
         self.depth -= TABLE_DEPTH if name == "table" else 1
         self._formatting -= name in FORMATTING
         if name == "select":
+            is_open = self._scopes[-1][1]
             options_before = self._selects.pop()
-            self.depth -= max(0, self._scopes[-1][1]["option"] - options_before)
-            self._scopes[-1][1]["option"] = min(self._scopes[-1][1]["option"], options_before)
+            self.depth -= max(0, is_open["option"] - options_before)
+            is_open["option"] = min(is_open["option"], options_before)
         if name in FOREIGN:
             self._mix(self._foreign.pop() != self.depth)
         self.is_unsure = self._is_mixed or bool(self._selects) or bool(self._foreign)

@@ -62,7 +62,8 @@ def _decompressed(data: bytes, coding: str, max_bytes: int) -> bytes:
     if coding in ("gzip", "x-gzip"):
         return _unzipped(data, GZIP, max_bytes)
     if coding == "deflate":  # with the header of zlib, or without as some servers send it
-        has_header = len(data) > 1 and data[0] & 15 == 8 and (data[0] << 8 | data[1]) % 31 == 0
+        is_deflate = len(data) > 1 and data[0] & 15 == 8
+        has_header = is_deflate and int.from_bytes(data[:2], "big") % 31 == 0
         return _unzipped(data, ZLIB if has_header else DEFLATE, max_bytes)
     if coding == "br":
         return _unbrotlied(data, max_bytes)

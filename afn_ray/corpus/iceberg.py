@@ -165,12 +165,11 @@ def _load(metadata: str, uri_of: Callable[[str], str]) -> Table:
 def _wanted(table: Table, columns: Sequence[str]) -> dict[str, _Wanted]:
     """The ways to ``columns``, each a name or a path, by column."""
     schema = table.schema()
-    partitions = {
-        field.source_id
-        for spec in table.specs().values()
-        for field in spec.fields
-        if str(field.transform) == "identity"
-    }
+    partitions: set[int] = set()
+    for spec in table.specs().values():
+        for part in spec.fields:
+            if str(part.transform) == "identity":
+                partitions.add(part.source_id)
     wanted: dict[str, _Wanted] = {}
     for column in columns:
         numbers, beside = _way(schema.as_arrow(), column)

@@ -115,7 +115,10 @@ def _check_only_table(folder: str, options: ReadOptions) -> None:
 
 def _with_whole_archives(skipped: Sequence[FileInfo], files: Sequence[FileInfo]) -> list[FileInfo]:
     """``skipped`` with an archive in place of its members, if none of them is in ``files``."""
-    read = {parts[0] for file in files if (parts := uris.split_member(file.uri))}
+    read: set[str] = set()
+    for file in files:
+        if parts := uris.split_member(file.uri):
+            read.add(parts[0])
     whole: dict[str, FileInfo] = {}
     for file in skipped:
         archive, _ = uris.split_member(file.uri) or (file.uri, "")
@@ -235,7 +238,9 @@ def _check_kept(files: Sequence[FileInfo], options: ReadOptions) -> None:
 def _spread(files: Sequence[FileInfo]) -> list[FileInfo]:
     """Up to ``SAMPLE_FILES`` of ``files``, evenly spaced."""
     num_files = min(SAMPLE_FILES, len(files))
-    return [files[i * (len(files) - 1) // max(num_files - 1, 1)] for i in range(num_files)]
+    last = len(files) - 1
+    num_steps = max(num_files - 1, 1)
+    return [files[step * last // num_steps] for step in range(num_files)]
 
 
 def cut(file: FileInfo, options: ReadOptions, shard_bytes: int) -> list[FileSlice]:
@@ -282,7 +287,12 @@ def rest_bytes(file: FileInfo, options: ReadOptions, piece: FileSlice) -> int:
     with Source(file.uri, 0, file.size) as source:
         paths = row_groups.chunk_paths(pq.ParquetFile(source), documents.columns_of(options))
         groups = row_groups.column_chunks(source, paths)
-        return sum(size for group in groups[piece.end :] for _, size in group)
+        return sum(map(_group_bytes, groups[piece.end :]))
+
+
+def _group_bytes(chunks: Sequence[tuple[int, int]]) -> int:
+    """The size of a row group, the sum of those of its column ``chunks``, in bytes."""
+    return sum(size for _, size in chunks)
 
 
 def is_outdated(slices: Sequence[FileSlice], options: ReadOptions) -> bool:
@@ -455,7 +465,7 @@ def _cut_parquet(file: FileInfo, options: ReadOptions, shard_bytes: int) -> Iter
         whole = _unhashed(file, "parquet", "")
         hashed = row_groups.hashed_names(schema, options)
         start = num_bytes = num_documents = 0
-        sizes = [sum(size for _, size in chunks) for chunks in groups]
+        sizes = [_group_bytes(chunks) for chunks in groups]
         for end, size in enumerate(sizes, 1):
             num_bytes += size
             num_documents += metadata.row_group(end - 1).num_rows

@@ -57,7 +57,7 @@ def choose(corpus: Sequence[str], wanted: str = LATEST) -> Partition:
     if not globs:
         return _only_one(corpus, day)
     common = set.intersection(*(set(days) for days in globs))
-    newest = max(day for days in globs for day in days)
+    newest = max(max(days) for days in globs)
     if not common or (day is not None and day not in common):
         raise CorpusError(_lacking(day, patterns, found))
     chosen = max(common) if day is None else day
@@ -117,16 +117,21 @@ def _partitions(pattern: str) -> dict[date, list[str]]:
             folders = [f"{folder}{part}/" for folder in folders]
             continue
         matches = _expression(part).fullmatch
-        listed = [(folder, name) for folder in folders for name in storage.list_names(folder)]
-        visible = [(folder, name) for folder, name in listed if not name.startswith((".", "_"))]
-        matched = [(folder, name) for folder, name in visible if matches(name)]
-        if days := _by_day(part, {name for _, name in matched}):
+        names: set[str] = set()
+        matched: list[str] = []
+        for folder in folders:
+            for name in storage.list_names(folder):
+                if matches(name) and not name.startswith((".", "_")):
+                    names.add(name)
+                    matched.append(f"{folder}{name}/")
+        days = _by_day(part, names)
+        if days:
             before, after = parts[:depth], parts[depth + 1 :]
-            return {
-                day: ["/".join([*before, narrowed, *after]) for narrowed in sorted(of_day)]
-                for day, of_day in days.items()
-            }
-        folders = [f"{folder}{name}/" for folder, name in matched]
+            patterns: dict[date, list[str]] = {}
+            for day, of_day in days.items():
+                patterns[day] = ["/".join([*before, one, *after]) for one in sorted(of_day)]
+            return patterns
+        folders = matched
     return {}
 
 

@@ -275,7 +275,8 @@ def _add_json_columns(
             num_documents += 1
             value = parse_line(stream.line_text(line.data)) if line.data else None
         if isinstance(value, dict):
-            names.update(dict.fromkeys(nested.names(value, columns_of(options))))
+            found = nested.names(value, columns_of(options))
+            names.update(dict.fromkeys(found))
         if num_documents >= PEEK_DOCUMENTS and names.keys() >= {*wanted}:
             return
         if names and line.offset + line.length > SAMPLE_BYTES:

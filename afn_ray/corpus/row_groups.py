@@ -175,16 +175,14 @@ class _OpenFile:
         for group in range(self.metadata.num_row_groups):
             self.num_rows.append(self.metadata.row_group(group).num_rows)
         uuids = {leaf.path for leaf in leaves if _is_uuid(leaf)}
-        self._uuids = {
-            column
-            for column in columns_of(options)
-            if not uuids.isdisjoint(nested.leaves(self.schema, paths, column))
-        }
-        self._kept = [
-            column
-            for column in kept.parse(options.keep)
-            if nested.type_at(self.schema, column.path) is not None
-        ]
+        self._uuids: set[str] = set()
+        for name in columns_of(options):
+            if not uuids.isdisjoint(nested.leaves(self.schema, paths, name)):
+                self._uuids.add(name)
+        self._kept: list[kept.KeptColumn] = []
+        for column in kept.parse(options.keep):
+            if self.type_of(column.path) is not None:
+                self._kept.append(column)
 
     def type_of(self, column: str) -> Any:
         return nested.type_at(self.schema, column)
@@ -334,7 +332,8 @@ def _group_documents(file: _OpenFile, group: int, uri: str, first_row: int) -> I
             for text, doc_id, labels, kept_row in zip(*batch, strict=True):
                 origin = origin_of(row)
                 if isinstance(text, str) and given:
-                    origin = origin._replace(lost_bytes=max(1, round(len(text) * taken / given)))
+                    text_bytes = round(len(text) * taken / given)
+                    origin = origin._replace(lost_bytes=max(1, text_bytes))
                 if text is None:
                     found = problem(origin, f"{options.text_column} is null", doc_id)
                 elif isinstance(text, ValueError) and options.labels is None:

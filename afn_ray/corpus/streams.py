@@ -40,11 +40,16 @@ Errors of the disk or network below them are ``CorpusError``, which is none of t
 
 MARK = "afn_ray.mark"
 """Name of the error handler that decodes an invalid sequence to a lone surrogate."""
+
+
 # UTF-8 cannot encode a lone surrogate. An invalid sequence thus stays distinct from a U+FFFD in the
 # source until the text has been extracted from its line.
-codecs.register_error(
-    MARK, lambda error: ("\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0)
-)
+def _mark(error: UnicodeError) -> tuple[str, int]:
+    """A lone surrogate in place of the invalid bytes, and the place where decoding goes on."""
+    return "\udcff", error.end if isinstance(error, UnicodeDecodeError) else 0
+
+
+codecs.register_error(MARK, _mark)
 
 
 class Bomb(DamagedStream):

@@ -158,7 +158,10 @@ def _tokens_of(sentence: Sequence[tuple[int, str]], labels: str) -> list[_Conllu
 
 def begins_document(line: str) -> bool:
     """True if ``line`` of CoNLL-U is the comment that begins a document of several sentences."""
-    return line.startswith("#") and line[1:].split("=")[0].strip() in ("newdoc", "newdoc id")
+    if not line.startswith("#"):
+        return False
+    key, _, _ = line[1:].partition("=")
+    return key.strip() in ("newdoc", "newdoc id")
 
 
 def _spans(values: Sequence[object], num_chars: int, column: str) -> tuple[Span, ...]:

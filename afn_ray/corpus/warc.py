@@ -315,8 +315,9 @@ class _Page:
         """The codings that the header ``name`` lists, in lower case."""
         if self.http is None:
             return []
-        stated = ",".join(self.http.get_multiple(name)).lower().split(",")
-        return [coding for each in stated if (coding := each.strip()) not in ("", "identity")]
+        stated = ",".join(self.http.get_multiple(name))
+        codings = [coding.strip() for coding in stated.lower().split(",")]
+        return [coding for coding in codings if coding not in ("", "identity")]
 
     def names(self) -> list[str]:
         """Names of its columns."""
