@@ -162,7 +162,11 @@ def _count_all(
         counts = encoder.count([d.text for d in batch])
         num_tokens += int(counts.sum())
         num_documents += len(batch)
-        tally.add_empty(sum(not n for n, d in zip(counts, batch, strict=True) if d.problem is None))
+        num_empty = 0
+        for num_here, document in zip(counts, batch, strict=True):
+            if document.problem is None and not num_here:
+                num_empty += 1
+        tally.add_empty(num_empty)
     return tally.added_to(Count(num_tokens, num_tokens, num_tokens, num_documents, True, True))
 
 
@@ -172,21 +176,20 @@ def _count_all(
 def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
     """Estimate the tokens and documents of ``slices`` from places in them, before a sample."""
     tally, options = _Tally(options), replace(options, sample="")
-    chance = np.random.default_rng(
-        int(fingerprint([piece.identity for piece in slices[:SEEDED_BY]]), 16)
-    )
+    seed = fingerprint([piece.identity for piece in slices[:SEEDED_BY]])
+    chance = np.random.default_rng(int(seed, 16))
     ends = np.cumsum([piece.num_bytes for piece in slices])
     strata = _strata(ends)
-    drawn = [
-        sorted(
-            chance.integers(
-                begin, end, max(LEAST_PLACES, round(PLACES * (end - begin) / ends[-1]))
-            ).tolist()
-        )
-        for begin, end in strata
-    ]
-    at = [[int(np.searchsorted(ends, place, "right")) for place in places] for places in drawn]
-    whole = {i for group in at for i in group if not _is_cut(slices[i], options)}
+    drawn: list[list[int]] = []
+    at: list[list[int]] = []
+    whole: set[int] = set()
+    for begin, end in strata:
+        num_places = max(LEAST_PLACES, round(PLACES * (end - begin) / ends[-1]))
+        places = sorted(chance.integers(begin, end, num_places).tolist())
+        group = np.searchsorted(ends, places, "right").tolist()
+        drawn.append(places)
+        at.append(group)
+        whole.update(i for i in group if not _is_cut(slices[i], options))
     reader = _Reader(options, encoder, chance, len(whole), tally)
     tokens = unknown = 0.0
     variances: list[tuple[float, int]] = []
@@ -201,19 +204,18 @@ def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEn
             d.documents if _is_unknown(slices[i], options) else 0.0
             for i, d in zip(group, found, strict=True)
         )
-        variances.append(
-            (size**2 * statistics.variance(d.tokens for d in found) / len(found), len(found) - 1)
-        )
+        spread = statistics.variance(density.tokens for density in found)
+        variances.append((size**2 * spread / len(found), len(found) - 1))
     half = _student(variances) * math.sqrt(sum(v for v, _ in variances))
     known = [0 if _is_unknown(piece, options) else piece.num_documents for piece in slices]
     estimated = Count(
-        round(tokens),
-        max(0, round(tokens - half)),
-        round(tokens + half),
-        sum(known) + round(unknown),
-        False,
-        not any(_is_unknown(piece, options) for piece in slices),
-        reader.num_beginnings,
+        tokens=round(tokens),
+        low=max(0, round(tokens - half)),
+        high=round(tokens + half),
+        documents=sum(known) + round(unknown),
+        exact=False,
+        num_documents_exact=not any(_is_unknown(piece, options) for piece in slices),
+        num_beginnings=reader.num_beginnings,
     )
     return tally.added_to(estimated)
 
@@ -381,9 +383,8 @@ class _Reader:
         template = self._encoder.template
         extra = (len(template.prefix) + len(template.suffix)) * len(with_text)
         for _ in range(num_places):
-            parts = list(
-                _window(with_text, ends, int(self._chance.integers(ends[-1])), BLOCK_BYTES)
-            )
+            begin = int(self._chance.integers(ends[-1]))
+            parts = list(_window(with_text, ends, begin, BLOCK_BYTES))
             alone = len(template.prefix) + len(template.suffix)
             counts = [max(0, n - alone) for n in self._encoder.count(parts).tolist()]
             per_character = sum(counts) / sum(map(len, parts))

@@ -53,6 +53,7 @@ def find_culprits(
 
 def first_line(error: BaseException) -> str:
     """Type of ``error`` and beginning of its message, as a document's status has them."""
-    text = " ".join((str(error).strip().splitlines() or [""])[0].split())
+    lines = str(error).strip().splitlines()
+    text = " ".join(lines[0].split()) if lines else ""
     name = type(error).__name__
     return printable(f"{name}: {text[:REASON_CHARS]}" if text else name)

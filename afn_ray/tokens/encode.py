@@ -244,7 +244,8 @@ class TextEncoder:
         """Tokens of the ``texts`` without a problem; adds texts that fail to ``problems``."""
         tokens = TextTokens.of(self._encodings(texts, problems))
         lengths = np.zeros(len(texts), np.int64)
-        lengths[[i for i in range(len(texts)) if i not in problems]] = tokens.lengths
+        encoded = [i for i in range(len(texts)) if i not in problems]
+        lengths[encoded] = tokens.lengths
         return replace(tokens, lengths=lengths)
 
     def _batch(self, texts: list[str]) -> list[Encoding]:
@@ -322,7 +323,8 @@ def _words(
     if _has_marks(characters):
         # The next token's start limits a word, or the text's end.
         limits = np.append((base + tokens.start)[1:], 0)
-        limits[np.append(first[1:], len(base))[: len(first)] - 1] = origin[1:][with_tokens]
+        last_rows = np.append(first[1:], len(base))[: len(first)] - 1
+        limits[last_rows] = origin[1:][with_tokens]
         ends = (base + tokens.end)[tails]
         word_end[heads] += _num_marks(ends, limits[tails], characters)
     return starts * np.uint8(WORD_START), word_end

@@ -158,7 +158,8 @@ def find_cut(tokenizer: Tokenizer) -> Cut | None:
 
     A token that was added to a vocabulary is found anywhere in a text, so it may not have spaces.
     """
-    if not all(map(_is_local, tokenizer.get_added_tokens_decoder().values())):
+    added = tokenizer.get_added_tokens_decoder()
+    if not all(map(_is_local, added.values())):
         return None
     try:
         normalizer, splitter = _settings(tokenizer.normalizer), _settings(tokenizer.pre_tokenizer)

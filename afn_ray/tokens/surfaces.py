@@ -37,18 +37,19 @@ class Speller:
         head_rows = rows[heads[chosen]]
         docs = np.searchsorted(encoded.bounds, head_rows, side="right") - 1
         characters, origin = all_characters(texts)
-        begin = origin[docs] + encoded.start[head_rows]
-        end = np.maximum(begin, origin[docs] + encoded.word_end[head_rows])
+        of_text = origin[docs]
+        begin = of_text + encoded.start[head_rows]
+        end = np.maximum(begin, of_text + encoded.word_end[head_rows])
         begin, end = _strip(characters, begin, end)
         tokens = rows[ranges(heads[chosen], num_tokens[chosen])]
         differs = self._differs(
             encoded.token_ids[tokens], num_tokens[chosen], characters, begin, end
         )
         shown = np.flatnonzero(differs)
-        first, last = (begin - origin[docs])[shown].tolist(), (end - origin[docs])[shown].tolist()
-        words = [
-            texts[doc][a:b] for doc, a, b in zip(docs[shown].tolist(), first, last, strict=True)
-        ]
+        which_doc = docs[shown].tolist()
+        first = (begin - of_text)[shown].tolist()
+        last = (end - of_text)[shown].tolist()
+        words = [texts[doc][a:b] for doc, a, b in zip(which_doc, first, last, strict=True)]
         strings = pa.array(words, pa.string()).dictionary_encode()
         number = np.full(len(chosen), -1, np.int32)  # of each word's string
         number[shown] = strings.indices.to_numpy()
@@ -102,7 +103,8 @@ def _strip(characters: Characters, begin: Ints, end: Ints) -> tuple[Ints, Ints]:
     """The parts of ``characters`` from ``begin`` to ``end``, without white space at both ends."""
     if not (is_space(characters, begin).any() or is_space(characters, end - 1).any()):
         return begin, end
-    solid = np.flatnonzero(~is_space(characters, np.arange(len(characters))))
+    is_solid = ~is_space(characters, np.arange(len(characters)))
+    solid = np.flatnonzero(is_solid)
     next_solid = np.append(solid, len(characters))[np.searchsorted(solid, begin)]
     begin = np.minimum(next_solid, end)
     after_solid = np.append(0, solid + 1)[np.searchsorted(solid, end)]

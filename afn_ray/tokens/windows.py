@@ -68,7 +68,12 @@ def make_windows(
             end = min(begin + width, n)
             last = end == n
             next_begin = max(0, min(begin + width - overlap, n - width))
-            keep_end = n if last else end if causal else (next_begin + end + 1) // 2
+            if last:
+                keep_end = n
+            elif causal:
+                keep_end = end
+            else:
+                keep_end = (next_begin + end + 1) // 2
             windows.append(
                 Window(
                     row=first_row + begin,
