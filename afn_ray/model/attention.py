@@ -230,7 +230,8 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
             selves = torch.zeros_like(sums)
             for first in range(0, length, block):
                 some = slice(first, first + block)
-                scores = (q[:, :, some] @ k).mul_(seen.scale).masked_fill_(~mask[some], -torch.inf)
+                scores = (q[:, :, some] @ k).mul_(seen.scale)
+                scores.masked_fill_(~mask[some], -torch.inf)
                 shares = scores.softmax(-1)
                 itself = shares.diagonal(first, dim1=-2, dim2=-1)
                 selves[:, :, some] = itself
@@ -272,10 +273,10 @@ def attend_by_group(
         key, value = (x.repeat_interleave(heads // x.shape[1], 1) for x in (key, value))
     parts: list[torch.Tensor] = []
     for row, n, length in layout.groups:
-        causal = right == 0 and (left < 0 or left >= length - 1)
-        whole = (
-            not causal and (left < 0 or left >= length - 1) and (right < 0 or right >= length - 1)
-        )
+        sees_all_left = left < 0 or left >= length - 1
+        sees_all_right = right < 0 or right >= length - 1
+        causal = right == 0 and sees_all_left
+        whole = not causal and sees_all_left and sees_all_right
         q, k, v = (
             x[0, :, row : row + n * length].unflatten(1, (n, length)) for x in (query, key, value)
         )
@@ -323,7 +324,8 @@ def _attend_by_products(
         # Scale inside the product: q * scale would add one more rounding.
         scores = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=scale)
         shares = scores.softmax(-1)
-        yield torch.bmm(shares, v).view(heads, -1, value.shape[-1]).transpose(0, 1)
+        attended = torch.bmm(shares, v)
+        yield attended.view(heads, -1, value.shape[-1]).transpose(0, 1)
 
 
 def _band(length: int, left: int, right: int, device: torch.device) -> torch.Tensor:
@@ -397,7 +399,8 @@ def _attend_by_flash(
     except (RuntimeError, TypeError, ValueError) as error:
         if is_out_of_memory(error) or is_device_fault(error):
             raise
-        raise FlashRefused(str(error).strip().partition("\n")[0]) from error
+        first_line, _, _ = str(error).strip().partition("\n")
+        raise FlashRefused(first_line) from error
     assert isinstance(result, torch.Tensor)
     return result[..., :value_size]
 

@@ -210,23 +210,29 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool, allow_pickl
         OSError,
         ValueError,
     ) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"no model {name!r}: no such folder here, and the hub did not give it ({reason}). Give "
-            "a model folder, a .gguf file or a hub name; offline, set HF_HUB_OFFLINE=1 and fill "
-            "the cache beforehand"
+            f"no model {name!r}: no such folder here, and the hub did not give it "
+            f"({_reason(error)}). Give a model folder, a .gguf file or a hub name; offline, set "
+            "HF_HUB_OFFLINE=1 and fill the cache beforehand"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the message of ``error``; without one, its type."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _check_sizes(name: str, folder: Path) -> None:
     """Raise ``ModelError`` for a pipe, and a file other than weights over ``DESCRIPTION_BYTES``."""
-    for path in (p for pattern in FETCHED for p in folder.glob(pattern)):
+    for path in parts.find(folder, FETCHED):
         try:
             disk.check_ends(path)
         except OSError as error:
             raise ModelError(f"{path.name} of {name} cannot be read: {error.strerror}") from error
-    for path in (p for pattern in DESCRIPTIONS for p in folder.glob(pattern)):
-        if (size := path.stat().st_size) > DESCRIPTION_BYTES:
+    for path in parts.find(folder, DESCRIPTIONS):
+        size = path.stat().st_size
+        if size > DESCRIPTION_BYTES:
             raise ModelError(
                 f"{path.name} of {name} has {size:,} bytes; expected at most {DESCRIPTION_BYTES:,}"
             )
@@ -277,12 +283,9 @@ def _identity(
         return {"model.gguf": _sha256(folder / gguf)}
     names = {"config.json", *weights}
     if trust_remote_code:
-        found = {p.name for pattern in DESCRIPTIONS for p in folder.glob(pattern)}
-        names |= (
-            found
-            - IGNORED_FILES
-            - {f"{parts.SAFETENSORS}.index.json", f"{parts.PICKLED}.index.json"}
-        )
+        found = {path.name for path in parts.find(folder, DESCRIPTIONS)}
+        indices = {f"{parts.SAFETENSORS}.index.json", f"{parts.PICKLED}.index.json"}
+        names |= found - IGNORED_FILES - indices
     return {name: _sha256(folder / name) for name in sorted(names)}
 
 
@@ -296,13 +299,14 @@ def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, st
 
     These are the SHA-256 of its files and of the built tokenizer, and the versions in ``MAKERS``.
     """
-    made = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
-    return files.identity | {"tokenizer": made} | MAKERS
+    built = tokenizer.to_str()
+    digest = hashlib.sha256(built.encode()).hexdigest()
+    return files.identity | {"tokenizer": digest} | MAKERS
 
 
 def loading_failed(name: str, error: BaseException) -> str:
     """Message for a model that cannot be loaded, with a hint for common causes."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _reason(error)
     hint = ""
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         hint = (
@@ -344,7 +348,7 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
 
 def _descriptions(folder: Path) -> dict[str, str]:
     """SHA-256 of each file in ``folder`` other than weights, by name."""
-    found = {path for pattern in DESCRIPTIONS for path in folder.glob(pattern) if path.is_file()}
+    found = {path for path in parts.find(folder, DESCRIPTIONS) if path.is_file()}
     return {path.name: _sha256(path) for path in sorted(found)}
 
 

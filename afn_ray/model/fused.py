@@ -159,13 +159,13 @@ def find_kernel() -> Kernel:
 
 def find_tails(blocks: Iterable[torch.nn.Module]) -> Replaced:
     """Modules in ``blocks`` that look like ``BertOutput``: parent, name in it, module."""
-    return [
-        (parent, name, child)
-        for block in blocks
-        for parent in block.modules()
-        for name, child in parent.named_children()
-        if _is_tail(child)
-    ]
+    found: Replaced = []
+    for block in blocks:
+        for parent in block.modules():
+            for name, child in parent.named_children():
+                if _is_tail(child):
+                    found.append((parent, name, child))
+    return found
 
 
 def time_both(kernel: Kernel, norm: torch.nn.LayerNorm, dtype: torch.dtype, rows: int) -> Times:

@@ -123,7 +123,8 @@ def count_weights(
     products = experts = 0
     for block in blocks[:num_used]:
         products += sum(weight.numel() for *_, weight in _linear_layers(block))
-        experts += sum(w.numel() for part in experts_in(block) for _, w in _stacked(part))
+        for part in experts_in(block):
+            experts += sum(weight.numel() for _, weight in _stacked(part))
     total = sum(w.numel() for w in model.parameters() if w not in unused)
     return Sizes(products, experts, total - products - experts)
 
@@ -141,7 +142,8 @@ def make_fast(
         bias: torch.Tensor | None = layer.bias  # type: ignore[assignment]
         with torch.inference_mode():
             bias = None if bias is None else bias.detach().to(device)
-            setattr(parent, name, Product(weight.detach().to(device), bias, cast, rows))
+            moved = weight.detach().to(device)
+            setattr(parent, name, Product(moved, bias, cast, rows))
     mixture = experts_in(block)
     for part, name, weight in weights_of(block):
         if part in mixture:
@@ -176,7 +178,10 @@ def _stacked(part: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
     The first dimension is the expert.
     """
-    weights = [n_w for n_w in part.named_parameters(recurse=False) if n_w[1].is_floating_point()]
+    weights = []
+    for name, weight in part.named_parameters(recurse=False):
+        if weight.is_floating_point():
+            weights.append((name, weight))
     return weights if any(weight.dim() == 3 for _, weight in weights) else []
 
 

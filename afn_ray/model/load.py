@@ -55,8 +55,9 @@ class _Shortened:
             if config.get_text_config() is not config:
                 self._leave_out_other_models(model)
             if half is not None:  # a weight is loaded in the dtype of its place
-                for weight in (w for block in self.blocks for w in block.parameters()):
-                    weight.data = weight.data.to(half)
+                for block in self.blocks:
+                    for weight in block.parameters():
+                        weight.data = weight.data.to(half)
 
         # transformers reads the source of a class's module.
         members = {n: getattr(kind, n) for n in ("__module__", "__qualname__")}
@@ -221,15 +222,19 @@ def _check(
 
     ``info`` is what transformers says of loading them; ``left_out`` is as in ``_Shortened``.
     """
-    missing = {
-        k
-        for k in info["missing_keys"]
-        if not k.endswith("position_ids") and (with_pooler or "pooler" not in k)
-    }
+    missing: set[str] = set()
+    for key in info["missing_keys"]:
+        is_unused_pooler = "pooler" in key and not with_pooler
+        if not key.endswith("position_ids") and not is_unused_pooler:
+            missing.add(key)
     unexpected = set(info["unexpected_keys"])
     base = f"{getattr(model, 'base_model_prefix', '')}."
     for prefix, names in left_out.items():
-        there = {k for k in unexpected if k.removeprefix(base).startswith(prefix)}
+        there = set()
+        for key in unexpected:
+            inner = key.removeprefix(base)
+            if inner.startswith(prefix):
+                there.add(key)
         unexpected -= there
         if not there:
             missing |= set(names)
@@ -279,14 +284,13 @@ def find_blocks(model: torch.nn.Module, files: ModelFiles) -> list[torch.nn.Modu
         target = getattr(item, "target_class", item)
         if isinstance(target, type):
             classes.append(target)
-    blocks = [m for m in model.modules() if isinstance(m, tuple(classes))] if classes else []
+    kinds = tuple(classes)
+    blocks = [module for module in model.modules() if isinstance(module, kinds)]
     if not blocks:
-        lists = [
-            m
-            for m in model.modules()
-            if isinstance(m, torch.nn.ModuleList) and len(m) == files.depth
-        ]
-        blocks = list(lists[0]) if lists else []
+        for module in model.modules():
+            if isinstance(module, torch.nn.ModuleList) and len(module) == files.depth:
+                blocks = list(module)
+                break
     if not blocks:
         raise ModelError(
             f"{files.name} ({files.model_type}): its blocks were not found; not supported"

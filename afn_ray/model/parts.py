@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,17 @@ ROUNDING = {
 """Environment variables that can round the inputs of float32 products, with their exact values."""
 
 
+def find(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files and folders in ``folder`` that match any of ``patterns``, by pattern."""
+    found: list[Path] = []
+    for pattern in patterns:
+        found += folder.glob(pattern)
+    return found
+
+
 def check_folder(name: str, folder: Path) -> None:
     """Raise ``ModelError`` if ``folder`` holds an adapter, with or without its base weights."""
-    found = sorted({p.name for pattern in ADAPTERS for p in folder.glob(pattern)})
+    found = sorted({path.name for path in find(folder, ADAPTERS)})
     if found:
         raise ModelError(
             f"{name} holds an adapter ({', '.join(found)}), which transformers applies only where "
@@ -117,11 +125,9 @@ def check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
     if (path := folder / "tokenizer_config.json").is_file():
         described.append(read_json(name, path))
     for part in described if trust_remote_code else ():
-        places = part.get("auto_map")
-        listed = places.values() if isinstance(places, dict) else []
-        for place in (p for each in listed for p in (each if isinstance(each, list) else [each])):
-            if "--" in str(place):
-                repository = str(place).partition("--")[0]
+        for place in _places_of_code(part):
+            if "--" in place:
+                repository, _, _ = place.partition("--")
                 raise ModelError(
                     f"the code of {name} is in another repository ({repository}), which may change "
                     "while the folder does not: put its .py files into the folder, and leave the "
@@ -220,9 +226,17 @@ def read_json(name: str, path: Path) -> dict[str, Any]:
     return value
 
 
+def _places_of_code(config: dict[str, Any]) -> Iterator[str]:
+    """The classes that ``auto_map`` in ``config`` names: a file and, after --, a repository's."""
+    places = config.get("auto_map")
+    for place in places.values() if isinstance(places, dict) else []:
+        for one in place if isinstance(place, list) else [place]:
+            yield str(one)
+
+
 def check_has_tokenizer(name: str, folder: Path) -> None:
     """Raise ``ModelError`` if ``folder`` has no tokenizer files."""
-    if not any(p.is_file() for pattern in TOKENIZERS for p in folder.glob(pattern)):
+    if not any(path.is_file() for path in find(folder, TOKENIZERS)):
         raise ModelError(
             f"{name} has no tokenizer: {folder} has no tokenizer.json, and no vocab.txt, "
             "vocab.json, merges.txt or *.model. Copy the files of the model's own tokenizer into "
@@ -240,13 +254,12 @@ def check_tokenizer(
     and another check refuses a template that contains one.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    added = {
-        i: token for i, token in tokenizer.get_added_tokens_decoder().items() if not token.special
-    }
+    added = {}
+    for i, token in tokenizer.get_added_tokens_decoder().items():
+        if not token.special:
+            added[i] = token.content
     if num_embeddings is not None:
-        names = {i: piece for piece, i in vocabulary.items()} | {
-            i: token.content for i, token in added.items()
-        }
+        names = {i: piece for piece, i in vocabulary.items()} | added
         if beyond := sorted(i for i in names if i >= num_embeddings):
             raise ModelError(
                 f"the tokenizer of {name} has {count(len(beyond), 'id')} that the model has no "
@@ -262,10 +275,11 @@ def check_tokenizer(
             raise
         return
     if not ids or (unknown is not None and set(ids) == {unknown}):
+        num_entries = len(vocabulary) + len(added)
         raise ModelError(
             f"the tokenizer of {name} makes {'nothing' if not ids else 'its unknown token'} of "
-            "every word, with a vocabulary of "
-            f"{count(len(vocabulary) + len(added), 'entry').replace('entrys', 'entries')}: a file "
+            f"every word, with a vocabulary of {num_entries:,} "
+            f"{'entry' if num_entries == 1 else 'entries'}: a file "
             "of the tokenizer is missing or another model's. Copy the files of the model's own "
             "tokenizer into the folder (AutoTokenizer: save_pretrained)"
         )
@@ -284,12 +298,15 @@ def find_unused(model: torch.nn.Module, keys: Iterable[str]) -> list[str]:
         first = inner.partition(".")[0]
         is_pooler = first == "pooler"  # reads the last layer; not every family has one
         is_head = inner == key and first in HEADS and not hasattr(model, first)
-        is_adapted = any(mark in f".{key}" for mark in ADAPTED)
-        if is_adapted or not (
-            is_pooler or is_head or key.endswith(BUFFERS) or f".{key}" in BUFFERS
-        ):
+        is_buffer = key.endswith(BUFFERS) or f".{key}" in BUFFERS
+        if _is_adapted(key) or not (is_pooler or is_head or is_buffer):
             unused.append(key)
     return unused
+
+
+def _is_adapted(key: str) -> bool:
+    """True if the tensor named ``key`` is an adapter's."""
+    return any(mark in f".{key}" for mark in ADAPTED)
 
 
 def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Iterable[str]) -> None:
@@ -302,7 +319,7 @@ def check_weights(name: str, model: torch.nn.Module, depth: int, unexpected: Ite
     if not unused:
         return
     hint = f"config.json says {count(depth, 'block')}: is it another model's?"
-    if any(mark in f".{key}" for key in unused for mark in ADAPTED):
+    if any(map(_is_adapted, unused)):
         hint = (
             "they are an adapter's: merge it into the weights (peft: merge_and_unload, then "
             "save_pretrained)"

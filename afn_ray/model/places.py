@@ -39,10 +39,9 @@ def find_places(model: Model, ids: Sequence[int], needs: frozenset[str]) -> list
             f"{model.why_padded}; leave the signal attention out"
         )
     watch = _Watch(model, needs)
+    last = max(*model.layers, 1)
     try:
-        model.measure(
-            np.asarray(ids, np.int64), [len(ids)], layers=range(max(*model.layers, 1) + 1)
-        )
+        model.measure(np.asarray(ids, np.int64), [len(ids)], layers=range(last + 1))
     finally:
         watch.close()
     return [watch.places[block] for block in model.blocks]
@@ -116,7 +115,8 @@ def _find_place(model: Model, calls: Sequence[_Call], norm: str, needs: frozense
         )
     behind, num_neurons = "", 0
     if "neurons" in needs:
-        behind, num_neurons = found["neurons"][-1].name, found["neurons"][-1].input.shape[-1]
+        product = found["neurons"][-1]
+        behind, num_neurons = product.name, product.input.shape[-1]
         if experts := num_experts(model.module.config):
             raise ModelError(
                 f"{model.name} is a mixture of {experts} experts: its neurons are other ones for "

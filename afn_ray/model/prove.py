@@ -140,12 +140,16 @@ def _plain_norms(model: Model, ids: Sequence[int]) -> list[Norms]:
             f"{model.name} gave {num_states} hidden states and ran {done.calls} blocks, expected "
             f"{depth + 1} and {depth}; this architecture is not supported"
         )
-    hooked = [done.read[Series("strength", layer)][0].cpu().numpy() for layer in range(depth + 1)]
+    hooked = []
+    for layer in range(depth + 1):
+        norms = done.read[Series("strength", layer)][0]
+        hooked.append(norms.cpu().numpy())
     for layer in model.layers:
         # The last entry of hidden_states may be after a final norm.
         if layer < depth:
             what = f"layer {layer} hooked against hidden_states[{layer}]"
-            compare_norms(what, hooked[layer], norm(states[layer][0]).cpu().numpy(), torch.float32)
+            norms = norm(states[layer][0])
+            compare_norms(what, hooked[layer], norms.cpu().numpy(), torch.float32)
     last = norm(states[depth][0]).cpu().numpy()
     model.has_final_norm = not np.allclose(hooked[depth], last, rtol=TOLERANCE[torch.float32])
     return hooked
@@ -166,7 +170,8 @@ def _check(model: Model, probes: Sequence[Probe], dtype: torch.dtype) -> None:
         ids = np.append(ids, np.full(FILLER, ids[0]))
     together = model.measure(ids, lengths)
     what = "one packed batch" if model.packed else "one padded batch"
-    for got, alone in zip(np.split(together, np.cumsum(lengths), axis=1), singles, strict=False):
+    by_text = np.split(together, np.cumsum(lengths), axis=1)
+    for got, alone in zip(by_text, singles, strict=False):
         compare_norms(f"{what} against single texts", got, alone, dtype)
 
 
@@ -347,7 +352,8 @@ def _is_causal(model: Model, ids: Sequence[int]) -> bool:
 
 def _joined(sequences: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int64], list[int]]:
     """The ids of all ``sequences`` one after another, and the length of each."""
-    return np.concatenate([np.asarray(s, np.int64) for s in sequences]), [len(s) for s in sequences]
+    ids = np.concatenate([np.asarray(sequence, np.int64) for sequence in sequences])
+    return ids, [len(sequence) for sequence in sequences]
 
 
 def _first_line(error: BaseException) -> str:

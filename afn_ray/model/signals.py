@@ -95,38 +95,38 @@ def series(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
 
     The order is by signal, then by column, then by layer.
     """
-    return [
-        Series(c, k)
-        for s in signals
-        if s.is_series
-        for c in s.columns
-        for k in layers
-        if k >= s.first_layer
-    ]
+    found = []
+    for signal in signals:
+        if signal.is_series:
+            for column in signal.columns:
+                found += [Series(column, k) for k in layers if k >= signal.first_layer]
+    return found
 
 
 def measured(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
     """Every float32 value of a token: ``series``, then values for separate tables by layer."""
-    others = [
-        Series(c, k)
-        for s in signals
-        if not s.is_series
-        for k in layers
-        if k >= s.first_layer
-        for c in s.columns
-    ]
-    return [*series(layers, signals), *others]
+    found = series(layers, signals)
+    for signal in signals:
+        if not signal.is_series:
+            found += _by_layer(layers, signal, signal.columns)
+    return found
 
 
 def numbered(layers: Sequence[int], signals: Sequence[Signal]) -> list[Series]:
     """Every int32 number of a token, by signal, then by layer, then by column."""
-    return [
-        Series(c, k)
-        for s in signals
-        for k in layers
-        if k >= s.first_layer
-        for c in s.number_columns
-    ]
+    found = []
+    for signal in signals:
+        found += _by_layer(layers, signal, signal.number_columns)
+    return found
+
+
+def _by_layer(layers: Sequence[int], signal: Signal, columns: Sequence[str]) -> list[Series]:
+    """The ``columns`` of ``signal`` at those of ``layers`` that have it, by layer."""
+    found = []
+    for k in layers:
+        if k >= signal.first_layer:
+            found += [Series(column, k) for column in columns]
+    return found
 
 
 class Strength(Signal):
@@ -243,8 +243,10 @@ class Neurons(Signal):
         neurons = site.neurons.float()
         which = neurons.abs().topk(min(self._top, neurons.shape[-1])).indices
         missing = (0, self._top - which.shape[-1])  # an MLP may have fewer neurons than ``top``
-        found = (neurons.gather(-1, which), which.int())
-        return [column for x in found for column in functional.pad(x, missing).unbind(-1)]
+        columns: list[torch.Tensor] = []
+        for found in (neurons.gather(-1, which), which.int()):
+            columns += functional.pad(found, missing).unbind(-1)
+        return columns
 
 
 def norm(hidden: torch.Tensor) -> torch.Tensor:
@@ -296,8 +298,10 @@ def find_signals(text: str, top_neurons: int = TOP_NEURONS) -> tuple[tuple[Signa
                 f"there is no signal {name!r}{nearest([name], known())}; there are "
                 f"{', '.join(known())}"
             )
-    columns = [c for s in found for c in (*s.columns, *s.number_columns)]
-    if twice := sorted({c for c in columns if columns.count(c) > 1}):
+    columns: list[str] = []
+    for signal in found:
+        columns += [*signal.columns, *signal.number_columns]
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
         raise ConfigError(f"two signals measure {', '.join(twice)}; leave one of them out")
     return tuple(found), identities
 
@@ -309,24 +313,21 @@ def _load(point: EntryPoint) -> Signal:
         signal = point.load()()
         if not isinstance(signal, Signal):
             raise ConfigError(f"{where} is no subclass of afn_ray.signals.Signal")
-        names_are_right = bool(signal.columns) and all(SIGNAL.fullmatch(c) for c in signal.columns)
+        names_are_right = bool(signal.columns) and all(map(SIGNAL.fullmatch, signal.columns))
         names_are_right = names_are_right and not TAKEN & {*signal.columns}
-        wrong = [
-            f"{name} is {getattr(signal, name)!r}, expected {expected}"
-            for name, expected, right in (
-                ("name", repr(point.name), signal.name == point.name),
-                (
-                    "columns",
-                    f"names of small letters and _, none of {', '.join(sorted(TAKEN))}",
-                    names_are_right,
-                ),
-                ("number_columns", "()", signal.number_columns == ()),
-                ("is_series", "True", signal.is_series is True),
-                ("first_layer", "0 or 1", signal.first_layer in (0, 1)),
-                ("needs", f"some of {', '.join(sorted(NEEDS))}", frozenset(signal.needs) <= NEEDS),
-            )
-            if not right
-        ]
+        names = f"names of small letters and _, none of {', '.join(sorted(TAKEN))}"
+        needs = f"some of {', '.join(sorted(NEEDS))}"
+        wrong = []
+        for name, expected, is_right in (
+            ("name", repr(point.name), signal.name == point.name),
+            ("columns", names, names_are_right),
+            ("number_columns", "()", signal.number_columns == ()),
+            ("is_series", "True", signal.is_series is True),
+            ("first_layer", "0 or 1", signal.first_layer in (0, 1)),
+            ("needs", needs, frozenset(signal.needs) <= NEEDS),
+        ):
+            if not is_right:
+                wrong.append(f"{name} is {getattr(signal, name)!r}, expected {expected}")
     except ConfigError:
         raise
     except Exception as error:  # third-party code may raise any error

@@ -82,7 +82,8 @@ def decide(
             if isinstance(module, torch.nn.Linear | Conv1D):
                 module.register_forward_hook(product)
     with torch.enable_grad():
-        logits = model(input_ids=torch.tensor([list(ids)], device=device)).logits[0].float()
+        batch = torch.tensor([list(ids)], device=device)
+        logits = model(input_ids=batch).logits[0].float()
         if calls != files.depth:
             raise ModelError(
                 f"the classifier in {files.name} ran {calls} blocks, its config says {files.depth}"
@@ -99,13 +100,15 @@ def decide(
         for (name, x), g in zip(read.items(), gradients, strict=True)
     }
     names = getattr(model.config, "id2label", None) or {}
+    of_tokens = parts["hidden"].sum(-1)
+    of_neurons = parts.get("neurons", hidden.new_empty(len(ids), 0))
     return Decided(
-        kind,
-        tuple(str(names.get(i, i)) for i in range(len(values))),
-        tuple(values.tolist()),
-        chosen,
-        parts["hidden"].sum(-1).cpu().numpy(),
-        parts.get("neurons", hidden.new_empty(len(ids), 0)).cpu().numpy(),
+        kind=kind,
+        labels=tuple(str(names.get(i, i)) for i in range(len(values))),
+        values=tuple(values.tolist()),
+        chosen=chosen,
+        tokens=of_tokens.cpu().numpy(),
+        neurons=of_neurons.cpu().numpy(),
     )
 
 
