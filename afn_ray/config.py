@@ -137,8 +137,9 @@ class RunConfig:
     )
     record: str = _option(
         token_rows.ALL,
-        "rows of tokens to keep beside the summaries: all; summaries, none; high, those of tokens "
-        "that are HIGH by --thresholds; sample:0.01, those of a sample of the documents",
+        "tokens whose rows are kept beside the summaries. all: every token. summaries: no token. "
+        "high: tokens that are HIGH by --thresholds. sample:0.01: the tokens of a sample of the "
+        "documents",
     )
     offsets: bool = _option(True, "record where each token is in its text, about 1 byte per token")
     language: str = _option(
@@ -165,18 +166,19 @@ class RunConfig:
     )
     thresholds_by: str = _option(
         "run",
-        "whose Q3 decides what is HIGH: run, the corpus-wide one, or group, the one of each group "
-        "of --group-by too, beside it",
+        "thresholds that decide what is HIGH. run: those of the whole corpus. group: also those of "
+        "each group of --group-by, in labels of their own",
     )
     duplicates: str = _option(
         "keep",
-        "documents of one text that are counted: keep, all; once, the first; weight, one that is "
-        "drawn, each with the same chance",
+        "which of several documents with one text count. keep: all. once: the first. weight: one "
+        "that is drawn, each with the same chance",
     )
     near_duplicates: float | None = _option(
         None,
-        "similarity from which on a document is a near-copy of an earlier one, 0.5 to 1: shared "
-        "word 5-grams over all that the two have; default: near-copies are not looked for",
+        "least similarity, 0.5 to 1, at which a document is a near-copy of an earlier one: the "
+        "word 5-grams that both have, divided by those that either has; default: near-copies are "
+        "not looked for",
     )
     max_document_bytes: int = _option(
         8 << 20, "largest document, in bytes; larger ones are quarantined"

@@ -159,9 +159,16 @@ def test_help_is_printed_at_once_without_torch_ray_or_duckdb(command: list[str])
 
 def test_the_help_of_sql_names_every_view_and_macro() -> None:
     said = " ".join((command_parsers()["sql"].description or "").split())
-    listed = said.removeprefix("Views: ").partition(". ")[0].split(", ")
+    listed = said.partition("Views: ")[2].partition(". ")[0].split(", ")
     assert listed == list(views.VIEWS) and "word_movers" in listed
     assert all(macro in said for macro in views.MACROS)
+
+
+def test_the_help_of_each_command_says_what_it_does_and_how_it_ends() -> None:
+    for name, command in command_parsers().items():
+        first, *_ = (command.description or "").partition(".")
+        assert len(first.split()) > 3, name
+        assert (command.epilog or "").startswith("exit codes"), name
 
 
 def test_a_run_in_this_process_imports_no_ray() -> None:

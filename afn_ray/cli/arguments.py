@@ -13,11 +13,16 @@ from afn_ray.config import RunConfig
 if TYPE_CHECKING:
     from afn_ray.query.database import Run
 
-EPILOG = (
-    "exit codes: 0 = done; 1 = ended with shards missing; 2 = the command, the config or the query "
-    "is wrong; 75 = stopped, and the same command resumes"
+RUN_EPILOG = (
+    "exit codes: 0 = done; 1 = ended with shards missing; 2 = the command or the config is wrong; "
+    "75 = stopped, and the same command resumes"
 )
-"""Exit codes of most commands, for the end of their help."""
+"""Exit codes of commands that measure a corpus, for the end of their help."""
+READ_EPILOG = (
+    "exit codes: 0 = done; 1 = something in the store is damaged; 2 = the command or the query is "
+    "wrong; 75 = the store does not answer"
+)
+"""Exit codes of commands that read a run, for the end of their help."""
 RUN = "URI of a run, or of a store for its latest complete run"
 """Help of an argument that names one run."""
 MEMORY_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B?|%)", re.IGNORECASE)
@@ -79,6 +84,17 @@ def local_file(text: str) -> Path:
 
 
 # --- arguments that several commands share
+
+
+def add_command(
+    commands: Commands, name: str, *, help: str, epilog: str, description: str = ""
+) -> argparse.ArgumentParser:
+    """Add the command ``name``. Its own help begins with ``help``, then has ``description``."""
+    summary = f"{help[0].upper()}{help[1:]}. {description}".strip()
+    added: argparse.ArgumentParser = commands.add_parser(
+        name, help=help, epilog=epilog, description=summary
+    )
+    return added
 
 
 def help_of(name: str) -> str:

@@ -10,16 +10,17 @@ from typing import Any
 from rich.console import Console
 
 from afn_ray.cli import arguments
-from afn_ray.cli.arguments import EPILOG, Commands, local_file, positive
+from afn_ray.cli.arguments import READ_EPILOG, Commands, local_file, positive
 from afn_ray.store import disk
 from afn_ray.text import printable
 
 
 def add_compare(commands: Commands) -> None:
-    compare = commands.add_parser(
+    compare = arguments.add_command(
+        commands,
         "compare",
         help="show what changed between two runs: quartiles, classes, types and sources",
-        epilog=EPILOG,
+        epilog=READ_EPILOG,
     )
     compare.add_argument("run_a", metavar="RUN_A", help=f"the baseline: {arguments.RUN}")
     compare.add_argument(
@@ -45,11 +46,12 @@ def add_compare(commands: Commands) -> None:
 
 
 def add_history(commands: Commands) -> None:
-    history = commands.add_parser(
+    history = arguments.add_command(
+        commands,
         "history",
         help="show the nights of a series: figures, distances from the baseline, verdicts",
-        epilog=EPILOG,
-        description="Has a line for each complete run of the series. --json also has layers, "
+        epilog=READ_EPILOG,
+        description="There is a line for each complete run of the series. --json also has layers, "
         "groups and classes; so has the view history of 'afn sql'.",
     )
     history.add_argument("store", metavar="STORE", help="URI of a store")

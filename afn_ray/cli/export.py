@@ -29,7 +29,8 @@ SAY_EVERY_S = 10.0
 
 
 def add_export(commands: Commands) -> None:
-    export = commands.add_parser(
+    export = arguments.add_command(
+        commands,
         "export",
         help="write a table or query of a run for other engines: Parquet, Iceberg, CSV",
         epilog=EXPORT_EPILOG,

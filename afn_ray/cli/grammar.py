@@ -14,12 +14,22 @@ from typing import Any, NoReturn
 from afn_ray import __version__, bench
 from afn_ray.analysis import json_schema
 from afn_ray.cli import arguments, comparisons, export, questions
-from afn_ray.cli.arguments import EPILOG, Commands, help_of, positive
+from afn_ray.cli.arguments import RUN_EPILOG, Commands, help_of, positive
 from afn_ray.config import HINTS, RunConfig
 from afn_ray.errors import ConfigError
 from afn_ray.option_rules import CHOICES
 from afn_ray.text import nearest
 
+TOP_EPILOG = (
+    "exit codes of most commands: 0 = done; 1 = ended with shards missing, or something in the "
+    "store is damaged; 2 = the command, the config or the query is wrong; 75 = stopped, and the "
+    "same command resumes. 'afn COMMAND --help' lists those of each command."
+)
+SCHEMA_EPILOG = "exit codes: 0 = done; 2 = the command is wrong"
+DOCTOR_EPILOG = "exit codes: 0 = no check failed; 2 = a check failed, or the command is wrong"
+BENCH_EPILOG = (
+    "exit codes: 0 = done; 2 = the command is wrong, or the strengths of two programs differ"
+)
 VERIFY_EPILOG = (
     "exit codes: 0 = every file is as it was committed; 1 = something is damaged; 2 = the command "
     "is wrong; 75 = the store does not answer"
@@ -77,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(
         prog="afn",
         description="Measure the activation strength of every token of a corpus, and query it.",
-        epilog=EPILOG,
+        epilog=TOP_EPILOG,
     )
     top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
@@ -125,11 +135,12 @@ def key_of(flag: str) -> str | None:
 
 
 def _add_run(commands: Commands) -> None:
-    run = commands.add_parser(
+    run = arguments.add_command(
+        commands,
         "run",
         help="measure a corpus and write the results into a store",
-        epilog=EPILOG,
-        description="Measures what the store does not have yet, then computes the run's tables. "
+        epilog=RUN_EPILOG,
+        description="It measures what the store does not have yet, then computes the run's tables. "
         "The same command resumes a stopped run. With nothing changed since the store's newest run "
         "it does nothing.",
     )
@@ -197,12 +208,13 @@ def _add_config_flag(run: argparse.ArgumentParser, field: Field[Any]) -> None:
 
 
 def _add_status(commands: Commands) -> None:
-    status = commands.add_parser(
+    status = arguments.add_command(
+        commands,
         "status",
         help="show how far runs are: progress, speed, time left and failures",
         epilog=STATUS_EPILOG,
-        description="Reads what a run's driver writes into the store every ten seconds. It works "
-        "from any machine that can read the store.",
+        description="It reads what a run's driver writes into the store every ten seconds. So it "
+        "works from any machine that can read the store.",
     )
     status.add_argument(
         "run",
@@ -220,11 +232,12 @@ def _add_status(commands: Commands) -> None:
 
 
 def _add_audit(commands: Commands) -> None:
-    audit = commands.add_parser(
+    audit = arguments.add_command(
+        commands,
         "audit",
         help="measure a corpus, compare the run with an earlier one, and check a policy",
         epilog=AUDIT_EPILOG,
-        description="Made for a nightly job. It writes audit.json. The same command again gives "
+        description="This is for a nightly job. It writes audit.json. The same command again gives "
         "the same verdict.",
     )
     audit.add_argument(
@@ -331,11 +344,12 @@ def _add_notifications(audit: argparse.ArgumentParser) -> None:
 
 
 def _add_schema(commands: Commands) -> None:
-    schema = commands.add_parser(
+    schema = arguments.add_command(
+        commands,
         "schema",
         help="print the JSON Schema of run.toml, policy.toml or audit.json",
-        epilog=EPILOG,
-        description="Prints a JSON Schema (draft 2020-12). A TOML file names it in its first line: "
+        epilog=SCHEMA_EPILOG,
+        description="The schema is of draft 2020-12. A TOML file names it in its first line: "
         "#:schema ./run.schema.json",
     )
     schema.add_argument("of", choices=list(json_schema.SCHEMAS), help="what the schema describes")
@@ -345,11 +359,12 @@ def _add_schema(commands: Commands) -> None:
 
 
 def _add_verify(commands: Commands) -> None:
-    verify = commands.add_parser(
+    verify = arguments.add_command(
+        commands,
         "verify",
         help="prove that a store still holds what was committed",
         epilog=VERIFY_EPILOG,
-        description="Reads every committed file. It checks checksums, numbers of rows and schemas, "
+        description="It reads every committed file, checks checksums, numbers of rows and schemas, "
         "and computes the thresholds again from the rows.",
     )
     verify.add_argument(
@@ -372,12 +387,13 @@ def _add_verify(commands: Commands) -> None:
 
 
 def _add_gc(commands: Commands) -> None:
-    gc = commands.add_parser(
+    gc = arguments.add_command(
+        commands,
         "gc",
         help="list what no kept run needs, and delete it with --delete",
         epilog=GC_EPILOG,
-        description="Lists the runs that are not kept, and the shards that only they need. "
-        "--delete removes them. Runs that may be running are always kept.",
+        description="The list has the runs that are not kept, and the shards that only they need. "
+        "Runs that may be running are always kept.",
     )
     gc.add_argument("store", metavar="STORE", help="store to clean up, as for 'afn run --store'")
     gc.add_argument(
@@ -409,8 +425,11 @@ def _add_gc(commands: Commands) -> None:
 
 
 def _add_doctor(commands: Commands) -> None:
-    doctor = commands.add_parser(
-        "doctor", help="check this installation, and say how to fix what fails", epilog=EPILOG
+    doctor = arguments.add_command(
+        commands,
+        "doctor",
+        help="check this installation, and say how to fix what fails",
+        epilog=DOCTOR_EPILOG,
     )
     doctor.add_argument(
         "--model", help="model folder, GGUF file or hub name to load (default: the demo's model)"
@@ -422,10 +441,11 @@ def _add_doctor(commands: Commands) -> None:
 
 
 def _add_demo(commands: Commands) -> None:
-    demo = commands.add_parser(
+    demo = arguments.add_command(
+        commands,
         "demo",
         help="measure the King James Bible with MiniLM and show the results, in about a minute",
-        epilog=EPILOG,
+        epilog=RUN_EPILOG,
     )
     demo.add_argument(
         "--store", default="afn-demo", help="folder for the results (default: ./afn-demo)"
@@ -434,10 +454,11 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _add_bench(commands: Commands) -> None:
-    command = commands.add_parser(
+    command = arguments.add_command(
+        commands,
         "bench",
         help="measure the speed of this engine on this machine, beside what users write instead",
-        epilog=EPILOG,
+        epilog=BENCH_EPILOG,
         description="A checkout of the repository has more benchmarks: python jobs/benchmark.py "
         "audit, demo, groups, languages, lexicons, reduce, safety, screen, signals, simulate "
         "or sql.",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from afn_ray.cli import arguments, terminal
-from afn_ray.cli.arguments import EPILOG, Commands, local_file, not_negative, positive
+from afn_ray.cli.arguments import READ_EPILOG, Commands, local_file, not_negative, positive
 from afn_ray.errors import ConfigError
 from afn_ray.query.views import MACROS, VIEWS
 from afn_ray.store import disk, storage, uris
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 
 
 def add_show(commands: Commands) -> None:
-    show = commands.add_parser(
-        "show", help="show a run's facts, thresholds and classes, and their limits", epilog=EPILOG
+    show = arguments.add_command(
+        commands,
+        "show",
+        help="show a run's facts, thresholds and classes, and their limits",
+        epilog=READ_EPILOG,
     )
     arguments.add_run(show)
     show.add_argument(
@@ -36,10 +39,11 @@ def add_show(commands: Commands) -> None:
 
 
 def add_claims(commands: Commands) -> None:
-    claims = commands.add_parser(
+    claims = arguments.add_command(
+        commands,
         "claims",
         help="test what is claimed of the measure, each figure beside its control",
-        epilog=EPILOG,
+        epilog=READ_EPILOG,
         description="Every figure has a 95 % interval, by bootstrap over documents. Signals that "
         "the run recorded beside strength (afn run --signals) have figures too.",
     )
@@ -69,12 +73,13 @@ def add_claims(commands: Commands) -> None:
 
 
 def add_neurons(commands: Commands) -> None:
-    neurons = commands.add_parser(
+    neurons = arguments.add_command(
+        commands,
         "neurons",
         help="show which neurons respond to a word, and what a neuron responds to",
-        epilog=EPILOG,
-        description="Needs a run that recorded neurons (afn run --signals neurons). Without --word "
-        "and --neuron it lists the most selective neurons.",
+        epilog=READ_EPILOG,
+        description="The run must have recorded neurons (afn run --signals neurons). Without "
+        "--word and --neuron the most selective neurons are listed.",
     )
     arguments.add_run(neurons)
     asked = neurons.add_mutually_exclusive_group()
@@ -102,10 +107,11 @@ def add_neurons(commands: Commands) -> None:
 
 
 def add_sql(commands: Commands) -> None:
-    sql = commands.add_parser(
+    sql = arguments.add_command(
+        commands,
         "sql",
         help="query a run with SQL",
-        epilog=EPILOG,
+        epilog=READ_EPILOG,
         description=f"Views: {', '.join(VIEWS)}. Those of movers and drift have rows with "
         f"--baseline. Macros: {', '.join(MACROS)}. Without a QUERY it opens an interactive shell, "
         "where .tables says what each view has.",
@@ -168,8 +174,11 @@ def _add_sql_output(sql: argparse.ArgumentParser) -> None:
 
 
 def add_explain(commands: Commands) -> None:
-    explain = commands.add_parser(
-        "explain", help="measure one text and compare its tokens with a run", epilog=EPILOG
+    explain = arguments.add_command(
+        commands,
+        "explain",
+        help="measure one text and compare its tokens with a run",
+        epilog=READ_EPILOG,
     )
     arguments.add_run(explain)
     explain.add_argument(
@@ -211,8 +220,8 @@ def add_explain(commands: Commands) -> None:
 
 
 def add_report(commands: Commands) -> None:
-    report = commands.add_parser(
-        "report", help="write a run as an HTML page with charts", epilog=EPILOG
+    report = arguments.add_command(
+        commands, "report", help="write a run as an HTML page with charts", epilog=READ_EPILOG
     )
     arguments.add_run(report)
     report.add_argument(
