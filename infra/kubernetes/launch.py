@@ -1,12 +1,13 @@
-"""Start a copy of a suspended RayJob, wait for its end, and leave with its verdict: what a CronJob
-runs each night.
+"""Start a copy of a suspended RayJob, wait for its end, and exit with its verdict.
 
     python launch.py TEMPLATE
 
-runs in a pod of a Job (JOB_NAME), which owns the copy (JOB_UID): a launcher in place of one that
-was lost finds the RayJob under way and waits on, and who deletes the Job stops it. With QUEUE the
-copy stays suspended until Kueue admits it. Exit code 0: the job succeeded; 1: it failed; 2: it
-cannot be started; 75: nothing is known, start another launcher. It needs nothing but Python.
+A CronJob runs this each night, in a pod of a Job (JOB_NAME, JOB_UID). The Job owns the copy, so
+whoever deletes the Job stops the copy too. A launcher that replaces a lost one finds the copy in
+progress, and waits for it. With QUEUE the copy stays suspended until Kueue admits it.
+
+Exit code 0: the copy succeeded; 1: it failed; 2: it cannot be started; 75: nothing is known, start
+another launcher. The script needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ POLL_S, PATIENCE_S, TIMEOUT_S = 15.0, 600.0, 30.0
 TEMPLATE_LABEL = "afn-ray/template"
 ENDED = {"Complete", "Failed", "ValidationFailed"}
 PASSING = {401, 403, 408, 429}
-"""Refusals that end without us: a token is renewed, a right given, a quota freed. Meanwhile a
-RayJob may be at work, so they are no verdict.
+"""HTTP statuses of refusals that may end by themselves: a token is renewed, a permission granted, a
+quota freed. A RayJob may be in progress meanwhile, so they are no verdict.
 """
 
 
@@ -43,12 +44,13 @@ class Refused(Exception):
 
 
 class Unknown(Exception):
-    """Nothing could be learnt or done for ``PATIENCE_S``; it says nothing of the RayJob."""
+    """No request succeeded for ``PATIENCE_S``; the state of the RayJob is unknown."""
 
 
 def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Answer of the API server; asked again for ``PATIENCE_S``. Raises ``Refused`` or
-    ``Unknown``.
+    """Return the API server's answer, with retries for ``PATIENCE_S``.
+
+    Raises ``Refused`` for an answer that a retry would not change, ``Unknown`` without an answer.
     """
     host, port = (os.environ[f"KUBERNETES_SERVICE_{part}"] for part in ("HOST", "PORT"))
     server = f"{SCHEME}://{host}:{port}"
@@ -64,7 +66,7 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
                 data=None if body is None else json.dumps(body).encode(),
                 headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
             )
-            # Like the token, it is renewed under us.
+            # Like the token, the certificate is renewed while the launcher waits.
             context = ssl.create_default_context(cafile=ACCOUNT / "ca.crt")
             with urllib.request.urlopen(  # noqa: S310
                 request, timeout=TIMEOUT_S, context=context
@@ -87,8 +89,8 @@ def call(method: str, path: str, body: dict[str, Any] | None = None) -> dict[str
 def copy_of(
     template: dict[str, Any], name: str, job: str, job_uid: str, queue: str
 ) -> dict[str, Any]:
-    """The RayJob ``name`` of the Job ``job``: ``template`` let go, or left to ``queue`` to let
-    go.
+    """The RayJob ``name`` of the Job ``job``: ``template``, not suspended; with a ``queue``, in it
+    and suspended until it is admitted.
     """
     labels = {k: v for k, v in template["metadata"]["labels"].items() if k != TEMPLATE_LABEL}
     if queue:
@@ -109,8 +111,9 @@ def copy_of(
 
 
 def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
-    """See to it that the RayJob ``name`` of this Job is there, once one of an earlier Job of that
-    name is gone.
+    """Create the RayJob ``name`` of this Job, unless it exists.
+
+    If an earlier Job left a RayJob of that name, wait first until it is deleted.
     """
     made = copy_of(call("GET", f"/{template}"), name, job, job_uid, queue)
     until = time.monotonic() + PATIENCE_S
@@ -141,11 +144,11 @@ def start(template: str, name: str, job: str, job_uid: str, queue: str) -> None:
 
 
 def launch(template: str, job: str, job_uid: str, queue: str) -> int:
-    """Exit code of the copy of ``template`` that this or an earlier launcher of the Job ``job`` has
-    started.
+    """Start the copy of ``template``, or find the one of an earlier launcher of the Job ``job``;
+    return the exit code when it has ended.
     """
-    # Not the Job's own name: KubeRay submits by a Job that is named as the RayJob, and would take
-    # this one for it.
+    # KubeRay submits with a Job of the RayJob's own name. So the RayJob has another name than this
+    # Job, which KubeRay would take for its own.
     name = f"{job}-run"
     start(template, name, job, job_uid, queue)
     said = ""
@@ -170,8 +173,9 @@ def launch(template: str, job: str, job_uid: str, queue: str) -> int:
 
 
 def main(template: str) -> int:
-    """Exit code. Python's own 1, of an error nobody thought of, would say that the RayJob
-    failed.
+    """Exit code of the launcher; 75 for an unexpected error.
+
+    Python's own 1 for such an error would mean that the RayJob failed.
     """
     try:
         return launch(
