@@ -95,9 +95,10 @@ def _add_engine(commands: Commands) -> None:
         "engine",
         allow_abbrev=False,
         help="compare the speed of this engine with other ways to measure the same strengths",
-        description="Each variant has its own processes and is loaded before the clock starts. The "
-        "variants run in turns, one at a time. The figures are medians over the repetitions that "
-        "no other process disturbed.",
+        description="Compare the speed of this engine with other ways to measure the same "
+        "strengths: the variants. Each variant has its own processes and is loaded before the "
+        "clock starts. The variants run in turns, one at a time. The figures are medians over the "
+        "repetitions that no other process disturbed.",
     )
     engine.add_argument(
         "--profiles",
@@ -159,7 +160,8 @@ def _add_monitor(commands: Commands) -> None:
         "monitor",
         allow_abbrev=False,
         help="measure the latency of one text at a time, with and without recording strengths",
-        description="Each batch is one text, and the ways to run it take turns. Without --model, "
+        description="Measure the latency of one text at a time, with and without recording "
+        "strengths. Each batch is one text, and the two ways run in turns. Without --model, "
         "BERT-base is compared with a distilled shape.",
     )
     monitor.add_argument(
@@ -183,8 +185,9 @@ def _add_rate(commands: Commands) -> None:
         allow_abbrev=False,
         help="measure the speed of one worker on the texts of a run, for 'afn run "
         "--dry-run --rate'",
-        description="One worker processes whole shards of the run's own texts, from JSONL to "
-        "committed Parquet; on a CPU it uses one core. Nothing is written to the run's store.",
+        description="Measure the speed of one worker on the texts of a run. The worker processes "
+        "whole shards, from JSONL to committed Parquet; on a CPU it uses one core. Nothing is "
+        "written to the run's store.",
     )
     rate.add_argument(
         "config",
@@ -197,7 +200,7 @@ def _add_rate(commands: Commands) -> None:
         "--tokens",
         type=int,
         metavar="N",
-        help=f"tokens to measure, about (default: {3 * cpu:,}, on a GPU what takes "
+        help=f"approximate number of tokens to measure (default: {3 * cpu:,}, on a GPU what takes "
         f"{LEAST_S['cuda']:.0f} s)",
     )
     rate.add_argument(
@@ -216,9 +219,10 @@ def _add_feed(commands: Commands) -> None:
         "feed",
         allow_abbrev=False,
         help="measure the speed of a worker whose model answers at once",
-        description="A worker with 0, 1, 2 ... tokenizer processes takes whole shards from JSONL "
-        "to committed Parquet. The figures are its tokens per second, and the CPU time per token "
-        "of each stage around the model. No GPU is used.",
+        description="Measure the speed of a worker whose model answers at once, with 0, 1, 2 ... "
+        "tokenizer processes. The worker processes whole shards, from JSONL to committed Parquet. "
+        "The figures are its tokens per second, and the CPU time per token of each stage around "
+        "the model. No GPU is used.",
     )
     feed.add_argument(
         "--model", help=f"model whose tokenizer is used (default: {BUILT_IN_TOKENIZER})"
@@ -239,7 +243,10 @@ def _add_feed(commands: Commands) -> None:
     )
     tokens = TOKENS_PER_WORKER["cuda"]
     feed.add_argument(
-        "--tokens", type=int, metavar="N", help=f"tokens to measure, about (default: {tokens:,})"
+        "--tokens",
+        type=int,
+        metavar="N",
+        help=f"approximate number of tokens to measure (default: {tokens:,})",
     )
     feed.add_argument("--repeat", type=int, default=3, metavar="N", help="repetitions (default: 3)")
     add_json_flag(feed)

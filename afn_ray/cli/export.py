@@ -61,7 +61,7 @@ def add_export(commands: Commands) -> None:
         type=arguments.byte_size,
         default="256MiB",
         metavar="SIZE",
-        help="size of a file, about (default: 256MiB)",
+        help="approximate size of a file (default: 256MiB)",
     )
     export.add_argument(
         "--baseline",
@@ -71,13 +71,13 @@ def add_export(commands: Commands) -> None:
     export.add_argument(
         "--catalog",
         metavar="URI",
-        help="of --format iceberg: URI of the catalog, or its name in pyiceberg's configuration "
+        help="for --format iceberg: URI of the catalog, or its name in pyiceberg's configuration "
         "(default: a SQLite file in TARGET)",
     )
     export.add_argument(
         "--name",
         metavar="NAMESPACE.TABLE",
-        help="of --format iceberg: name of the table in the catalog (default: afn.TABLE)",
+        help="for --format iceberg: name of the table in the catalog (default: afn.TABLE)",
     )
     arguments.add_query_timeout(export, default_s=3600.0)
     arguments.add_memory_limit(export)

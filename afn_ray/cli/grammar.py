@@ -275,10 +275,10 @@ def _add_night(audit: argparse.ArgumentParser) -> None:
     audit.add_argument(
         "--baseline",
         metavar="RUN",
-        help="run to compare with: 'previous' is the newest run of the series before this one, "
-        "'week' the newest that began at least 6.5 days earlier; of dated partitions 'weekday' is "
-        "that of seven days earlier, 'median:7' the median of the last 7; anything else is a run's "
-        "URI (default: the policy's baseline)",
+        help="run to compare with. 'previous': the newest run of the series before this one. "
+        "'week': the newest that began at least 6.5 days earlier. 'weekday', for dated partitions: "
+        "the partition of seven days earlier. 'median:7': the median of the last 7 nights. "
+        "Anything else is the URI of a run (default: the policy's baseline)",
     )
     audit.add_argument(
         "--series",

@@ -112,8 +112,8 @@ def add_sql(commands: Commands) -> None:
         "sql",
         help="query a run with SQL",
         epilog=READ_EPILOG,
-        description=f"Views: {', '.join(VIEWS)}. Those of movers and drift have rows with "
-        f"--baseline. Macros: {', '.join(MACROS)}. Without a QUERY it opens an interactive shell, "
+        description=f"Views: {', '.join(VIEWS)}. Those of movers and drift have rows only with "
+        f"--baseline. Macros: {', '.join(MACROS)}. Without a QUERY an interactive shell opens, "
         "where .tables says what each view has.",
     )
     arguments.add_run(sql)
