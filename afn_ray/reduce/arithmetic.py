@@ -131,7 +131,9 @@ def cholesky(matrix: Float64s) -> Float64s:
 
 def solved(lower: Float64s, right: Float64s) -> Float64s:
     """Solution x [n] of L L' x = ``right`` [n], where L is ``lower``, of ``cholesky``."""
-    rows, columns, x = lower.tolist(), lower.T.tolist(), right.tolist()
+    rows = lower.tolist()
+    columns = lower.T.tolist()
+    x = right.tolist()
     for at, row in enumerate(rows):
         x[at] = (x[at] - _dot(row[:at], x)) / row[at]
     for at in reversed(range(len(x))):

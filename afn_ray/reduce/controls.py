@@ -105,7 +105,8 @@ def repeated(docs: Int32s, units: Ints | Int32s, high: Sequence[npt.NDArray[np.b
     """
     num_units = int(units.max()) + 1
     pairs = (docs - int(docs[0])).astype(np.int64) * num_units + units
-    num_bits = max(1, KEY_BITS - int(pairs.max()).bit_length())
+    largest = int(pairs.max())
+    num_bits = max(1, KEY_BITS - largest.bit_length())
     found: list[Ints] = []
     for begin in range(0, len(high), num_bits):
         some = high[begin : begin + num_bits]
@@ -126,7 +127,8 @@ class ControlCounter:
     """Counts of ``ControlSums``, added batch by batch."""
 
     def __init__(self, controls: Controls) -> None:
-        num_types, layers = len(controls.bins), range(len(controls.q3))
+        num_types = len(controls.bins)
+        layers = range(len(controls.q3))
         self._controls, self._num_types = controls, num_types
         num_bins = int(controls.bins.max(initial=0)) + 1
         self._tokens = KeyCounter(num_types * NUM_PLACES)

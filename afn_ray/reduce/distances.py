@@ -25,7 +25,8 @@ def psi(a: Histogram, b: Histogram) -> float:
     index is not symmetric, because the bins are those of ``a``. Neither histogram may be empty.
     """
     ends = np.unique([a.quantile_key(i, NUM_BINS) for i in range(1, NUM_BINS)])
-    in_a, in_b = _binned(a, ends), _binned(b, ends)
+    in_a = _binned(a, ends)
+    in_b = _binned(b, ends)
     occupied = (in_a > 0) | (in_b > 0)
     p = np.maximum(in_a[occupied], 0.5) / a.n
     q = np.maximum(in_b[occupied], 0.5) / b.n
@@ -51,7 +52,8 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
     because small samples share hardly any value. Neither histogram may be empty.
     """
     ends = _deciles_of_mixture(a, b)
-    p, q = _binned(a, ends) / a.n, _binned(b, ends) / b.n
+    p = _binned(a, ends) / a.n
+    q = _binned(b, ends) / b.n
     middle = (p + q) / 2
     bits = _divergence(p, middle) + _divergence(q, middle)
     return math.sqrt(min(1.0, max(0.0, bits / 2)))
@@ -59,8 +61,11 @@ def jensen_shannon(a: Histogram, b: Histogram) -> float:
 
 def _deciles_of_mixture(a: Histogram, b: Histogram) -> Ints:
     """Distinct deciles of the even mixture of ``a`` and ``b``, whatever their sizes; ascending."""
-    keys, n_a, n_b = _keys_of(a, b), a.n, b.n
-    below_a, below_b = _at_or_below(a, keys), _at_or_below(b, keys)
+    keys = _keys_of(a, b)
+    n_a = a.n
+    n_b = b.n
+    below_a = _at_or_below(a, keys)
+    below_b = _at_or_below(b, keys)
 
     def mixture(at: int) -> int:
         # Python integers: the product may exceed 64 bits.

@@ -102,13 +102,12 @@ def renamed(sources: StrengthsBySource, new_name: Callable[[str], str]) -> Stren
     groups: dict[str, list[SourceStrengths]] = {}
     for name in sorted(sources):
         groups.setdefault(new_name(name), []).append(sources[name])
-    return {
-        name: SourceStrengths(
-            Histogram.merge(source.histogram for source in group),
-            sum(source.n_high for source in group),
-        )
-        for name, group in groups.items()
-    }
+    found = {}
+    for name, group in groups.items():
+        histogram = Histogram.merge(source.histogram for source in group)
+        n_high = sum(source.n_high for source in group)
+        found[name] = SourceStrengths(histogram, n_high)
+    return found
 
 
 def _name_among(others: Collection[str], name: str) -> str:
@@ -184,11 +183,13 @@ def movers_table(
     Types are matched by their ids with ``by_id``, otherwise by their pieces.
     """
     if by_id:
-        keys_a, keys_b = types_a["token_id"].to_numpy(), types_b["token_id"].to_numpy()
+        keys_a = types_a["token_id"].to_numpy()
+        keys_b = types_b["token_id"].to_numpy()
     else:
         keys_a, keys_b = _pieces(types_a, types_b)
     keys = np.union1d(keys_a, keys_b)
-    a, b = MoverSide.of(types_a, keys_a, keys), MoverSide.of(types_b, keys_b, keys)
+    a = MoverSide.of(types_a, keys_a, keys)
+    b = MoverSide.of(types_b, keys_b, keys)
     both = a.has_type & b.has_type
     status = np.where(both, "both", np.where(b.has_type, "new", "vanished"))
     z, p, q = tests_of_shares(a, b, both)
@@ -220,8 +221,11 @@ def tests_of_shares(
     a: MoverSide, b: MoverSide, both: npt.NDArray[np.bool_]
 ) -> tuple[Float64s, Float64s, Float64s]:
     """z, p and q of each type's HIGH share; 0, 1 and 1 for a type that is not in ``both``."""
-    z, p, q = np.zeros(len(both)), np.ones(len(both)), np.ones(len(both))
-    of_a, of_b = (a.n_high[both], a.n[both]), (b.n_high[both], b.n[both])
+    z = np.zeros(len(both))
+    p = np.ones(len(both))
+    q = np.ones(len(both))
+    of_a = (a.n_high[both], a.n[both])
+    of_b = (b.n_high[both], b.n[both])
     z[both], p[both] = two_proportions(*of_a, *of_b)
     q[both] = benjamini_hochberg(p[both])
     return z, p, q

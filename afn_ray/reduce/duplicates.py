@@ -138,21 +138,25 @@ def find(shards: CommittedShards, choice: str, tasks: Tasks | None = None) -> Du
     parts = merge_parts(tasks, leaves, _join, None)
     of_texts = [tasks.submit(_copies, part, choice, num_results=3) for part in parts[:num_parts]]
     of_ids = [tasks.submit(_repeated, part)[0] for part in parts[num_parts:]]
-    sums, tables, copies = (
-        [tasks.result(handle) for handle in handles] for handles in zip(*of_texts, strict=True)
-    )
+    sums = []
+    tables = []
+    copies = []
+    for sums_of_part, table_of_part, copies_of_part in of_texts:
+        sums.append(tasks.result(sums_of_part))
+        tables.append(tasks.result(table_of_part))
+        copies.append(tasks.result(copies_of_part))
     ids = [tasks.result(found) for found in of_ids]
-    first = sorted(example for found in ids for example in found.examples)[:EXAMPLES]
+    examples = sorted(example for found in ids for example in found.examples)
     figures = Figures(
         documents=sum(n for n, _, _ in sums),
         tokens=sum(n for _, n, _ in sums),
         texts=sum(n for _, _, n in sums),
         repeated_ids=sum(found.n for found in ids),
         id_documents=sum(found.n_documents for found in ids),
-        examples=tuple(RepeatedId(doc, n, _id_of(places, doc)) for doc, n in first),
+        examples=tuple(RepeatedId(doc, n, _id_of(places, doc)) for doc, n in examples[:EXAMPLES]),
     )
-    table = pa.concat_tables(tables).sort_by("doc").combine_chunks()
-    return Duplicates(figures, table, np.sort(np.concatenate(copies)))
+    table = pa.concat_tables(tables).sort_by("doc")
+    return Duplicates(figures, table.combine_chunks(), np.sort(np.concatenate(copies)))
 
 
 def describe(figures: Figures, choice: str) -> tuple[str, str]:
@@ -212,7 +216,8 @@ class _Rows(NamedTuple):
         is_same = np.zeros(len(first) + 1, bool)  # as the one before
         is_same[1:-1] = first[1:] == first[:-1]
         some = self.take(order[is_same[1:] | is_same[:-1]])
-        some = some.take(np.lexsort((some.docs, some.ranks, *some.keys.T)))
+        order = np.lexsort((some.docs, some.ranks, *some.keys.T))
+        some = some.take(order)
         begins = _begins(some.keys)
         sizes = np.diff(begins, append=len(some.docs))
         found = some.take(np.repeat(sizes > 1, sizes))
@@ -247,12 +252,15 @@ def _read(places: Sequence[_Place], choice: str, num_parts: int) -> list[_Rows]:
         ids.append(
             _Rows(_keys(digests), docs[has_id], docs[has_id].astype(np.uint64), n_tokens[has_id])
         )
-    return [*_join(None, *texts)[0].cut(num_parts), *_join(None, *ids)[0].cut(num_parts)]
+    (all_texts,) = _join(None, *texts)
+    (all_ids,) = _join(None, *ids)
+    return [*all_texts.cut(num_parts), *all_ids.cut(num_parts)]
 
 
 def _keys(digests: Sequence[bytes]) -> Words:
     """``digests`` of 32 bytes each as numbers, [n, 4]."""
-    return np.frombuffer(b"".join(digests), ">u8").astype(np.uint64).reshape(-1, 4)
+    numbers = np.frombuffer(b"".join(digests), ">u8")
+    return numbers.astype(np.uint64).reshape(-1, 4)
 
 
 def _drawn(keys: Words, docs: Ints, shard: str) -> Words:
@@ -261,7 +269,8 @@ def _drawn(keys: Words, docs: Ints, shard: str) -> Words:
     Of n copies each has the lowest with the same chance. ``docs`` are numbers in the shard.
     """
     with np.errstate(over="ignore"):
-        mixed = keys[:, 1] ^ (np.uint64(int(shard[:16], 16)) + docs.astype(np.uint64))
+        seed = np.uint64(int(shard[:16], 16))
+        mixed = keys[:, 1] ^ (seed + docs.astype(np.uint64))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         return np.asarray(mixed ^ (mixed >> np.uint64(31)))
@@ -280,12 +289,13 @@ def _copies(rows: _Rows, choice: str) -> list[Any]:
     found, begins = rows.grouped()
     is_copy = np.ones(len(found.docs), bool)
     is_copy[begins] = False
-    counted = np.repeat(found.docs[begins], np.diff(begins, append=len(found.docs)))
+    sizes = np.diff(begins, append=len(found.docs))
+    counted = np.repeat(found.docs[begins], sizes)
     copies = found.take(is_copy)
     sums = [len(copies.docs), int(copies.n_tokens.sum(dtype=np.int64)), len(begins)]
     table = pa.table([copies.docs, counted[is_copy]], schema=DUPLICATES_SCHEMA)
     first = np.minimum.reduceat(found.docs, begins) if len(begins) else begins
-    later = found.docs[found.docs != np.repeat(first, np.diff(begins, append=len(found.docs)))]
+    later = found.docs[found.docs != np.repeat(first, sizes)]
     return [sums, DUPLICATES_SCHEMA.empty_table() if choice == KEEP else table, later]
 
 
@@ -301,13 +311,14 @@ def _repeated(rows: _Rows) -> list[_Ids]:
     """The ids in ``rows`` that occur more than once."""
     found, begins = rows.grouped()
     sizes = np.diff(begins, append=len(found.docs))
-    examples = sorted(zip(found.docs[begins].tolist(), sizes.tolist(), strict=True))[:EXAMPLES]
-    return [_Ids(len(begins), len(found.docs), examples)]
+    examples = sorted(zip(found.docs[begins].tolist(), sizes.tolist(), strict=True))
+    return [_Ids(len(begins), len(found.docs), examples[:EXAMPLES])]
 
 
 def _id_of(places: Sequence[_Place], doc: int) -> str:
     """The id of the document numbered ``doc``, for people."""
-    place = [place for place in places if place.doc_offset <= doc][-1]
-    (found,) = read_columns(place.file, ["doc_id"])["doc_id"].slice(doc - place.doc_offset, 1)
+    *_, place = [place for place in places if place.doc_offset <= doc]
+    ids = read_columns(place.file, ["doc_id"])["doc_id"]
+    found = ids[doc - place.doc_offset]
     text = printable(found.as_py())
     return text if len(text) <= ID_CHARS else f"{text[:ID_CHARS]}..."

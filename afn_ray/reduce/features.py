@@ -217,7 +217,9 @@ def _scan_tokens(
     features = [np.zeros(len(documents), np.float32) for _ in FEATURES]
     sums: list[Histograms] = [tuple(Histogram.empty() for _ in layers)]
     present, ranks = np.unique(source, return_inverse=True)
-    keys, held, num_held = present << BIN_BITS, list[_Held](), 0
+    keys = present << BIN_BITS
+    held = list[_Held]()
+    num_held = 0
     lengths = documents["n_tokens"].to_numpy().astype(np.int64)
     columns: dict[str, bool] = {}
     if (words := counters.words) is not None:
@@ -320,7 +322,8 @@ def _features(tokens: NormalTokens, limits: FeatureLimits) -> tuple[Ints, list[F
     Both are 0 for a document without tokens. The strengths are those of the last layer.
     """
     _, docs, _, types, flags, (*_, strengths), *_ = tokens
-    num_docs, docs = tokens.whole.stop - tokens.whole.start, docs - tokens.whole.start
+    num_docs = tokens.whole.stop - tokens.whole.start
+    docs = docs - tokens.whole.start
     n = np.bincount(docs, minlength=num_docs)
     least = np.maximum(n, 1)
     wide = strengths.astype(np.float64)

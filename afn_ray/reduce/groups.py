@@ -160,7 +160,8 @@ def _count_tokens(
         columns = [*grouping.columns, "n_tokens"]
         documents = parquet.read(file.read(), columns, use_threads=False)
         if len(left_out):
-            documents = documents.take(np.delete(np.arange(len(documents)), left_out))
+            counted = np.delete(np.arange(len(documents)), left_out)
+            documents = documents.take(counted)
         sums = pa.table({"group": grouping.values(documents), "n": documents["n_tokens"]})
         sums = sums.group_by("group").aggregate([("n", "sum")])
         names = sums["group"].cast(pa.string()).to_pylist()
@@ -250,7 +251,8 @@ class StrengthCounter:
             is_far = at.view(np.uint64) >= window  # below the window it wraps to a large one
             if is_far.any():
                 counter.add_others((groups[is_far] << BIN_BITS) + low + at[is_far])
-                of_tokens, at = groups[~is_far], at[~is_far]
+                of_tokens = groups[~is_far]
+                at = at[~is_far]
             counter.add(of_tokens * WINDOW + at)
 
     def sums(self) -> tuple[Histogram, ...]:

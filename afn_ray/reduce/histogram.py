@@ -127,7 +127,8 @@ class Histogram:
         width = int(max(part.keys[-1] for part in parts) - low) + 1
         if width > sum(len(part.keys) for part in parts):
             return cls._concatenated(parts)
-        counts, occurs = np.zeros(width, np.int64), np.zeros(width, np.bool_)
+        counts = np.zeros(width, np.int64)
+        occurs = np.zeros(width, np.bool_)
         for part in parts:
             counts[part.keys - low] += part.counts
             occurs[part.keys - low] = True
@@ -250,7 +251,8 @@ class SeriesSummary:
         """The values and types that occur; others are left of tokens that were taken out."""
         if self.values.counts.all():
             return self
-        occurs, there = self.values.counts != 0, self.docs.counts != 0
+        occurs = self.values.counts != 0
+        there = self.docs.counts != 0
         parts = (self.docs, self.word_starts, self.whole_words)
         values = Histogram(self.values.keys[occurs], self.values.counts[occurs])
         return SeriesSummary(

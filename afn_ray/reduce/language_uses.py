@@ -8,6 +8,7 @@ that of its uses in the whole run, however the corpus was cut.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -58,7 +59,10 @@ class Uses(NamedTuple):
         name = "function" if 2 * closed >= n_listed else "content"
         guesses = [(n, words.guess(word)) for n, words in listed]
         right = math.fsum(n * _probability(name, guess) for n, guess in guesses)
-        rarer = min(sum(n for n, guess in guesses if guess.name == kind) for kind in _KINDS)
+        uses: Counter[str] = Counter()
+        for n, guess in guesses:
+            uses[guess.name] += n
+        rarer = min(uses[kind] for kind in _KINDS)
         unsure = sum(n for n, guess in guesses if guess.is_ambiguous)
         is_ambiguous = max(rarer, unsure) >= MANY * n_listed
         return Guess(name, right / (n_listed + n_neither), is_ambiguous)
@@ -81,7 +85,9 @@ class LanguageUses:
         table = counts.table.filter(pc.greater(counts.table["n"], 0)).combine_chunks()
         of_all = pc.equal(table["token_id"], ALL_TYPES)
         words = table.filter(of_all)
-        self._num_words = dict(zip(words["tag"].to_pylist(), words["n"].to_pylist(), strict=True))
+        names = words["tag"].to_pylist()
+        n = words["n"].to_pylist()
+        self._num_words = dict(zip(names, n, strict=True))
         table = table.filter(pc.invert(of_all)).combine_chunks()
         self._ids = table["token_id"].to_numpy()
         self._n = table["n"].to_numpy()
@@ -91,7 +97,8 @@ class LanguageUses:
         """Uses of one type; a ``WordsOf``."""
         begin, end = np.searchsorted(self._ids, [token_id, token_id + 1]).tolist()
         languages = self._languages.slice(begin, end - begin).to_pylist()
-        return Uses(dict(zip(languages, self._n[begin:end].tolist(), strict=True)))
+        n = self._n[begin:end].tolist()
+        return Uses(dict(zip(languages, n, strict=True)))
 
     def table(self) -> pa.Table:
         """``LANGUAGES_SCHEMA``: words by language, the most frequent first.
@@ -101,7 +108,9 @@ class LanguageUses:
         names = self._languages.dictionary.to_pylist()
         codes = self._languages.indices.to_numpy()
         n, n_types = self._sums(codes, len(names))
-        of_one = dict(zip(names, zip(n.tolist(), n_types.tolist(), strict=True), strict=True))
+        of_one: dict[str, tuple[int, int]] = {}
+        for name, n_whole, num_types in zip(names, n.tolist(), n_types.tolist(), strict=True):
+            of_one[name] = (n_whole, num_types)
         rows = []
         for name in sorted({*of_one, *self._num_words}):
             n_whole, num_types = of_one.get(name, (0, 0))
@@ -134,11 +143,10 @@ def words_of(language: str, uses: LanguageUses | None) -> WordsOf:
 def describe(languages: pa.Table) -> str:
     """The most frequent of a run's detected ``languages``, with shares of words."""
     total = pc.sum(languages["n_words"]).as_py() or 1
-    named = [
-        f"{row['language']} {row['n_words'] / total:.1%}"
-        for row in languages.slice(0, MOST_NAMED).to_pylist()
-        if row["n_words"] >= LEAST_SHARE * total
-    ]
+    named = []
+    for row in languages.slice(0, MOST_NAMED).to_pylist():
+        if row["n_words"] >= LEAST_SHARE * total:
+            named.append(f"{row['language']} {row['n_words'] / total:.1%}")
     more = f" and {len(languages) - len(named)} more" if len(languages) > len(named) else ""
     return f"{', '.join(named)}{more} (detected, of words)" if named else ""
 

@@ -106,7 +106,8 @@ def _negative(
         languages = _languages(place) if counted == LANGUAGE else None
         file = ShardTable(place.tokens.read())
         for rows in records.some_documents(file, place.docs, columns):
-            docs, flags = rows[DOC].to_numpy(), rows["flags"].to_numpy()
+            docs = rows[DOC].to_numpy()
+            flags = rows["flags"].to_numpy()
             tags = rows["tag"].cast(pa.string()) if counted == "tag" else None
             spoken = None if languages is None else Spoken.of(docs, languages)
             of_series = {one: rows[one.name].to_numpy() for one in series}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afn_ray.corpus_values import FileInfo, Shard
+from afn_ray.corpus_values import FileInfo, FileSlice, Shard
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.tasks import Inline, Tasks, batches, merged
 from afn_ray.schema import FILES_SCHEMA
@@ -91,9 +91,11 @@ def files_table(
         handles = [tasks.submit(_losses, some)[0] for some in batches(files)]
         parts.append(tasks.result(merged(tasks, _add, handles)))
     read = add_files(pa.concat_tables(parts))
-    read = read.append_column("is_skipped", pa.array(np.zeros(len(read), bool)))
+    is_skipped = np.zeros(len(read), bool)
+    read = read.append_column("is_skipped", pa.array(is_skipped))
     read = read.select(FILES_SCHEMA.names).cast(FILES_SCHEMA)
-    return pa.concat_tables([read, _not_read(skipped)]).sort_by("source").combine_chunks()
+    files_of_corpus = pa.concat_tables([read, _not_read(skipped)])
+    return files_of_corpus.sort_by("source").combine_chunks()
 
 
 def with_given_up(counts: Mapping[str, int], shards: Iterable[Shard]) -> dict[str, int]:
@@ -124,8 +126,11 @@ def add_files(files: pa.Table) -> pa.Table:
 
 def _planned(shards: Sequence[Shard], done: set[str]) -> pa.Table:
     """One row for each slice; a slice is lost as a whole if its shard is not in ``done``."""
-    slices = [piece for shard in shards for piece in shard.slices]
-    is_lost = [shard.id not in done for shard in shards for _ in shard.slices]
+    slices: list[FileSlice] = []
+    is_lost: list[bool] = []
+    for shard in shards:
+        slices += shard.slices
+        is_lost += [shard.id not in done] * len(shard.slices)
     num_bytes = np.array([piece.num_bytes for piece in slices], np.int64)
     num_documents = np.array([piece.num_documents for piece in slices], np.int64)
     rows = {
@@ -294,9 +299,13 @@ def describe_unknown(info: Mapping[str, Any]) -> str:
 
     It is empty unless the share is above ``UNKNOWN_SHARE``.
     """
-    found, counts = info.get("unknown"), info["counts"]
+    found = info.get("unknown")
+    counts = info["counts"]
     num_tokens = counts["tokens"] - counts["special"]
-    if not isinstance(found, dict) or not isinstance(num := found.get("tokens"), int):
+    if not isinstance(found, dict):
+        return ""
+    num = found.get("tokens")
+    if not isinstance(num, int):
         return ""
     if not UNKNOWN_SHARE * num_tokens < num <= num_tokens:
         return ""
@@ -345,12 +354,18 @@ def replaced_files(found: Losses) -> str:
     return _listed(_names(found.most_replaced), found.num_replaced_files)
 
 
+def _has_own_encoding(uri: str) -> bool:
+    """True if the format of the file at ``uri`` says its encoding."""
+    lowered = uri.lower()
+    return any(mark in lowered for mark in OWN_ENCODING)
+
+
 def describe_encoding(replaced: int, uris: Sequence[str], encoding: str | None) -> str:
     """Question whether files with ``replaced`` characters have another encoding; empty without.
 
     ``uris`` are some of the files, ``encoding`` the one that was given.
     """
-    of_text = [uri for uri in uris if not any(mark in uri.lower() for mark in OWN_ENCODING)]
+    of_text = [uri for uri in uris if not _has_own_encoding(uri)]
     if not replaced or not of_text:
         return ""
     name = _names(of_text[:1])[0]

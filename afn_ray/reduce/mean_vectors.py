@@ -137,7 +137,8 @@ class StateTotals:
     def means(self) -> Float64s:
         """The mean state of each type that occurs, [n_found, hidden_size]."""
         found = self.n > 0
-        high, low = self.high[found] + (self.low[found] >> LOW_BITS), self.low[found] & LOW_MASK
+        high = self.high[found] + (self.low[found] >> LOW_BITS)
+        low = self.low[found] & LOW_MASK
         totals = high.astype(np.float64) * (1 << LOW_BITS) + low
         return np.asarray(totals / STATE_UNITS / self.n[found][:, None])
 
@@ -174,17 +175,18 @@ def vector_tables(
     vocabulary: pa.Table,
 ) -> dict[str, pa.Table]:
     """The tables ``moments`` and ``mean_vectors`` of the recorded ``types``, ascending."""
-    moments, vectors = [MOMENTS_SCHEMA.empty_table()], [MEAN_VECTORS_SCHEMA.empty_table()]
+    moments = [MOMENTS_SCHEMA.empty_table()]
+    vectors = [MEAN_VECTORS_SCHEMA.empty_table()]
     groups = in_groups(shards.files(VECTORS), lambda f: f.num_bytes, READ_BYTES)
     leaves = (
-        tasks.submit(_read, some, layers, types, num_results=len(layers)) for some in groups if some
+        tasks.submit(_read, some, layers, types, num_results=len(layers))
+        for some in filter(None, groups)
     )
     totals = merge_parts(tasks, leaves, _merge, None)
     for layer, total in zip(layers, totals, strict=True):
         here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
-        of_moments, of_vectors = _of_layer(
-            StateTotals.decoded(tasks.result(total)), layer, np.array(types), here
-        )
+        states = StateTotals.decoded(tasks.result(total))
+        of_moments, of_vectors = _of_layer(states, layer, np.array(types), here)
         moments.append(of_moments)
         vectors.append(of_vectors)
     return {"moments": pa.concat_tables(moments), "mean_vectors": pa.concat_tables(vectors)}
@@ -219,11 +221,13 @@ def _of_layer(
 ) -> tuple[pa.Table, pa.Table]:
     """Rows of both tables at ``layer``, of the ``types`` that occur."""
     found = np.flatnonzero(sums.n)
-    means, ids = sums.means(), types[found]
+    means = sums.means()
+    ids = types[found]
     is_normal = pc.not_equal(vocabulary["class"], "special")
     normal = vocabulary.filter(is_normal)
     rows = normal.take(np.searchsorted(normal["token_id"].to_numpy(), ids))
-    mean, sd = rows["mean"].to_numpy(), rows["sd"].to_numpy()
+    mean = rows["mean"].to_numpy()
+    sd = rows["sd"].to_numpy()
     n = pa.array(sums.n[found])
     columns: dict[str, Any] = {
         "layer": pa.array(np.full(len(ids), layer, np.int16)),

@@ -100,7 +100,8 @@ def share_of(info: Mapping[str, Any]) -> float | None:
 
     ``info`` is a run.json.
     """
-    found, counts = info.get("near_duplicates"), info["counts"]
+    found = info.get("near_duplicates")
+    counts = info["counts"]
     if found is None:
         return None
     measured = counts["documents"] - counts["empty"] - counts["quarantined"]
@@ -141,14 +142,17 @@ def _read(
 ) -> list[_Rows]:
     """The bands of ``size`` values of the documents at ``places``, in parts by their hash."""
     hashing = check_package().RMinHash
-    docs, signatures = [np.empty(0, np.int64)], [np.empty((0, NUM_HASHES), np.uint32)]
+    docs = [np.empty(0, np.int64)]
+    signatures = [np.empty((0, NUM_HASHES), np.uint32)]
     for place in places:
         for numbers, shingles in _shingles(place, readable):
             found = hashing.digests_from_token_sets(shingles, NUM_HASHES, SEED)
             docs.append(numbers)
             signatures.append(np.array(found, np.uint32).reshape(-1, NUM_HASHES))
-    values, all_docs = np.concatenate(signatures), np.concatenate(docs)
-    marks, keys = (values & 0xFF).astype(np.uint8), _keys(values, size)
+    values = np.concatenate(signatures)
+    all_docs = np.concatenate(docs)
+    marks = (values & 0xFF).astype(np.uint8)
+    keys = _keys(values, size)
     parts = []
     for part in range(num_parts):
         of_part, _ = which = np.nonzero(keys % np.uint64(num_parts) == part)
@@ -168,16 +172,19 @@ def _shingles(place: _Place, readable: Sequence[str]) -> Iterator[tuple[Ints, li
         counts = ~np.isin(column[begins], place.left_out)
         shingles = []
         for begin, length in zip(begins[counts].tolist(), sizes[counts].tolist(), strict=True):
-            words = joined_text(tokens.slice(begin, length), readable).lower().split()
+            text = joined_text(tokens.slice(begin, length), readable)
+            words = text.lower().split()
             last = max(1, len(words) - NUM_WORDS + 1)
-            shingles.append([*{" ".join(words[at : at + NUM_WORDS]) for at in range(last)}])
+            distinct = {" ".join(words[at : at + NUM_WORDS]) for at in range(last)}
+            shingles.append(list(distinct))
         yield column[begins][counts] + place.doc_offset, shingles
 
 
 def _keys(values: npt.NDArray[np.uint32], size: int) -> npt.NDArray[np.uint64]:
     """A hash of each band of ``size`` values and of its number, [n_docs, num_bands]."""
-    bands = values[:, : values.shape[1] // size * size].reshape(len(values), -1, size)
-    keys = np.tile(np.arange(bands.shape[1], dtype=np.uint64), (len(values), 1))
+    num_bands = values.shape[1] // size
+    bands = values[:, : num_bands * size].reshape(len(values), num_bands, size)
+    keys = np.tile(np.arange(num_bands, dtype=np.uint64), (len(values), 1))
     for at in range(size):
         keys = (keys ^ bands[:, :, at]) * np.uint64(0x9E3779B97F4A7C15)
         keys ^= keys >> np.uint64(32)
@@ -210,4 +217,5 @@ def _near(rows: _Rows, threshold: float) -> list[pa.Table]:
 def _first_of_each(table: pa.Table) -> pa.Table:
     """Each document of ``table`` with the first that it is near to, by document."""
     table = table.sort_by([("doc", "ascending"), ("near_duplicate_of", "ascending")])
-    return table.take(starts(table["doc"].to_numpy())).combine_chunks()
+    first_rows = starts(table["doc"].to_numpy())
+    return table.take(first_rows).combine_chunks()

@@ -60,7 +60,10 @@ class Pairs:
     def of(cls, keys: Ints, n: Ints, totals: Ints, largest: Float32s) -> Pairs:
         """The sum of pairs that come in any order and may repeat."""
         order = np.argsort(keys, kind="stable")
-        keys, n, totals, largest = keys[order], n[order], totals[order], largest[order]
+        keys = keys[order]
+        n = n[order]
+        totals = totals[order]
+        largest = largest[order]
         first = starts(keys)
         if not len(first):
             return cls(keys, n, totals, largest)
@@ -296,6 +299,7 @@ def with_texts(table: pa.Table, readable: Sequence[str]) -> pa.Table:
     columns = {member.name: items.field(member.name) for member in members}
     columns["text"] = pa.array(texts, pa.string())
     named = pa.StructArray.from_arrays(list(columns.values()), fields=members)
-    offsets = pa.array(_offsets(pc.list_value_length(types).to_numpy()))
+    lengths = pc.list_value_length(types).to_numpy()
+    offsets = pa.array(_offsets(lengths))
     lists = pa.ListArray.from_arrays(offsets, named, type=field.type)
     return table.set_column(table.column_names.index("types"), field, lists)

@@ -121,8 +121,10 @@ def fit_cells(cells: ControlCells, at: int) -> Fit:
     """The model of layer number ``at`` of ``cells``, in which each unit has ``MOST_TOKENS`` at
     most.
     """
-    n, num_units = cells.sizes.keys, cells.sizes.counts
-    bins, capped = frequency_bins(n), np.minimum(n, MOST_TOKENS) * num_units
+    n = cells.sizes.keys
+    num_units = cells.sizes.counts
+    bins = frequency_bins(n)
+    capped = np.minimum(n, MOST_TOKENS) * num_units
     of_bins = np.bincount(bins, capped)
     with np.errstate(invalid="ignore"):  # of bins without a unit
         frequency = np.bincount(bins, capped * log2(n.astype(np.float64))) / of_bins
@@ -150,7 +152,8 @@ def expected_shares(
     by one Newton step (Pregibon 1981), in which the type stands at the mean of its places. The
     error comes from the errors of the shares of all other types, as if these were independent.
     """
-    n, observed = types["n"], types["n_high"] / types["n"]
+    n = types["n"]
+    observed = types["n_high"] / types["n"]
     design = _design(model, n, tokens)
     share, spread = _shares(model, n, tokens, np.zeros(len(n)))
     reach = quadratic(design, model.inverse)
@@ -191,7 +194,8 @@ def _shares(model: Fit, n: Ints, tokens: Histogram, moved: Float64s) -> tuple[Fl
     of_place = model.curve(1, position) + model.curve(2, length)
     of_type = model.constant + model.curve(0, log2(n.astype(np.float64))) + moved
     against = [exp(np.clip(-log_odds, -MOST_ODDS, MOST_ODDS)) for log_odds in (of_type, of_place)]
-    share, spread = np.empty(len(n)), np.empty(len(n))
+    share = np.empty(len(n))
+    spread = np.empty(len(n))
     for some, keys, types in _slices(tokens):
         p = 1 / (1 + against[0][some][types] * against[1][keys.keys % NUM_PLACES])
         of_keys = keys.counts * p
@@ -220,7 +224,9 @@ def effective_tokens(types: Mapping[str, Ints], counted: ControlSums, at: int) -
 
     ``types`` are as ``units`` in ``salience_columns``.
     """
-    ids, n, n_docs = types["number"].astype(np.int64), types["n"], types["n_docs"]
+    ids = types["number"].astype(np.int64)
+    n = types["n"]
+    n_docs = types["n_docs"]
     pairs = counted.pairs.counts_of(ids)
     mixed = counted.mixed_pairs[at].counts_of(ids)
     high = counted.high_pairs[at].counts_of(ids)
@@ -229,7 +235,9 @@ def effective_tokens(types: Mapping[str, Ints], counted: ControlSums, at: int) -
     # Sum over documents of the square of (HIGH tokens - p tokens), less that of independent tokens.
     excess = high - 2 * p * mixed + p * p * pairs
     of_pairs = float(total(of_one * pairs))
-    correlation = min(1.0, max(0.0, float(total(excess)) / of_pairs)) if of_pairs else 0.0
+    correlation = 0.0
+    if of_pairs:
+        correlation = min(1.0, max(0.0, float(total(excess)) / of_pairs))
     usual = of_one / n * (1 + correlation * pairs / n)
     own = (excess + n * of_one) / n**2.0 * n_docs / np.maximum(n_docs - 1, 1)
     known = n**2.0 / (n + pairs) - 1  # 0 in one document, n - 1 in n

@@ -239,7 +239,8 @@ def _limits(
     layer = layers[-1]
     row = rows[layer]
     here = vocabulary.filter(pc.equal(vocabulary["layer"], layer))
-    ids, in_docs = here["token_id"].to_numpy(), here["n_docs"].to_numpy()
+    ids = here["token_id"].to_numpy()
+    in_docs = here["n_docs"].to_numpy()
     is_rare = in_docs <= max(1, RARE * n_docs)
     rare = np.zeros(int(ids.max(initial=0)) + 1, bool)
     rare[ids[is_rare]] = True
@@ -271,7 +272,8 @@ def _with_texts(
 
     It is as in ``SCREENED_SCHEMA``, followed by the kept columns.
     """
-    shards, docs = table["shard"].to_pylist(), table["in_shard"].to_pylist()
+    shards = table["shard"].to_pylist()
+    docs = table["in_shard"].to_pylist()
     wanted: dict[str, list[int]] = {}
     for shard, doc in zip(shards, docs, strict=True):
         wanted.setdefault(shard, []).append(doc)

@@ -16,7 +16,8 @@ def describe(info: Mapping[str, Any]) -> str:
     asked = series.selection_of(info["config"])
     if not asked:
         return ""
-    counts, parts = info["counts"], list[str]()
+    counts = info["counts"]
+    parts = list[str]()
     if "unselected" in counts:
         parts.append(describe_left_out(counts))
     corpus = info["corpus"]
@@ -38,7 +39,8 @@ def describe_left_out(counts: Mapping[str, int]) -> str:
 def describe_nothing(config: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     """Reason why the selection of ``config`` has no document, by the ``counts`` of commits."""
     num = counts["unselected"]
-    where, sample = config.get("where"), config.get("sample")
+    where = config.get("where")
+    sample = config.get("sample")
     if where is None:
         verb = "is" if num == 1 else "are"
         return f"no document is in the sample of {sample} ({num:,} {verb} not)"

@@ -96,7 +96,8 @@ class Summary:
         wholes = _counted(types, ranks[whole])
         of_values = {s: TypedBins.of(types, ends, values[s], by_type) for s in self._values}
         of_tags = None if self._tags is None else TypeTags.of(token_ids, tags)
-        of_languages, num_words = None, np.zeros(0, np.int64)
+        of_languages = None
+        num_words = np.zeros(0, np.int64)
         if self._spoken is not None and spoken is not None:
             numbers = self._numbers_of(spoken.names)[spoken.codes]
             of_languages = _by_language(types, ranks[whole], numbers[whole])
@@ -151,7 +152,8 @@ class Summary:
         sums = Histogram.merge(self._spoken)
         spoken = np.flatnonzero(self._num_words)
         of_types = (sums.keys & ~SPECIAL_KEY) >> BIN_BITS
-        token_ids = np.append(of_types, np.full(len(spoken), ALL_TYPES)).astype(np.int32)
+        of_all = np.full(len(spoken), ALL_TYPES)
+        token_ids = np.append(of_types, of_all).astype(np.int32)
         names = pa.array(list(self._languages), pa.string())
         languages = names.take(pa.array(np.append(sums.keys & BIN_MASK, spoken)))
         n = np.append(sums.counts, self._num_words[spoken])
@@ -223,7 +225,8 @@ def _by_language(types: Ints, ranks: Ints, numbers: Ints) -> Histogram:
     ``ranks`` [n] are the types of the words, ``numbers`` [n] those of their languages, or -1.
     """
     if numbers.min(initial=0) < 0:
-        ranks, numbers = ranks[numbers >= 0], numbers[numbers >= 0]
+        ranks = ranks[numbers >= 0]
+        numbers = numbers[numbers >= 0]
     bits = int(numbers.max(initial=0)).bit_length()
     pairs = (ranks << bits) + numbers
     if len(types) << bits <= MOST_COUNTERS:

@@ -137,6 +137,7 @@ def sigmoid(log_odds: Float64s) -> Float64s:
 
 def deviance(log_odds: Float64s, n: Float64s, n_high: Float64s) -> Float64s:
     """Deviance of each cell, whose tokens have ``log_odds`` to be HIGH; in units of 2 nats."""
-    of_high, of_low = np.maximum(-log_odds, 0), np.maximum(log_odds, 0)
+    of_high = np.maximum(-log_odds, 0)
+    of_low = np.maximum(log_odds, 0)
     of_both = softplus(-np.abs(log_odds))  # apart, so that what is small is not lost
     return np.asarray(2 * (n * of_both + n_high * of_high + (n - n_high) * of_low))

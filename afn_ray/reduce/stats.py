@@ -20,7 +20,8 @@ def wilson(k: Ints | Float64s | int, n: Ints | Float64s | int) -> tuple[Float64s
 
     Of tokens that are no independent draws, ``n`` is the number of such draws, with fractions.
     """
-    k, n = np.asarray(k, np.float64), np.asarray(n, np.float64)
+    k = np.asarray(k, np.float64)
+    n = np.asarray(n, np.float64)
     p = k / n
     z2 = Z_95**2
     scale = 1 + z2 / n

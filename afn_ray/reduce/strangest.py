@@ -71,7 +71,8 @@ def describe(
     """
     num_layers, num_sources = len(layers), len(names)
     num_sums = num_layers + len(FEATURES)
-    features, documents = sums[num_layers:num_sums], sums[num_sums]
+    features = sums[num_layers:num_sums]
+    documents = sums[num_sums]
     strengths = sums[:num_layers]
     spread = _spread(strengths[-1], features, num_sources)
     n_documents = np.zeros(num_sources, np.int64)
@@ -194,8 +195,9 @@ def strange_table(
     rows = []
     for cell, n_docs in zip(documents.keys.tolist(), documents.counts.tolist(), strict=True):
         source, group = divmod(cell, len(groups))
-        row = {"source": sources[source], "group": groups[group], "n_docs": n_docs}
-        rows.append(row | {"n": int(tokens.counts_of(np.array([cell]))[0])})
+        (n,) = tokens.counts_of(np.array([cell])).tolist()
+        row = {"source": sources[source], "group": groups[group], "n_docs": n_docs, "n": n}
+        rows.append(row)
     return pa.Table.from_pylist(rows, STRANGE_SCHEMA)
 
 
@@ -228,11 +230,9 @@ class _Distances(NamedTuple):
         source = "the corpus" if self.with_corpus[at] else "its source"
         reasons = []
         for feature, name in enumerate(FEATURES):
-            value, median, z = (
-                self.values[feature, at],
-                self.median[feature, at],
-                self.z[feature, at],
-            )
+            value = self.values[feature, at]
+            median = self.median[feature, at]
+            z = self.z[feature, at]
             text = f"{name} {value:.4g}, median of {source} {median:.4g} (z {z:+.1f})"
             reasons.append((float(abs(z)), text))
         return reasons

@@ -127,12 +127,17 @@ class Cuts(NamedTuple):
         or up to twice as many.
         """
         of_leaf = -(-num_parts // max(1, num_leaves))
-        return cls(fan_in, 1 << (of_leaf - 1).bit_length(), 1 << (num_parts - 1).bit_length())
+        return cls(fan_in, _power_of_two(of_leaf), _power_of_two(num_parts))
 
     def at(self, height: int) -> int:
         """Number of parts of a sum of ``fan_in`` to the power of ``height`` leaves."""
         covered: int = self.fan_in**height  # leaves
         return min(self.last, self.first * covered)
+
+
+def _power_of_two(n: int) -> int:
+    """The least power of two that is ``n`` or more."""
+    return 1 << (n - 1).bit_length()
 
 
 def merge_and_cut(
@@ -150,7 +155,8 @@ def merge_and_cut(
     """
 
     def add(height: int, sums: list[list[Any]]) -> list[Any]:
-        before, after = cuts.at(height), cuts.at(height + 1)
+        before = cuts.at(height)
+        after = cuts.at(height + 1)
         if before == after and len(sums) == 1:
             return sums[0]
         found = []

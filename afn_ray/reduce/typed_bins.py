@@ -57,11 +57,14 @@ class BinCounter:
 def counted(chunks: Sequence[TypedBins]) -> Histogram:
     """The histogram of the tokens of ``chunks``."""
     num_tokens = sum(len(chunk.bins) for chunk in chunks)
-    keys, counts = np.empty(num_tokens, np.int64), np.empty(num_tokens, np.int64)
+    keys = np.empty(num_tokens, np.int64)
+    counts = np.empty(num_tokens, np.int64)
     end = 0
     for part in _in_groups(chunks):
-        begin, end = end, end + len(part.keys)
-        keys[begin:end], counts[begin:end] = part.keys, part.counts
+        begin = end
+        end += len(part.keys)
+        keys[begin:end] = part.keys
+        counts[begin:end] = part.counts
     return Histogram(keys[:end], counts[:end])
 
 
@@ -93,8 +96,9 @@ def _cuts(n: Ints) -> list[int]:
     ends = np.cumsum(n)
     full = np.searchsorted(ends, np.arange(GROUP_TOKENS, ends[-1:].sum(), GROUP_TOKENS))
     alone = np.flatnonzero(n >= GROUP_TOKENS // 4)
-    cuts: list[int] = np.unique(np.concatenate([[0, len(n)], full, alone, alone + 1])).tolist()
-    return cuts
+    cuts = np.concatenate([[0, len(n)], full, alone, alone + 1])
+    distinct: list[int] = np.unique(cuts).tolist()
+    return distinct
 
 
 def _counted(types: Ints, ranks: Ints, bins: npt.NDArray[np.uint32]) -> Histogram:
@@ -109,6 +113,7 @@ def _counted(types: Ints, ranks: Ints, bins: npt.NDArray[np.uint32]) -> Histogra
     else:
         keys = keys[order(keys, width + len(types).bit_length())]
         first = starts(keys)
-        distinct, counts = keys[first], np.diff(first, append=len(keys))
+        distinct = keys[first]
+        counts = np.diff(first, append=len(keys))
     found = types[distinct >> width] + (distinct & (1 << width) - 1) + np.int64(lowest)
     return Histogram(found, counts)

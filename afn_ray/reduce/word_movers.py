@@ -32,15 +32,15 @@ def word_movers_table(
     """The layer's rows of ``WORD_MOVERS_SCHEMA``, from two runs' rows of ``word_vocabulary``."""
     least_n = TIMES_LEAST * rare_below(words_a, words_b)
     named = [words.filter(pc.is_valid(words["word"])) for words in (words_a, words_b)]
-    words = pc.unique(
-        pa.chunked_array([*named[0]["word"].chunks, *named[1]["word"].chunks], pa.string())
-    )
+    chunks = [*named[0]["word"].chunks, *named[1]["word"].chunks]
+    words = pc.unique(pa.chunked_array(chunks, pa.string()))
     words = words.take(pc.sort_indices(words))
     keys = np.arange(len(words))
-    a, b = (
-        MoverSide.of(of_run, pc.index_in(of_run["word"], words).to_numpy().astype(np.int64), keys)
-        for of_run in named
-    )
+    sides = []
+    for of_run in named:
+        number = pc.index_in(of_run["word"], words).to_numpy()
+        sides.append(MoverSide.of(of_run, number.astype(np.int64), keys))
+    a, b = sides
     both = a.has_type & b.has_type
     status = np.where(both, "both", np.where(b.has_type, "new", "vanished"))
     z, p, q = tests_of_shares(a, b, both)

@@ -89,7 +89,9 @@ def _joined(
         tokens, *others = part.sums.flat()
         of_words, places = np.divmod(tokens.keys, NUM_PLACES)
         numbered = Histogram.of(index[of_words] * NUM_PLACES + places, tokens.counts)
-        moved.append([numbered, *(Histogram.of(index[o.keys], o.counts) for o in others)])
+        moved.append([numbered])
+        for other in others:
+            moved[-1].append(Histogram.of(index[other.keys], other.counts))
     tokens, pairs, *of_layers = (Histogram.merge(one) for one in zip(*moved, strict=True))
     half = len(of_layers) // 2
     sums = ControlSums(tokens, pairs, (), tuple(of_layers[:half]), tuple(of_layers[half:]))

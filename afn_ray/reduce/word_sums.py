@@ -113,17 +113,15 @@ class WordSums(NamedTuple):
 
     def renumbered(self, index: Ints, words: pa.StringArray, num_docs: Ints) -> WordSums:
         """The sums of ``words``, where word i is now ``index[i]``; those below 0 are left out."""
-        forms = self.forms.set_column(0, "word", pa.array(index[self.forms["word"].to_numpy()]))
+        of_words = index[self.forms["word"].to_numpy()]
+        forms = self.forms.set_column(0, "word", pa.array(of_words))
         return WordSums(
             words,
             num_docs,
             _renumbered(self.split, index, PIECES_BITS),
             _renumbered(self.places, index, PLACE_BITS),
             _renumbered(self.pairs, index, 0),
-            tuple(
-                LayerSums(*(_renumbered(h, index, b) for h, b in zip(layer, BITS, strict=True)))
-                for layer in self.by_layer
-            ),
+            tuple(_layer_renumbered(layer, index) for layer in self.by_layer),
             forms.filter(pc.greater_equal(forms["word"], 0)),
         )
 
@@ -165,6 +163,11 @@ def parts_of(words: Iterable[str], num_parts: int) -> Ints:
     return np.array([zlib.crc32(word.encode()) % num_parts for word in words], np.int64)
 
 
+def _layer_renumbered(layer: LayerSums, index: Ints) -> LayerSums:
+    sums = [_renumbered(one, index, bits) for one, bits in zip(layer, BITS, strict=True)]
+    return LayerSums(*sums)
+
+
 def _renumbered(histogram: Histogram, index: Ints, bits: int) -> Histogram:
     """``histogram`` with ``index`` of each word in its keys; words below 0 are left out."""
     words = index[histogram.keys >> bits]
@@ -195,11 +198,11 @@ def _merged(parts: Sequence[WordSums]) -> WordSums:
         moved.append(part.renumbered(index, words, num_docs))
     by_layer = []
     for layers in zip(*(part.by_layer for part in moved), strict=True):
-        by_layer.append(LayerSums(*(Histogram.merge(of) for of in zip(*layers, strict=True))))
-    split, places, pairs = (
-        Histogram.merge(parts)
-        for parts in zip(*((part.split, part.places, part.pairs) for part in moved), strict=True)
-    )
+        sums = [Histogram.merge(of_kind) for of_kind in zip(*layers, strict=True)]
+        by_layer.append(LayerSums(*sums))
+    split = Histogram.merge(part.split for part in moved)
+    places = Histogram.merge(part.places for part in moved)
+    pairs = Histogram.merge(part.pairs for part in moved)
     forms = _added_forms(pa.concat_tables([part.forms for part in moved]))
     return WordSums(words, num_docs, split, places, pairs, tuple(by_layer), forms)
 
@@ -379,7 +382,8 @@ def sequences(types: Int32s, heads: Ints, sizes: Ints, lengths: Ints) -> tuple[I
     sequence one word that has it and its number of tokens.
     """
     keys = types[heads].astype(np.int64)
-    used, num_chars = np.ones(len(heads), np.int64), lengths[types[heads]]
+    used = np.ones(len(heads), np.int64)
+    num_chars = lengths[types[heads]]
     going, next_key = np.arange(len(heads)), len(lengths)
     while True:
         going = going[(sizes[going] > used[going]) & (num_chars[going] < WORD_CHARS)]
@@ -459,7 +463,9 @@ def _at_layer(
     occurs[kinds] = True
     ranks = (np.cumsum(occurs) - 1)[kinds]
     values = values_by_type(np.flatnonzero(occurs) << BIN_BITS, ranks, strongest)
-    words, heads, sizes = words[several], heads[several], sizes[several]
+    words = words[several]
+    heads = heads[several]
+    sizes = sizes[several]
     first, last = strengths[heads], strengths[heads + sizes - 1]
     rows = np.repeat(heads - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     pieces = strengths[rows]

@@ -137,7 +137,8 @@ def _rows(sums: WordSums, least: int, described: Described, num_folded: int) -> 
     """
     kinds = _Kinds.of(sums, described)
     is_named = sums.n >= least
-    named, of_named = sums.where(is_named), kinds.where(is_named)
+    named = sums.where(is_named)
+    of_named = kinds.where(is_named)
     columns = {
         "word": named.words,
         "text": pc.list_element(of_named.forms, 0) if len(of_named.forms) else [],
@@ -208,7 +209,8 @@ def _table(sums: WordSums, columns: Mapping[str, Any], described: Described) -> 
 
 def _statistics(sums: WordSums, layer: LayerSums, q3: float | None) -> dict[str, npt.NDArray[Any]]:
     """Statistics of each word's strengths at a layer, by column; Q3 decides what is HIGH."""
-    keys, counts = layer.values.keys, layer.values.counts
+    keys = layer.values.keys
+    counts = layer.values.counts
     bins = Histogram.of(((keys >> VALUES_BITS) << BIN_BITS) | (keys & BIN_MASK), counts)
     docs = Histogram(np.arange(len(sums.words)) << BIN_BITS, sums.num_docs)
     of_strongest = type_statistics(SeriesSummary(bins, docs, docs, docs), q3)
@@ -218,9 +220,8 @@ def _statistics(sums: WordSums, layer: LayerSums, q3: float | None) -> dict[str,
     of_one = (keys >> BIN_BITS) & 1 == 0
     values = to_values(keys[of_one] & BIN_MASK)
     one = Histogram(keys[of_one], counts[of_one])
-    n_high_one = sums.per_word(
-        Histogram(one.keys, np.where(is_high(values, q3), one.counts, 0)), VALUES_BITS
-    )
+    high_counts = np.where(is_high(values, q3), one.counts, 0)
+    n_high_one = sums.per_word(Histogram(one.keys, high_counts), VALUES_BITS)
     total_one = _summed(one.keys >> VALUES_BITS, values.astype(np.float64) * one.counts, sums)
     ways = (layer.totals.keys & ((1 << TOTALS_BITS) - 1)) >> EXPONENT_BITS
     words = layer.totals.keys >> TOTALS_BITS
@@ -278,16 +279,17 @@ class _Kinds(NamedTuple):
         nth = np.arange(len(shown)) - _firsts(shown["word"].to_numpy())
         listed = shown.filter(pa.array(nth < MOST_FORMS))
         ends = np.searchsorted(listed["word"].to_numpy(), np.arange(len(sums.words) + 1))
+        offsets = pa.array(ends.astype(np.int32))
+        first_forms = listed["form"].combine_chunks()
         kind = WORD_VOCABULARY_SCHEMA.field("forms").type
+        token_ids = forms["token_id"].to_numpy()[begins]
         return cls(
-            pa.array([guess.name for guess in guesses], pa.string()),
-            _languages(sums, described),
-            np.array([guess.confidence for guess in guesses], np.float64),
-            np.array([guess.is_ambiguous for guess in guesses], np.bool_),
-            forms["token_id"].to_numpy()[begins].astype(np.int64),
-            pa.ListArray.from_arrays(
-                pa.array(ends.astype(np.int32)), listed["form"].combine_chunks(), type=kind
-            ),
+            classes=pa.array([guess.name for guess in guesses], pa.string()),
+            languages=_languages(sums, described),
+            confidence=np.array([guess.confidence for guess in guesses], np.float64),
+            is_ambiguous=np.array([guess.is_ambiguous for guess in guesses], np.bool_),
+            token_ids=token_ids.astype(np.int64),
+            forms=pa.ListArray.from_arrays(offsets, first_forms, type=kind),
         )
 
 
@@ -308,8 +310,8 @@ def _by_frequency(forms: pa.Table, by: str) -> pa.Table:
     groups = forms.group_by(["word", by], use_threads=False)
     added = groups.aggregate([("n", "sum"), ("token_id", "min")])
     added = added.rename_columns(["word", by, "n", "token_id"])
-    order = {"word": "ascending", "n": "descending", by: "ascending"}
-    return added.sort_by(list(order.items())).combine_chunks()
+    order = [("word", "ascending"), ("n", "descending"), (by, "ascending")]
+    return added.sort_by(order).combine_chunks()
 
 
 def _by_tag(sums: WordSums) -> list[lexicon.Guess]:
@@ -321,7 +323,9 @@ def _by_tag(sums: WordSums) -> list[lexicon.Guess]:
     n = tags["n"].to_numpy()
     shares = n[begins] / np.add.reduceat(n, begins) if len(n) else np.empty(0)
     names = tags["tag"].take(pa.array(begins)).to_pylist()
-    found = dict(zip(words[begins].tolist(), zip(names, shares.tolist(), strict=True), strict=True))
+    found = {}
+    for word, name, share in zip(words[begins].tolist(), names, shares.tolist(), strict=True):
+        found[word] = (name, share)
     guesses = []
     for at in range(len(sums.words)):
         tag, share = found.get(at, (UNTAGGED, 1.0))
@@ -337,8 +341,10 @@ def _languages(sums: WordSums, described: Described) -> pa.StringArray:
     spoken = _by_frequency(sums.forms.filter(is_known), "tag")
     words = spoken["word"].to_numpy()
     begins = starts(words)
-    rows = pc.index_in(pa.array(np.arange(len(sums.words))), pa.array(words[begins]))
-    return spoken["tag"].take(pa.array(begins)).take(rows).combine_chunks()
+    languages = spoken["tag"].take(pa.array(begins))
+    every_word = pa.array(np.arange(len(sums.words)))
+    rows = pc.index_in(every_word, pa.array(words[begins]))
+    return languages.take(rows).combine_chunks()
 
 
 def _classified(sums: WordSums, described: Described) -> pa.Table:
