@@ -132,11 +132,14 @@ def read_contents(
     with checksums.named_damage(folder.uri):
         tables = _small_tables(folder, baseline)
         files = _shard_files(folder, tables["shards"])
-        named = {f.name: (f.uri, f.size) for of_table in files.values() for f in of_table}
+        named: dict[str, tuple[str, int]] = {}
+        for of_table in files.values():
+            named |= {file.name: (file.uri, file.size) for file in of_table}
         read = ReadOnlyFiles(folder.store, named, partial(manifest.find_blocks, folder))
         made = _shard_views(folder, tables, files, before, read)
     sizes = {name: num_bytes for name, (_, num_bytes) in named.items()}
-    tokens, documents = made.files["tokens"], made.files["documents"]
+    tokens = made.files["tokens"]
+    documents = made.files["documents"]
     created = statements(tokens, documents, made.neurons, made.recorded)
     return Contents(tables, read, sizes, created, made)
 
@@ -241,7 +244,8 @@ def _shard_views(
     copies, near_copies, word_table, mean_vectors = (
         paths[table][0].path if table in paths else None for table in WHOLE_RUN_FILES
     )
-    has_offsets, is_tagged = not {"start", "start_ahead"}.isdisjoint(columns), "tag" in columns
+    has_offsets = not {"start", "start_ahead"}.isdisjoint(columns)
+    is_tagged = "tag" in columns
     recorded = RecordedColumns(
         layers,
         thresholds,
@@ -381,7 +385,8 @@ def _paths(files: Sequence[_TableFile], before: str) -> list[ShardFile]:
 def _run_row(folder: manifest.RunFolder) -> pa.Table:
     """run.json as one row: the important values as columns, the rest as JSON."""
     info = folder.info
-    config, measure = info.get("config", {}), info.get("measure", {})
+    config = info.get("config", {})
+    measure = info.get("measure", {})
     row = {
         "id": folder.id,
         "uri": folder.uri,

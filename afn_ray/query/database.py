@@ -114,7 +114,9 @@ class Run:
             threads or cgroup.num_cores(),
             timeout_s,
         )
-        self.uri, self.id, self.info = folder.uri, folder.id, folder.info
+        self.uri = folder.uri
+        self.id = folder.id
+        self.info = folder.info
         self.baseline = None if baseline is None else baseline.id
         self._folder = folder
         self._contents = read_contents(folder, baseline, AFN)
@@ -186,7 +188,8 @@ class Run:
         self._backend.process.close()
 
     def __repr__(self) -> str:
-        model, layers = self.info.get("model", {}).get("name"), self.info["layers"]
+        model = self.info.get("model", {}).get("name")
+        layers = self.info["layers"]
         tokens = self.info.get("counts", {}).get("tokens", 0)
         return printable(
             f"<Run {self.id}: {model}, layers {layers}, {count(tokens, 'token')}, {self.uri}>"

@@ -110,7 +110,8 @@ def _rows_of(files: Sequence[ShardFile], doc: str, file: str, more: str) -> str:
     ``file`` is SQL of a file's ordinal from its place among ``files``, ``more`` that of further
     columns.
     """
-    paths, offsets = ", ".join(f.path for f in files), ", ".join(str(f.doc_offset) for f in files)
+    paths = ", ".join(file.path for file in files)
+    offsets = ", ".join(str(file.doc_offset) for file in files)
     numbered = (
         "SELECT *, file_index AS file, file_row_number AS row FROM "  # noqa: S608
         f"read_parquet([{paths}], {PLAIN})"

@@ -54,7 +54,8 @@ def read_table(path: Path) -> pa.Table:
             raise ConfigError(f"{path} has {size:,} bytes; at most {MAX_BYTES:,} are joined")
         for batch in _batches(path):
             batches.append(batch)
-            rows, num_bytes = rows + batch.num_rows, num_bytes + batch.nbytes
+            rows += batch.num_rows
+            num_bytes += batch.nbytes
             if rows > MAX_ROWS or num_bytes > MAX_BYTES:
                 raise ConfigError(
                     f"{path} becomes over {MAX_ROWS:,} rows or {MAX_BYTES:,} bytes; take what is "

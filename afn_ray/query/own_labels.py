@@ -53,7 +53,8 @@ def own_q3(folder: RunFolder, documents: str, layers: Sequence[int]) -> str:
     """SQL of ``doc`` and ``q3_<k>``, the Q3 of its group, for each row of ``documents``."""
     by, kind = "source", "VARCHAR"
     if (column := grouping_column(folder)) is not None:
-        by, kind = quoted(column.name), SQL_KINDS[column.kind]
+        by = quoted(column.name)
+        kind = SQL_KINDS[column.kind]
     columns = ", ".join(f"q3_{k}" for k in layers)
     # Texts are cast, not values: the text of a number or a time is another one in DuckDB.
     in_group = f"""

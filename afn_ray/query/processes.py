@@ -154,10 +154,12 @@ class _Python:
 
     @classmethod
     def now(cls) -> _Python:
-        environment = {k: v for k in ENVIRONMENT if (v := os.environ.get(k)) is not None}
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
         environment |= ONE_THREAD
-        package = str(Path(__file__).resolve().parents[2])
-        path = tuple(str(Path(p).resolve()) for p in (*sys.path, package) if p)
+        here = Path(__file__).resolve()
+        folders = [Path(folder) for folder in sys.path if folder]
+        folders.append(here.parents[2])
+        path = tuple(str(folder.resolve()) for folder in folders)
         user = (os.geteuid(), os.getegid(), *os.getgroups())
         limits = tuple(resource.getrlimit(one) for one in LIMITS)
         return cls(os.getpid(), _crashes, user, limits, tuple(environment.items()), path)

@@ -70,8 +70,9 @@ def memory_bytes(text: str) -> int:
         machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         num_bytes = int(float(found[1]) / 100 * (cgroup.memory_bytes() or machine_bytes))
     elif found is not None:
-        unit = (1024 if found[3] else 1000) ** UNITS[(found[2] or "").lower()]
-        num_bytes = int(float(found[1]) * unit)
+        base = 1024 if found[3] else 1000
+        prefix = found[2] or ""
+        num_bytes = int(float(found[1]) * base ** UNITS[prefix.lower()])
     if num_bytes == 0:
         raise QueryError(
             f"the memory limit is {text!r}; expected a size such as 500MB, 2GB or 1.5GiB"
@@ -123,7 +124,9 @@ class Process:
     """
 
     def __init__(self, files: ReadOnlyFiles, setup: Setup, limits: QueryLimits) -> None:
-        self._files, self._setup, self._limits = files, setup, limits
+        self._files = files
+        self._setup = setup
+        self._limits = limits
         self._child: _Child | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -218,7 +221,9 @@ class _Child:
     """One query process, and the threads that read files for it."""
 
     def __init__(self, files: ReadOnlyFiles, limits: QueryLimits) -> None:
-        self._owner, self._limits, self._most_resident = os.getpid(), limits, 0
+        self._owner = os.getpid()
+        self._limits = limits
+        self._most_resident = 0
         pairs = [socket.socketpair() for _ in range(3)]
         self._requests, self._stops, served = (here for here, _ in pairs)
         theirs = [there for _, there in pairs]
@@ -331,7 +336,8 @@ class _Child:
             self._process.wait(GRACE_S)
         code, said = self._process.poll(), ""
         if code is not None and self._process.stderr is not None:
-            said = self._process.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+            text = self._process.stderr.read().decode(errors="replace")
+            _, _, said = text.strip().rpartition("\n")
         self.end()
         if "bad_alloc" in said or "MemoryError" in said:
             return self._limits.memory_error()

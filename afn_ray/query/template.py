@@ -45,7 +45,8 @@ def main(control_fd: int, idle_ms: int) -> None:
     """
     control = socket.socket(fileno=control_fd)
     os.close(os.pidfd_open(os.getpid()))  # an error here comes before any fork
-    if len(list(Path("/proc/self/task").iterdir())) > 1:
+    threads = list(Path("/proc/self/task").iterdir())
+    if len(threads) > 1:
         raise RuntimeError("an import has started a thread, and a fork would copy its locks")
     gc.freeze()  # a collection in a fork then copies no pages of the template
     forks: dict[int, _Forked] = {}

@@ -30,24 +30,27 @@ def class_tables(language: str, small: Mapping[str, pa.Table]) -> dict[str, pa.T
     names = [language]
     if language == AUTO_LANGUAGE:
         names = small["languages"]["language"].to_pylist()
-    listed, closed = list[str](), defaultdict[str, list[str]](list)
+    listed = list[str]()
+    closed = defaultdict[str, list[str]](list)
     for name in names:
         if (words := lexicon.find(name)) is None:
             continue
         listed.append(name)
-        for word in (word for word, entry in words.words.items() if entry.is_closed):
+        for word, entry in words.words.items():
+            if not entry.is_closed:
+                continue
             for mark in _APOSTROPHES:
                 spelled = word.replace("'", mark)
                 for form in (spelled, mark + spelled, spelled + mark):
                     if name not in closed[form]:
                         closed[form].append(name)
+    languages = pa.list_(pa.string())
+    columns = {
+        "word": pa.array(list(closed), pa.string()),
+        "languages": pa.array(list(closed.values()), languages),
+    }
     return {
-        CLOSED: pa.table(
-            {
-                "word": pa.array(list(closed), pa.string()),
-                "languages": pa.array(list(closed.values()), pa.list_(pa.string())),
-            }
-        ),
+        CLOSED: pa.table(columns),
         LISTED: pa.table({"language": pa.array(listed, pa.string())}),
     }
 

@@ -75,14 +75,17 @@ def word_counts(run: Run, layer: int) -> WordCounts:
     rows = pa.concat_tables(parts)
     classes = _with_ranks(_summed(rows, "class"), n)
     is_folded = pc.is_null(rows["word"])
-    folded, named = rows.filter(is_folded), rows.filter(pc.invert(is_folded))
-    main = named.filter(pc.equal(named["words"], 1)).select(["word", "class"])
-    words = _with_ranks(_summed(named, "word"), n).join(main, "word").sort_by("word")
+    folded = rows.filter(is_folded)
+    named = rows.filter(pc.invert(is_folded))
+    is_main = pc.equal(named["words"], 1)
+    main = named.filter(is_main).select(["word", "class"])
+    words = _with_ranks(_summed(named, "word"), n)
+    words = words.join(main, "word").sort_by("word")
     return WordCounts(
-        words.select(["word", "class", "n", "n_tokens", "n_high", "rank"]),
-        classes,
-        pc.sum(folded["words"]).as_py() or 0,
-        pc.sum(folded["n"]).as_py() or 0,
+        words=words.select(["word", "class", "n", "n_tokens", "n_high", "rank"]),
+        classes=classes,
+        num_folded=pc.sum(folded["words"]).as_py() or 0,
+        n_folded=pc.sum(folded["n"]).as_py() or 0,
     )
 
 
@@ -133,7 +136,8 @@ def _counted(layer: int, part: int, num_parts: int) -> str:
 def _summed(rows: pa.Table, key: str) -> pa.Table:
     """The ``SUMS`` of ``rows`` by ``key``."""
     found = rows.group_by(key).aggregate([(name, "sum") for name in SUMS])
-    return found.select([key, *(f"{name}_sum" for name in SUMS)]).rename_columns([key, *SUMS])
+    sums = found.select([key, *(f"{name}_sum" for name in SUMS)])
+    return sums.rename_columns([key, *SUMS])
 
 
 def _with_ranks(rows: pa.Table, n: int) -> pa.Table:

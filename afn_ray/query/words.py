@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -41,17 +40,18 @@ def words_view(
     in parts with known documents, and a query for one document reads one part.
     """
     # Parts of one version: rows of two come from a union, above which a window has no order.
-    versions = sorted({file.schema_version for file in files})
-    of_version = [[f for f in files if f.schema_version == version] for version in versions]
-    parts = []
-    for part in itertools.chain.from_iterable(map(_parts, of_version)):
+    parts: list[list[ShardFile]] = []
+    for version in sorted({file.schema_version for file in files}):
+        parts += _parts([file for file in files if file.schema_version == version])
+    queries = []
+    for part in parts:
         last = part[-1].doc_offset + part[-1].n_documents
         words = _words(part, recorded)
-        parts.append(
+        queries.append(
             f"FROM ({words}) WHERE doc >= {part[0].doc_offset} AND doc < "
             f"{last}{recorded.and_counts}"
         )
-    found = classified(" UNION ALL ".join(parts), documents, recorded)
+    found = classified(" UNION ALL ".join(queries), documents, recorded)
     return answerable(found, recorded, NO_WORDS)
 
 
