@@ -146,7 +146,8 @@ class Calibrator:
         ours = replace(task.measure, languages=self.languages).base
         found = []
         for other in measures.known(task.config.store):
-            differing = {k for k in {*ours, *other.base} if ours.get(k) != other.base.get(k)}
+            theirs = other.base
+            differing = {key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)}
             if differing <= {*but}:
                 found.append(other)
         return found
@@ -198,5 +199,6 @@ def in_turns(documents: Sequence[Document]) -> list[str]:
     by_source: dict[str, list[str]] = {}
     for document in documents:
         by_source.setdefault(document.source, []).append(document.text)
-    rows = itertools.zip_longest(*by_source.values())
-    return [text for row in rows for text in row if text is not None]
+    turns = itertools.zip_longest(*by_source.values())
+    texts = itertools.chain.from_iterable(turns)
+    return [text for text in texts if text is not None]

@@ -51,7 +51,8 @@ def check_complete(source: PartialResult) -> None:
     for batch in source.tables.open("documents").batches(BATCH_ROWS, columns):
         status, digests = (batch[name] for name in columns)
         refused = pc.starts_with(status.cast(pa.string()), "quarantined")
-        if pc.any(pc.and_(refused, digests.is_valid())).as_py():
+        was_read = digests.is_valid()
+        if pc.any(pc.and_(refused, was_read)).as_py():
             raise StoreError(f"{source.name} lacks a document that could not be measured")
 
 
@@ -104,7 +105,11 @@ def write(
 
 def _series_names(form: str) -> Callable[[PartialResult], list[str]]:
     """Function that gives the columns of a source's series, named by ``form``."""
-    return lambda source: [form.format(one.name) for one in source.of_table(TOKENS)]
+
+    def names(source: PartialResult) -> list[str]:
+        return [form.format(one.name) for one in source.of_table(TOKENS)]
+
+    return names
 
 
 def _neuron_names(source: PartialResult) -> list[str]:
@@ -123,7 +128,9 @@ def _joined(
     The other columns must be equal in all sources, except those ``uncompared``; they are taken from
     the first. Raises ``StoreError`` where they differ.
     """
-    own = {name: source for source in sources for name in names_of(source)}
+    own: dict[str, PartialResult] = {}
+    for source in sources:
+        own |= dict.fromkeys(names_of(source), source)
     shared = [name for name in schema.names if name not in own]
     compared = [name for name in shared if name not in uncompared]
     readers: list[_Rows] = []
@@ -172,7 +179,8 @@ class _Rows:
 def _are_equal(a: pa.Array, b: pa.Array) -> bool:
     """True if both have the same values and nulls; dictionaries may differ."""
     if pa.types.is_dictionary(a.type):
-        a, b = a.dictionary_decode(), b.dictionary_decode()
+        a = a.dictionary_decode()
+        b = b.dictionary_decode()
     return bool(a.equals(b))
 
 

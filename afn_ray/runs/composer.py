@@ -75,7 +75,8 @@ class Composer:
         return attempt(self.task, shard, oom_retries, compose)
 
     def _compose(self, shard: Shard, oom_retries: int, folder: Path, name: str) -> Attempt:
-        store, composition = self.task.config.store, self._composition
+        store = self.task.config.store
+        composition = self._composition
         began = time.monotonic()
         sources: list[PartialResult] = []
         origins: list[dict[str, str]] = []

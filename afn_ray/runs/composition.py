@@ -84,10 +84,10 @@ def plan(task: Task, todo: Sequence[Shard]) -> Work:
     composed = []
     for found, shards in groups.items():
         ids = {shard.id for shard in shards}
-        later = {
-            donor: {s.id: s.generation for s in held[donor] if s.generation and s.id in ids}
-            for donor in found
-        }
+        later: dict[str, dict[str, int]] = {}
+        for donor in found:
+            there_later = [one for one in held[donor] if one.generation and one.id in ids]
+            later[donor] = {one.id: one.generation for one in there_later}
         composition = _composition(task, wanted, has, later)
         of_group = replace(task, composition=composition)
         if composition.rest is None:
@@ -188,7 +188,8 @@ def _bundles(measure: Measure, wanted: Collection[MeasurePart]) -> list[frozense
         bundles[-1] |= {MeasurePart(TOKENS, Series(STRENGTH, k)) for k in layers}
     if measure.mean_types:  # a state is as long as its token is strong
         for k in measure.layers:
-            sums, strength = Series(VECTORS, k), Series(STRENGTH, k)
+            sums = Series(VECTORS, k)
+            strength = Series(STRENGTH, k)
             bundles.append({MeasurePart(VECTORS, sums), MeasurePart(TOKENS, strength)})
     return [frozenset(bundle & {*wanted}) for bundle in bundles]
 
@@ -237,7 +238,11 @@ def _composition(
         parts = tuple(part for part in left if part in has[donor])
         taken.append(Donor(donor, parts, generations))
         left = [part for part in left if part not in has[donor]]
-    names = {of_signal[0].name for part in left if (of_signal := wanted[part]) is not None}
+    names: set[str] = set()
+    for part in left:
+        of_signal = wanted[part]
+        if of_signal is not None:
+            names.add(of_signal[0].name)
     rest = _restricted(task, left, names) if left else None
     return Composition(tuple(taken), rest, tuple(left))
 
@@ -245,7 +250,8 @@ def _composition(
 def _restricted(task: Task, parts: Sequence[MeasurePart], names: set[str]) -> Task:
     """``task`` that measures the signals ``names`` at the layers of ``parts``, and strength."""
     measure, config = task.measure, task.config
-    layers = tuple(k for k in measure.layers if any(k == part.series.layer for part in parts))
+    of_parts = {part.series.layer for part in parts}
+    layers = tuple(k for k in measure.layers if k in of_parts)
     signals = ",".join(sorted(names | {STRENGTH}))
     found, identities = find_signals(signals, config.top_neurons)
     neuron_layers = tuple(k for k in layers if k in measure.neuron_layers and NEURONS in names)

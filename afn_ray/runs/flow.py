@@ -94,7 +94,8 @@ def _check_recordable(values: Float32s, num_series: int) -> None:
 
     The first ``num_series`` rows are series, the others neurons.
     """
-    series, neurons = values[:num_series], values[num_series:]
+    series = values[:num_series]
+    neurons = values[num_series:]
     if not (series >= 0).all() or not (series < STATE_LIMIT).all():
         raise ValueError(f"a value is not from 0 to {STATE_LIMIT:,.0f}, or not finite")
     if not (np.abs(neurons) < STATE_LIMIT).all():
@@ -122,7 +123,9 @@ class Turns:
         self.submit, self.check_stopped = submit, check_stopped
         # batches of a thread that may follow the one that it waits for
         self.num_queued = SUBMITTED if device == "cuda" else 0
-        self._num_values, self._device, self._counters = num_values, device, counters
+        self._num_values = num_values
+        self._device = device
+        self._counters = counters
         self._turn = threading.RLock()
         self._counting = threading.Lock()
         self._num_batches = 0  # on the device
@@ -327,7 +330,9 @@ class Flow:
     """
 
     def __init__(self, turns: Turns, chunks: Chunks, measure_alone: MeasureAlone) -> None:
-        self._turns, self._chunks, self._measure_alone = turns, chunks, measure_alone
+        self._turns = turns
+        self._chunks = chunks
+        self._measure_alone = measure_alone
         self._queue = Queue(turns)
         self._pending: deque[PendingChunk] = deque()  # not yielded yet, in order
         self._turn_began: float | None = None  # time; None: this shard has not the turn

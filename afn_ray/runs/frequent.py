@@ -24,8 +24,8 @@ def find_types(task: Task, texts: Sequence[str]) -> list[int]:
     encoder = text_encoder(find_model_files(task.config))
     encoded = encoder.encode(bounded(texts, SAMPLE_CHARS, MOST_CHARS))
     n = np.bincount(encoded.token_ids)
-    template = np.isin(np.arange(len(n)), [*encoder.template.prefix, *encoder.template.suffix])
-    n[template] = 0
+    of_template = [*encoder.template.prefix, *encoder.template.suffix]
+    n[np.isin(np.arange(len(n)), of_template)] = 0
     order = np.argsort(-n, kind="stable")[: task.config.mean_vectors]
     return sorted(order[n[order] > 0].tolist())
 

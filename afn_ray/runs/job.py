@@ -77,7 +77,8 @@ def _run(config: RunConfig, on_event: OnEvent, reporter: Reporter, *, reduce_onl
     if reduce_only:
         preparation.commits_to_reduce(asked)  # before anything is written
     claim = run_claims.begin_run(config, measure, plan, asked.begun_ns, frozen)
-    plan, folder = replace(plan, shards=claim.shards), claim.run
+    plan = replace(plan, shards=claim.shards)
+    folder = claim.run
     if folder.info:
         preparation.report_nothing_to_do(asked, folder, on_event)
         reports.report_losses(folder, on_event)
@@ -183,7 +184,9 @@ def _reduce(
     asked: Preparation, results: Results, texts: TokenTexts, on_event: OnEvent
 ) -> tuple[dict[str, pa.Table], duplicates.Duplicates]:
     """Tables of the run, and its copies."""
-    config, measure, plan = asked.config, asked.task.measure, results.plan
+    config = asked.config
+    measure = asked.task.measure
+    plan = results.plan
     sizes = [shard.num_bytes for shard in results.done]
     columns = kept.parse(config.keep_columns or "")
     shards = CommittedShards(config.store, measure.id, results.commits, sizes, columns)

@@ -227,7 +227,8 @@ class Measurer:
 
         def mean(prepared: Prepared, counts: bool) -> npt.NDArray[np.float64]:
             shape = (len(self.task.measure.layers), self.model.files.hidden_size)
-            total, n = np.zeros(shape), np.zeros((shape[0], 1))
+            total = np.zeros(shape)
+            n = np.zeros((shape[0], 1))
             norms = [np.linalg.norm(states, axis=2) for states in self._states(prepared)]
             if not sum(found.shape[1] for found in norms):
                 return total
@@ -291,9 +292,11 @@ class Measurer:
             raise error
         n_tokens = np.diff(prepared.encoded.bounds).tolist()
         suspects = [i for i, n in enumerate(n_tokens) if n]
-        found = culprits.find_culprits(
-            lambda which: run(self._prepare(given.some(which)), False), suspects, _may_blame
-        )
+
+        def run_some(which: Sequence[int]) -> object:
+            return run(self._prepare(given.some(which)), False)
+
+        found = culprits.find_culprits(run_some, suspects, _may_blame)
         if not found or not self._takes_probe():
             raise error
         refused = dict(prepared.encoded.problems)

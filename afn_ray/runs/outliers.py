@@ -31,8 +31,7 @@ def find_dimensions(task: Task, texts: Sequence[str]) -> list[list[int]]:
         if size >= CALIBRATION_CHARS:
             break
     task = with_signals(task)
-    squares = Measurer(replace(task, measure=replace(task.measure, dtype="float32"))).mean_squares(
-        sample
-    )
+    in_float32 = replace(task, measure=replace(task.measure, dtype="float32"))
+    squares = Measurer(in_float32).mean_squares(sample)
     model.free_memory()  # for the next model, here or in a worker
     return [np.argsort(-row, kind="stable")[:DIMENSIONS].tolist() for row in squares]

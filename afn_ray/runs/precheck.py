@@ -121,7 +121,8 @@ def check_model(name: str, revision: str | None, *, trust_remote_code: bool = Fa
     """
     path = Path(name).expanduser()
     try:
-        is_there, is_folder = path.exists(), path.is_dir()
+        is_there = path.exists()
+        is_folder = path.is_dir()
     except OSError as error:
         raise ModelError(f"no model at {name[:60]}...: {error.strerror}") from error
     if revision is not None and is_there:
@@ -166,7 +167,8 @@ def _depth(name: str, file: Path) -> int | None:
     text = config.get("text_config", config) if isinstance(config, dict) else None
     if not isinstance(text, dict) or "auto_map" in config:
         return None
-    found = [text[key] for key in DEPTH_KEYS if isinstance(text.get(key), int)]
+    values = [text.get(key) for key in DEPTH_KEYS]
+    found = [value for value in values if isinstance(value, int)]
     return found[0] if len(found) == 1 else None
 
 

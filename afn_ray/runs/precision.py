@@ -73,7 +73,10 @@ class Precision:
     def is_safe_at(self, layers: Sequence[int]) -> bool:
         """True if a trial found the dtype safe at all ``layers``."""
         asked = {str(layer) for layer in layers}
-        return any(t.dtype == self.dtype and t.safe and asked <= {*t.flips} for t in self.trials)
+        for trial in self.trials:
+            if trial.dtype == self.dtype and trial.safe and asked <= {*trial.flips}:
+                return True
+        return False
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -191,7 +194,10 @@ def _reference(task: Task, texts: Sequence[str]) -> tuple[list[list[str]], Float
     """
     from afn_ray.runs.measurer import Measurer
 
-    chunks, found, n = [], [np.empty((len(task.measure.layers), 0), np.float32)], 0
+    num_layers = len(task.measure.layers)
+    found = [np.empty((num_layers, 0), np.float32)]
+    chunks: list[list[str]] = []
+    n = 0
     measurer = Measurer(task)
     for chunk in _groups(texts):
         chunks.append(chunk)
@@ -233,7 +239,8 @@ def _try(task: Task, chunks: Sequence[list[str]], reference: Float32s) -> Trial:
     except (ModelError, RuntimeError) as error:
         if model.is_out_of_memory(error.__cause__ or error) or model.is_device_fault(error):
             raise
-        return Trial(task.measure.dtype, False, str(error).strip().splitlines()[0])
+        first_line, _, _ = str(error).strip().partition("\n")
+        return Trial(task.measure.dtype, False, first_line)
     return _compared(task, np.concatenate(found, axis=1), reference, peak())
 
 
@@ -251,8 +258,10 @@ def _compared(task: Task, got: Float32s, reference: Float32s, largest: float) ->
     for layer, a, b in zip(task.measure.layers, reference, got, strict=True):
         highs = [v >= np.quantile(v, 0.75, method="inverted_cdf") for v in (a, b)]
         flips[str(layer)] = float(np.mean(highs[0] != highs[1]))
-        errors[str(layer)] = float(np.median(np.abs(b - a) / np.maximum(np.abs(a), 1e-30)))
-    worst, median = max(flips.values()), max(errors.values())
+        relative = np.abs(b - a) / np.maximum(np.abs(a), 1e-30)
+        errors[str(layer)] = float(np.median(relative))
+    worst = max(flips.values())
+    median = max(errors.values())
     against = []
     if task.measure.dtype == "float16" and not largest <= FLOAT16_RANGE:
         against.append(f"a product reaches {largest:,.0f}, too near its range of 65,504")

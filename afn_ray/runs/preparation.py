@@ -106,7 +106,9 @@ def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = Fal
 
     Raises the errors that ``run`` raises before its work begins.
     """
-    config, plan, measure = asked.config, asked.plan, asked.task.measure
+    config = asked.config
+    plan = asked.plan
+    measure = asked.task.measure
     commits = commits_to_reduce(asked) if reduce_only else Commits()
     same, _ = run_claims.find_begun(config, measure, plan, asked.frozen)
     if not reduce_only:
@@ -123,7 +125,8 @@ def take_stock(asked: Preparation, on_event: OnEvent, *, reduce_only: bool = Fal
 
 def _find_commits(asked: Preparation) -> Commits:
     """The commits of the plan that the store has, in their valid generations."""
-    store, measure_id = asked.config.store, asked.task.measure.id
+    store = asked.config.store
+    measure_id = asked.task.measure.id
     shards = epochs.newest(store).marked(measure_id, asked.plan.shards)
     return shard_files.find_commits(store, measure_id, shards)
 
@@ -133,7 +136,9 @@ def commits_to_reduce(asked: Preparation) -> Commits:
 
     Raises ``IncompleteRun`` where more than ``allow_quarantined`` are missing.
     """
-    config, plan, measure_id = asked.config, asked.plan, asked.task.measure.id
+    config = asked.config
+    plan = asked.plan
+    measure_id = asked.task.measure.id
     commits = _find_commits(asked)
     if len(plan.shards) - len(commits) > config.allow_quarantined:
         raise IncompleteRun(_lacking(config, measure_id, plan, len(commits)))
@@ -147,7 +152,8 @@ def report_nothing_to_do(
 
     Raises ``StoreError`` where the store has lost shards of that run.
     """
-    store, measure_id = asked.config.store, asked.task.measure.id
+    store = asked.config.store
+    measure_id = asked.task.measure.id
     gone = manifest.lost_shards(store, measure_id, asked.plan.shards, complete)
     if gone:
         raise StoreError(

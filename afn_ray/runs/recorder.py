@@ -84,7 +84,9 @@ class Recorder:
         files: records.ShardFiles,
         rows: token_filter.RowFilter | None = None,
     ) -> None:
-        self._measure, self._files, self._rows = measure, files, rows
+        self._measure = measure
+        self._files = files
+        self._rows = rows
         self._summary = Summary(
             measure.series,
             tagged=measure.tagged,
@@ -118,13 +120,14 @@ class Recorder:
             keep=~bad[docs] if bad.any() else np.ones(len(docs), np.bool_),
         )
         outcomes = _outcomes(chunk.documents, np.diff(encoded.bounds), bad, problems)
+        reasons = list(problems.values())
         return Part(
-            self._add_tokens(chunk, tokens),
-            None if self._files.neurons is None else self._add_neurons(tokens),
-            self._document_rows(chunk, tokens, outcomes, first),
-            _counts(chunk, tokens, outcomes),
-            len(problems),
-            next(iter(problems.values()), ""),
+            tokens=self._add_tokens(chunk, tokens),
+            neurons=None if self._files.neurons is None else self._add_neurons(tokens),
+            documents=self._document_rows(chunk, tokens, outcomes, first),
+            counts=_counts(chunk, tokens, outcomes),
+            num_refused=len(reasons),
+            first_refusal=reasons[0] if reasons else "",
         )
 
     def write(self, part: Part) -> None:
@@ -153,7 +156,8 @@ class Recorder:
         encoded, documents = chunk.prepared.encoded, chunk.documents
         if not self._measure.tagged:
             return pa.nulls(len(encoded.flags), pa.string())
-        texts, tags = [d.text for d in documents], [d.tags for d in documents]
+        texts = [d.text for d in documents]
+        tags = [d.tags for d in documents]
         return pa.array(encode.find_tags(encoded, texts, tags), pa.string())
 
     def _add_tokens(self, chunk: Chunk, tokens: _Tokens) -> pa.Table:
@@ -176,7 +180,8 @@ class Recorder:
             spoken = Spoken.of(encoded.docs, pa.array(chunk.prepared.languages, pa.string()))
         which: slice | npt.NDArray[np.bool_] = slice(None)  # without a copy, as nearly always
         if not keep.all():
-            table, tags = table.filter(pa.array(keep)), tags.filter(pa.array(keep))
+            table = table.filter(pa.array(keep))
+            tags = tags.filter(pa.array(keep))
             which = keep
             spoken = None if spoken is None else spoken.filter(keep)
         self._summary.add(
@@ -197,11 +202,9 @@ class Recorder:
 
         With ``neurons_above``, only tokens that are HIGH at a layer have neurons.
         """
-        encoded, layers, above = (
-            tokens.encoded,
-            self._measure.neuron_layers,
-            self._measure.neurons_above,
-        )
+        encoded = tokens.encoded
+        layers = self._measure.neuron_layers
+        above = self._measure.neurons_above
         which = tokens.keep
         high: list[npt.NDArray[np.bool_]] = []
         if above:
@@ -249,7 +252,8 @@ class Recorder:
 
     def _why_bad(self, values: Float32s) -> str:
         """Reason why the values of a document, [n_series, n_tokens], are refused."""
-        wrong = np.flatnonzero((~(values >= 0) | np.isinf(values)).any(axis=1))
+        is_wrong = ~(values >= 0) | np.isinf(values)
+        wrong = np.flatnonzero(is_wrong.any(axis=1))
         if not len(wrong):
             return (
                 f"the model gave a neuron of {neurons.LIMIT:,.0f} or more, or one that is not "
@@ -289,8 +293,10 @@ def _bad_documents(
     """
     bad = np.zeros(num_documents, bool)
     series = values.series
-    bad[docs[~(series >= 0).all(axis=0) | np.isinf(series).any(axis=0)]] = True
-    bad[docs[~(np.abs(values.neuron_values) < neurons.LIMIT).all(axis=0)]] = True
+    is_wrong = ~(series >= 0).all(axis=0) | np.isinf(series).any(axis=0)
+    bad[docs[is_wrong]] = True
+    is_within = (np.abs(values.neuron_values) < neurons.LIMIT).all(axis=0)
+    bad[docs[~is_within]] = True
     return bad
 
 

@@ -52,8 +52,9 @@ def _earlier(folder: manifest.RunFolder) -> str:
     "" for none.
     """
     suffix = folder.id.rpartition("-")[2]
-    *earlier, _ = ["", *(name for name in manifest.run_names(folder.store) if name < folder.id)]
-    return max((name for name in earlier if name.endswith(f"-{suffix}")), default="")
+    earlier = [name for name in manifest.run_names(folder.store) if name < folder.id]
+    # The last of them is another run, or there is none between.
+    return max((name for name in earlier[:-1] if name.endswith(f"-{suffix}")), default="")
 
 
 def report_complete(folder: manifest.RunFolder, results: Results, on_event: OnEvent) -> None:
@@ -67,7 +68,8 @@ def report_complete(folder: manifest.RunFolder, results: Results, on_event: OnEv
         f"quarantined{why}"
     )
     on_event(events.Complete(message))
-    copies, choice = duplicates.figures_of(folder.info), duplicates.choice_of(folder.info)
+    copies = duplicates.figures_of(folder.info)
+    choice = duplicates.choice_of(folder.info)
     if copies is not None and copies.documents and choice != duplicates.KEEP:
         sentence, _ = duplicates.describe(copies, choice)
         on_event(events.Complete(f"of these tokens, {sentence}"))

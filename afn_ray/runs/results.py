@@ -55,7 +55,10 @@ def facts_of(
     asked: Preparation, results: Results, tables: Mapping[str, Any], num_reused: int
 ) -> dict[str, Any]:
     """Entries of run.json on the inputs and the shards of a run."""
-    config, measure, files, plan = asked.config, asked.task.measure, asked.files, results.plan
+    config = asked.config
+    measure = asked.task.measure
+    files = asked.files
+    plan = results.plan
     return {
         "measure": {"id": measure.id, **measure.as_dict()},
         "model": {

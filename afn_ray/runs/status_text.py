@@ -12,7 +12,8 @@ from afn_ray.text import count
 
 def lines(s: Status) -> Iterator[str]:
     """Lines that describe one run, one fact a line."""
-    body, live = s.body, s.state not in EXIT_CODES
+    body = s.body
+    live = s.state not in EXIT_CODES
     yield f"run      {s.uri}"
     yield f"state    {_state_text(s)}"
     yield from _more_reasons(body)
@@ -47,7 +48,8 @@ def lines(s: Status) -> Iterator[str]:
 
 def _shards_text(body: dict[str, Any], *, live: bool) -> str:
     """Numbers of shards; ``live``: the run has not ended."""
-    shards, planned = body["shards"], body["shards"]["planned"]
+    shards = body["shards"]
+    planned = body["shards"]["planned"]
     parts = [f"{shards['done']:,} of {planned:,} done ({shards['done'] / planned:.1%})"]
     if shards["reused"]:
         parts.append(f"{shards['reused']:,} of them before")

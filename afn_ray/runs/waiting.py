@@ -27,12 +27,16 @@ class WaitLimit:
         clock: Callable[[], float] = time.monotonic,
         num_loading: Callable[[], int] = lambda: 0,
     ) -> None:
-        self._wait_s, self._lack, self._clock, self._num_loading = wait_s, lack, clock, num_loading
+        self._wait_s = wait_s
+        self._lack = lack
+        self._clock = clock
+        self._num_loading = num_loading
         self.reset()
 
     def reset(self) -> None:
         """Start a new wait."""
-        self._since, self._noticed = self._clock(), False
+        self._since = self._clock()
+        self._noticed = False
 
     def check(self) -> str | None:
         """Return a notice, once per wait. Raises ``Interrupted`` after ``wait_s``."""

@@ -109,12 +109,14 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
     _, overlap = windows.window_sizes(window, config.overlap_tokens, encoder.template)
     signals, names = find_signals(config.signals, config.top_neurons)
     recorded = tuple(series(layers, signals))
-    neuron_layers = tuple(k for k in layers if k and any(isinstance(s, Neurons) for s in signals))
-    if nowhere := [s.name for s in signals if all(k < s.first_layer for k in layers)]:
-        raise ConfigError(
-            f"signals has {nowhere[0]}, which the embeddings (layer 0) have not; name another "
-            f"layer too, layers is {config.layers}"
-        )
+    has_neurons = any(isinstance(signal, Neurons) for signal in signals)
+    neuron_layers = tuple(k for k in layers if k and has_neurons)
+    for signal in signals:
+        if all(k < signal.first_layer for k in layers):
+            raise ConfigError(
+                f"signals has {signal.name}, which the embeddings (layer 0) have not; name another "
+                f"layer too, layers is {config.layers}"
+            )
     if (num_rows := len(recorded) + 2 * config.top_neurons * len(neuron_layers)) > MOST_NUMBERS:
         raise ConfigError(
             f"signals and layers ask for {num_rows} numbers of each token, expected at most "
@@ -232,7 +234,8 @@ def _committed(
     task: Task, shard: Shard, name: str, finish: Callable[[Path, str], shard_files.Attempt]
 ) -> Commit:
     """The shard's commit, which the store has or the attempt ``name`` makes."""
-    store, measure_id = task.config.store, task.measure.id
+    store = task.config.store
+    measure_id = task.measure.id
     commit = shard_files.read_commit(store, measure_id, shard.id, shard.generation)
     if commit is not None:
         return commit  # by another run, or by an attempt whose answer was lost
@@ -243,15 +246,14 @@ def _committed(
 def shard_tables(task: Task, shard: Shard, folder: Path, name: str) -> records.ShardFiles:
     """The tables of ``task`` in ``folder``, for the attempt ``name`` at ``shard``."""
     measure = task.measure
+    kept_fields = kept.fields_of(task.config.read_options.keep)
     files = records.ShardFiles(
         folder,
         measure.series,
         measure.neuron_layers,
         measure.offsets,
-        {"measure": measure.id, "shard": shard.id, "attempt": name},
-        records.CorpusColumns(
-            measure.tagged, kept.fields_of(task.config.read_options.keep), measure.detected
-        ),
+        origin={"measure": measure.id, "shard": shard.id, "attempt": name},
+        of_corpus=records.CorpusColumns(measure.tagged, kept_fields, measure.detected),
     )
     if measure.mean_types:
         files.record_vectors()
@@ -325,7 +327,8 @@ class Processor:
     def _record(
         self, shard: Shard, oom_retries: int, folder: Path, name: str
     ) -> shard_files.Attempt:
-        measure, options = self.task.measure, self.task.config.read_options
+        measure = self.task.measure
+        options = self.task.config.read_options
         unselected = selection.Unselected()
         read = (d for piece in shard.slices for d in reading.read(piece, options))
         documents = selection.selected(read, unselected)

@@ -177,7 +177,8 @@ def lack(num_waiting: int, config: RunConfig, device: str, num_loading: int = 0)
 
     one = needs(config, device)
     asks = f"{one['num_cpus']} CPU" + (f" and {one['num_gpus']:g} GPU" if one["num_gpus"] else "")
-    has, free = ray.cluster_resources(), ray.available_resources()
+    has = ray.cluster_resources()
+    free = ray.available_resources()
     amounts = ", ".join(f"{has.get(k, 0):g} {k} ({free.get(k, 0):g} free)" for k in ("CPU", "GPU"))
     nodes = count(sum(node["Alive"] for node in ray.nodes()), "node")
     if 0 < num_waiting <= num_loading:
@@ -191,8 +192,10 @@ def cause_of(error: BaseException) -> BaseException:
 
     Ray adds a wrapper for each call that waited for the failed one.
     """
-    while isinstance(inner := getattr(error, "cause", None), BaseException):
+    inner = getattr(error, "cause", None)
+    while isinstance(inner, BaseException):
         error = inner
+        inner = getattr(error, "cause", None)
     return error
 
 
@@ -220,7 +223,8 @@ def probe(address: str | None) -> list[str]:
         import ray
 
         try:
-            python = ray.get(ray.remote(num_cpus=1)(_python_version).remote(), timeout=PROBE_S)
+            task = ray.remote(num_cpus=1)(_python_version)
+            python = ray.get(task.remote(), timeout=PROBE_S)
         except ray.exceptions.RayError as error:
             why = reasons.reason(error)
             raise ConfigError(

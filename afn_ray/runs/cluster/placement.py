@@ -123,7 +123,8 @@ def _tokenizers(config: RunConfig, node: Node) -> int:
 
 def _too_few_cpus(config: RunConfig, node: Node, tokenizers: int) -> str:
     """Notice about nodes like ``node`` that lack CPUs for their GPUs; empty if they do not."""
-    wanted, fit = _num_wanted(config, node), _num_fit(config, node, tokenizers)
+    wanted = _num_wanted(config, node)
+    fit = _num_fit(config, node, tokenizers)
     given = config.tokenizer_workers is not None
     if fit == wanted and (given or tokenizers or node.num_cpus > wanted):
         return ""

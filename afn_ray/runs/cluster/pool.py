@@ -112,7 +112,8 @@ class RayPool:
         # All workers have the same resources, also those on nodes that come later.
         self._placed = self._place(task.device)
         config = replace(config, tokenizer_workers=self._placed.tokenizer_workers)
-        self._task, self._config = replace(task, config=config), config
+        self._task = replace(task, config=config)
+        self._config = config
         self._class = ray.remote(
             max_restarts=-1,
             max_task_retries=0,
@@ -428,14 +429,16 @@ def _has_place(actor: Any) -> bool:
     """
     from ray._private.state import state
 
-    return bool(state.actor_table(actor._actor_id.hex()).get("Pid"))
+    entry = state.actor_table(actor._actor_id.hex())
+    return bool(entry.get("Pid"))
 
 
 def _restarts(actor: Any) -> int:
     """Number of times that Ray has restarted the process of ``actor``; private as above."""
     from ray._private.state import state
 
-    return int(state.actor_table(actor._actor_id.hex()).get("NumRestarts", 0))
+    entry = state.actor_table(actor._actor_id.hex())
+    return int(entry.get("NumRestarts", 0))
 
 
 def _leaving_nodes() -> frozenset[str]:
