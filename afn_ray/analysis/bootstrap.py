@@ -127,7 +127,8 @@ class Sample:
 
     def __init__(self, run: Run, max_tokens: int, max_s: float) -> None:
         self.run = run
-        self._until, self._max_s = time.monotonic() + max_s, max_s
+        self._until = time.monotonic() + max_s
+        self._max_s = max_s
         ((of_docs, of_tokens),) = run.sql(
             "SELECT count(*), coalesce(sum(n_tokens), 0)::BIGINT FROM documents WHERE n_tokens > 0"
         ).fetchall()
@@ -145,7 +146,8 @@ class Sample:
                 f"{run.uri} has no token that is not special, so there is nothing to hold claims "
                 "against"
             )
-        self.n, self.n_docs = int(sizes.sum()), len(docs)
+        self.n = int(sizes.sum())
+        self.n_docs = len(docs)
         self.num_groups = min(self.n_docs, GROUPS)
         dealt = np.random.default_rng(SEED).permutation(self.n_docs) % self.num_groups
         self.group_of = by_number(docs, dealt)

@@ -313,7 +313,8 @@ def _agreement(here: _Layer, rival: Variable) -> Iterator[Figure]:
     what = "HIGH tokens in common with strength (Jaccard)"
     yield here.figure("attention", what, name, here.share(f"{name} both", f"{name} any"))
     n = here.total("n")
-    share, of_strength = here.total(f"{name} high") / n, here.total("high") / n
+    share = here.total(f"{name} high") / n
+    of_strength = here.total("high") / n
     in_both = share * of_strength
     chance = fixed(in_both / (share + of_strength - in_both))
     yield here.figure("attention", what, f"{name}, by chance", chance, is_control=True)
@@ -378,7 +379,8 @@ def _separation(sample: Sample, variables: Sequence[Variable]) -> list[Figure]:
     by_layer: dict[int, Drawn] = {}
     n = 0
     for v in variables:
-        content, others = v.by_value[0], v.by_value[1] + v.by_value[2]
+        content = v.by_value[0]
+        others = v.by_value[1] + v.by_value[2]
         if not content.any() or not others.any():
             return []
         n = int(content.sum() + others.sum())
@@ -401,9 +403,11 @@ def _auc(sample: Sample, v: Variable) -> Drawn:
 
     Binning shifts the AUC slightly, and equally in all replicates.
     """
-    content, others = v.by_value[0], v.by_value[1] + v.by_value[2]
+    content = v.by_value[0]
+    others = v.by_value[1] + v.by_value[2]
     exact = float(auc(content[None], others[None])[0])
-    binned_content, binned_others = v.by_bin[:, 0], v.by_bin[:, 1] + v.by_bin[:, 2]
+    binned_content = v.by_bin[:, 0]
+    binned_others = v.by_bin[:, 1] + v.by_bin[:, 2]
     binned = sample.draw(auc, binned_content, binned_others)
     return Drawn(exact, binned.replicates + exact - binned.value)
 

@@ -97,7 +97,8 @@ def against_controls(figures: Sequence[Figure]) -> str:
     if equal:
         parts.append(f"Equalled by: {_named(equal)}.")
     if not beat and not equal:
-        nearest = max(controls, key=lambda f: -f.value if is_reversed else f.value)
+        most = min if is_reversed else max
+        nearest = most(controls, key=lambda figure: figure.value)
         parts.append(f"No control reaches it; the nearest: {_named([nearest])}.")
     return " ".join(parts)
 
@@ -118,7 +119,11 @@ def _main_and_controls(figures: Sequence[Figure]) -> tuple[Figure | None, list[F
             main = max(mine, key=lambda f: f.value)
         # Controls are the same variable at layer 0, and controls that are no measure of a layer. A
         # different quantity at layer 0 is not a control of this figure.
-        controls = [f for f in of_this if f.is_control and (f.layer != 0 or f.of == main.of)]
+        controls = []
+        for figure in of_this:
+            is_other_at_0 = figure.layer == 0 and figure.of != main.of
+            if figure.is_control and not is_other_at_0:
+                controls.append(figure)
         if controls:
             return main, controls
     return None, []

@@ -205,7 +205,8 @@ def _tokens(
     cells: Sequence[Sequence[Cell]],
 ) -> tuple[ExplainedToken, ...]:
     """Tokens of ``text``; ``readings`` and ``cells`` are lists by token for each layer."""
-    ids, flags = encoded.token_ids.tolist(), encoded.flags.tolist()
+    ids = encoded.token_ids.tolist()
+    flags = encoded.flags.tolist()
     spans = zip(encoded.start.tolist(), encoded.end.tolist(), strict=True)
     tokens = []
     for at, (start, end) in enumerate(spans):
@@ -287,7 +288,8 @@ def _within_text(
 
 def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> Decision:
     """``decided`` with ranked neurons; ``values`` (strengths) and ``special`` are [n_tokens]."""
-    if not (np.isfinite(decided.tokens).all() and np.isfinite(decided.neurons).all()):
+    parts_of_all = (decided.tokens, decided.neurons)
+    if not all(np.isfinite(values).all() for values in parts_of_all):
         raise ModelError("the gradient of the classifier's answer is not finite for this text")
     totals = decided.neurons.sum(axis=0, dtype=np.float64)
     largest = np.argsort(-np.abs(totals), kind="stable")[:TOP]
@@ -313,7 +315,8 @@ def _read_layer(
 ) -> tuple[Thresholds, list[Reading]]:
     """Thresholds of ``layer`` and a reading per token, from ``tables``; arrays are [n_tokens]."""
     here = pc.field("layer") == layer
-    row, *_ = tables["labels"].filter(here & (pc.field("population") == "tokens")).to_pylist()
+    is_of_tokens = pc.field("population") == "tokens"
+    row, *_ = tables["labels"].filter(here & is_of_tokens).to_pylist()
     limits = Thresholds(layer, row["n"], row["q1"], row["q2"], row["q3"])
     histogram = tables["histogram"].filter(here & ~pc.field("special"))
     at_or_below = np.append(0, np.cumsum(histogram["n"].to_numpy()))

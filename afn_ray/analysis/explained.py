@@ -78,7 +78,8 @@ class ControlModels:
     ) -> list[npt.NDArray[Any]]:
         """Each cell with tokens in the sample, their number, and of HIGH ones at each layer."""
         long = np.arange(1, LONGEST + 1)
-        first, all_equal = places_of(np.zeros_like(long), long), places_of(long - 1, long)
+        first = places_of(np.zeros_like(long), long)
+        all_equal = places_of(long - 1, long)
         bins = pa.table({"token_id": np.arange(len(n_of)), "bin": self._bins})
         lengths = pa.table({"up_to": long, "at_length": first, "at_position": all_equal - first})
         high = ", ".join(
@@ -120,5 +121,6 @@ def deviance_by_rank(n: Float64s, n_high: Float64s) -> Float64s:
     """
     there = np.flatnonzero(n.sum(axis=0))
     ranks = there[:, None].astype(np.float64)
-    log_odds = fit(ranks, n.sum(axis=0)[there], n_high.sum(axis=0)[there]).log_odds(ranks)
-    return np.asarray(deviance(log_odds, n[:, there], n_high[:, there]).sum(axis=1))
+    model = fit(ranks, n.sum(axis=0)[there], n_high.sum(axis=0)[there])
+    of_cells = deviance(model.log_odds(ranks), n[:, there], n_high[:, there])
+    return np.asarray(of_cells.sum(axis=1))

@@ -170,8 +170,9 @@ class Explanation:
         It has the columns of ``TOKENS``, then a float64 column for each other signal asked for,
         which is null at a layer that has no such signal.
         """
-        readings = self.tokens[0].readings
-        names = dict.fromkeys(v.signal for reading in readings for v in reading.signals)
+        names: dict[str, None] = {}
+        for reading in self.tokens[0].readings:
+            names |= dict.fromkeys(value.signal for value in reading.signals)
         schema = pa.schema([*TOKENS, *((name, pa.float64()) for name in names)])
         rows = []
         for at, token in enumerate(self.tokens):

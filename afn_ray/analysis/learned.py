@@ -80,8 +80,9 @@ def usual(limit: Learned, values: Sequence[float]) -> UsualRange | None:
             return UsualRange(min(values), max(values), n)
         return UsualRange(max(0.0, middle - spread), middle + spread, n)
     in_order = sorted(values)
-    low = math.ceil((1 - limit.share) * n)
-    return UsualRange(in_order[max(low, 1) - 1], in_order[math.ceil(limit.share * n) - 1], n)
+    low = max(1, math.ceil((1 - limit.share) * n))
+    high = math.ceil(limit.share * n)
+    return UsualRange(in_order[low - 1], in_order[high - 1], n)
 
 
 def reason(limit: Learned, values: Sequence[float]) -> str:

@@ -171,7 +171,8 @@ def parse(file: str | Path, key: str, value: object, of: str = "") -> Limit:
         level: _level(file, blank, f"{blank.name}.{level}", number)
         for level, number in value.items()
     }
-    warn, fail = levels.get("warn"), levels.get("fail")
+    warn = levels.get("warn")
+    fail = levels.get("fail")
     if warn is not None and fail is not None and not _may_come_first(blank, warn, fail):
         before = "above" if blank.is_minimum else "below"
         raise ConfigError(

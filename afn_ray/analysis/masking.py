@@ -84,7 +84,8 @@ def check(
     vocabulary has none of ``STAND_INS``, or where no document has both HIGH and LOW tokens.
     """
     task = recorded_task(manifest.find_run(run.uri), local)
-    depth, layer = run.info["model"]["depth"], run.info["layers"][-1]
+    depth = run.info["model"]["depth"]
+    layer = run.info["layers"][-1]
     measurer = Measurer(_at_output(task, depth))
     name, stand_in = _stand_in(measurer)
     changes = np.full((num_documents, len(KINDS), len(CHANGES)), np.nan)
@@ -204,9 +205,13 @@ def _texts(
     ends = np.flatnonzero(np.diff(columns[0])) + 1
     by_doc = zip(*(np.split(column, ends) for column in columns), strict=True)
     for doc, ids, free, high, content in by_doc:
-        ids, free = ids.astype(np.int64), free.copy()
+        ids = ids.astype(np.int64)
+        free = free.copy()
         if len(ids) > window:
-            ids, free, high, content = ids[:window], free[:window], high[:window], content[:window]
+            ids = ids[:window]
+            free = free[:window]
+            high = high[:window]
+            content = content[:window]
             if suffix:
                 ids[-len(suffix) :] = suffix
                 free[-len(suffix) :] = False
@@ -217,11 +222,9 @@ def content_tags(run: Run) -> list[str] | None:
     """Tags of content words; empty where the tags are not UPOS; None where the run has no tags."""
     if "tag" not in run.sql("FROM tokens LIMIT 0").columns:
         return None
-    tags = [
-        tag
-        for (tag,) in run.sql("SELECT DISTINCT tag FROM tokens WHERE tag IS NOT NULL").fetchall()
-    ]
-    return sorted(tag for tag, kind in upos_classes(tags).items() if kind == "content")
+    rows = run.sql("SELECT DISTINCT tag FROM tokens WHERE tag IS NOT NULL").fetchall()
+    classes = upos_classes([tag for (tag,) in rows])
+    return sorted(tag for tag, kind in classes.items() if kind == "content")
 
 
 def choose(text: MaskedText) -> dict[str, Ints]:
@@ -234,7 +237,8 @@ def choose(text: MaskedText) -> dict[str, Ints]:
     most = max(1, int(SHARE * text.free.sum()))
     chosen: dict[str, Ints] = {}
     for suffix, of in (("", text.free), (" content", text.free & text.content)):
-        high, low = np.flatnonzero(of & text.high), np.flatnonzero(of & ~text.high)
+        high = np.flatnonzero(of & text.high)
+        low = np.flatnonzero(of & ~text.high)
         if n := min(len(high), len(low), most):
             chosen |= {
                 f"HIGH{suffix}": dice.choice(high, n, replace=False),
@@ -272,7 +276,8 @@ def _changes(
 
 def _change(before: Float64s, after: Float64s) -> tuple[float, float]:
     """Both ``CHANGES`` between the states of the same tokens; arrays are [n_tokens, n_dims]."""
-    mean_before, mean_after = before.mean(axis=0), after.mean(axis=0)
+    mean_before = before.mean(axis=0)
+    mean_after = after.mean(axis=0)
     norms = np.linalg.norm(mean_before) * np.linalg.norm(mean_after)
     cosine = mean_before @ mean_after / norms
     distance = np.linalg.norm(after - before) / np.linalg.norm(before)

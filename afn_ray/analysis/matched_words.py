@@ -37,7 +37,9 @@ class Overlap:
     def of(cls, a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> Overlap:
         """The overlap of ``a`` and ``b``, which say of each word whether it is HIGH; [n]."""
         both = int((a & b).sum())
-        return cls(len(a), both, int(a.sum()) - both, int(b.sum()) - both)
+        n_a = int(a.sum())
+        n_b = int(b.sum())
+        return cls(len(a), both, n_a - both, n_b - both)
 
     @property
     def jaccard(self) -> float | None:
@@ -50,7 +52,8 @@ class Overlap:
         """Jaccard of two independent sets as large as these; None where it does not exist."""
         if self.jaccard is None:
             return None
-        a, b = (self.n_both + self.n_only_a) / self.n, (self.n_both + self.n_only_b) / self.n
+        a = (self.n_both + self.n_only_a) / self.n
+        b = (self.n_both + self.n_only_b) / self.n
         return a * b / (a + b - a * b)
 
 
@@ -102,12 +105,14 @@ def match_texts(a: Run, b: Run) -> tuple[Texts, pa.Table, pa.Table]:
     if limits:  # what is beyond the last text of one side may be in the other
         sides = [side.among(side.text < min(limits)) for side in sides]
     in_a, in_b = sides
-    both_a, both_b = in_a.among(_has_match(in_a, in_b)), in_b.among(_has_match(in_b, in_a))
+    both_a = in_a.among(_has_match(in_a, in_b))
+    both_b = in_b.among(_has_match(in_b, in_a))
     texts = Texts(len(in_a.doc), len(in_b.doc), len(both_a.doc), bool(limits))
     fits = np.cumsum(np.maximum(both_a.n_tokens, both_b.n_tokens)) <= MAX_TOKENS
     number = np.arange(int(fits.sum()), dtype=np.uint64)
-    tables = [pa.table({"doc": side.doc[fits], "number": number}) for side in (both_a, both_b)]
-    return texts, tables[0], tables[1]
+    of_a = pa.table({"doc": both_a.doc[fits], "number": number})
+    of_b = pa.table({"doc": both_b.doc[fits], "number": number})
+    return texts, of_a, of_b
 
 
 def _documents(run: Run) -> _Documents:
@@ -174,5 +179,7 @@ def _occurrences(run: Run, layer: int, documents: pa.Table, place: str) -> tuple
     ).to_arrow_table()
     keys, at, times = np.unique(found["key"].to_numpy(), return_index=True, return_counts=True)
     is_clear = times == 1
-    strength, is_high = (found[name].to_numpy()[at[is_clear]] for name in ("strength", "is_high"))
+    rows = at[is_clear]
+    strength = found["strength"].to_numpy()[rows]
+    is_high = found["is_high"].to_numpy()[rows]
     return _Occurrences(keys[is_clear], strength, is_high), len(found)

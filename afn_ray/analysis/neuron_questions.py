@@ -205,7 +205,9 @@ def _types(neuron: Neuron) -> list[dict[str, Any]]:
 
 def _readable(table: pa.Table) -> pa.Table:
     """``table`` with its types as one text in each row."""
-    texts = [", ".join(kind["text"] for kind in types) for types in table["types"].to_pylist()]
+    texts = []
+    for types in table["types"].to_pylist():
+        texts.append(", ".join(kind["text"] for kind in types))
     at = table.column_names.index("types")
     return table.set_column(at, "types", pa.array(texts, pa.string()))
 

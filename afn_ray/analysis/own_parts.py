@@ -64,7 +64,8 @@ def near_copies(run: RunFolder, kind: str, documents: pa.Table | None = None) ->
     ``documents`` are those of ``near_documents``, by default read anew.
     """
     rows = near_documents(run) if documents is None else documents
-    n, n_near = Counter[str | None](), Counter[str | None]()
+    n = Counter[str | None]()
+    n_near = Counter[str | None]()
     counts = (rows[name].to_pylist() for name in ("n", "n_near"))
     for name, of_rows, near in zip(parts_of(run, kind, rows), *counts, strict=True):
         n[name] += of_rows
@@ -167,7 +168,8 @@ def lacking(run: RunFolder, key: str) -> str | None:
 def junk_of_run(run: RunFolder) -> float:
     """The share of all tokens of ``run`` that are in strange documents."""
     strange = pc.sum(manifest.read_table(run, "strange")["n"]).as_py() or 0
-    return float(strange / max(1, sum(_tokens(run, "source").values())))
+    total = sum(_tokens(run, "source").values())
+    return float(strange / max(1, total))
 
 
 def _shown(kind: str, name: str | None) -> str:
@@ -176,16 +178,24 @@ def _shown(kind: str, name: str | None) -> str:
 
 def _tokens(run: RunFolder, kind: str) -> Counter[str | None]:
     """The tokens of each part of ``run``."""
-    table = manifest.read_table(run, f"{kind}s")
-    here = table.filter(pc.equal(table["layer"], max(run.info["layers"])))
-    return Counter(dict(zip(here[kind].to_pylist(), here["n"].to_pylist(), strict=True)))
+    return _sums_by(kind, "n", _at_deepest(run, f"{kind}s"))
 
 
 def _lost_by_source(run: RunFolder) -> Counter[str | None]:
-    table = manifest.read_table(run, "sources")
-    here = table.filter(pc.equal(table["layer"], max(run.info["layers"])))
-    columns = (here[name].to_pylist() for name in ("source", "lost_bytes"))
-    return Counter(dict(zip(*columns, strict=True)))
+    return _sums_by("source", "lost_bytes", _at_deepest(run, "sources"))
+
+
+def _at_deepest(run: RunFolder, name: str) -> pa.Table:
+    """The rows of the table ``name`` of ``run`` at its deepest layer."""
+    table = manifest.read_table(run, name)
+    return table.filter(pc.equal(table["layer"], max(run.info["layers"])))
+
+
+def _sums_by(part: str, column: str, rows: pa.Table) -> Counter[str | None]:
+    """``column`` of ``rows`` by the name in their column ``part``, which is in one row each."""
+    names = rows[part].to_pylist()
+    sums = rows[column].to_pylist()
+    return Counter(dict(zip(names, sums, strict=True)))
 
 
 def _lost_by_group(run: RunFolder) -> Counter[str | None]:
@@ -193,7 +203,8 @@ def _lost_by_group(run: RunFolder) -> Counter[str | None]:
     files = manifest.read_table(run, "files")
     rows = files.filter(pc.invert(files["is_skipped"])).select(["source", "lost_bytes"])
     sources = Sources.of(rows["source"].to_pylist())
-    column, found = grouping_column(run), Counter[str | None]()
+    column = grouping_column(run)
+    found = Counter[str | None]()
     total = pc.sum(rows["lost_bytes"]).as_py() or 0
     if column is not None and total:
         rows = _lossy_documents(run, column)
@@ -210,7 +221,8 @@ def _lost_by_group(run: RunFolder) -> Counter[str | None]:
 def parts_of(run: RunFolder, kind: str, rows: pa.Table) -> list[str | None]:
     """The source or the group of each of ``rows``, with ``source`` and the kept column."""
     files = manifest.read_table(run, "files")
-    sources = Sources.of(files.filter(pc.invert(files["is_skipped"]))["source"].to_pylist())
+    read = files.filter(pc.invert(files["is_skipped"]))
+    sources = Sources.of(read["source"].to_pylist())
     if kind == "source":
         return [sources.name_of(uri) for uri in rows["source"].to_pylist()]
     return _groups_of(run, rows, sources)
@@ -223,10 +235,13 @@ def _groups_of(run: RunFolder, rows: pa.Table, sources: Sources) -> list[str | N
     unless the run joins groups.
     """
     by = str(grouped_by(run))
-    names = {*manifest.read_table(run, "groups")["group"].unique().to_pylist()}
-    uris = rows["source"].cast(pa.string()).combine_chunks().dictionary_encode()
-    documents = rows.set_column(rows.column_names.index("source"), "source", uris)
-    values = Grouping(by, grouping_column(run) is not None, sources).values(documents).to_pylist()
+    groups = manifest.read_table(run, "groups")["group"]
+    names = {*groups.unique().to_pylist()}
+    uris = rows["source"].cast(pa.string()).combine_chunks()
+    at = rows.column_names.index("source")
+    documents = rows.set_column(at, "source", uris.dictionary_encode())
+    grouping = Grouping(by, grouping_column(run) is not None, sources)
+    values = grouping.values(documents).to_pylist()
     if OTHERS not in names:
         return list(values)
     return [value if value in names else OTHERS for value in values]

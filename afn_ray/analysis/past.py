@@ -87,7 +87,8 @@ def _kept(
 
     Then the limits with their terms that it may have an unknown figure for.
     """
-    kept, found = verdicts.read_verdict(night), dict[str, float | None]()
+    kept = verdicts.read_verdict(night)
+    found = dict[str, float | None]()
     unknown = {}
     for limit, on_terms in asked.items():
         of_limit = replace(policy, limits=(limit,))
@@ -119,12 +120,12 @@ def _found_again(
     request = verdicts.AskedFigures(policy.layer, tuple(run.id for run in runs), of_terms)
     if (kept := verdicts.read_figures(night, request)) is not None:
         return kept
-    rules = list(verdict.judge(replace(policy, limits=tuple(asked)), gather(night, baseline)))
-    found = {
-        rule.key: rule.value
-        for rule in rules
-        if terms(policy, rule.limit, night, baseline.run) == asked[rule.limit]
-    }
+    of_night = replace(policy, limits=tuple(asked))
+    rules = list(verdict.judge(of_night, gather(night, baseline)))
+    found = {}
+    for rule in rules:
+        if terms(policy, rule.limit, night, baseline.run) == asked[rule.limit]:
+            found[rule.key] = rule.value
     if not any((rule.reason or "").startswith(parts.NOT_ASKED) for rule in rules):
         verdicts.write_figures(night, request, found)
     return found

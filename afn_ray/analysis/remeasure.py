@@ -23,7 +23,8 @@ def measure_text(plan: Task, text: str, replaced: bool) -> tuple[Measured, list[
     """``plan``'s series for every token of ``text``, and the tokenizer's vocabulary."""
     model.free_memory()  # free the previous model
     loaded = Measurer(plan)
-    measured, pieces = loaded.measure([text], [replaced]), loaded.preparer.pieces
+    measured = loaded.measure([text], [replaced])
+    pieces = loaded.preparer.pieces
     if problem := measured.encoded.problems.get(0):
         raise ModelError(
             f"{plan.config.model} cannot measure this text; a run would quarantine it: {problem}"
@@ -79,7 +80,8 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
 def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
     differences = []
     for key in sorted({*theirs, *ours} - {"id"}):
-        there, here = theirs.get(key), ours.get(key)
+        there = theirs.get(key)
+        here = ours.get(key)
         if there == here:
             continue
         if key == "model":
@@ -115,11 +117,11 @@ def notes_on(made_by: dict[str, str], device: str, dtype: str) -> tuple[str, ...
             f"strengths differ in their {digits} digit, and a token close to a threshold can lie "
             "on its other side."
         )
-    changed = [
-        f"{k} {made_by.get(k)} then, {v} here"
-        for k, v in model.VERSIONS.items()
-        if made_by.get(k) != v
-    ]
+    changed = []
+    for name, here in model.VERSIONS.items():
+        then = made_by.get(name)
+        if then != here:
+            changed.append(f"{name} {then} then, {here} here")
     if changed:
         notes.append(
             f"Libraries differ from the run's ({'; '.join(changed)}): last digits of strengths "

@@ -134,7 +134,9 @@ def _check_schemas(
     """
     names = tables["tokens"].schema.names
     if measure is not None:
-        series, tagged, offsets = measure.series, measure.tagged, measure.offsets
+        series = measure.series
+        tagged = measure.tagged
+        offsets = measure.offsets
         detected = measure.detected
         layers = list(measure.neuron_layers)
     else:
@@ -251,7 +253,8 @@ def _check_tokens(
     ends = np.cumsum(n_tokens)
     begins = ends - n_tokens
     detected = not tagged and LANGUAGE in documents.column_names
-    num_special, summary = 0, Summary(series, tagged=tagged, spoken=detected)
+    num_special = 0
+    summary = Summary(series, tagged=tagged, spoken=detected)
     columns = ["position", "token_id", "flags", *(s.name for s in series)]
     if tagged:
         columns.append("tag")
@@ -312,8 +315,10 @@ def _check_means(
 
     ``docs`` and ``is_normal`` are of all tokens.
     """
-    begin, end = int(docs[0]), int(docs[-1]) + 1
-    docs_here, num_docs = docs[is_normal] - begin, end - begin
+    begin = int(docs[0])
+    end = int(docs[-1]) + 1
+    docs_here = docs[is_normal] - begin
+    num_docs = end - begin
     sums = np.bincount(docs_here, values.astype(np.float64), num_docs)
     n_tokens = np.bincount(docs_here, minlength=num_docs)
     with np.errstate(invalid="ignore"):  # a document of special tokens alone has no mean
@@ -337,7 +342,9 @@ def _check_neurons(
     if measure is not None:
         above = dict(zip(layers, measure.neurons_above, strict=False))
         most = measure.top_neurons
-    pairs, rows, at = neurons.PairSummary(layers), _Rows(lists), 0
+    pairs = neurons.PairSummary(layers)
+    rows = _Rows(lists)
+    at = 0
     columns = [DOC, "position", "token_id", "flags", *(f"strength_{k}" for k in above)]
     for batch in tokens.batches(records.BATCH_ROWS, columns):
         flags = batch["flags"].to_numpy()
@@ -347,7 +354,8 @@ def _check_neurons(
             high[k] = is_normal & is_high(batch[f"strength_{k}"].to_numpy(), q3)
         which = np.arange(len(batch))
         if above:
-            which = np.flatnonzero(np.any(list(high.values()), axis=0))
+            is_high_somewhere = np.any(list(high.values()), axis=0)
+            which = np.flatnonzero(is_high_somewhere)
         part = rows.take(len(which))
         _check_tokens_of_lists(part, batch, which, at)
         for k in layers:
@@ -383,7 +391,8 @@ def _are_recordable(lists: pa.ListArray, most: int) -> bool:
     lengths = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
     if lengths.max(initial=0) > most:
         return False
-    values = np.abs(lists.flatten().field("value").to_numpy())
+    items = lists.flatten()
+    values = np.abs(items.field("value").to_numpy())
     is_value = (values > 0) & (values < neurons.LIMIT)
     rises = np.diff(values, prepend=np.inf) > 0
     begins = np.cumsum(lengths) - lengths
@@ -405,7 +414,8 @@ class _Rows:
             if batch is None:
                 break
             self._held = pa.concat_tables([self._held, pa.Table.from_batches([batch])])
-        taken, self._held = self._held.slice(0, n), self._held.slice(n)
+        taken = self._held.slice(0, n)
+        self._held = self._held.slice(n)
         return taken.combine_chunks()
 
 

@@ -117,14 +117,17 @@ def _n_effective(sums: Sums) -> npt.NDArray[np.float64]:
     q = p * (1 - p)
     squares = hh - 2 * p * nh + p * p * nn
     of_pairs = (q * (nn - n)).sum()
-    correlation = min(1, max(0, (squares - n * q).sum() / of_pairs)) if of_pairs else 0
+    correlation = 0.0
+    if of_pairs:
+        correlation = min(1.0, max(0.0, (squares - n * q).sum() / of_pairs))
     design = 1 + correlation * (nn - n) / n
     degrees = n * n / nn - 1
     cluster = squares / n**2 * docs / np.maximum(docs - 1, 1)
     variance = (degrees * cluster + 20 * q / n * design) / (degrees + 20)
     with np.errstate(divide="ignore", invalid="ignore"):
         found = np.where(q > 0, np.minimum(n, q / variance), n / design)
-    return np.asarray(found / (1 + (1.959963984540054**2 + 1) / (4 * (degrees + 20))) ** 2)
+    of_t = 1 + (1.959963984540054**2 + 1) / (4 * (degrees + 20))  # t over z, to first order
+    return np.asarray(found / of_t**2)
 
 
 def _sums(run: Run, layer: int) -> Sums:
@@ -167,10 +170,10 @@ def _sums_of_words(run: Run, layer: int, index: Mapping[str, int]) -> Sums:
         number_of = [index.get(normalised(form), -1) for form in forms.dictionary.to_pylist()]
         words = np.array(number_of, np.int64)[forms.indices.to_numpy()]
         pairs = rows["doc"].to_numpy() * len(index) + words  # forms of a word in a document
-        pairs, at = np.unique(pairs[words >= 0], return_inverse=True)
-        n, h = (
-            np.bincount(at, rows[name].to_numpy()[words >= 0], len(pairs)) for name in ("n", "h")
-        )
+        is_known = words >= 0
+        pairs, at = np.unique(pairs[is_known], return_inverse=True)
+        n = np.bincount(at, rows["n"].to_numpy()[is_known], len(pairs))
+        h = np.bincount(at, rows["h"].to_numpy()[is_known], len(pairs))
         terms = (np.ones(len(pairs)), n, h, n * n, n * h, h * h)
         for total, term in zip(found, terms, strict=True):
             total += np.bincount(pairs % len(index), term, len(index))

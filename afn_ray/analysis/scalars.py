@@ -55,7 +55,10 @@ def of_medians(comparison: Comparison, nights: Sequence[RunFolder], layer: int) 
         whole[name] = median(values) if values else None
     by_class = [{row["class"]: row for row in night.classes} for night in earlier]
     rows = {row["class"]: dict(row) for row in here.classes}
-    for name in {name for night in by_class for name in night} - rows.keys():
+    earlier_names: set[str] = set()
+    for night in by_class:
+        earlier_names |= night.keys()
+    for name in earlier_names - rows.keys():
         rows[name] = {"class": name, "n_b": 0, "share_b": 0.0, "share_high_b": 0.0}
     for name, row in rows.items():
         found = [night[name] for night in by_class if name in night and night[name]["n_a"]]
@@ -71,7 +74,8 @@ def _of_run(run: RunFolder, layer: int) -> Scalars:
     """The figures of ``run`` at ``layer``, as those of a baseline."""
     types = without_special(table_by_layer(run, "vocabulary")[layer])
     histogram = histogram_of(table_by_layer(run, "histogram")[layer])
-    strengths = SourceStrengths(histogram, int(pc.sum(types["n_high"]).as_py() or 0))
+    n_high = pc.sum(types["n_high"]).as_py() or 0
+    strengths = SourceStrengths(histogram, int(n_high))
     nothing = SourceStrengths(Histogram.empty(), 0)
     whole = drift_row(layer, None, strengths, nothing, ranks_only=False)
     return Scalars(whole, list(class_rows(layer, types, types)))

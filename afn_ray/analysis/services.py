@@ -105,7 +105,8 @@ class _Statuses(logging.Filter):
 @contextmanager
 def _silence() -> Iterator[_Statuses]:
     """Silence apprise's log, also towards handlers of the caller."""
-    heard, logger = _Statuses(), logging.getLogger("apprise")
+    heard = _Statuses()
+    logger = logging.getLogger("apprise")
     logger.addFilter(heard)
     try:
         yield heard

@@ -66,7 +66,8 @@ def check_shard(
     folder = shard_files.shard_uri(store, *place)
     try:
         names = {file.uri.rpartition("/")[2]: file for file in files}
-        listed = {n for name in names if (n := layout.generation_of(name)) is not None}
+        generations = {layout.generation_of(name) for name in names}
+        listed = {number for number in generations if number is not None}
         found: dict[int, _Committed] = {}
         for number in sorted({*listed, max(0, generation)}):
             uri = uris.join(folder, layout.commit_name(number))
@@ -110,7 +111,9 @@ def _check_commit(
 
     ``of`` is the measure's id and the measure, None where no run has it.
     """
-    uri, commit, read = committed.uri, committed.commit, committed.read
+    uri = committed.uri
+    commit = committed.commit
+    read = committed.read
     folder = uri.rpartition("/")[0]
     findings: list[Finding] = []
     identity = Shard.of(read.slices, read.options).id
@@ -148,7 +151,8 @@ def _check_file(
     committed: _Committed, table: str, measure_id: str, redo: str
 ) -> tuple[bytes, ShardTable | Finding]:
     """The bytes of the file of ``table``, and the file opened or what is wrong with it."""
-    commit, entry = committed.commit, committed.commit.files[table]
+    commit = committed.commit
+    entry = committed.commit.files[table]
     name = str(entry["name"])
     uri = uris.join(committed.uri.rpartition("/")[0], name)
     data, finding = read_listed(uri, entry, redo)

@@ -43,7 +43,9 @@ def wrong_rows(file: ShardTable, documents: pa.Table, series: Sequence[Series], 
 def _wrong_place(docs: Ints, positions: Ints, n_tokens: Ints) -> str:
     is_there = (docs >= 0) & (docs < len(n_tokens)) & (positions >= 0)
     is_there &= positions < n_tokens[np.clip(docs, 0, max(0, len(n_tokens) - 1))]
-    is_later = (np.diff(docs) > 0) | ((np.diff(docs) == 0) & (np.diff(positions) > 0))
+    is_in_next_doc = np.diff(docs) > 0
+    is_next_in_doc = (np.diff(docs) == 0) & (np.diff(positions) > 0)
+    is_later = is_in_next_doc | is_next_in_doc
     wrong = ~is_there
     wrong[1:] |= ~is_later
     if not wrong.any():
@@ -86,6 +88,7 @@ def _id_of(row: dict[str, object]) -> str:
     """The id of a document as ``selection.id_of`` gives it."""
     if row["doc_id"] is not None:
         return str(row["doc_id"])
-    if isinstance(digest := row["text_sha256"], bytes):
+    digest = row["text_sha256"]
+    if isinstance(digest, bytes):
         return digest.hex()[:HASH_ID_CHARS]
     return place_of(str(row["source"]), row["offset"])

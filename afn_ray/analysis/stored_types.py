@@ -15,7 +15,8 @@ def texts_of(vocabulary: pa.Table) -> TokenTexts:
     """Texts by token id, as the stored ``vocabulary`` has them."""
     ids, tokens, texts = (vocabulary[n].to_pylist() for n in ("token_id", "token", "text"))
     num_ids = max(ids, default=0) + 1
-    pieces, readable = [""] * num_ids, [""] * num_ids
+    pieces = [""] * num_ids
+    readable = [""] * num_ids
     for at, token, text in zip(ids, tokens, texts, strict=True):
         pieces[at], readable[at] = token, text
     return TokenTexts(pieces, readable)

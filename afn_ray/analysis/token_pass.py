@@ -43,7 +43,9 @@ class Variable:
         groups: int,
     ) -> None:
         """``values`` [n_values] are distinct and ascending; ``counts`` are their token counts."""
-        self.name, self.layer, self.column = name, layer, column
+        self.name = name
+        self.layer = layer
+        self.column = column
         self.q3 = values[quantile_index(counts, 3, 4)]
         self._values = values
         self._ranks = ranks(values, counts)
@@ -81,7 +83,8 @@ class Variable:
         Also counts tokens that are HIGH by strength by their bin; ``g`` are their groups.
         """
         strong = columns[f"high_{self.layer}"]
-        x, y = token_ranks[f"strength_{self.layer}"], token_ranks[self.column]
+        x = token_ranks[f"strength_{self.layer}"]
+        y = token_ranks[self.column]
         high = columns[self.column] >= self.q3
         bins = self._bins[np.searchsorted(self._values, columns[self.column][strong])]
         np.add.at(self.strong_by_bin, (g[strong], bins), 1.0)
@@ -183,7 +186,8 @@ def read_sums(
         columns["idf"] = types.idf[columns["token_id"]]
         for name, q3 in limits.items():
             columns[f"high_{name}"] = is_high(columns[f"strength_{name}"], q3)
-        group, kind = sample.group_of[columns["doc"]], types.kind[columns["token_id"]]
+        group = sample.group_of[columns["doc"]]
+        kind = types.kind[columns["token_id"]]
         if tags is not None:
             tag, kind = tags.read(read.column("tag"))
             for k in layers:

@@ -44,7 +44,8 @@ def wrong_sums(tables: Mapping[str, ShardTable], measure: Measure | None) -> str
     n, squares = _of_tokens(tables["tokens"], layers)
     types = np.flatnonzero(n)
     if recorded is not None:
-        types = recorded[(recorded < len(n)) & (n[np.minimum(recorded, len(n) - 1)] > 0)]
+        known = recorded[recorded < len(n)]
+        types = known[n[known] > 0]
     for at, layer in enumerate(layers[: file.num_row_groups]):
         table = file.read_row_group(at)
         ids = table["token_id"].to_numpy()
@@ -64,7 +65,8 @@ def wrong_sums(tables: Mapping[str, ShardTable], measure: Measure | None) -> str
 
 def _of_tokens(file: ShardTable, layers: list[int]) -> tuple[Ints, Float64s]:
     """Number of normal tokens of each type, and their squared strengths, [n_layers, n_types]."""
-    n, squares = np.zeros(1, np.int64), np.zeros((len(layers), 1))
+    n = np.zeros(1, np.int64)
+    squares = np.zeros((len(layers), 1))
     columns = ["token_id", "flags", *map(strength_column, layers)]
     for batch in file.batches(records.BATCH_ROWS, columns):
         is_normal = (batch["flags"].to_numpy() & SPECIAL) == 0
@@ -113,9 +115,12 @@ def impossible(tokens: ShardTable, measure: Measure) -> str:
         return ""
     lengths = {}
     for layer, text in zip(measure.layers, measure.means, strict=True):
-        lengths[layer] = float(np.linalg.norm(from_text(text).astype(np.float64)))
+        mean = from_text(text).astype(np.float64)
+        lengths[layer] = float(np.linalg.norm(mean))
     first = 0
-    names = [name for s in series for name in (strength_column(s.layer), s.name)]
+    names: list[str] = []
+    for one in series:
+        names += [strength_column(one.layer), one.name]
     for batch in tokens.batches(records.BATCH_ROWS, names):
         for one in series:
             m = lengths[one.layer]
@@ -173,9 +178,9 @@ def _summed(shards: CommittedShards, layer: int) -> tuple[Float64s, Ints]:
         if not len(table):
             continue
         sums = _means(table) * table["n"].to_numpy()[:, None]
-        for token_id, num, total in zip(
-            table["token_id"].to_pylist(), table["n"].to_pylist(), sums, strict=True
-        ):
+        ids_here = table["token_id"].to_pylist()
+        n_here = table["n"].to_pylist()
+        for token_id, num, total in zip(ids_here, n_here, sums, strict=True):
             totals[token_id] = totals.get(token_id, 0) + total
             n[token_id] = n.get(token_id, 0) + num
     ids = sorted(totals)

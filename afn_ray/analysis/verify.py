@@ -108,6 +108,7 @@ def verify_store(
     found = _find_orphans(contents, checked, age, clean=clean)
     committed = [one for one in checked.values() if one.commits]
     complete = [run for run in runs if run.complete]
+    lean = [run for run in complete if not token_rows.is_complete(run.record)]
     return Verification(
         uri=uri,
         findings=tuple(sorted(findings, key=lambda finding: finding.uri)),
@@ -123,11 +124,7 @@ def verify_store(
         num_runs=sum(run.proved for run in runs),
         seconds=time.monotonic() - began,
         mixed={run.folder.uri: run.makers for run in runs if len(run.makers) > 1},
-        without_rows={
-            run.folder.uri: token_rows.describe(run.record)
-            for run in complete
-            if not token_rows.is_complete(run.record)
-        },
+        without_rows={run.folder.uri: token_rows.describe(run.record) for run in lean},
     )
 
 
@@ -201,7 +198,9 @@ def _read_run(store: str, name: str) -> _Scope:
 
 def _check_shards(contents: _Scope, on_progress: OnMessage) -> dict[ShardKey, CheckedShard]:
     """Check all shards, a few at a time."""
-    store, files, epoch = contents.store, contents.files.shards, contents.epoch
+    store = contents.store
+    files = contents.files.shards
+    epoch = contents.epoch
     measures = {run.measure_id: run.measure for run in contents.runs if run.measure}
     listed_in: dict[ShardKey, list[str]] = {}  # run.json URIs of complete runs, by shard
     for run in contents.runs:

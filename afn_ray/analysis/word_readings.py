@@ -59,7 +59,8 @@ def words_in(text: str, encoded: Encoded) -> list[TextWord]:
     for first, size in _spans(encoded):
         if size == 1:
             continue
-        begin, last = int(encoded.start[first]), int(encoded.end[first + size - 1])
+        begin = int(encoded.start[first])
+        last = int(encoded.end[first + size - 1])
         end = max(last, int(encoded.word_end[first]))  # marks that no token covers are the word's
         written = text[begin:end].strip()
         found.append(TextWord(written, normalised(written[:WORD_CHARS]), first, size))
