@@ -123,10 +123,12 @@ def rankings(run: str | manifest.RunFolder | Run, layer: int | None = None) -> R
     if "expected" not in words.column_names:
         return None
     words = words.filter(pc.match_substring_regex(words["word"], WORD_FORM))
-    kept = _open_classes(set(words["class"].unique().to_pylist()))
-    rows = words.filter(pc.field("class").isin(sorted(kept))).to_pylist()
+    classes = words["class"].unique().to_pylist()
+    is_open = pc.field("class").isin(sorted(_open_classes(classes)))
+    rows = words.filter(is_open).to_pylist()
     n = np.array([row["n_effective"] for row in rows])
-    low, _ = wilson(np.array([row["share_high"] for row in rows]) * n, n)
+    share_high = np.array([row["share_high"] for row in rows])
+    low, _ = wilson(share_high * n, n)
     return Rankings(
         _first(zip(low.tolist(), rows, strict=True)),
         _first((row["beyond_low"], row) for row in rows if row["beyond"] > 0),

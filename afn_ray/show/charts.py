@@ -156,7 +156,8 @@ def _line_layer(edges: Float64s, shares: Float64s, x: VegaSpec, y: VegaSpec) -> 
 def _limit_layers(limits: Sequence[float], x: VegaSpec) -> list[VegaSpec]:
     """Layers of the thresholds: a dashed rule and a name for each."""
     layers: list[VegaSpec] = []
-    for i, (limit, align) in enumerate(zip(limits, ("right", "center", "left"), strict=True), 1):
+    aligned = zip(limits, ("right", "center", "left"), strict=True)
+    for i, (limit, align) in enumerate(aligned, 1):
         data = {"values": [{"from": float(limit), "name": f"Q{i}", "exact": number(limit)}]}
         rule = {"x": x, "tooltip": [category("exact", f"Q{i}")]}
         layers.append({"data": data, "mark": DASHED, "encoding": rule})
@@ -189,7 +190,8 @@ def classes_chart(summary: RunSummary, words: pa.Table) -> Chart:
     ``words`` are rows of ``word_vocabulary`` at the deepest layer, or of the vocabulary without
     special tokens where the summary has no words.
     """
-    main, first = summary.layers[-1], summary.layers[0]
+    main = summary.layers[-1]
+    first = summary.layers[0]
     kinds = {f"layer {main.layer}": main}
     if first.layer == 0 != main.layer:
         kinds["layer 0, the control"] = first
@@ -200,7 +202,8 @@ def classes_chart(summary: RunSummary, words: pa.Table) -> Chart:
     values: list[VegaSpec] = []
     cells = []
     for at in drawn:
-        name, total = main.shown_classes[at].name, main.shown_classes[at].n
+        name = main.shown_classes[at].name
+        total = main.shown_classes[at].n
         row = [name, f"{total:,}"]
         for kind, facts in kinds.items():
             found = facts.shown_classes[at]

@@ -28,10 +28,11 @@ def _ramp(low: str, high: str) -> list[tuple[str, str]]:
     """
     colours = []
     for tenth in range(10):
-        parts = [
-            round(int(low[i : i + 2], 16) * (9 - tenth) / 9 + int(high[i : i + 2], 16) * tenth / 9)
-            for i in (1, 3, 5)
-        ]
+        parts = []
+        for i in (1, 3, 5):
+            of_low = int(low[i : i + 2], 16)
+            of_high = int(high[i : i + 2], 16)
+            parts.append(round(of_low * (9 - tenth) / 9 + of_high * tenth / 9))
         linear = [p / 3294.6 if p <= 10 else ((p / 255 + 0.055) / 1.055) ** 2.4 for p in parts]
         luminance = sum(
             weight * p for weight, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True)

@@ -40,7 +40,7 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
     _render_movers(layer, found, console)
     at_layer = pc.and_(pc.invert(whole), pc.equal(found.drift["layer"], layer))
     if sources := found.drift.filter(at_layer).to_pylist():
-        apart = sorted(sources, key=lambda r: (-1.0 if r["ks"] is None else -r["ks"], r["source"]))
+        apart = sorted(sources, key=lambda row: (_nearness(row), row["source"]))
         title = (
             f"Sources at layer {layer}: new or gone, then the furthest apart ({len(sources):,} in "
             "all)"
@@ -48,16 +48,20 @@ def render_comparison(found: compare.Comparison, console: Console) -> None:
         _render_drift(title, "source", apart[:MOVED_SOURCES], console)
     of_groups = found.groups.drift
     if groups := of_groups.filter(pc.equal(of_groups["layer"], layer)).to_pylist():
-        apart = sorted(groups, key=lambda r: -1.0 if r["ks"] is None else -r["ks"])
+        apart = sorted(groups, key=_nearness)
         title = (
             f"Groups by {found.groups.by} at layer {layer}: new or gone, then the furthest apart "
             f"({len(groups):,} in all)"
         )
         named = [{**row, "group": group_name(row["group"])} for row in apart[:MOVED_SOURCES]]
         _render_drift(title, "group", named, console)
-    console.print(
-        Text("\n".join(["To be careful about", *map(printable, found.notes)])), soft_wrap=True
-    )
+    notes = ["To be careful about", *map(printable, found.notes)]
+    console.print(Text("\n".join(notes)), soft_wrap=True)
+
+
+def _nearness(row: dict[str, Any]) -> float:
+    """A number that grows as the distributions of ``row`` get closer; lowest for new or gone."""
+    return -1.0 if row["ks"] is None else -float(row["ks"])
 
 
 def _render_drift(title: str, first: str, rows: list[dict[str, Any]], console: Console) -> None:
@@ -127,7 +131,8 @@ def _render_movers(layer: int, found: compare.Comparison, console: Console) -> N
     movers, kind = found.movers_to_read, found.kind
     here = movers.filter(pc.equal(movers["layer"], layer))
     of_status = {s: here.filter(pc.equal(here["status"], s)) for s in ("both", "new", "vanished")}
-    both, moved = of_status["both"], compare.moved(here)
+    both = of_status["both"]
+    moved = compare.moved(here)
     words = compare.whole_words(moved)
     title = (
         f"{kind.title()}s at layer {layer}: {len(moved):,} of {len(both):,} in both moved (q < "
@@ -171,7 +176,7 @@ def _render_movers(layer: int, found: compare.Comparison, console: Console) -> N
         types = of_status[status]
         words = compare.whole_words(types).slice(0, MOVERS).to_pylist()
         most = ", ".join(f"{r['text']} ({r[n]:,})" for r in words)
-        console.print(
-            Text(printable(f"{len(types):,} {kind}s {verb}" + (f": {most}" if most else ""))),
-            soft_wrap=True,
-        )
+        line = f"{len(types):,} {kind}s {verb}"
+        if most:
+            line += f": {most}"
+        console.print(Text(printable(line)), soft_wrap=True)

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ def check(
             "try --model with a folder that holds config.json and model.safetensors",
         ),
         *(
-            (f"GPU {i}", lambda i=i: _gpu(i, model), "give --device cpu, or --dtype float32")
+            (f"GPU {i}", partial(_gpu, i, model), "give --device cpu, or --dtype float32")
             for i in range(_num_gpus())
         ),
         ("scratch space", _scratch, ""),
@@ -93,8 +94,10 @@ def check(
 
 def _install(package: str) -> str:
     """The command that installs ``package`` in the version that afn-ray requires."""
-    wanted = [str(r) for r in _requirements() if r.name == package]
-    return f"pip install --force-reinstall '{(wanted or [package])[0]}'"
+    for requirement in _requirements():
+        if requirement.name == package:
+            return f"pip install --force-reinstall '{requirement}'"
+    return f"pip install --force-reinstall '{package}'"
 
 
 def _requirements() -> list[Requirement]:
@@ -103,9 +106,12 @@ def _requirements() -> list[Requirement]:
         lines = importlib.metadata.requires(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [
-        r for r in map(Requirement, lines) if r.marker is None or r.marker.evaluate({"extra": ""})
-    ]
+    found = []
+    for requirement in map(Requirement, lines):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}):
+            found.append(requirement)
+    return found
 
 
 # --- this machine
@@ -180,7 +186,8 @@ def _torch() -> Check:
 
 def _machine() -> str:
     """CPU cores and memory that a run may use; also the machine's cores where it has more."""
-    cores, of = cgroup.num_cores(), os.cpu_count() or 1
+    cores = cgroup.num_cores()
+    of = os.cpu_count() or 1
     memory = cgroup.memory_bytes()
     return (f"{cores} of {of} CPU cores" if cores < of else count(cores, "CPU core")) + (
         f", {memory / 2**30:,.1f} GiB of memory" if memory is not None else ""
@@ -274,7 +281,8 @@ def _gpu(index: int, name: str | None) -> Check:
     from afn_ray.runs import demo, worker
     from afn_ray.runs.measurer import Measurer, find_model_files
 
-    what, gpu = f"GPU {index}", torch.cuda.get_device_name(index)
+    what = f"GPU {index}"
+    gpu = torch.cuda.get_device_name(index)
     if name is None:
         try:
             name = str(demo.model_folder())

@@ -101,20 +101,25 @@ def signal_rows(explanation: Explanation, at: int) -> tuple[list[str], list[list
     first = explanation.tokens[0].readings[at]
     if not first.signals:
         return [], []
-    rows = [
-        [(r.strength, r.quartile), *((v.value, v.quartile) for v in r.signals)]
-        for r in (token.readings[at] for token in explanation.tokens)
-    ]
-    digits = [
-        4 if max(value for value, _ in column) >= 1 else 5 for column in zip(*rows, strict=True)
-    ]
-    return [STRENGTH, *(v.signal for v in first.signals)], [
-        [
-            (f"{value:.{n}f}" + (f" ({quartile})" if quartile else ""), quartile or 0)
-            for n, (value, quartile) in zip(digits, row, strict=True)
-        ]
-        for row in rows
-    ]
+    rows = []
+    for token in explanation.tokens:
+        reading = token.readings[at]
+        of_signals = [(signal.value, signal.quartile) for signal in reading.signals]
+        rows.append([(reading.strength, reading.quartile), *of_signals])
+    digits = []
+    for column in zip(*rows, strict=True):
+        largest = max(value for value, _ in column)
+        digits.append(4 if largest >= 1 else 5)
+    shown = []
+    for row in rows:
+        cells = []
+        for n, (value, quartile) in zip(digits, row, strict=True):
+            text = f"{value:.{n}f}"
+            if quartile:
+                text += f" ({quartile})"
+            cells.append((text, quartile or 0))
+        shown.append(cells)
+    return [STRENGTH, *(signal.signal for signal in first.signals)], shown
 
 
 def heat_cell(cell: Cell) -> str:
@@ -169,13 +174,11 @@ NEURON_HEADS = ("neuron", "attribution", "most at", "attribution there")
 def decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[str, ...]]:
     """Rows under ``DECISION_HEADS``: the highest ranked tokens, without special ones."""
     at = explanation.layers.index(decision.layer)
-    scored = [
-        (name, t.readings[at].strength, a)
-        for name, t, a in zip(
-            _numbered(explanation), explanation.tokens, decision.attributions, strict=True
-        )
-        if not t.special
-    ]
+    names = _numbered(explanation)
+    scored = []
+    for i, token in enumerate(explanation.tokens):
+        if not token.special:
+            scored.append((names[i], token.readings[at].strength, decision.attributions[i]))
     by_strength = sorted(scored, key=lambda row: -row[1])[:TOP]
     by_attribution = sorted(scored, key=lambda row: -abs(row[2]))[:TOP]
     return [

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from afn_ray.analysis.explanation import (
+    Cell,
     Decision,
     ExplainedToken,
     Explanation,
@@ -83,7 +84,8 @@ def render_html(explanation: Explanation) -> str:
     """
     layers = explanation.layers
     style = _style(layers)
-    policy = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    digest = hashlib.sha256(style.encode()).digest()
+    policy = base64.b64encode(digest).decode()
     measured = (
         f"{count(len(explanation.tokens), 'token')}, {explanation.dtype} on {explanation.device}"
     )
@@ -93,6 +95,10 @@ def render_html(explanation: Explanation) -> str:
         f'<label for="show-{k}">{layer_name(k)}</label>\n'
         for k in layers
     )
+    sweep = _html_sweep(explanation) if explanation.sweep else ""
+    decision = ""
+    if explanation.decision is not None:
+        decision = _html_decision(explanation, explanation.decision)
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -108,10 +114,8 @@ def render_html(explanation: Explanation) -> str:
             "</dl>",
             f"<fieldset><legend>Show</legend>\n{switch}</fieldset>" if len(layers) > 1 else "",
             *(_html_layer(explanation, at) for at in range(len(layers))),
-            _html_sweep(explanation) if explanation.sweep else "",
-            _html_decision(explanation, explanation.decision)
-            if explanation.decision is not None
-            else "",
+            sweep,
+            decision,
             *(f"<p>{_html(note)}</p>" for note in legends(explanation, len(layers) - 1)),
             "</main>\n</body>\n</html>\n",
         ]
@@ -119,18 +123,8 @@ def render_html(explanation: Explanation) -> str:
 
 
 def _style(layers: tuple[int, ...]) -> str:
-    light, dark = (
-        " ".join(
-            [
-                *(
-                    f"--text-{k}: {text}; --page-{k}: {page};"
-                    for k, (text, page) in colours.items()
-                ),
-                *(f"--ink-{k}: {ink}; --heat-{k}: {page};" for k, (ink, page) in enumerate(heat)),
-            ]
-        )
-        for colours, heat in ((LIGHT, LIGHT_HEAT), (DARK, DARK_HEAT))
-    )
+    light = _properties(LIGHT, LIGHT_HEAT)
+    dark = _properties(DARK, DARK_HEAT)
     shown = " ".join(
         f"body:has(#show-{k}:checked) #layer-{k} {{ display: block; }}" for k in layers
     )
@@ -143,6 +137,16 @@ def _style(layers: tuple[int, ...]) -> str:
         f"\n:root {{ color-scheme: light dark; {light} }}\n"
         f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{STYLE}{switch}"
     )
+
+
+def _properties(colours: Mapping[int, tuple[str, str]], heat: Sequence[tuple[str, str]]) -> str:
+    """CSS properties with the ``colours`` of quartiles and those of deciles, ``heat``."""
+    properties = []
+    for quartile, (text, page) in colours.items():
+        properties.append(f"--text-{quartile}: {text}; --page-{quartile}: {page};")
+    for decile, (ink, page) in enumerate(heat):
+        properties.append(f"--ink-{decile}: {ink}; --heat-{decile}: {page};")
+    return " ".join(properties)
 
 
 def _html_layer(explanation: Explanation, at: int) -> str:
@@ -159,13 +163,7 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         f'<li><span class="q{quartile}">{_html(text)}</span></li>'
         for quartile, text in limits.items()
     )
-    rows = "\n".join(
-        f'<tr><td><span class="q{token.readings[at].quartile or 0}">'
-        f"<bdi>{_html(token_name(token))}</bdi></span></td>"
-        + "".join(f"<td>{cell}</td>" for cell in reading_cells(token.readings[at]))
-        + "</tr>"
-        for token in explanation.tokens
-    )
+    rows = "\n".join(_html_token_row(token, at) for token in explanation.tokens)
     heads = "".join(f'<th scope="col">{head}</th>' for head in HEADS)
     return (
         f'<section id="layer-{layer}">\n<h2>{layer_name(layer)}</h2>\n<p class="text" '
@@ -176,6 +174,14 @@ def _html_layer(explanation: Explanation, at: int) -> str:
         f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>\n"
         f"{_html_words(explanation, at)}{_html_signals(explanation, at)}</section>"
     )
+
+
+def _html_token_row(token: ExplainedToken, at: int) -> str:
+    """The row of ``token`` in the table of a layer."""
+    reading = token.readings[at]
+    name = f"<bdi>{_html(token_name(token))}</bdi>"
+    cells = "".join(f"<td>{cell}</td>" for cell in reading_cells(reading))
+    return f'<tr><td><span class="q{reading.quartile or 0}">{name}</span></td>{cells}</tr>'
 
 
 def _html_words(explanation: Explanation, at: int) -> str:
@@ -191,13 +197,10 @@ def _html_signals(explanation: Explanation, at: int) -> str:
     names, rows = signal_rows(explanation, at)
     if not names:
         return ""
-    body = (
-        [
-            f"<bdi>{_html(token_name(token))}</bdi>",
-            *(f'<span class="q{quartile}">{text}</span>' for text, quartile in row),
-        ]
-        for token, row in zip(explanation.tokens, rows, strict=True)
-    )
+    body = []
+    for token, row in zip(explanation.tokens, rows, strict=True):
+        cells = [f'<span class="q{quartile}">{text}</span>' for text, quartile in row]
+        body.append([f"<bdi>{_html(token_name(token))}</bdi>", *cells])
     return _html_table(
         "values", f"Signals at layer {explanation.layers[at]}", ["token", *names], body
     )
@@ -208,12 +211,12 @@ def _html_table(
 ) -> str:
     """A table of ``rows`` whose cells are HTML already."""
     head = "".join(f'<th scope="col"{_aligned(name)}>{_html(name)}</th>' for name in heads)
-    body = "\n".join(
-        "<tr>"
-        + "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in zip(heads, row, strict=True))
-        + "</tr>"
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = zip(heads, row, strict=True)
+        line = "".join(f"<td{_aligned(name)}>{cell}</td>" for name, cell in cells)
+        lines.append(f"<tr>{line}</tr>")
+    body = "\n".join(lines)
     return (
         '<div class="table"><table '
         f'class="{kind}">\n<caption>{caption}</caption>\n<thead><tr>{head}</tr></thead>\n'
@@ -227,16 +230,12 @@ def _aligned(name: str) -> str:
 
 def _html_sweep(explanation: Explanation) -> str:
     heads = "".join(f'<th scope="col">{k}</th>' for k in explanation.sweep)
-    rows = "\n".join(
-        f'<tr><th scope="row"><bdi>{_html(token_name(token))}</bdi></th>'
-        + "".join(
-            f'<td class="h{"" if c.decile is None else c.decile}" '
-            f'title="layer {c.layer}: strength {c.strength:.4f}">{heat_cell(c)}</td>'
-            for c in token.cells
-        )
-        + "</tr>"
-        for token in explanation.tokens
-    )
+    lines = []
+    for token in explanation.tokens:
+        name = f'<th scope="row"><bdi>{_html(token_name(token))}</bdi></th>'
+        cells = "".join(map(_html_heat_cell, token.cells))
+        lines.append(f"<tr>{name}{cells}</tr>")
+    rows = "\n".join(lines)
     return (
         '<div>\n<h2>Layers</h2>\n<div class="table"><table class="heat">\n<caption>Rank of '
         "strength by token and layer"
@@ -246,21 +245,22 @@ def _html_sweep(explanation: Explanation) -> str:
     )
 
 
+def _html_heat_cell(cell: Cell) -> str:
+    decile = "" if cell.decile is None else cell.decile
+    title = f"layer {cell.layer}: strength {cell.strength:.4f}"
+    return f'<td class="h{decile}" title="{title}">{heat_cell(cell)}</td>'
+
+
 def _html_decision(explanation: Explanation, decision: Decision) -> str:
     tables = (
         ("Tokens that rank highest", DECISION_HEADS, decision_rows(explanation, decision)),
         ("Neurons that rank highest", NEURON_HEADS, neuron_rows(explanation, decision)),
     )
-    shown = "".join(
-        _html_table(
-            "decision",
-            caption,
-            heads,
-            [[f"<bdi>{_html(cell)}</bdi>" for cell in row] for row in rows],
-        )
-        for caption, heads, rows in tables
-        if rows
-    )
+    shown = ""
+    for caption, heads, rows in tables:
+        if rows:
+            body = [[f"<bdi>{_html(cell)}</bdi>" for cell in row] for row in rows]
+            shown += _html_table("decision", caption, heads, body)
     return (
         f"<div>\n<h2>Decision</h2>\n<p><strong>{_html(answer(decision))}</strong></p>\n"
         f"<p>{_html(attribution_note(explanation, decision))}</p>\n{shown}</div>"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, JustifyMethod
@@ -11,6 +13,7 @@ from rich.text import Text
 
 from afn_ray.analysis.explanation import (
     Decision,
+    ExplainedToken,
     Explanation,
     index_of,
     running_text,
@@ -92,7 +95,8 @@ def render_terminal(
     if explanation.decision is not None:
         _print_decision(explanation, explanation.decision, console)
     for note in legends(explanation, at):
-        console.print(Padding(Text(visible(note), "dim"), (0, 2)))
+        line = Text(visible(note), "dim")
+        console.print(Padding(line, (0, 2)))
 
 
 def _print_words(explanation: Explanation, at: int, console: Console, *, show_all: bool) -> None:
@@ -126,11 +130,8 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
         title_justify="left",
         title_style="bold",
     )
-    table.add_column(
-        "token",
-        overflow="fold",
-        min_width=min(12, max(cell_len(token_name(t)) for t in explanation.tokens)),
-    )
+    longest = _longest_name(explanation.tokens)
+    table.add_column("token", overflow="fold", min_width=min(12, longest))
     for name in names:
         table.add_column(Text(name.replace("_", "_\n")), justify="right", no_wrap=True)
     for token, row in zip(explanation.tokens[:n], rows, strict=False):
@@ -142,10 +143,15 @@ def _print_signals(explanation: Explanation, at: int, console: Console, n: int) 
 NAME_WIDTH = 24
 
 
+def _longest_name(tokens: Sequence[ExplainedToken]) -> int:
+    """The width of the longest name of ``tokens``, in columns of the terminal."""
+    return max(cell_len(token_name(token)) for token in tokens)
+
+
 def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
     """Print the heat map of the first ``n`` tokens, in parts that fit the console's width."""
     layers = list(explanation.sweep)
-    width = min(NAME_WIDTH, max(cell_len(token_name(t)) for t in explanation.tokens[:n]))
+    width = min(NAME_WIDTH, _longest_name(explanation.tokens[:n]))
     if layers:
         console.print(Text("Rank of strength within each layer", "bold"))
     while layers:
@@ -172,7 +178,8 @@ def _print_sweep(explanation: Explanation, console: Console, n: int) -> None:
 
 def _print_decision(explanation: Explanation, decision: Decision, console: Console) -> None:
     console.print(Text(f"Decision: {answer(decision)}", "bold"), soft_wrap=True)
-    console.print(Padding(Text(attribution_note(explanation, decision)), (0, 2)))
+    note = Text(attribution_note(explanation, decision))
+    console.print(Padding(note, (0, 2)))
     for heads, rows in (
         (DECISION_HEADS, decision_rows(explanation, decision)),
         (NEURON_HEADS, neuron_rows(explanation, decision)),

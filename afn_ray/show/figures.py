@@ -6,6 +6,8 @@ from afn_ray.text import printable
 
 MAX_CHARS = 40
 """Largest length of a token in a table cell, in characters."""
+MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥"})
+"""Visible characters in place of white space."""
 
 
 def number(value: float | None, digits: int | None = None) -> str:
@@ -22,10 +24,12 @@ def percent(value: float | None) -> str:
 
 def cut(text: str) -> str:
     """A token as a table cell: visible white space, no control characters, limited length."""
-    text = printable(text, keep="\n\t").replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    text = printable(text, keep="\n\t").translate(MARKS)
     return text if len(text) <= MAX_CHARS else text[: MAX_CHARS - 1] + "…"
 
 
 def figure(value: float) -> str:
     """Format ``value`` with about five digits."""
-    return f"{value:,.{max(0, 5 - max(1, len(str(int(abs(value))))))}f}"
+    num_digits = len(str(int(abs(value))))
+    num_decimals = max(0, 5 - num_digits)
+    return f"{value:,.{num_decimals}f}"

@@ -69,12 +69,14 @@ def _chart(name: str, nights: Sequence[Mapping[str, Any]], layer: int) -> Chart:
             "limits": cut(", ".join([*row["broken"], *row["warned"]])),
         }
         values.append(value)
-    states = [state for state in STATES if state in {value["state"] for value in values}]
+    found = {value["state"] for value in values}
+    states = [state for state in STATES if state in found]
     title = f"{what[0].upper()}{what[1:]} by night, layer {layer}"
     spec = chart_spec(title, 150, _layers(what, form, states, values), values)
     if name == next(iter(DRAWN)):
         return Chart(f"history-{name}", title, spec, _table(nights, layer))
-    heads, cells = ("night", "verdict", what), []
+    heads = ("night", "verdict", what)
+    cells = []
     for night, row in zip(_names(nights), nights, strict=True):
         shown = number(row[name]) if name == "q3" else f"{row[name]:,}"
         cells.append((night, verdict_name(row), shown))

@@ -87,9 +87,11 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _line(cells: tuple[str, ...]) -> str:
     """``cells`` in columns: the first and the last are text, the others figures."""
-    first, *figures, last = zip(cells, WIDTHS, strict=True)
-    padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in figures)]
-    return _cut(" ".join([*padded, last[0]]))
+    (night, width_of_night), *figures, (verdict, _) = zip(cells, WIDTHS, strict=True)
+    padded = [night.ljust(width_of_night)]
+    for figure, width in figures:
+        padded.append(figure.rjust(width))
+    return _cut(" ".join([*padded, verdict]))
 
 
 def _short(n: int) -> str:

@@ -41,7 +41,8 @@ def _print(console: Console, text: str, *, style: str = "", soft_wrap: bool = Fa
 
 def _described(side: Side) -> str:
     """Description of a side, in one line."""
-    depth, words = side.run.info["model"]["depth"], side.words
+    depth = side.run.info["model"]["depth"]
+    words = side.words
     share = percent(words.n_high / words.n)
     return f"layer {side.layer} of {depth}, {count(words.n, 'word')}, {share} HIGH"
 

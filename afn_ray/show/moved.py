@@ -93,15 +93,11 @@ def moved_types(comparison: Comparison, layer: int, timeout_s: float) -> Moved:
         except (QueryError, StoreError) as error:
             examples[side] = {}
             failures.append(str(error))
-    types = (
-        MovedType(
-            cut(row["text"].strip()),
-            row["status"],
-            _what(row),
-            *(tuple(examples[side].get(row[key], ())) for side in "ab"),
-        )
-        for row in rows
-    )
+    types = []
+    for row in rows:
+        text = cut(row["text"].strip())
+        of_a, of_b = (tuple(examples[side].get(row[key], ())) for side in "ab")
+        types.append(MovedType(text, row["status"], _what(row), of_a, of_b))
     return Moved(layer, tuple(types), "; ".join(failures) or None)
 
 

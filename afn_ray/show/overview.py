@@ -79,15 +79,14 @@ def render_thresholds(summary: RunSummary, console: Console) -> None:
             )
     print_whole(table, console)
     if summary.is_frozen:
-        shares = ", ".join(
-            f"layer {f.layer}: {ratio(r['n_high'], r['n']):.1%}"
-            for f in summary.layers
-            for r in [f.labels["tokens"]]
-        )
+        shares = []
+        for facts in summary.layers:
+            row = facts.labels["tokens"]
+            shares.append(f"layer {facts.layer}: {ratio(row['n_high'], row['n']):.1%}")
         console.print(
             "HIGH is decided by the frozen thresholds, of "
             f"{printable(str(summary.info['config']['thresholds']))}; tokens that are HIGH by "
-            f"them: {shares}",
+            f"them: {', '.join(shares)}",
             markup=False,
             soft_wrap=True,
         )
@@ -104,19 +103,18 @@ def render_classes(summary: RunSummary, console: Console) -> None:
         title = "Which classes of words are HIGH (strongest token; share, 95 % interval)"
     table = titled_table(title, "class", f"{unit}s", *heads)
     classes = ordered[0].shown_classes
-    left_out = [f"{len(ordered) - len(shown)} more layers"] * (len(shown) < len(ordered))
-    left_out += [count(len(classes) - MAX_CLASSES, "rarer tag")] * (len(classes) > MAX_CLASSES)
+    left_out = []
+    if len(shown) < len(ordered):
+        left_out.append(f"{len(ordered) - len(shown)} more layers")
+    if len(classes) > MAX_CLASSES:
+        left_out.append(count(len(classes) - MAX_CLASSES, "rarer tag"))
     if left_out:
-        table.caption, table.caption_justify = (
-            f"and {' and '.join(left_out)}: afn show --json",
-            "left",
-        )
+        table.caption = f"and {' and '.join(left_out)}: afn show --json"
+        table.caption_justify = "left"
     total = sum(c.n for c in classes)
     for at in frequent_classes(ordered[0]):
-        shares = [
-            f"{c.share:.3f} ({c.low:.3f}-{c.high:.3f})"
-            for c in (facts.shown_classes[at] for facts in shown)
-        ]
+        of_layers = [facts.shown_classes[at] for facts in shown]
+        shares = [f"{one.share:.3f} ({one.low:.3f}-{one.high:.3f})" for one in of_layers]
         table.add_row(Text(printable(classes[at].name)), f"{classes[at].n / total:.1%}", *shares)
     print_whole(table, console)
 

@@ -52,7 +52,10 @@ def _coloured(part: Any) -> Any:
 
 def _compressed(picture: bytes) -> bytes:
     """The same PNG picture in about a quarter of the bytes: Vega's is hardly compressed."""
-    start, chunks, pixels, at = picture[:8], b"", b"", 8
+    start = picture[:8]
+    chunks = b""
+    pixels = b""
+    at = 8
     while at < len(picture):
         (length,) = struct.unpack(">I", picture[at : at + 4])
         chunk = picture[at : at + 12 + length]  # length, kind, data, checksum

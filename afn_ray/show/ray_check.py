@@ -113,4 +113,5 @@ def probe(address: str | None = None) -> None:
 
         print(*connection.probe(address), sep="\n")
     except (AfnError, ImportError) as error:
-        sys.exit(" ".join(str(error).split()))
+        words = str(error).split()
+        sys.exit(" ".join(words))

@@ -40,7 +40,8 @@ def screened_documents(
     """The strangest documents, their tokens by quartile; None for a run that was not screened."""
     if "screened" not in run.info["tables"]:
         return None
-    rows = manifest.read_table(run, "screened").sort_by("rank").slice(0, MAX_SCREENED).to_pylist()
+    screened = manifest.read_table(run, "screened").sort_by("rank")
+    rows = screened.slice(0, MAX_SCREENED).to_pylist()
     has_offsets = "start" in tables.tokens().columns
     places = 'start, "end"' if has_offsets else "NULL, NULL"
     tokens: dict[int, list[tuple[Any, ...]]] = {r["doc"]: [] for r in rows}
@@ -73,7 +74,8 @@ def pieces_by_offset(tokens: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, i
         words[-1].append(token)
     cursor = 0
     for word in words:
-        surface, first = word[0][1], word[0][3]
+        surface = word[0][1]
+        first = word[0][3]
         origin = (
             first if surface is None else max(first, word[-1][4] - len(surface))
         )  # the surface has no leading space

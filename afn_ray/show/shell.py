@@ -69,6 +69,14 @@ def split_statements(text: str) -> tuple[list[str], str]:
     return [s for s in statements if s], text[start:]
 
 
+def _without_comments(statement: str) -> str:
+    def kept(part: re.Match[str]) -> str:
+        is_comment = part[0].startswith(("--", "/*"))
+        return "" if is_comment else part[0]
+
+    return SQL_PARTS.sub(kept, statement)
+
+
 def complete(text: str, tables: Mapping[str, list[str]]) -> list[str]:
     """Completions of the word at the end of ``text``: commands, views, columns, keywords.
 
@@ -96,11 +104,10 @@ def complete(text: str, tables: Mapping[str, list[str]]) -> list[str]:
         return []
     else:
         views = [name for name in tables if re.search(rf"\b{name}\b", text)] or list(tables)
-        names = [
-            *tables,
-            *dict.fromkeys(_quoted(c) for name in views for c in tables[name]),
-            *KEYWORDS,
-        ]
+        columns: dict[str, None] = {}
+        for name in views:
+            columns |= dict.fromkeys(map(_quoted, tables[name]))
+        names = [*tables, *columns, *KEYWORDS]
     return [c for c in names if c.lower().lstrip('"').startswith(word.lower())]
 
 
@@ -128,7 +135,10 @@ class Shell:
     def __init__(self, run: Run, tables: Mapping[str, pa.Table] | None = None) -> None:
         """``tables`` are the user's own, by name."""
         self.tables = dict(tables or {})
-        self.run, self.format, self.timer, self.done = run, "table", False, False
+        self.run = run
+        self.format = "table"
+        self.timer = False
+        self.done = False
         self._console = Console(highlight=False, markup=False, soft_wrap=True)
 
     def execute(self, text: str) -> None:
@@ -138,7 +148,7 @@ class Shell:
             return
         statements, rest = split_statements(text)
         for statement in [*statements, rest.strip()]:
-            if SQL_PARTS.sub(lambda m: "" if m[0][:2] in ("--", "/*") else m[0], statement).strip():
+            if _without_comments(statement).strip():
                 began = time.monotonic()
                 num_rows = print_result(
                     self.run.sql(statement, **self.tables), self.format, max_rows=MAX_ROWS
@@ -262,9 +272,11 @@ def _keys() -> KeyBindings:
     @keys.add("enter")
     def _(event: KeyPressEvent) -> None:
         buffer = event.current_buffer
+        is_command = buffer.text.lstrip().startswith(".")
+        _, rest = split_statements(buffer.text)
         if buffer.complete_state and buffer.complete_state.current_completion:
             buffer.complete_state = None
-        elif buffer.text.lstrip().startswith(".") or not split_statements(buffer.text)[1].strip():
+        elif is_command or not rest.strip():
             buffer.validate_and_handle()
         else:
             buffer.insert_text("\n")

@@ -79,11 +79,11 @@ def earlier_nights(found: Audit, history: pa.Table) -> list[NightFigures]:
     ``history`` has rows of ``HISTORY_SCHEMA``. Nights of another base, judged layer or window
     are left out, as their values are of another kind.
     """
-    is_alike = pc.and_(
-        pc.and_(pc.is_null(history["group_by"]), pc.equal(history["layer"], found.layer)),
-        pc.equal(history["base"], fingerprint(base_of(found.run.info["measure"]))),
-    )
-    rows = [row for row in history.filter(is_alike).to_pylist() if row["run"] != found.run.id]
+    base = fingerprint(base_of(found.run.info["measure"]))
+    is_alike = pc.and_(pc.is_null(history["group_by"]), pc.equal(history["layer"], found.layer))
+    is_alike = pc.and_(is_alike, pc.equal(history["base"], base))
+    is_alike = pc.and_(is_alike, pc.not_equal(history["run"], found.run.id))
+    rows = history.filter(is_alike).to_pylist()
 
     def read(row: Mapping[str, Any]) -> StoredVerdict | None:
         uri = uris.join(found.run.store, "runs", row["run"])
@@ -132,7 +132,8 @@ def sparkline(rule: Rule, nights: Sequence[NightFigures]) -> Sparkline | None:
     known = [value for value in values if value is not None]
     if len(known) < 2:
         return None
-    usual, limit = usual_of(rule, nights), _nearest_level(rule)
+    usual = usual_of(rule, nights)
+    limit = _nearest_level(rule)
     ends = [*known] if usual is None else [*known, usual.low, usual.high]
     if limit is not None and rule.state in (BROKEN, WARNED):
         ends.append(limit)

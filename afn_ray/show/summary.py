@@ -171,10 +171,8 @@ def summarise(run: str | manifest.RunFolder | Run) -> RunSummary:
 
 
 def _summarise(run: manifest.RunFolder) -> RunSummary:
-    thresholds, labels = (
-        manifest.read_table(run, "thresholds").to_pylist(),
-        label_thresholds.labels(run).to_pylist(),
-    )
+    thresholds = manifest.read_table(run, "thresholds").to_pylist()
+    labels = label_thresholds.labels(run).to_pylist()
     vocabulary = table_by_layer(run, "vocabulary", ("class", "n", "n_high", "idf"))
     of_words = table_by_layer(run, "word_vocabulary", ("class", "n", "n_high"))
     histogram = manifest.read_table(run, "histogram")
@@ -219,14 +217,14 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
         languages = language_uses.describe(manifest.read_table(run, "languages"))
     padding = 1 - n / max(1, counts["forward_tokens"])
     return RunSummary(
-        run.uri,
-        run.info,
-        {**size, "all": sum(size.values())},
-        max(0.0, padding),
-        losses.total(files),
-        losses.describe_skipped(losses.skipped_files(files)),
-        tuple(layers),
-        languages,
+        uri=run.uri,
+        info=run.info,
+        bytes_per_token={**size, "all": sum(size.values())},
+        padding_share=max(0.0, padding),
+        losses=losses.total(files),
+        skipped=losses.describe_skipped(losses.skipped_files(files)),
+        layers=tuple(layers),
+        languages=languages,
     )
 
 
@@ -235,8 +233,11 @@ def ratio(a: float, b: float) -> float:
 
 
 def _mean(rows: Any) -> float | None:
+    if not len(rows):
+        return None
     n = rows["n"].to_numpy()
-    return float(rows["strength"].to_numpy().astype(np.float64) @ n / n.sum()) if len(n) else None
+    strengths = rows["strength"].to_numpy().astype(np.float64)
+    return float(strengths @ n / n.sum())
 
 
 def _class_shares(layer: int, vocabulary: pa.Table) -> tuple[ClassShare, ...]:
@@ -244,7 +245,8 @@ def _class_shares(layer: int, vocabulary: pa.Table) -> tuple[ClassShare, ...]:
     of_class = {row["class"]: row for row in sums.to_pylist()}
     shares = []
     for name in in_order(of_class):
-        total, high = of_class[name]["n_sum"], of_class[name]["n_high_sum"]
+        total = of_class[name]["n_sum"]
+        high = of_class[name]["n_high_sum"]
         if total and name != "special":
             low, upper = wilson(high, total)
             shares.append(

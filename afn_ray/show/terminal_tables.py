@@ -57,7 +57,9 @@ def print_in_parts(
         for row in rows:
             table.add_row(*(Text(printable(row[at])) for at in part))
         first = table.columns[0]
-        first.no_wrap, first.overflow, first.max_width = False, "fold", widths[0]
+        first.no_wrap = False
+        first.overflow = "fold"
+        first.max_width = widths[0]
         print_whole(table, console)
 
 

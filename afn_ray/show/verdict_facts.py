@@ -87,7 +87,8 @@ def _usual(rule: Rule, nights: Sequence[NightFigures]) -> str:
     if usual is None:
         n = len(usual_values(rule, nights))
         return f"not known: {count(n, 'night')} of {learned.LEAST_NIGHTS}"
-    low, high = short_value(rule.limit, usual.low), short_value(rule.limit, usual.high)
+    low = short_value(rule.limit, usual.low)
+    high = short_value(rule.limit, usual.high)
     return f"{low}–{high} over {count(usual.nights, 'night')}"
 
 

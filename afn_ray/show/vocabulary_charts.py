@@ -44,11 +44,10 @@ def named_words(words: Mapping[int, pa.Table]) -> dict[int, pa.Table]:
     """
     found = {}
     for layer, table in words.items():
-        named = table.filter(pc.is_valid(table["word"])).sort_by("word").combine_chunks()
+        named = table.filter(pc.is_valid(table["word"])).sort_by("word")
         at = named.schema.get_field_index("token_id")
-        found[layer] = named.set_column(
-            at, "token_id", pa.array(np.arange(len(named), dtype=np.int32))
-        )
+        numbers = pa.array(np.arange(len(named), dtype=np.int32))
+        found[layer] = named.combine_chunks().set_column(at, "token_id", numbers)
     return found if all(map(len, found.values())) else {}
 
 
@@ -60,8 +59,8 @@ def points(vocabulary: Mapping[int, pa.Table], kind: str = "type") -> VegaSpec:
     layers = list(vocabulary)
     deepest = vocabulary[layers[-1]]
     if len(layers) > MAX_SCATTER_LAYERS:
-        indices = np.linspace(0, len(layers) - 1, MAX_SCATTER_LAYERS).round().astype(int)
-        layers = [layers[i] for i in indices]
+        places = np.linspace(0, len(layers) - 1, MAX_SCATTER_LAYERS)
+        layers = [layers[i] for i in places.round().astype(int)]
     types = deepest.sort_by(BY_FREQUENCY).slice(0, MAX_POINTS)
     n = types["n"].to_numpy()
     ids = types["token_id"].to_numpy()
@@ -148,7 +147,8 @@ def _scatter_layers(words: pa.Table, kind: str) -> list[VegaSpec]:
 
 def movers_chart(movers: pa.Table, layer: int) -> Chart | None:
     """Words with the most significant changes of HIGH share, before and now; None without any."""
-    words = compare.whole_words(compare.moved(movers.filter(pc.field("layer") == layer)))
+    here = movers.filter(pc.field("layer") == layer)
+    words = compare.whole_words(compare.moved(here))
     rows = sorted(words.to_pylist(), key=lambda row: (row["q"], -abs(row["z"])))[:MAX_ROWS]
     if not rows:
         return None
