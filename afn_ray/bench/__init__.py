@@ -293,7 +293,8 @@ def check(args: argparse.Namespace, least_of: Mapping[str, int]) -> None:
 
 def consoles() -> tuple[Console, Callable[[str], None]]:
     """The console for results, and a function that prints a progress note to standard error."""
-    console, notes = Console(highlight=False), Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(highlight=False)
+    notes = Console(stderr=True, highlight=False, soft_wrap=True)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPED_COLUMNS)
     return console, lambda note: notes.print(note, markup=False)

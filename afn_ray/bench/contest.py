@@ -216,8 +216,11 @@ def _plan(options: Options, folder: Path) -> tuple[Spec, Counted, bool]:
         config = transformers.AutoConfig.from_pretrained(files.folder, local_files_only=True)
         shape = transformers.AutoModel.from_config(config)
     causal = any(getattr(m, "is_causal", False) is True for m in shape.modules())
-    linear = [m for b in blocks_of(shape, files.depth)[:layer] for m in b.modules()]
-    weights = sum(m.weight.numel() for m in linear if isinstance(m, torch.nn.Linear | Conv1D))
+    weights = 0
+    for block in blocks_of(shape, files.depth)[:layer]:
+        for module in block.modules():
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                weights += module.weight.numel()
     return (
         base,
         Counted(2.0 * weights, 4.0 * files.hidden_size * layer * (0.5 if causal else 1)),
@@ -269,9 +272,10 @@ def _start(variant: str, base: Spec, folder: Path, texts: dict[str, list[Text]])
     n = 1 if variant in ONE_PROCESS else base.workers
     parts: dict[str, list[list[int]]] = {"gemm": [[]] * n}
     if variant != "gemm":
-        parts = {
-            p: [sample(t, ONE_IN)] if variant in SLOW else share(t, n) for p, t in texts.items()
-        }
+        parts = {}
+        for profile, of_profile in texts.items():
+            is_slow = variant in SLOW
+            parts[profile] = [sample(of_profile, ONE_IN)] if is_slow else share(of_profile, n)
     specs = []
     for i in range(n):
         own = folder / f"{variant}-{i}"

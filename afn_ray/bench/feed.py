@@ -230,7 +230,8 @@ def _stages_of(processor: worker.Processor, shard: Shard, clock: _Clock) -> int:
         ) as files:
             recorder = Recorder(measure, files)
             for some in feed.in_chunks(documents):
-                texts, replaced = [d.text for d in some], [d.num_replaced > 0 for d in some]
+                texts = [d.text for d in some]
+                replaced = [d.num_replaced > 0 for d in some]
                 with clock("rust"):
                     tokenizer.encode_batch(texts, add_special_tokens=False)
                 with clock("prepare"):
@@ -301,7 +302,8 @@ def _measure_workers(
 
 def _one_turn(processor: worker.Processor, planned: plans.Plan, store: str) -> _Turn:
     """Process all shards into a fresh ``store``."""
-    own_s, all_s = time.process_time(), machine.cpu_s([os.getpid()])
+    own_s = time.process_time()
+    all_s = machine.cpu_s([os.getpid()])
     seconds, tokens = rate.process_all(processor, planned.shards, store)
     own_s = time.process_time() - own_s
     all_s = machine.cpu_s([os.getpid()]) - all_s
@@ -350,5 +352,7 @@ def render(result: dict[str, Any], console: Console) -> None:
 
 def _spread(values: Sequence[float], form: str) -> str:
     """Median of ``values``, then the lowest and the highest."""
-    median, low, high = statistics.median(values), min(values), max(values)
+    median = statistics.median(values)
+    low = min(values)
+    high = max(values)
     return f"{median:{form}} ({low:{form}}-{high:{form}})"

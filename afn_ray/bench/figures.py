@@ -142,7 +142,8 @@ class ProfileTimes:
         tokens = self.num_tokens(of) / self.num_tokens(to)  # of one pass
         clean = set(self.clean(of)) & set(self.clean(to))
         repetitions = clean or set(range(len(self.takes[of])))
-        takes, reference = self.takes[of], self.takes[to]
+        takes = self.takes[of]
+        reference = self.takes[to]
         found = [
             tokens * _seconds_a_pass(reference[i]) / _seconds_a_pass(takes[i]) for i in repetitions
         ]

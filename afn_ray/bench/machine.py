@@ -102,7 +102,8 @@ def _cpu_s(pid: int) -> float:
     fields = _stat(pid)
     if not fields:
         return 0.0
-    user, system = int(fields[11]), int(fields[12])
+    user = int(fields[11])
+    system = int(fields[12])
     return (user + system) * _TICK_S
 
 

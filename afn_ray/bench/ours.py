@@ -145,7 +145,8 @@ class Job(_Ours):
 def _write_corpus(folder: Path, texts: Path, passes: int) -> None:
     """Write the texts in the file ``texts``, ``passes`` times, as one JSONL file in ``folder``."""
     folder.mkdir(parents=True)
-    rows = [json.dumps({"text": text}) + "\n" for text, _ in json.loads(texts.read_text("utf-8"))]
+    stored = json.loads(texts.read_text("utf-8"))
+    rows = [json.dumps({"text": text}) + "\n" for text, _ in stored]
     with (folder / "part.jsonl").open("w", encoding="utf-8") as lines:
         for _ in range(passes):
             lines.writelines(rows)

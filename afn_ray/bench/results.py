@@ -86,7 +86,9 @@ def render(result: dict[str, Any], console: Console) -> None:
 
 
 def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
+    if ratio is None:
+        return "-"
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
 def _render_bars(result: dict[str, Any], profile: str, console: Console) -> None:
@@ -97,10 +99,10 @@ def _render_bars(result: dict[str, Any], profile: str, console: Console) -> None
     parts = []
     for name, value in found.items():
         bar = BARS[name].get(profile) if barred else None
-        parts.append(
-            f"{name} {value:.2f}"
-            + (f" ({'met' if value >= bar else 'below'}: {bar:g})" if bar else "")
-        )
+        part = f"{name} {value:.2f}"
+        if bar:
+            part += f" ({'met' if value >= bar else 'below'}: {bar:g})"
+        parts.append(part)
     if parts:
         bars = (
             " (bars are those of two cores with AMX)"

@@ -170,9 +170,9 @@ class Team:
             with np.load(file) as arrays:
                 bounds = np.cumsum(arrays["lengths"])[:-1]
                 own = np.split(arrays["strengths"], bounds)
-                last = (
-                    np.split(arrays["last"], bounds) if len(arrays["last"]) else [None] * len(own)
-                )
+                last: list[Any] = [None] * len(own)
+                if len(arrays["last"]):
+                    last = np.split(arrays["last"], bounds)
             file.unlink()
             if len(own) != len(part):
                 raise ModelError(

@@ -42,7 +42,10 @@ def load_texts(file: str) -> list[Text]:
 
 def dump_texts(texts: list[Text], file: Path) -> None:
     """Write ``texts`` with their windows to ``file`` as JSON."""
-    rows = [[text.text, [astuple(piece) for piece in text.pieces]] for text in texts]
+    rows = []
+    for text in texts:
+        pieces = [astuple(piece) for piece in text.pieces]
+        rows.append([text.text, pieces])
     file.write_text(json.dumps(rows), "utf-8")
 
 
@@ -223,4 +226,5 @@ def serve(spec: peers.Spec, answers: Any) -> None:
 if __name__ == "__main__":
     real = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries goes to standard error
-    serve(peers.Spec(**json.loads(Path(sys.argv[1]).read_text("utf-8"))), real)
+    spec = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    serve(peers.Spec(**spec), real)
