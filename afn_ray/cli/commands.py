@@ -208,7 +208,8 @@ def _run(args: argparse.Namespace) -> None:
 def _config_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The config keys that are on the command line."""
     names = {f.name for f in fields(RunConfig)}
-    given = {name: value for name, value in vars(args).items() if name in names}
+    flags = vars(args)
+    given = {name: value for name, value in flags.items() if name in names}
     # Without a corpus on the command line, the config file has it.
     if corpus := given.pop("corpus", None):
         given["corpus"] = tuple(corpus)

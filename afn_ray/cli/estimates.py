@@ -20,7 +20,10 @@ def print_estimate(e: Estimate, console: Console) -> None:
 
     about = "" if e.documents_exact else "about "
     todo = e.num_shards - e.num_shards_done
+    labels = f"by the thresholds of {e.thresholds}" if e.thresholds else ""
     signals = ", ".join(f"{name} {cost:+.0%}" for name, cost in e.signal_costs.items())
+    if signals:
+        signals = f"time of the forward pass beside strength alone: {signals}"
     rows = [
         (
             "model",
@@ -39,10 +42,10 @@ def print_estimate(e: Estimate, console: Console) -> None:
             "shards",
             f"{e.num_shards:,}, of them {e.num_shards_done:,} in the store and {todo:,} to do",
         ),
-        *([("columns", e.composed)] if e.composed else []),
+        ("columns", e.composed),
         ("tokens", _tokens(e)),
         ("store", f"about {e.store_bytes:,} bytes"),
-        *([("HIGH", f"by the thresholds of {e.thresholds}")] if e.thresholds else []),
+        ("HIGH", labels),
         *_recorded(e),
         ("workers", e.workers),
         *(("workers", notice) for notice in e.notices),
@@ -52,16 +55,13 @@ def print_estimate(e: Estimate, console: Console) -> None:
             f"about {e.num_puts:,} PUT or LIST, {e.num_gets:,} GET or HEAD, if corpus and store "
             "are buckets",
         ),
-        *(
-            [("signals", f"time of the forward pass beside strength alone: {signals}")]
-            if signals
-            else []
-        ),
+        ("signals", signals),
         *(_bill(e) if e.prices else []),
         ("measure", e.measure),
     ]
     for name, value in rows:
-        console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
+        if value:
+            console.print(f"{name:<8} {printable(value)}", markup=False, soft_wrap=True)
     if skipped := losses.describe_skipped(e.skipped):
         console.print(f"skipped  {printable(skipped)}", markup=False, soft_wrap=True)
     console.print("nothing was done (--dry-run)", markup=False)
@@ -147,7 +147,8 @@ def _pace(e: Estimate) -> Iterator[tuple[str, str]]:
     )
     unit, shared = "worker", ""
     if e.device == "cuda":
-        unit, shared = "GPU", f" / {e.workers_per_gpu}" if e.workers_per_gpu > 1 else ""
+        unit = "GPU"
+        shared = f" / {e.workers_per_gpu}" if e.workers_per_gpu > 1 else ""
     yield (
         "work",
         (

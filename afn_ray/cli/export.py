@@ -117,14 +117,12 @@ def call_export(args: argparse.Namespace) -> None:
         print(json.dumps({**asdict(done), **sums}, indent=1))
         return
     there = len(done.files) - done.num_new
+    earlier = ""
+    if there:
+        earlier = f"; {count(there, 'file')} of them {'was' if there == 1 else 'were'} there"
     print(
         f"{printable(done.uri)} has {count(done.num_rows, 'row')} in "
-        f"{count(len(done.files), 'file')}, {done.num_bytes:,} bytes"
-        + (
-            f"; {count(there, 'file')} of them {'was' if there == 1 else 'were'} there"
-            if there
-            else ""
-        )
+        f"{count(len(done.files), 'file')}, {done.num_bytes:,} bytes{earlier}"
     )
 
 

@@ -196,7 +196,8 @@ def _add_config_flag(run: argparse.ArgumentParser, field: Field[Any]) -> None:
     elif field.name in CHOICES:
         options["choices"] = CHOICES[field.name]
     else:
-        options["metavar"] = METAVARS.get(field.name, field.name.rsplit("_", 1)[-1].upper())
+        _, _, last_word = field.name.rpartition("_")
+        options["metavar"] = METAVARS.get(field.name, last_word.upper())
         options["type"] = str
         if hint in (float, float | None):
             options["type"] = float

@@ -50,7 +50,8 @@ def json_lines() -> logs.Lines | None:
 
 def now_and_then() -> Callable[[str], None]:
     """A function that prints its message on stderr, at most once in ``LOG_EVERY_S`` seconds."""
-    console, last = Console(stderr=True, highlight=False), time.monotonic()
+    console = Console(stderr=True, highlight=False)
+    last = time.monotonic()
 
     def say(message: str) -> None:
         nonlocal last
@@ -159,7 +160,8 @@ def _log(console: Console) -> OnEvent:
 
 def log_json(lines: logs.Lines) -> OnEvent:
     """Log events as JSON records; progress at most every ``LOG_EVERY_S`` seconds."""
-    last, log = 0.0, logging.getLogger(logs.ROOT)
+    last = 0.0
+    log = logging.getLogger(logs.ROOT)
 
     def on_event(event: Event) -> None:
         nonlocal last

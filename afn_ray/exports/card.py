@@ -56,7 +56,8 @@ def about(run: Run, request: ExportRequest) -> AboutRun:
 def left_out(run: Run, query: str) -> list[str]:
     """Rows that ``query`` of ``run`` cannot see: of tokens that were not kept, and of copies."""
     sentences = [f"{sentence}." for sentence in run.why_some(query)]
-    found, choice = duplicates.figures_of(run.info), duplicates.choice_of(run.info)
+    found = duplicates.figures_of(run.info)
+    choice = duplicates.choice_of(run.info)
     view = OF_TOKENS.search(query)
     if view and found and found.documents and choice != duplicates.KEEP:
         copies, _ = duplicates.describe(found, choice)
@@ -98,7 +99,8 @@ def readme(
     parts += ["## Columns", _columns(schema), "## The run"]
     parts += [_table(("", ""), run.facts), _fenced(run.command)]
     parts += ["## Know its limits"]
-    parts.append("\n".join(f"- {_inline(line.strip())}" for line in run.cautions))
+    cautions = [_inline(line.strip()) for line in run.cautions]
+    parts.append("\n".join(f"- {caution}" for caution in cautions))
     return "\n".join(f"{part}\n" for part in parts if part)
 
 
@@ -120,7 +122,9 @@ def _columns(schema: pa.Schema) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([_inline(cell) for cell in row] for row in rows)]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        lines.append([_inline(cell) for cell in row])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -97,7 +97,8 @@ class CommittedTable:
         Raises ``ConfigError`` if the catalog cannot be used, or has another table of that name.
         """
         assert request.iceberg is not None
-        self._id, self._asked = request.id_in(target), request.iceberg
+        self._id = request.id_in(target)
+        self._asked = request.iceberg
         self._target = target
         location = target if "://" in target else f"file://{target}"
         self._data = uris.join(location, "data")

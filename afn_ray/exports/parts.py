@@ -49,7 +49,8 @@ def _size_of_file(run: Run, request: ExportRequest, schema: pa.Schema, sizes: li
 
     A run may have fewer rows than tokens, or none: it keeps those of a sample, or no neurons.
     """
-    end = min(int(np.searchsorted(np.cumsum(sizes), SAMPLE_ROWS)) + 1, len(sizes))
+    num_full = int(np.searchsorted(np.cumsum(sizes), SAMPLE_ROWS))
+    end = min(num_full + 1, len(sizes))
     num_rows = _num_rows(run, request, end)
     while num_rows < FEWEST_ROWS and end < len(sizes):
         end = min(2 * end, len(sizes))

@@ -61,7 +61,8 @@ class Target:
         One that was begun for another request and wrote nothing is forgotten. Raises
         ``ConfigError`` if the folder holds anything else.
         """
-        names = {n for n in storage.list_names(self.uri) if not n.startswith(".")}
+        there = storage.list_names(self.uri)
+        names = {name for name in there if not name.startswith(".")}
         begun = [*storage.list_names(self.data), *storage.list_names(self._written)]
         if names <= {"plan.json", "data"} and not begun:
             if self._other_plan():
@@ -178,7 +179,8 @@ class Target:
     def clean(self, files: Sequence[ExportFile]) -> None:
         """Remove what earlier attempts left beside ``files``, and the notes on parts."""
         names = {file.name for file in files}
-        left = [n for n in storage.list_names(self.data) if OURS.fullmatch(n) and n not in names]
+        there = storage.list_names(self.data)
+        left = [name for name in there if OURS.fullmatch(name) and name not in names]
         notes = storage.list_names(self._written)
         storage.delete([uris.join(self.data, name) for name in left])
         storage.delete([uris.join(self._written, name) for name in notes])

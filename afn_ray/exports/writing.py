@@ -39,11 +39,15 @@ class _RowGroups:
     """Gathers batches into row groups of bounded size."""
 
     def __init__(self, file: pq.ParquetWriter, schema: pa.Schema, most_bytes: int) -> None:
-        self._file, self._schema, self._most_bytes = file, schema, most_bytes
+        self._file = file
+        self._schema = schema
+        self._most_bytes = most_bytes
         self._held: list[pa.RecordBatch] = []
 
     def write(self, batch: pa.RecordBatch) -> None:
-        columns = [c.cast(f.type) for c, f in zip(batch.columns, self._schema, strict=True)]
+        columns = []
+        for column, field in zip(batch.columns, self._schema, strict=True):
+            columns.append(column.cast(field.type))
         self._held.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         num_rows = sum(len(held) for held in self._held)
         if num_rows >= ROW_GROUP_ROWS or sum(h.nbytes for h in self._held) >= self._most_bytes:
