@@ -343,11 +343,15 @@ class _Parser:
                 f"where compares {column} with NULL, which is never true: write {column} IS NULL"
             )
         if kind == "string":
-            given, is_fit = token[1:-1].replace("''", "'"), column.kind in TEXTS
+            given = token[1:-1].replace("''", "'")
+            is_fit = column.kind in TEXTS
         elif kind == "number":
-            given, is_fit = token, column.kind in ("int64", "double")
+            given = token
+            is_fit = column.kind in ("int64", "double")
         elif kind == "name" and word in ("TRUE", "FALSE"):
-            given, token, is_fit = word, word, column.kind == "bool"
+            given = word
+            token = word
+            is_fit = column.kind == "bool"
         else:
             self._refuse()
         try:

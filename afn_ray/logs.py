@@ -41,7 +41,8 @@ class Lines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        level, message = record.levelname.lower(), record.getMessage()
+        level = record.levelname.lower()
+        message = record.getMessage()
         fields = {**self.about, **getattr(record, "afn", {"event": "log"})}
         if not self.is_json:
             known = [
@@ -67,7 +68,9 @@ class BestEffort:
 
     def __init__(self, log: logging.Logger, what: str) -> None:
         """``what``: what the run lacks when a call fails, such as "metrics"."""
-        self._log, self._what, self._told = log, what, False
+        self._log = log
+        self._what = what
+        self._told = False
 
     def call(self, function: Callable[..., T], *args: Any) -> T | None:
         """Return ``function(*args)``, or None where it raised."""
@@ -87,5 +90,6 @@ def to_stderr(form: str, **about: Any) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Lines(form, **about))
     log = logging.getLogger(ROOT)
-    log.handlers[:], log.propagate = [handler], False
+    log.handlers[:] = [handler]
+    log.propagate = False
     log.setLevel(logging.INFO)

@@ -30,7 +30,8 @@ def why_no_gpu(torch: str, cuda: str | None) -> str:
     """
     if cuda is None:
         return f"torch {torch} is built without CUDA: install a CUDA build (pytorch.org)"
-    driver, oldest = driver_version(), DRIVERS.get(int(cuda.partition(".")[0]))
+    driver = driver_version()
+    oldest = DRIVERS.get(int(cuda.partition(".")[0]))
     built = f"torch {torch} is built for CUDA {cuda}"
     if oldest is not None:
         built += f", which needs NVIDIA's driver {oldest} or newer"

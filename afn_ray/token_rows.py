@@ -14,10 +14,14 @@ from typing import Any, TypedDict
 from afn_ray import samples
 from afn_ray.errors import ConfigError
 
-ALL, SUMMARIES, HIGH, SAMPLE = "all", "summaries", "high", "sample"
+ALL = "all"
+SUMMARIES = "summaries"
+HIGH = "high"
+SAMPLE = "sample"
 FORM = re.compile(rf"{ALL}|{SUMMARIES}|{HIGH}|{SAMPLE}:{samples.SHARE.pattern}")
 """Form of the config's ``record``."""
-NO_TOKENS, NO_WORDS = (SUMMARIES,), (SUMMARIES, HIGH)
+NO_TOKENS = (SUMMARIES,)
+NO_WORDS = (SUMMARIES, HIGH)
 """Kinds of runs whose tokens cannot be listed, and whose words and texts cannot be put together."""
 SALT = "rows:"
 """Salt of the sample, so that it is independent of the documents that a run selects."""

@@ -49,7 +49,8 @@ def _dechunked(data: bytes) -> bytes:
         size_text = data[at : max(end, at)].partition(b";")[0].strip()
         if end < 0 or not CHUNK_SIZE.fullmatch(size_text):
             raise ValueError(f"no chunk begins at byte {at} of {len(data)}, and none was the last")
-        size, start = int(size_text, 16), end + 2
+        size = int(size_text, 16)
+        start = end + 2
         if size == 0:
             return bytes(body)
         at = start + size + 2

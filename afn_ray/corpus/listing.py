@@ -442,7 +442,9 @@ def _cut_lines(whole: FileSlice, encoding: str, shard_bytes: int) -> Iterator[Fi
                 end += len(piece)
                 if newline >= 0:
                     yield ended_slice(num_documents)
-                    start, num_documents, sha256 = end, 0, hashlib.sha256()
+                    start = end
+                    num_documents = 0
+                    sha256 = hashlib.sha256()
         is_altered = source.is_altered
     if start < end or not end or is_altered:  # the last slice has a document for the damage
         yield ended_slice(-1 if is_altered else num_documents + is_started)

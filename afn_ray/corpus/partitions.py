@@ -126,7 +126,8 @@ def _partitions(pattern: str) -> dict[date, list[str]]:
                     matched.append(f"{folder}{name}/")
         days = _by_day(part, names)
         if days:
-            before, after = parts[:depth], parts[depth + 1 :]
+            before = parts[:depth]
+            after = parts[depth + 1 :]
             patterns: dict[date, list[str]] = {}
             for day, of_day in days.items():
                 patterns[day] = ["/".join([*before, one, *after]) for one in sorted(of_day)]
@@ -139,8 +140,10 @@ def _by_day(part: str, names: Iterable[str]) -> dict[date, set[str]]:
     """The days in ``names``, which the glob ``part`` matches, and ``part`` narrowed to each."""
     days: dict[date, set[str]] = {}
     for name in names:
-        if found := max(series.days_in(name), default=None):
-            days.setdefault(found[0], set()).add(_narrowed(part, name, *found[1:]))
+        newest = max(series.days_in(name), default=None)
+        if newest is not None:
+            day, start, end = newest
+            days.setdefault(day, set()).add(_narrowed(part, name, start, end))
     return days
 
 

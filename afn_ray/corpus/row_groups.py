@@ -313,7 +313,8 @@ def parquet_documents(source: Source, slice: FileSlice, options: ReadOptions) ->
 def _group_documents(file: _OpenFile, group: int, uri: str, first_row: int) -> Iterator[Document]:
     """Yield the documents of a row group of the file at ``uri``; its first row is ``first_row``."""
     options = file.options
-    row, end = first_row, first_row + file.num_rows[group]
+    row = first_row
+    end = first_row + file.num_rows[group]
     taken, given = file.stored(group)
     row_bytes = taken / max(file.num_rows[group], 1)  # on average
 

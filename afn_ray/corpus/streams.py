@@ -93,7 +93,8 @@ class _Pieces:
 
     def read(self, size: int = -1, /) -> bytes:
         if self._i == len(self._block):
-            self._block, self._i = self._source.read(BLOCK_BYTES), 0
+            self._block = self._source.read(BLOCK_BYTES)
+            self._i = 0
         num_bytes = PIECE_BYTES if size < 0 else min(size, PIECE_BYTES)
         piece = self._block[self._i : self._i + num_bytes]
         if piece:
@@ -278,7 +279,9 @@ class Stream:
     def __init__(
         self, source: Source, compression: str, encoding: str = "", by_line: bool = False
     ) -> None:
-        self._source, self._compression, self._given = source, compression, encoding
+        self._source = source
+        self._compression = compression
+        self._given = encoding
         self._by_line = by_line
         self._line_encoding = ""  # known from the first block on
         self._pieces = _Pieces(source)
@@ -402,7 +405,10 @@ def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
 
     At most ``limit`` bytes are held in memory.
     """
-    offset, number, length, blank = start, 0, 0, True
+    offset = start
+    number = 0
+    length = 0
+    blank = True
     pieces: list[bytes] = []  # of the current line; empty once it is over the limit
 
     def line() -> Line:
@@ -411,7 +417,8 @@ def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
 
     for i, block in enumerate(stream):
         if i == 0 and start == 0 and block.startswith(BOM):
-            block, offset = block[len(BOM) :], len(BOM)
+            block = block[len(BOM) :]
+            offset = len(BOM)
         parts = block.split(b"\n")
         for j, part in enumerate(parts):
             length += len(part)
@@ -423,7 +430,10 @@ def lines(stream: Stream, limit: int, start: int = 0) -> Iterator[Line]:
             if j + 1 < len(parts):
                 stream.done = offset + length + 1 - start
                 yield line()
-                offset, number, length, blank = offset + length + 1, number + 1, 0, True
+                offset += length + 1
+                number += 1
+                length = 0
+                blank = True
                 pieces.clear()
     if length:
         stream.done = offset + length - start

@@ -26,7 +26,7 @@ def why_no_text(rows: Sequence[Mapping[str, Any]], options: ReadOptions) -> str:
     if options.id_column is None:
         return ""
     ids = _cells(rows, options.id_column)
-    if ids and not any(isinstance(cell, str | int) and not isinstance(cell, bool) for cell in ids):
+    if ids and not any(map(_can_be_id, ids)):
         return (
             f"id column {options.id_column!r} is {_named(ids[0])}, which cannot be an id; expected "
             "strings or whole numbers. Name another column, or leave id_column out: then ids are "
@@ -52,6 +52,10 @@ def _cells(rows: Sequence[Mapping[str, Any]], path: str) -> list[Any]:
     """The values at ``path`` in ``rows`` that show their type."""
     cells = [nested.find(row, path) for row in rows]
     return [cell for cell in cells if cell not in (nested.MISSING, None, [])]
+
+
+def _can_be_id(cell: object) -> bool:
+    return isinstance(cell, str | int) and not isinstance(cell, bool)
 
 
 def _is_text(cell: object) -> bool:

@@ -302,7 +302,8 @@ class _Page:
         """The body, decoded. Raises ``ValueError`` if it is over ``max_bytes``, cut or damaged."""
         if truncated := self.value("WARC-Truncated"):
             raise ValueError(f"body was cut by the crawler (WARC-Truncated: {str(truncated)[:40]})")
-        transfer, content = self._codings("Transfer-Encoding"), self._codings("Content-Encoding")
+        transfer = self._codings("Transfer-Encoding")
+        content = self._codings("Content-Encoding")
         if not transfer and len(self._data) < self._stated_bytes:
             raise ValueError(
                 f"body was cut: it has {len(self._data)} bytes, but its header states "
@@ -322,7 +323,9 @@ class _Page:
     def names(self) -> list[str]:
         """Names of its columns."""
         names = list(self._record.headers.keys())
-        return [*names, *(self.http.keys() if self.http is not None else ()), STATUS]
+        if self.http is not None:
+            names += self.http.keys()
+        return [*names, STATUS]
 
     def value(self, name: str) -> object:
         """The value of the column ``name``, in any case; None if there is none."""

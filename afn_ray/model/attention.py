@@ -210,7 +210,8 @@ def received(seen: Seen, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     weights, so this function recomputes the scores of one block, at most about ``SCORES`` or
     ``SCORES_ON_GPU`` at a time.
     """
-    heads, rows = seen.query.shape[1], seen.query.shape[2]
+    heads = seen.query.shape[1]
+    rows = seen.query.shape[2]
     at_once = SCORES_ON_GPU if seen.query.device.type == "cuda" else SCORES
     of_others = torch.zeros(heads, rows, device=seen.query.device)
     own = torch.zeros_like(of_others)

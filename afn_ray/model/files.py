@@ -122,7 +122,8 @@ def find_model(
     if path.is_dir():
         folder = path.resolve()
     elif path.is_file() and path.suffix == ".gguf":
-        folder, gguf = path.resolve().parent, path.name
+        folder = path.resolve().parent
+        gguf = path.name
     elif path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"no model at {name}: expected a folder with config.json, or a .gguf file")
     else:
@@ -175,7 +176,8 @@ def _text_config(name: str, config: Any, allow_untested: bool) -> Any:
             f"differs. Tested are: {', '.join(sorted(TESTED))}"
         )
     text = config.get_text_config()
-    depth, hidden = getattr(text, "num_hidden_layers", None), getattr(text, "hidden_size", None)
+    depth = getattr(text, "num_hidden_layers", None)
+    hidden = getattr(text, "hidden_size", None)
     if not isinstance(depth, int) or not isinstance(hidden, int):
         raise ModelError(
             f"{name} ({config.model_type}) does not say how many layers it has; is it a model of "

@@ -120,7 +120,8 @@ def choose(model: Model, check: Callable[[], None], needs: frozenset[str]) -> No
         _fuse(model, check, needs)
         model.norm, model.why_eager = FUSED, ""
     except Unfused as reason:
-        model.norm, model.why_eager = EAGER, str(reason)
+        model.norm = EAGER
+        model.why_eager = str(reason)
     why = model.why_eager
     logs.report(
         _log,

@@ -59,7 +59,8 @@ def add_norm_cast(
     dtype; the sum and the norm are float32.
     """
     assert added.shape == residual.shape, (added.shape, residual.shape)
-    added, residual = added.contiguous(), residual.contiguous()
+    added = added.contiguous()
+    residual = residual.contiguous()
     full = torch.empty_like(added, dtype=torch.float32)
     cast = torch.empty_like(added, dtype=dtype)
     num_columns = added.shape[-1]

@@ -70,7 +70,8 @@ class _Shortened:
                 prefix = f"{names[found]}.{at}."
                 self.left_out[prefix] = [prefix + key for key in found[at].state_dict()]
             del found[num_blocks:]
-            self.blocks, self.depth = self.blocks[:num_blocks], num_blocks
+            self.blocks = self.blocks[:num_blocks]
+            self.depth = num_blocks
 
     def _leave_out_other_models(self, model: Any) -> None:
         """Leave out the models beside the one of text, which read images or sound."""

@@ -52,7 +52,8 @@ class MappedFiles:
             header = json.loads(mapped[LENGTH_BYTES:begin])
             for name in checked.keys():  # noqa: SIM118 - no mapping
                 entry = header[name]
-                dtype, size = DTYPES.get(entry["dtype"]), entry["shape"]
+                dtype = DTYPES.get(entry["dtype"])
+                size = entry["shape"]
                 first, end = (begin + offset for offset in entry["data_offsets"])
                 if dtype is None or 0 in size or first % dtype.itemsize:
                     self.tensors[name] = checked.get_tensor(name).clone()  # it maps the file, too

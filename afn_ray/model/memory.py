@@ -62,7 +62,8 @@ def needed(name: str, device: torch.device, wanted: Callable[[], int]) -> Iterat
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise ModelError(
             f"{name} does not fit into the memory of {device}: its weights take "
             f"{wanted() / GB:.1f} GB, and {_available(device)} ({reason}). Use a smaller model, "

@@ -154,7 +154,8 @@ def weight_files(name: str, folder: Path, allow_pickle: bool) -> list[str]:
         index = f"{single}.index.json"
         stem, suffix = single.split(".")
         parts = {p.name for p in folder.glob(f"{stem}-*-of-*.{suffix}")}
-        whole, indexed = (folder / single).is_file(), (folder / index).is_file()
+        whole = (folder / single).is_file()
+        indexed = (folder / index).is_file()
         if not whole and not indexed:
             if parts:
                 raise ModelError(

@@ -116,7 +116,8 @@ def _find_place(model: Model, calls: Sequence[_Call], norm: str, needs: frozense
     behind, num_neurons = "", 0
     if "neurons" in needs:
         product = found["neurons"][-1]
-        behind, num_neurons = product.name, product.input.shape[-1]
+        behind = product.name
+        num_neurons = product.input.shape[-1]
         if experts := num_experts(model.module.config):
             raise ModelError(
                 f"{model.name} is a mixture of {experts} experts: its neurons are other ones for "
@@ -148,7 +149,8 @@ def _gram(call: _Call) -> torch.Tensor:
     assert call.attended is not None
     weight: torch.Tensor = call.module.weight  # type: ignore[assignment]
     weight = weight if isinstance(call.module, Conv1D) else weight.t()
-    parts = weight.detach().float().unflatten(0, (call.attended.query.shape[1], -1))
+    num_heads = call.attended.query.shape[1]
+    parts = weight.detach().float().unflatten(0, (num_heads, -1))
     gram: torch.Tensor = parts @ parts.transpose(1, 2)
     return gram
 

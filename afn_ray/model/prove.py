@@ -99,7 +99,8 @@ def _prepare(model: Model, sequences: Sequence[Sequence[int]], needs: frozenset[
 
 def _log_choice(model: Model) -> None:
     """Log how the model attends and computes its experts, and why it is not faster."""
-    dtype, why = name_of(model.dtype), model.why_slow or model.why_padded or ""
+    dtype = name_of(model.dtype)
+    why = model.why_slow or model.why_padded or ""
     experts = name_of(model.experts) if model.is_mixture else ""
     logs.report(
         _log,
@@ -275,7 +276,9 @@ def _choose_slower(model: Model, error: Exception, reasons: dict[str, str]) -> N
     that does not help, the experts become float32. Raises ``ModelError`` if there is no slower
     way.
     """
-    why, is_full, cast = _first_line(error), model.dtype == torch.float32, model.cast
+    why = _first_line(error)
+    is_full = model.dtype == torch.float32
+    cast = model.cast
     is_of_dtype = not is_full and _is_of_dtype(error)
     if model.flash and isinstance(error, attention.FlashRefused):
         model.flash, reasons["flash"] = False, f"flash attention is refused: {why}"
@@ -337,13 +340,14 @@ def _is_causal(model: Model, ids: Sequence[int]) -> bool:
 
     In that case a change of the last input does not change the outputs before it.
     """
-    another = next((i for i in ids if i != ids[-1]), 0 if ids[-1] else 1)
+    others = [i for i in ids if i != ids[-1]] or [0 if ids[-1] else 1]
     layers = [max(*model.layers, 1)]
     # Compare whole states: after a LayerNorm without gain all norms are equal.
-    before, after = (
-        model.measure(*_joined([sequence]), (States(),), layers)[0, :-1]
-        for sequence in (ids, [*ids[:-1], another])
-    )
+    states = []
+    for sequence in (ids, [*ids[:-1], others[0]]):
+        measured = model.measure(*_joined([sequence]), (States(),), layers)
+        states.append(measured[0, :-1])
+    before, after = states
     return bool(np.allclose(before, after, rtol=1e-6, atol=0))
 
 

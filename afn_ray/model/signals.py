@@ -132,7 +132,9 @@ def _by_layer(layers: Sequence[int], signal: Signal, columns: Sequence[str]) -> 
 class Strength(Signal):
     """Token Activation Strength: L2 norm of the hidden state (arXiv:2605.22377)."""
 
-    name, columns, unit = STRENGTH, (STRENGTH,), "of the hidden state"
+    name = STRENGTH
+    columns = (STRENGTH,)
+    unit = "of the hidden state"
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
         return [norm(site.hidden)]
@@ -141,7 +143,9 @@ class Strength(Signal):
 class Shift(Signal):
     """L2 norm of the block's change: its output minus its input."""
 
-    name, columns, unit = "shift", ("shift",), "of the hidden state"
+    name = "shift"
+    columns = ("shift",)
+    unit = "of the hidden state"
     first_layer = 1
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
@@ -156,7 +160,9 @@ class Centred(Signal):
     points into the dimensions of large gain. Blocks that end in a sum have no such norm.
     """
 
-    name, columns, unit = "centred", ("strength_centred",), "standard deviations"
+    name = "centred"
+    columns = ("strength_centred",)
+    unit = "standard deviations"
     first_layer, needs = 1, frozenset({"norm"})
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
@@ -170,7 +176,9 @@ class Trimmed(Signal):
     The calibration finds these dimensions, and the run stores them.
     """
 
-    name, columns, unit = "trimmed", ("strength_trimmed",), "of the hidden state"
+    name = "trimmed"
+    columns = ("strength_trimmed",)
+    unit = "of the hidden state"
     needs = frozenset({"outliers"})
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
@@ -184,7 +192,9 @@ class CentredMean(Signal):
     The calibration finds the mean state on a sample of the corpus, and the measure has it.
     """
 
-    name, columns, unit = "centred_mean", ("strength_centred_mean",), "of the hidden state"
+    name = "centred_mean"
+    columns = ("strength_centred_mean",)
+    unit = "of the hidden state"
     needs = frozenset({"mean"})
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
@@ -195,7 +205,9 @@ class CentredMean(Signal):
 class States(Signal):
     """Whole hidden states [..., rows, hidden_size], for use inside the package; never recorded."""
 
-    name, columns, unit = "states", ("states",), "of the hidden state"
+    name = "states"
+    columns = ("states",)
+    unit = "of the hidden state"
 
     def measure(self, site: Site) -> Sequence[torch.Tensor]:
         return [site.hidden.float()]
@@ -231,7 +243,9 @@ class Neurons(Signal):
     """
 
     name, unit = "neurons", "of the input of the MLP's last product"
-    first_layer, needs, is_series = 1, frozenset({"neurons"}), False
+    first_layer = 1
+    needs = frozenset({"neurons"})
+    is_series = False
 
     def __init__(self, top: int = TOP_NEURONS) -> None:
         self.columns = tuple(f"value_{i}" for i in range(top))  # type: ignore[misc]

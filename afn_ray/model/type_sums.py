@@ -50,7 +50,8 @@ class Chooser:
         slots = self._slot_of_id[ids[kept]]
         is_chosen = slots >= 0
         found, slot_of, n = np.unique(slots[is_chosen], return_inverse=True, return_counts=True)
-        rows, slot_of = kept[is_chosen], slot_of.astype(np.int64)
+        rows = kept[is_chosen]
+        slot_of = slot_of.astype(np.int64)
         return Chosen(self._num_types, rows, found, slot_of, n.astype(np.int64))
 
 

@@ -79,7 +79,8 @@ class Blocks:
         covers a whole block.
         """
         size = block_bytes(self.num_bytes)
-        first, last = start // size, -(-end // size)
+        first = start // size
+        last = -(-end // size)
         data = read(first * size, min(last * size, self.num_bytes))
         view = memoryview(data)
         found = "".join(_crc32(view[at : at + size]) for at in range(0, len(data), size))

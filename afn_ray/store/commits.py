@@ -230,7 +230,8 @@ def _describe_maker(made_by: Mapping[str, str]) -> str:
     if "cpu" in made_by:
         words = f"{made_by['cpu']} ({made_by.get('instructions', '?')})"
     if device == "cuda":
-        gpu, capability = made_by.get("gpu", "an unknown GPU"), made_by.get("capability", "?")
+        gpu = made_by.get("gpu", "an unknown GPU")
+        capability = made_by.get("capability", "?")
         attention = made_by.get("attention", "?")
         words = f"{gpu} (compute capability {capability}), attention {attention}"
         if made_by.get("norm") == "fused":

@@ -96,7 +96,9 @@ class RangeFile(io.RawIOBase):
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size: int, position: Any) -> None:
-        self._read, self._size, self._position = read, size, position
+        self._read = read
+        self._size = size
+        self._position = position
 
     def readable(self) -> bool:
         return True

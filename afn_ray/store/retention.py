@@ -96,7 +96,8 @@ def _last_audited(store: str, audited: Sequence[str]) -> set[str]:
         of_day = [run for _, run in dated]
         for runs in (newest, of_day):
             able = filter(verdicts.may_be_baseline, runs)
-            kept.update(run.id for run in (*runs[:1], *itertools.islice(able, 1)))
+            kept.update(run.id for run in runs[:1])
+            kept.update(run.id for run in itertools.islice(able, 1))
     return kept
 
 

@@ -216,7 +216,9 @@ def _status(error: BaseException) -> int:
 
 def _s3_code(error: BaseException) -> str:
     answer: Any = getattr(error, "response", None)
-    return str(answer.get("Error", {}).get("Code", "")) if isinstance(answer, dict) else ""
+    if not isinstance(answer, dict):
+        return ""
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

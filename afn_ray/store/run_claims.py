@@ -163,7 +163,8 @@ def _other_measure(config: RunConfig, runs: Sequence[str], measure: Measure) -> 
     for name in reversed(runs):
         plan = plans.read_plan(store, name)
         if plan is not None:
-            theirs, ours = base_of(plan[1].get("measure", {})), measure.base
+            theirs = base_of(plan[1].get("measure", {}))
+            ours = measure.base
             goes_on = ""
             if theirs | {"dtype": measure.dtype} == ours:  # as where new layers are no safe ones
                 goes_on = f"--dtype {theirs.get('dtype')} goes on with that measure. "

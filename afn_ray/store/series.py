@@ -100,7 +100,8 @@ def selection_of(config: Mapping[str, Any]) -> str:
 
 def selection_of_run(info: Mapping[str, Any]) -> str:
     """``selection_of`` the run with run.json ``info``; a limit that it did not reach is none."""
-    config, corpus = info["config"], info.get("corpus", {})
+    config = info["config"]
+    corpus = info.get("corpus", {})
     if not corpus.get("unread") and not corpus.get("unread_bytes"):
         config = {**config, "limit": None}
     return selection_of(config)

@@ -137,7 +137,8 @@ def nights_before(run: RunFolder, runs: Iterable[RunFolder]) -> Iterator[RunFold
 
 def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
     """True if a run before ``run`` is of the same night, by its request or its text."""
-    request, shards = run.id.rpartition("-")[2], _shards_sha256(run)
+    request = run.id.rpartition("-")[2]
+    shards = _shards_sha256(run)
 
     def is_same_night(earlier: RunFolder) -> bool:
         if earlier.id.endswith(f"-{request}"):

@@ -203,7 +203,8 @@ class StoredShard:
     def open(self, table: str) -> ShardTable:
         """The file of ``table``; to read a damaged block of it raises ``StoreError``."""
         name = str(self.commit.files[table]["name"])
-        uri, of_file = uris.join(self._folder, name), self._blocks[name]
+        uri = uris.join(self._folder, name)
+        of_file = self._blocks[name]
 
         def read_raw(start: int, end: int) -> bytes:
             return storage.read_bytes(uri, start, end)

@@ -280,7 +280,8 @@ def _uri(run: RunFolder) -> str:
 
 
 def _distance(row: Mapping[str, Any]) -> Distance:
-    group_by, group = _text_or_none(row["group_by"]), _text_or_none(row["group"])
+    group_by = _text_or_none(row["group_by"])
+    group = _text_or_none(row["group"])
     psi, ks, js = (_number(row[name]) for name in ("psi", "ks", "js"))
     return Distance(_whole(row["layer"]), group_by, group, psi, ks, js)
 

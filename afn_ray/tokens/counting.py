@@ -175,7 +175,8 @@ def _count_all(
 
 def _estimate(slices: Sequence[FileSlice], options: ReadOptions, encoder: TextEncoder) -> Count:
     """Estimate the tokens and documents of ``slices`` from places in them, before a sample."""
-    tally, options = _Tally(options), replace(options, sample="")
+    tally = _Tally(options)
+    options = replace(options, sample="")
     seed = fingerprint([piece.identity for piece in slices[:SEEDED_BY]])
     chance = np.random.default_rng(int(seed, 16))
     ends = np.cumsum([piece.num_bytes for piece in slices])
@@ -231,7 +232,8 @@ def _sampled(found: Count, share: Fraction) -> Count:
     A document's tokens are taken to spread as widely as their mean, as those of web pages do.
     """
     z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    tokens, documents = float(found.tokens * share), float(found.documents * share)
+    tokens = float(found.tokens * share)
+    documents = float(found.documents * share)
     half = max(found.high - found.tokens, found.tokens - found.low) * float(share)
     of_sample = z * tokens * math.sqrt(2 * float(1 - share) / max(documents, 1))
     half = math.hypot(half, of_sample)
@@ -301,7 +303,9 @@ class _Reader:
         num_whole: int,
         tally: _Tally,
     ) -> None:
-        self._options, self._encoder, self._chance = options, encoder, chance
+        self._options = options
+        self._encoder = encoder
+        self._chance = chance
         self._most_bytes = max(LEAST_READ_BYTES, READ_BYTES // max(1, num_whole))
         self.num_beginnings = 0
         self._tally = tally
@@ -319,18 +323,22 @@ class _Reader:
         """
         begin = piece.start + place // BLOCK_BYTES * BLOCK_BYTES
         end = min(begin + BLOCK_BYTES, piece.end)
-        first, last = _line_start(piece, begin), _line_end(piece, end)
+        first = _line_start(piece, begin)
+        last = _line_end(piece, end)
         documents = list(reading.read(_part_of(piece, first, last), self._options))
         if not documents:
             return _Density(0.0, 0.0)
         starts = [first, *(d.offset for d in documents[1:]), last]
         counts = self._count(documents)
         tokens = num = 0.0
-        for d, n, (a, b) in zip(documents, counts, itertools.pairwise(starts), strict=True):
-            if not self._tally.add(d):
+        places = itertools.pairwise(starts)
+        for document, n, (here, after) in zip(documents, counts, places, strict=True):
+            if not self._tally.add(document):
                 continue
-            share = max(0, min(b, end) - max(a, begin)) / (b - a)
-            tokens, num = tokens + share * n, num + share
+            in_block = max(0, min(after, end) - max(here, begin))
+            share = in_block / (after - here)
+            tokens += share * n
+            num += share
         return _Density(tokens / (end - begin), num / (end - begin))
 
     def _count(self, documents: Sequence[Document]) -> list[float]:
@@ -388,7 +396,8 @@ class _Reader:
             alone = len(template.prefix) + len(template.suffix)
             counts = [max(0, n - alone) for n in self._encoder.count(parts).tolist()]
             per_character = sum(counts) / sum(map(len, parts))
-            found.append(_Density((extra + per_character * ends[-1]) / stored, len(texts) / stored))
+            num_tokens = extra + per_character * ends[-1]
+            found.append(_Density(num_tokens / stored, len(texts) / stored))
         return found
 
 
@@ -401,7 +410,8 @@ def _window(texts: Sequence[str], ends: Sequence[int], begin: int, size: int) ->
         part = texts[at][offset : offset + size]
         yield part
         size -= len(part)
-        at, offset = (at + 1) % len(texts), 0
+        at = (at + 1) % len(texts)
+        offset = 0
 
 
 def _part_of(piece: FileSlice, begin: int, end: int) -> FileSlice:

@@ -71,7 +71,9 @@ class Encoded:
     @property
     def docs(self) -> Int32:
         """Document of every row, counted from 0: [n_tokens]."""
-        return np.repeat(np.arange(len(self.bounds) - 1, dtype=np.int32), np.diff(self.bounds))
+        num_documents = len(self.bounds) - 1
+        documents = np.arange(num_documents, dtype=np.int32)
+        return np.repeat(documents, np.diff(self.bounds))
 
     @property
     def positions(self) -> Int32:
@@ -125,7 +127,12 @@ class TextEncoder:
             raise ModelError(
                 f"the tokenizer makes {encoding.tokens} of 'a': no text between its special tokens"
             )
-        return Template(tuple(encoding.ids[: text[0]]), tuple(encoding.ids[text[-1] + 1 :]))
+        first = text[0]
+        last = text[-1]
+        return Template(
+            prefix=tuple(encoding.ids[:first]),
+            suffix=tuple(encoding.ids[last + 1 :]),
+        )
 
     def texts(self) -> tuple[list[str], list[str]]:
         """Every token type by id: in the tokenizer's notation, and as plain text."""
@@ -203,13 +210,16 @@ class TextEncoder:
         ``flags`` and ``word_end`` are theirs.
         """
         lengths, template = tokens.lengths, self.template
-        before, after = len(template.prefix), len(template.suffix)
+        before = len(template.prefix)
+        after = len(template.suffix)
         bounds = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(np.where(lengths > 0, lengths + before + after, 0), out=bounds[1:])
         rows = ranges(bounds[:-1] + before, lengths)
         token_ids, start, end, word_ends = (np.zeros(bounds[-1], np.int32) for _ in range(4))
         every_flag = np.full(bounds[-1], SPECIAL, np.uint8)
-        token_ids[rows], start[rows], end[rows] = tokens.ids, tokens.start, tokens.end
+        token_ids[rows] = tokens.ids
+        start[rows] = tokens.start
+        end[rows] = tokens.end
         every_flag[rows], word_ends[rows] = flags, word_end
         there = np.flatnonzero(lengths)
         last = bounds[there + 1] - after  # the first token of each suffix
@@ -433,7 +443,8 @@ def find_tags(
     alone.
     """
     result: list[str | None] = [None] * len(encoded.token_ids)
-    starts, stops = encoded.start.tolist(), np.maximum(encoded.end, encoded.word_end).tolist()
+    starts = encoded.start.tolist()
+    stops = np.maximum(encoded.end, encoded.word_end).tolist()
     special = (encoded.flags & SPECIAL).tolist()
     for (first, last), text, tagged in zip(
         pairwise(encoded.bounds.tolist()), texts, spans, strict=True

@@ -205,7 +205,8 @@ class Feed:
         self.ahead = AHEAD + num_processes
         self.executors: list[Executor]
         self._prepare: Callable[[list[str], list[bool], int], Prepared]
-        self._renewing, self._starting = threading.Lock(), threading.Lock()
+        self._renewing = threading.Lock()
+        self._starting = threading.Lock()
         self._started: dict[Executor, Future[None]] = {}
         self._open()
 
@@ -230,7 +231,8 @@ class Feed:
 
     def submit(self, documents: list[Document], oom_retries: int) -> _Work:
         """Start to prepare a chunk, after those submitted before it."""
-        texts, replaced = [d.text for d in documents], [d.num_replaced > 0 for d in documents]
+        texts = [d.text for d in documents]
+        replaced = [d.num_replaced > 0 for d in documents]
         executor = next(self._turns)
         with self._starting:
             started = self._started.get(executor)
@@ -289,7 +291,9 @@ class Chunks:
     """
 
     def __init__(self, feed: Feed, documents: Iterable[Document], oom_retries: int) -> None:
-        self._feed, self._executors, self._oom_retries = feed, feed.executors, oom_retries
+        self._feed = feed
+        self._executors = feed.executors
+        self._oom_retries = oom_retries
         # items: (documents, seconds, work), or an error, or None at the end
         self._ready: Queue[Any] = Queue(feed.ahead)
         self._first: list[Any] = []  # the next item, if ``is_ready`` has taken it from the queue

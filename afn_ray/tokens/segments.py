@@ -114,7 +114,8 @@ class Segments:
 
         Most are encoded as one long text, since a text costs as much as several of its tokens.
         """
-        joined, alone = self.distinct[: self.num_joined], self.distinct[self.num_joined :]
+        joined = self.distinct[: self.num_joined]
+        alone = self.distinct[self.num_joined :]
         joint = self.cut.joint
         sizes = np.array([len(segment) + len(joint) for segment in joined], np.int64)
         tokens = TextTokens.of(batch([joint.join(joined), *alone]))
@@ -162,7 +163,8 @@ def find_cut(tokenizer: Tokenizer) -> Cut | None:
     if not all(map(_is_local, added.values())):
         return None
     try:
-        normalizer, splitter = _settings(tokenizer.normalizer), _settings(tokenizer.pre_tokenizer)
+        normalizer = _settings(tokenizer.normalizer)
+        splitter = _settings(tokenizer.pre_tokenizer)
         after = _settings(tokenizer.post_processor)
     except Exception:  # noqa: BLE001 - a part that is written in Python has no settings
         return None

@@ -116,7 +116,8 @@ def _at_rows(
 ) -> pa.DictionaryArray:
     """The ``strings`` with these ``numbers`` in these ``rows`` of a column; null in the others."""
     encoded = pa.array(numbers).dictionary_encode()  # in the order of the rows
-    indices, is_null = np.zeros(num_rows, np.int32), np.ones(num_rows, np.bool_)
+    indices = np.zeros(num_rows, np.int32)
+    is_null = np.ones(num_rows, np.bool_)
     indices[rows] = encoded.indices.to_numpy()
     is_null[rows] = False
     column = pa.array(indices, mask=is_null)

@@ -54,7 +54,8 @@ def make_windows(
     overlap. In decoders (``causal``) only context to the left counts, so the earlier window records
     the whole overlap. The last window of a document is moved left until it is full.
     """
-    before, after = len(template.prefix), len(template.suffix)
+    before = len(template.prefix)
+    after = len(template.suffix)
     windows: list[Window] = []
     for first_row, next_row in zip(
         encoded.bounds[:-1].tolist(), encoded.bounds[1:].tolist(), strict=True
@@ -160,7 +161,8 @@ def _packs(windows: Sequence[Window], batch_tokens: int) -> list[list[Window]]:
     lengths = sorted(by_length)
     packs = []
     while lengths:
-        pack, room = [], max(batch_tokens, lengths[-1])
+        pack = []
+        room = max(batch_tokens, lengths[-1])
         while at := bisect.bisect_right(lengths, room):
             same = by_length[lengths[at - 1]]
             n = min(len(same), room // lengths[at - 1])
