@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from afn_ray.fingerprints import fingerprint
 from afn_ray.schema import VALUES_VERSION, Series
@@ -25,7 +24,38 @@ OF_COLUMNS = frozenset(
 """Keys of a measure that decide which values of a token are recorded, and no token itself."""
 
 
-def base_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+class StoredMeasure(TypedDict, total=False):
+    """A measure as plans and run.json store it; what is not recorded has no key."""
+
+    id: str  # in run.json alone
+    schema_version: int
+    model: dict[str, str]
+    model_type: str
+    layers: list[int]
+    signals: list[str]
+    series: list[list[Any]]  # pairs of a signal and a layer
+    window_tokens: int
+    overlap_tokens: int
+    offsets: bool
+    neuron_layers: list[int]
+    top_neurons: int
+    dtype: str
+    labels: str
+    languages: str
+    outliers: list[list[int]]
+    neurons_above: list[float]
+    mean_types: list[int]
+    means: list[str]
+
+
+def without_id(stored: StoredMeasure) -> StoredMeasure:
+    """``stored`` as a plan has it."""
+    measure = stored.copy()
+    measure.pop("id", None)
+    return measure
+
+
+def base_of(stored: StoredMeasure) -> dict[str, object]:
     """The part of a stored measure that decides which tokens there are, and how models run.
 
     Measures of one base have the same tokens, so that their columns can stand side by side.
@@ -73,7 +103,7 @@ class Measure:
     schema_version: int = VALUES_VERSION
 
     @classmethod
-    def of_dict(cls, stored: Mapping[str, Any]) -> Measure:
+    def of_dict(cls, stored: StoredMeasure) -> Measure:
         """The measure that ``as_dict`` gave as ``stored``.
 
         Keys of other versions, and the id in run.json, are left out: the id of a stored measure is
@@ -107,7 +137,7 @@ class Measure:
         return fingerprint(self.as_dict())
 
     @property
-    def base(self) -> dict[str, Any]:
+    def base(self) -> dict[str, object]:
         """``base_of`` this measure."""
         return base_of(self.as_dict())
 
@@ -121,9 +151,9 @@ class Measure:
         """True if the languages of documents are detected."""
         return self.languages is not None
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> StoredMeasure:
         """The measure as plans and run.json store it; what is not recorded has no key."""
-        value: dict[str, Any] = {
+        value: StoredMeasure = {
             "schema_version": self.schema_version,
             "model": dict(self.model),
             "model_type": self.model_type,

@@ -73,9 +73,9 @@ def thresholds_of(record: str) -> dict[int, float]:
     return {int(layer): float(q3) for layer, q3 in pairs}
 
 
-def record_of(info: Mapping[str, Any]) -> str:
-    """The ``record`` of a run, by its run.json; an older one has all rows, one of no form none."""
-    found = info["config"].get("record", ALL)
+def record_of(config: Mapping[str, Any]) -> str:
+    """The ``record`` of a stored ``config``; an older one has all rows, one of no form none."""
+    found = config.get("record", ALL)
     return found if isinstance(found, str) and FORM.fullmatch(found) else SUMMARIES
 
 
@@ -84,11 +84,9 @@ def is_complete(record: str) -> bool:
     return record == ALL
 
 
-def check_complete(info: Mapping[str, Any]) -> None:
-    """Raise ``ConfigError`` unless the run of ``info``, a run.json, keeps
-    the rows of all tokens.
-    """
-    record = record_of(info)
+def check_complete(config: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` unless a run of the stored ``config`` keeps the rows of all tokens."""
+    record = record_of(config)
     if not is_complete(record):
         raise ConfigError(why_refused(record))
 

@@ -51,6 +51,7 @@ from afn_ray.config import RunConfig
 from afn_ray.corpus_values import ReadOptions, Shard
 from afn_ray.measure import Measure
 from afn_ray.query import processes
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import demo
 from afn_ray.schema import TOKEN_CHARS, strengths
 from afn_ray.store import blocks, checksums, layout, shard_files, storage, uris
@@ -376,7 +377,7 @@ def printed(render: Any, result: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-RUN_INFO: dict[str, Any] = {
+RUN_INFO: RunInfo = {
     "measure": {}, "model": {}, "layers": [8], "config": {}, "corpus": {}, "counts": {},
     "tables": {}, "created_at": "",
     "precision": {"dtype": "float32", "asked": "float32", "device": "cpu", "why": "asked for",

@@ -25,6 +25,7 @@ import pytest
 import warm_workers
 from afn_ray.analysis import json_schema
 from afn_ray.cli import commands
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import PLAN_SCHEMA
 from afn_ray.store import manifest
 from afn_ray.store.manifest import RunFolder
@@ -166,10 +167,13 @@ def complete(
     name = f"{began.strftime('%Y%m%dT%H%M%S')}.000Z-{ask or began.strftime('%m%d%H') + '0' * 6}"
     run = RunFolder(f"{store}/runs/{name}", str(store), name, {})
     plan = manifest.write_table(run, "plan", PLAN_SCHEMA.empty_table())
-    info = {k: v for k, v in RUN_INFO.items() if k != "tables"} | {
+    tables = {"plan": plan}
+    if shards:
+        tables["shards"] = {"name": "s", "bytes": 1, "sha256": shards, "crc32": ""}
+    info: RunInfo = {
+        **RUN_INFO,
         "measure": {"id": measure, "model": {"config.json": measure}},
-        "tables": {"plan": plan}
-        | ({"shards": {"name": "s", "bytes": 1, "sha256": shards}} if shards else {}),
+        "tables": tables,
         "config": {"corpus": list(corpus), "layers": "0,2/3", **config},
     }
     return manifest.finish_run(run, info) if done else run

@@ -7,13 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.fingerprints import fingerprint
-from afn_ray.measure import Measure
+from afn_ray.measure import Measure, StoredMeasure
 from conftest import make_measure
 
 STORE = Path(__file__).parent / "data" / "store"
@@ -26,11 +25,11 @@ EVERY_KEY = (
 """Keys of a measure, in the order in which plans and run.json hold them."""
 
 
-def kept() -> dict[str, Any]:
+def kept() -> StoredMeasure:
     """The measure that the kept store's run recorded, with its id."""
     (run,) = (STORE / "runs").iterdir()
-    info: dict[str, Any] = json.loads((run / "run.json").read_text())["measure"]
-    return info
+    measure: StoredMeasure = json.loads((run / "run.json").read_text())["measure"]
+    return measure
 
 
 def full_measure() -> Measure:
@@ -94,7 +93,7 @@ def test_a_measure_is_read_as_it_was_stored() -> None:
 @pytest.mark.parametrize("key", [key for key in EVERY_KEY if key in make_measure().as_dict()])
 def test_a_measure_without_a_key_is_refused_by_its_name(key: str) -> None:
     stored = make_measure().as_dict()
-    del stored[key]
+    del stored[key]  # type: ignore[misc]  # a key of the parameters
     with pytest.raises(KeyError, match=key):
         Measure.of_dict(stored)
 

@@ -147,7 +147,7 @@ def claims(
     if masked_documents:  # the model may be missing here, which is known before any figure
         precheck.check_question(run if isinstance(run, str) else run.uri, local.name)
     with opened(run, timeout_s=timeout_s) as tables:
-        token_rows.check_complete(tables.info)
+        token_rows.check_complete(tables.info["config"])
         masked: list[Figure] = []
         note = ""
         if masked_documents:

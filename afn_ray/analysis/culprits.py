@@ -74,7 +74,7 @@ class _Asked:
     def has_all_rows(self) -> bool:
         """True if there is a run, and it keeps the rows of all tokens."""
         return self._run is not None and token_rows.is_complete(
-            token_rows.record_of(self._run.info)
+            token_rows.record_of(self._run.info["config"])
         )
 
     def table(self, query: str, parameters: Mapping[str, Any] | None = None) -> pa.Table | None:

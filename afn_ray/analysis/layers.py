@@ -114,7 +114,7 @@ def compare_layers(
     with checksums.named_damage(f"{a.uri} or {b.uri}"), ExitStack() as stack:
         layer_a, layer_b = _chosen_layers(a, b, layers)
         for run in (a, b):
-            token_rows.check_complete(run.info)
+            token_rows.check_complete(run.info["config"])
         opened_a = opened_b = stack.enter_context(database.open_run(a.uri, timeout_s=timeout_s))
         if a.uri != b.uri:
             opened_b = stack.enter_context(database.open_run(b.uri, timeout_s=timeout_s))

@@ -124,7 +124,7 @@ def lacking(policy: Policy, run: RunFolder) -> str | None:
     can.
     """
     has_scan = "sources" in run.info["tables"]
-    record = token_rows.record_of(run.info)
+    record = token_rows.record_of(run.info["config"])
     return _lacking(policy, f"run {run.uri}", grouped_by(run), record, has_scan=has_scan)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from afn_ray import model
 from afn_ray.analysis.local_model import LocalModel
 from afn_ray.errors import ConfigError, ModelError
+from afn_ray.measure import StoredMeasure
 from afn_ray.runs import cluster, worker
 from afn_ray.runs.measurer import Measured, Measurer, find_model_files
 from afn_ray.runs.task import Task
@@ -77,7 +77,7 @@ def recorded_task(run: manifest.RunFolder, local: LocalModel) -> Task:
     return replace(task, measure=replace(measure, languages=None, mean_types=()))
 
 
-def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+def _not_the_same(name: str, run: str, theirs: StoredMeasure, ours: StoredMeasure) -> str:
     differences = []
     for key in sorted({*theirs, *ours} - {"id"}):
         there = theirs.get(key)
@@ -85,7 +85,7 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
         if there == here:
             continue
         if key == "model":
-            parts = ", ".join(_different_parts(there or {}, here or {}))
+            parts = ", ".join(_different_parts(theirs.get("model", {}), ours.get("model", {})))
             differences.append(f"these parts of it differ: {parts}")
         else:
             differences.append(f"{key} is {json.dumps(there)} in the run, {json.dumps(here)} here")
@@ -96,7 +96,7 @@ def _not_the_same(name: str, run: str, theirs: dict[str, Any], ours: dict[str, A
     )
 
 
-def _different_parts(theirs: dict[str, Any], ours: dict[str, Any]) -> Iterator[str]:
+def _different_parts(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Iterator[str]:
     """Parts of a model's identity that differ, with both values where people can read them."""
     for part in sorted({*theirs, *ours}):
         if theirs.get(part) == ours.get(part):

@@ -26,7 +26,7 @@ from afn_ray.analysis.table_difference import difference
 from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.measure import Measure
+from afn_ray.measure import Measure, StoredMeasure, without_id
 from afn_ray.query import database
 from afn_ray.reduce import (
     duplicates,
@@ -66,7 +66,7 @@ class RunCheck:
         self.shards: list[Shard] = []
         self.measure: Measure | None = None  # None: its plan cannot be read, or is no measure
         self.measure_id = ""
-        self._stored_measure: dict[str, Any] = {}
+        self._stored_measure: StoredMeasure = {}
         self._config: dict[str, Any] = {}
         self.num_files = self.num_bytes = 0
         self.proved = False
@@ -164,7 +164,7 @@ class RunCheck:
     @property
     def record(self) -> str:
         """The rows of tokens that the run keeps, by its plan."""
-        return token_rows.record_of({"config": self._config})
+        return token_rows.record_of(self._config)
 
     def _find(self, kind: str, uri: str, message: str, advice: str | None = None) -> None:
         self.findings.append(Finding(kind, uri, f"{message}; {advice or self._redo}"))
@@ -312,13 +312,14 @@ class RunCheck:
         """Check what run.json repeats of its plan."""
         info = self.folder.info
         given_up = {entry["shard"] for entry in info.get("quarantined", [])}
-        measure = {key: value for key, value in info["measure"].items() if key != "id"}
         if info["id"] != self.folder.id:
             self._find("misplaced", self._run_json, f"it is the run.json of run {info['id']}")
         if given_up - {shard.id for shard in self.shards}:
             message = "it names quarantined shards that its plan does not have"
             self._find("tables", self._run_json, message)
-        if measure != self._stored_measure or info["measure"].get("id") != self.measure_id:
+        measure = info["measure"]
+        is_same = without_id(measure) == self._stored_measure
+        if not is_same or measure.get("id") != self.measure_id:
             message = f"its measure is not {self.measure_id} of its plan"
             self._find("misplaced", self._run_json, message)
         if info["layers"] != self._stored_measure["layers"]:

@@ -48,7 +48,7 @@ def about(run: Run, request: ExportRequest) -> AboutRun:
         provenance.command_line(config),
         run_facts.cautions(summary),
         labels,
-        described(request.table, token_rows.record_of(run.info)) if request.table else "",
+        described(request.table, token_rows.record_of(run.info["config"])) if request.table else "",
         left_out(run, request.table or str(request.sql)),
     )
 

@@ -259,7 +259,7 @@ def _shard_views(
         word_table=word_table,
         detected=folder.info["measure"].get("languages") is not None,
         mean_vectors=mean_vectors,
-        record=token_rows.record_of(folder.info),
+        record=token_rows.record_of(folder.info["config"]),
     )
     neurons = None
     if "neurons" in paths:
@@ -347,9 +347,9 @@ def _shard_files(folder: manifest.RunFolder, shards: pa.Table) -> dict[str, list
 
 def _run_file(folder: manifest.RunFolder, table: str) -> _TableFile:
     """The file of the run's ``table``. Raises ``StoreError`` for a name that is not safe."""
-    entry = folder.info["tables"].get(table, {})
-    path = f"runs/{folder.id}/{entry.get('name')}"
-    if not RUN_FILE_NAME.fullmatch(path):
+    entry = folder.info["tables"].get(table)
+    path = f"runs/{folder.id}/{entry.get('name') if entry else None}"
+    if entry is None or not RUN_FILE_NAME.fullmatch(path):
         raise StoreError(
             f"{folder.uri}/run.json is damaged: {path!r} is not the name of a run's table"
         )

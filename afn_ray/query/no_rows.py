@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from afn_ray import token_rows
 from afn_ray.query.views import VIEWS
+from afn_ray.run_info import RunInfo
 
 if TYPE_CHECKING:
     from afn_ray.query.database import Run
@@ -29,9 +29,9 @@ OF_TOKENS = re.compile(r"\b(tokens|words|kwic|classes|document_text)\b")
 """Views and macros that are made of the rows of tokens."""
 
 
-def why_some_rows(info: Mapping[str, Any], query: str) -> list[str]:
+def why_some_rows(info: RunInfo, query: str) -> list[str]:
     """Reason why ``query`` sees rows of some tokens alone; ``info`` is the run's run.json."""
-    record = token_rows.record_of(info)
+    record = token_rows.record_of(info["config"])
     if token_rows.is_complete(record) or not (found := OF_TOKENS.search(query)):
         return []
     return [f"{found[1]}: the run recorded {token_rows.describe(record)}"]
@@ -60,9 +60,9 @@ def why_no_rows(run: Run, query: str) -> list[str]:
     return notes
 
 
-def _why_empty(info: Mapping[str, Any], view: str) -> str:
+def _why_empty(info: RunInfo, view: str) -> str:
     """Reason why the view is empty, or the description that says when it is."""
-    record = token_rows.record_of(info)
+    record = token_rows.record_of(info["config"])
     if view not in SCREENED or token_rows.is_complete(record):
         return VIEWS[view]
     return (

@@ -7,7 +7,7 @@ the same corpus. ``reduce.distances`` defines them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -234,7 +234,7 @@ def complete_run(run: str | RunFolder) -> RunFolder:
 # --- notes for the reader ---
 
 
-def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def differences(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
     """Keys of two measures with different values, with both values, cut."""
     keys = sorted({*a, *b} - {"id"})
     differing = [key for key in keys if a.get(key) != b.get(key)]

@@ -28,6 +28,7 @@ from afn_ray.reduce.features import read_columns
 from afn_ray.reduce.shards import CommittedFile, CommittedShards, LeftOut
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Inline, Tasks, batches, merge_parts
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import DUPLICATES_SCHEMA
 from afn_ray.text import count, printable
 
@@ -63,7 +64,7 @@ class Figures(NamedTuple):
     id_documents: int  # documents with one of these ids
     examples: tuple[RepeatedId, ...]  # of repeated ids
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The figures as plain values; the inverse of ``figures_of``."""
         return self._asdict() | {"examples": [one._asdict() for one in self.examples]}
 
@@ -83,21 +84,21 @@ class Duplicates(NamedTuple):
         return LeftOut(self.table["doc"].to_numpy(), self.figures.tokens)
 
 
-def figures_of(info: Mapping[str, Any]) -> Figures | None:
+def figures_of(info: RunInfo) -> Figures | None:
     """The figures in ``info``, a run.json; None if it is older than they are."""
     found = info.get("duplicates")
     if found is None:
         return None
     examples = tuple(RepeatedId(**example) for example in found["examples"])
-    return Figures(**found | {"examples": examples})
+    return Figures(**{**found, "examples": examples})
 
 
-def choice_of(info: Mapping[str, Any]) -> str:
+def choice_of(info: RunInfo) -> str:
     """Treatment of copies by the run of ``info``, a run.json: ``KEEP``, ``ONCE`` or ``WEIGHT``."""
     return str(info["config"].get("duplicates", KEEP))
 
 
-def duplicate_share(info: Mapping[str, Any], figures: Figures) -> float:
+def duplicate_share(info: RunInfo, figures: Figures) -> float:
     """Share of the measured documents that are copies of others, 0 to 1; ``info`` is a run.json."""
     counts = info["counts"]
     measured: int = counts["documents"] - counts["empty"] - counts["quarantined"]

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from afn_ray.corpus_values import FileInfo, FileSlice, Shard
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.tasks import Inline, Tasks, batches, merged
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import FILES_SCHEMA
 from afn_ray.store import manifest, parquet
 from afn_ray.store.layout import is_store_file
@@ -294,7 +295,7 @@ def count_unknown(vocabulary: pa.Table, unknown: int | None) -> int:
     return _sum(found.filter(of_text)["n"])
 
 
-def describe_unknown(info: Mapping[str, Any]) -> str:
+def describe_unknown(info: RunInfo) -> str:
     """Sentence about the share of unknown tokens in a run's text.
 
     It is empty unless the share is above ``UNKNOWN_SHARE``.

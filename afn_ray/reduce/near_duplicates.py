@@ -14,7 +14,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from afn_ray.reduce.screen import joined_text
 from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tasks import Inline, Tasks, in_groups, merge_parts
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import NEAR_DUPLICATES_SCHEMA
 from afn_ray.store import records
 from afn_ray.store.shard_tables import DOC, ShardTable
@@ -95,7 +96,7 @@ def band_size(threshold: float) -> int:
     return max(size for size, miss in zip(sizes, misses, strict=True) if miss <= 1 - RECALL)
 
 
-def share_of(info: Mapping[str, Any]) -> float | None:
+def share_of(info: RunInfo) -> float | None:
     """Share of near-copies among the documents with tokens that count; None if not looked for.
 
     ``info`` is a run.json.
@@ -108,7 +109,7 @@ def share_of(info: Mapping[str, Any]) -> float | None:
     return float(found["documents"] / max(1, measured))
 
 
-def describe(info: Mapping[str, Any]) -> str:
+def describe(info: RunInfo) -> str:
     """Sentence about the near-copies of a run; empty if it has none. ``info`` is a run.json."""
     share = share_of(info)
     if not share:

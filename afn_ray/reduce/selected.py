@@ -7,11 +7,12 @@ from typing import Any
 
 from afn_ray.corpus_values import Unread
 from afn_ray.reduce.losses import bytes_text
+from afn_ray.run_info import RunInfo
 from afn_ray.store import series
 from afn_ray.text import count, printable
 
 
-def describe(info: Mapping[str, Any]) -> str:
+def describe(info: RunInfo) -> str:
     """The selection of the run of ``info``, a run.json, and what it left out; empty without one."""
     asked = series.selection_of(info["config"])
     if not asked:

@@ -25,6 +25,7 @@ from afn_ray.reduce import (
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
 from afn_ray.reduce.tree import LabelRules, RecordedSeries, reduce_run
+from afn_ray.run_info import RunInfo, UnknownTokens
 from afn_ray.runs import cluster, composition, events, measurer, precheck, preparation, reports
 from afn_ray.runs.dispatch import OnProgress
 from afn_ray.runs.events import Event, OnEvent, on_warning
@@ -121,7 +122,7 @@ def _finish(
     texts = TokenTexts(*encoder.texts())
     tables, found = _reduce(asked, results, texts, on_event)
     names = {name: manifest.write_table(folder, name, table) for name, table in tables.items()}
-    unknown = {
+    unknown: UnknownTokens = {
         "token": None if encoder.unknown is None else texts.pieces[encoder.unknown],
         "tokens": losses.count_unknown(tables["vocabulary"], encoder.unknown),
     }
@@ -129,19 +130,18 @@ def _finish(
     facts["counts"] |= duplicates.counted(facts["counts"], found, tables["thresholds"])
     facts["duplicates"] = found.figures.to_json()
     if config.near_duplicates is not None:
-        near = {"threshold": config.near_duplicates, "documents": len(tables["near_duplicates"])}
-        facts["near_duplicates"] = near
-    times = {
-        "created_at": plans.created_at(folder),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - began, 1),
-    }
+        facts["near_duplicates"] = {
+            "threshold": config.near_duplicates,
+            "documents": len(tables["near_duplicates"]),
+        }
     provenance = provenance_of(results.commits)
-    info = {
+    info: RunInfo = {
         **facts,
         "unknown": unknown,
         "quarantined": given_up(results.given_up, results.failures),
-        **times,
+        "created_at": plans.created_at(folder),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 1),
         "made_by": results.commits[0].made_by,
         "makers": describe_makers(provenance),
         "provenance": provenance,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -78,11 +78,11 @@ class Precision:
                 return True
         return False
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
-def from_json(value: dict[str, Any]) -> Precision:
+def from_json(value: Mapping[str, Any]) -> Precision:
     """The inverse of ``Precision.to_json``; a schema version beside it is left out.
 
     Raises ``StoreError`` for any other value.

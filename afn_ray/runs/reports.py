@@ -85,7 +85,7 @@ def report_losses(run: manifest.RunFolder, on_event: OnEvent) -> None:
     skipped = losses.describe_skipped(losses.skipped_files(files))
     if skipped:
         on_event(events.Complete(f"skipped: {skipped}"))
-    record = token_rows.record_of(run.info)
+    record = token_rows.record_of(run.info["config"])
     if not token_rows.is_complete(record):
         on_event(events.Complete(f"recorded: {token_rows.describe(record)}"))
     if selection := selected.describe(run.info):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import IncompleteRun
 from afn_ray.reduce import lexicon, losses
+from afn_ray.run_info import Quarantined, RunInfo, TableEntry
 from afn_ray.runs.preparation import Preparation
 from afn_ray.store import (
     plans,
@@ -52,8 +52,8 @@ def collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> 
 
 
 def facts_of(
-    asked: Preparation, results: Results, tables: Mapping[str, Any], num_reused: int
-) -> dict[str, Any]:
+    asked: Preparation, results: Results, tables: dict[str, TableEntry], num_reused: int
+) -> RunInfo:
     """Entries of run.json on the inputs and the shards of a run."""
     config = asked.config
     measure = asked.task.measure
@@ -90,12 +90,12 @@ def facts_of(
     }
 
 
-def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[dict[str, str]]:
+def given_up(shards: Sequence[Shard], failures: Mapping[str, str]) -> list[Quarantined]:
     """``shards`` that were quarantined, as run.json lists them.
 
     The first ``MOST_REASONS`` have file and reason, the others only their id.
     """
-    listed = [
+    listed: list[Quarantined] = [
         {"shard": s.id, "uri": s.slices[0].uri, "reason": failures[s.id][:MOST_CHARS]}
         for s in shards[:MOST_REASONS]
     ]

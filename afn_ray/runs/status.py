@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from afn_ray import notebook
 from afn_ray.errors import StoreError
+from afn_ray.run_info import RunInfo
 from afn_ray.store import checksums, manifest, probes, storage, uris
 from afn_ray.store.layout import PLANNING, STATUS
 
@@ -333,7 +334,7 @@ class _StatusReader:
             return self._now_s
 
 
-def _body_of(info: dict[str, Any]) -> dict[str, Any]:
+def _body_of(info: RunInfo) -> dict[str, Any]:
     """The run.json of a complete run, with the keys of a status."""
     counts = info["counts"]
     config = info["config"]

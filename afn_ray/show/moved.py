@@ -133,7 +133,7 @@ def _examples(
 
     A run that does not keep the rows of all tokens has none.
     """
-    if not token_rows.is_complete(token_rows.record_of(run.info)):
+    if not token_rows.is_complete(token_rows.record_of(run.info["config"])):
         return {}
     with database.open_run(run.uri, timeout_s=timeout_s) as tables:
         find = _places_of_words if key == "word" else _places_of_types

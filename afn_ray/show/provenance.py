@@ -13,6 +13,7 @@ from typing import Any
 from afn_ray import token_rows
 from afn_ray.config import RunConfig
 from afn_ray.provenance import PACKAGES
+from afn_ray.run_info import Maker, RunInfo
 from afn_ray.text import count
 
 MOST_CHARS = 2000
@@ -23,7 +24,7 @@ REASONS = {"attention": "why", "norm": "why_eager"}
 """Choices of a model in a commit, each with the entry that has its reason, if there is one."""
 
 
-def facts(info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def facts(info: RunInfo) -> Iterator[tuple[str, str]]:
     """Names and values of what measured the shards of the run with run.json ``info``.
 
     Runs of older versions record less, and have fewer facts.
@@ -48,7 +49,7 @@ def _by_shards(numbers: Mapping[str, int]) -> str:
     return "; ".join(f"{count(n, 'shard')} on {text}" for text, n in numbers.items())
 
 
-def _chosen(provenance: Sequence[Mapping[str, Any]], name: str, why: str) -> str:
+def _chosen(provenance: Sequence[Maker], name: str, why: str) -> str:
     """The choice ``name`` of the models that give its reason ``why``; "" if none does."""
     numbers: Counter[str] = Counter()
     for kind in provenance:
@@ -60,7 +61,7 @@ def _chosen(provenance: Sequence[Mapping[str, Any]], name: str, why: str) -> str
     return "; ".join(f"{count(n, 'shard')} by {text}" for text, n in numbers.most_common())
 
 
-def _software(provenance: Sequence[Mapping[str, Any]]) -> str:
+def _software(provenance: Sequence[Maker]) -> str:
     """Version of each software, or its versions with their numbers of shards."""
     texts = []
     for name in ("python", *PACKAGES):
@@ -76,7 +77,7 @@ def _software(provenance: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(texts)
 
 
-def _final_norms(provenance: Sequence[Mapping[str, Any]]) -> str:
+def _final_norms(provenance: Sequence[Maker]) -> str:
     """Place of the last layer's values by the model's final norm; "" if no commit says it."""
     said = {kind["made_by"].get("final_norm") for kind in provenance} - {None}
     if said == {"left out"}:

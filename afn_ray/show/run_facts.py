@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from afn_ray import token_rows
 from afn_ray.reduce import duplicates, losses, near_duplicates, selected
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import precision
 from afn_ray.show import provenance
 from afn_ray.show.figures import figure
@@ -124,14 +124,14 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     return rows
 
 
-def _kept_rows(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _kept_rows(info: RunInfo) -> Iterator[tuple[str, str]]:
     """Rows of tokens that the run keeps, if not all."""
-    record = token_rows.record_of(info)
+    record = token_rows.record_of(info["config"])
     if not token_rows.is_complete(record):
         yield "recorded", token_rows.describe(record)
 
 
-def _copies(info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _copies(info: RunInfo) -> Iterator[tuple[str, str]]:
     """Facts about copies and repeated ids; none for a run that does not know them, or has none."""
     found = duplicates.figures_of(info)
     if found is None:

@@ -158,7 +158,7 @@ class Shell:
                     self._say(f"{time.monotonic() - began:.3f} s")
 
     def _described(self, view: str) -> str:
-        return described(view, token_rows.record_of(self.run.info))
+        return described(view, token_rows.record_of(self.run.info["config"]))
 
     def _command(self, name: str, *arguments: str) -> None:
         argument = arguments[0] if arguments else ""

@@ -17,6 +17,7 @@ from afn_ray.reduce import language_uses, losses
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
+from afn_ray.run_info import RunInfo
 from afn_ray.show import provenance
 from afn_ray.store import checksums, label_thresholds, manifest
 
@@ -105,7 +106,7 @@ class RunSummary:
     """A run's summary."""
 
     uri: str
-    info: dict[str, Any]
+    info: RunInfo
     bytes_per_token: dict[
         str, float
     ]  # keys: tokens, documents, summary, neurons, pairs, vectors, all

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any, TypedDict
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.errors import StoreError
+from afn_ray.run_info import TableEntry
 from afn_ray.schema import READABLE_VERSIONS
 from afn_ray.store import blocks, parquet, storage
 
@@ -124,7 +125,7 @@ def parse_json(data: bytes, uri: str) -> dict[str, Any]:
     return value
 
 
-def checksummed(body: dict[str, Any]) -> bytes:
+def checksummed(body: Mapping[str, Any]) -> bytes:
     """``body`` as a JSON file whose last entry is the SHA-256 of the same file without that entry.
 
     The checksum covers every byte. Raises ``StoreError`` if the file would be larger than
@@ -141,15 +142,6 @@ def checksummed(body: dict[str, Any]) -> bytes:
     return data
 
 
-class TableEntry(TypedDict):
-    """A table of a run, as run.json lists it."""
-
-    name: str
-    bytes: int
-    sha256: str
-    crc32: str
-
-
 def entry_of(name: str, data: bytes) -> TableEntry:
     """The entry of a table's file in run.json: name, size in bytes, SHA-256, block checksums."""
     return {
@@ -160,6 +152,6 @@ def entry_of(name: str, data: bytes) -> TableEntry:
     }
 
 
-def json_bytes(value: dict[str, Any]) -> bytes:
+def json_bytes(value: Mapping[str, Any]) -> bytes:
     """``value`` as an indented JSON file in UTF-8."""
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
+from afn_ray.run_info import Maker
 from afn_ray.schema import SCHEMA_VERSION
 
 COUNTS = (
@@ -196,7 +197,7 @@ class _InOrder(Sequence[Commit]):
         return self._commits[self._shards[at]]
 
 
-def provenance_of(commits: Iterable[Commit]) -> list[dict[str, Any]]:
+def provenance_of(commits: Iterable[Commit]) -> list[Maker]:
     """Each distinct ``made_by`` of ``commits`` with its number of ``shards``, the largest first."""
     numbers: Counter[tuple[tuple[str, str], ...]] = Counter()
     for commit in commits:
@@ -206,7 +207,7 @@ def provenance_of(commits: Iterable[Commit]) -> list[dict[str, Any]]:
     return [{"shards": n, "made_by": dict(items)} for items, n in ordered]
 
 
-def describe_makers(provenance: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+def describe_makers(provenance: Iterable[Maker]) -> dict[str, int]:
     """Number of shards by what measured them, in words, the most frequent first.
 
     ``provenance`` is that of ``provenance_of``. A GPU differs from another by its name, its compute

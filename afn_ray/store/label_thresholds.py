@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 import pyarrow as pa
 
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError
-from afn_ray.measure import Measure
+from afn_ray.measure import Measure, StoredMeasure
 from afn_ray.store import manifest, series
 from afn_ray.store.checksums import short
 from afn_ray.text import printable
@@ -69,7 +69,8 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
     run = manifest.find_run(config.thresholds)
     theirs = _strength_keys(run.info["measure"])
     ours = _strength_keys(measure.as_dict())
-    if {*measure.layers} <= {*theirs["layers"]}:  # the thresholds of some of its layers
+    recorded = run.info["measure"]["layers"]
+    if {*measure.layers} <= {*recorded}:  # the thresholds of some of its layers
         theirs["layers"] = ours["layers"]
     if theirs != ours:
         raise ConfigError(
@@ -79,7 +80,7 @@ def find_frozen(config: RunConfig, measure: Measure) -> list[LabelThresholds]:
     return [row for row in frozen_rows(run) if row["layer"] in measure.layers]
 
 
-def _strength_keys(measure: dict[str, Any]) -> dict[str, Any]:
+def _strength_keys(measure: StoredMeasure) -> dict[str, object]:
     """The part of ``measure`` that changes strengths."""
     return {key: value for key, value in measure.items() if key not in BESIDE_STRENGTH}
 
@@ -104,7 +105,7 @@ def labels(run: manifest.RunFolder) -> pa.Table:
 
 
 def measure_differences(
-    theirs: dict[str, Any], ours: dict[str, Any], who: str = "the store"
+    theirs: Mapping[str, object], ours: Mapping[str, object], who: str = "the store"
 ) -> str:
     """The differences of two measures as text; ``who`` is the owner of ``theirs``."""
     differences = []
@@ -120,6 +121,6 @@ def measure_differences(
     return "; ".join(differences)
 
 
-def _apart(value: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+def _apart(value: dict[str, object], other: dict[str, object]) -> dict[str, object]:
     """The entries of ``value`` that differ in ``other``: of a model's files, say."""
     return {key: found for key, found in value.items() if other.get(key) != found}

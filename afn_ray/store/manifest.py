@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import Interrupted, StoreError
+from afn_ray.run_info import RunInfo, TableEntry
 from afn_ray.schema import SCHEMA_VERSION
 from afn_ray.store import parquet, storage, uris
 from afn_ray.store.blocks import Blocks
 from afn_ray.store.checksums import (
     ASK_VERIFY,
     DAMAGES,
-    TableEntry,
     checksummed,
     entry_of,
     parse_table,
@@ -106,7 +106,7 @@ class RunFolder:
     uri: str
     store: str
     id: str
-    info: dict[str, Any]
+    info: RunInfo
     condemned: bool = False
     """A gc has condemned the run: it can never be complete."""
 
@@ -204,7 +204,7 @@ def open_folder(store: str, name: str) -> RunFolder:
     for key in _INFO_IS.keys() & info.keys():
         if not _is_info(key, info[key]):
             raise StoreError(f"{uri}/run.json is damaged: {key} is {short(info[key])}")
-    return RunFolder(uri, store, name, info)
+    return RunFolder(uri, store, name, cast(RunInfo, info))
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -267,7 +267,7 @@ def is_named_by(run: RunFolder, uri: str) -> bool:
     return run.uri == uris.absolute(uri).rstrip("/")
 
 
-def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
+def finish_run(run: RunFolder, info: RunInfo) -> RunFolder:
     """Write run.json, which makes the run complete.
 
     ``info["tables"]`` holds the entries returned by ``write_table``. If another process has
@@ -275,7 +275,7 @@ def finish_run(run: RunFolder, info: dict[str, Any]) -> RunFolder:
     """
     plan = storage.read_bytes(uris.join(run.uri, "plan.parquet"))
     tables = {"plan": entry_of("plan.parquet", plan), **info["tables"]}
-    body = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
+    body: RunInfo = {"schema_version": SCHEMA_VERSION, "id": run.id, **info, "tables": tables}
     try:
         storage.write_once(uris.join(run.uri, "run.json"), checksummed(body))
     except storage.AlreadyWritten:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint
-from afn_ray.measure import Measure
+from afn_ray.measure import Measure, StoredMeasure, without_id
 from afn_ray.store import manifest, plans, storage, uris
 from afn_ray.store.checksums import DAMAGES
 from afn_ray.store.layout import HEX
@@ -40,14 +38,13 @@ def known(store: str, but: str = "") -> list[Measure]:
     return found
 
 
-def _stored(store: str, name: str) -> dict[str, Any]:
+def _stored(store: str, name: str) -> StoredMeasure:
     """The measure of the run ``name`` as it is stored, without its id."""
     run = manifest.open_folder(store, name)
     if run.info:
-        measure = run.info["measure"]
-        return {key: value for key, value in measure.items() if key != "id"}
+        return without_id(run.info["measure"])
     plan = plans.read_plan(store, name)
     if plan is None:
         raise StoreError(f"{run.uri} has no plan")
-    stored: dict[str, Any] = plan[1]["measure"]
+    stored: StoredMeasure = plan[1]["measure"]
     return stored

@@ -8,6 +8,7 @@ from datetime import date
 from typing import Any
 
 from afn_ray.fingerprints import fingerprint
+from afn_ray.run_info import RunInfo
 
 DAY = r"(?<!\d)(?:\d{4}-\d{2}-\d{2}|\d{8})(?!\d)"
 DATED = re.compile(rf"(?P<key>(?<![^/])(?:dt|date)=)(?P<value>[^/*?\[]+)(?=/|$)|{DAY}")
@@ -98,7 +99,7 @@ def selection_of(config: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def selection_of_run(info: Mapping[str, Any]) -> str:
+def selection_of_run(info: RunInfo) -> str:
     """``selection_of`` the run with run.json ``info``; a limit that it did not reach is none."""
     config = info["config"]
     corpus = info.get("corpus", {})

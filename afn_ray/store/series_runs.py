@@ -145,7 +145,7 @@ def _same_as(run: RunFolder) -> Callable[[RunFolder], bool]:
             return True
         if shards is None or _shards_sha256(earlier) is None:
             return False
-        if token_rows.record_of(earlier.info) != token_rows.record_of(run.info):
+        if token_rows.record_of(earlier.info["config"]) != token_rows.record_of(run.info["config"]):
             return _has_same_text(earlier, run)  # the kept rows are part of a shard's id
         if earlier.info["measure"]["id"] == run.info["measure"]["id"]:
             return _shards_sha256(earlier) == shards
@@ -197,5 +197,5 @@ def _has_same_text(run: RunFolder, other: RunFolder) -> bool:
 
 def _shards_sha256(run: RunFolder) -> str | None:
     """SHA-256 of the run's table of shards; None for a run without one."""
-    digest: str | None = run.info["tables"].get("shards", {}).get("sha256")
-    return digest
+    entry = run.info["tables"].get("shards")
+    return None if entry is None else entry.get("sha256")

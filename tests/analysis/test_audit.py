@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
@@ -45,10 +45,12 @@ from afn_ray.reduce.compare import Comparison
 from afn_ray.reduce.group_drift import NO_GROUPS, GroupDrift
 from afn_ray.reduce.groups import OTHERS
 from afn_ray.reduce.losses import Losses
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import job, preparation
 from afn_ray.schema import CLASS_DRIFT_SCHEMA, DRIFT_SCHEMA, GROUP_DRIFT_SCHEMA, MOVERS_SCHEMA
 from afn_ray.show import report
 from afn_ray.store import label_thresholds, manifest, storage, verdicts
+from afn_ray.store.checksums import entry_of
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from conftest import fenced, interrupted, stop_after, write_jsonl
@@ -176,18 +178,18 @@ def run_of(**changes: Any) -> RunFolder:
         "special": 400,
         "chars": 800,
     }
-    info = {
+    info: RunInfo = {
         "layers": [0, 2],
         "counts": counts,
-        "quarantined": [{}],
-        "tables": {"sources": {}, "groups": {}},
+        "quarantined": [{"shard": "", "uri": "", "reason": ""}],
+        "tables": {name: entry_of(name, b"") for name in ("sources", "groups")},
         "measure": {"id": "m"},
         "config": {"corpus": ["c"], "group_by": "lang"},
         "model": {"name": "x"},
         "created_at": "",
         "finished_at": "",
     }
-    return RunFolder("s/runs/b", "s", "b", {**info, **changes})
+    return RunFolder("s/runs/b", "s", "b", cast(RunInfo, {**info, **changes}))
 
 
 def drift_row(

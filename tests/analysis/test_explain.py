@@ -335,9 +335,8 @@ def test_a_run_of_another_version_of_transformers_is_not_compared(
 def test_a_run_cannot_make_its_reader_run_code(
     corpus: Corpus, flag: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = corpus.folder.info | {
-        "config": corpus.folder.info["config"] | {flag: True, "model": "/evil"}
-    }
+    info = corpus.folder.info.copy()
+    info["config"] = info["config"] | {flag: True, "model": "/evil"}
     monkeypatch.setattr(manifest, "find_run", lambda uri: replace(corpus.folder, info=info))
     monkeypatch.setattr(worker, "prepare", lambda *_: pytest.fail("looked at the model"))
     with pytest.raises(ModelError, match=f"give --{flag.replace('_', '-')}"):

@@ -23,6 +23,7 @@ from afn_ray.analysis.verdict import BROKEN, HELD, NOT_JUDGED, WARNED, Rule
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.reduce.losses import Losses
 from afn_ray.store import manifest, verdicts
+from afn_ray.store.checksums import entry_of
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.verdicts import StoredVerdict
 from nights import complete
@@ -368,8 +369,9 @@ def test_a_night_without_the_groups_or_the_table_of_tonight_has_no_figure(tmp_pa
         figures = {"group.psi": day, "junk_share": day}
         kept = StoredVerdict("held", "new", 8, None, (), (), (), figures, terms=terms)
         verdicts.write_verdict(run, kept)
-        info = {**run.info, "config": {**run.info["config"], "group_by": by}}
-        info["tables"] = {**run.info["tables"], **{name: {} for name in tables}}
+        info = run.info.copy()
+        info["config"] = info["config"] | {"group_by": by}
+        info["tables"] = info["tables"] | {name: entry_of(name, b"") for name in tables}
         return replace(run, info=info)
 
     of_both = ("sources", "groups", "strange")

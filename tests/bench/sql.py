@@ -40,6 +40,7 @@ from afn_ray.reduce.histogram import round_strengths
 from afn_ray.reduce.shard_summary import Summary
 from afn_ray.reduce.shards import CommittedShards
 from afn_ray.reduce.tables import TokenTexts
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import NOT_KEPT, SPECIAL, TOKEN_CHARS, WORD_START, Series
 from afn_ray.store import manifest, plans, run_claims, shard_files
 from afn_ray.store.commits import COUNTS
@@ -277,7 +278,7 @@ def finish(store: str, first: int, num_shards: int) -> dict[str, Any]:
     )
     screening_s = time.monotonic() - began
     tokens = sum(c.counts["tokens"] for c in ordered)
-    info = {
+    info: RunInfo = {
         "measure": {"id": measure_id, **MEASURE.as_dict()},
         "model": {"name": "generated"},
         "layers": [LAYER],

@@ -21,6 +21,7 @@ from afn_ray.analysis import shard_check, verify
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import FileSlice, Shard
 from afn_ray.errors import Interrupted, StoreError
+from afn_ray.run_info import RunInfo
 from afn_ray.store import (
     checksums,
     epochs,
@@ -36,7 +37,7 @@ from afn_ray.store import (
 from afn_ray.store.commits import Commit
 from afn_ray.store.layout import ShardKey
 from afn_ray.store.plans import Plan
-from conftest import make_measure
+from conftest import RUN_INFO, make_measure
 from interleavings import NOW_S, STORE, Inline, Process, World, explore, explore_switches, sample
 
 CONFIG = RunConfig(corpus=("/c",), model="m", store=STORE, allow_another_measure=True)
@@ -119,12 +120,8 @@ class Driver:
             for c in commits
         ]
         tables = {"shards": manifest.write_table(run, "shards", pa.Table.from_pylist(rows))}
-        texts = dict.fromkeys(("created_at", "finished_at"), "")
-        parts: dict[str, dict[str, object]] = {
-            key: {} for key in ("model", "config", "corpus", "counts", "precision")
-        }
-        info = {**parts, **texts, "measure": MEASURE.as_dict(), "layers": [1], "tables": tables}
-        manifest.finish_run(run, info)
+        info: RunInfo = {"measure": MEASURE.as_dict(), "layers": [1], "tables": tables}
+        manifest.finish_run(run, {**RUN_INFO, **info})
 
 
 def collect(min_age_h: float = 0) -> garbage.Garbage:

@@ -33,6 +33,7 @@ from afn_ray.query import expressions, processes, result, sandbox, session, view
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.reduce import lexicon
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import (
     FILES_SCHEMA,
     MOVERS_SCHEMA,
@@ -178,7 +179,7 @@ def write_run(
         ("files", FILES_SCHEMA, []),
     ):
         tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(values, schema))
-    info = {
+    info: RunInfo = {
         "layers": list(layers),
         "model": {"name": "tiny"},
         "seconds": 1.5,

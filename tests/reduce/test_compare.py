@@ -32,6 +32,7 @@ from afn_ray.reduce.distances import benjamini_hochberg, two_proportions
 from afn_ray.reduce.histogram import Histogram, to_bins
 from afn_ray.reduce.word_movers import NO_WORDS, word_movers_table
 from afn_ray.reduce.word_tables import LEAST_N
+from afn_ray.run_info import Quarantined
 from afn_ray.schema import (
     CLASS_DRIFT_SCHEMA,
     DRIFT_SCHEMA,
@@ -545,7 +546,7 @@ def test_runs_without_sources_or_shards_are_compared_and_say_so(
     runs: tuple[RunFolder, RunFolder],
 ) -> None:
     tables = {k: v for k, v in runs[1].info["tables"].items() if k != "sources"}
-    lost = [{"shard": "x", "uri": "y", "reason": "z"}]
+    lost: list[Quarantined] = [{"shard": "x", "uri": "y", "reason": "z"}]
     other = replace(runs[1], info={**runs[1].info, "tables": tables, "quarantined": lost})
     found = compare.compare(runs[0], other)
     assert found.drift["source"].null_count == len(found.drift) == len(LAYERS)

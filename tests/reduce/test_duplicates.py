@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import duckdb
 import numpy as np
@@ -23,6 +23,7 @@ from afn_ray.query.catalog import write_catalog
 from afn_ray.reduce import compare, duplicates, groups, losses
 from afn_ray.reduce.duplicates import KEEP, ONCE, WEIGHT
 from afn_ray.reduce.shards import CommittedFile
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import events
 from afn_ray.show import run_facts, summary
 from afn_ray.store import manifest, storage, uris
@@ -301,7 +302,8 @@ def test_verify_proves_what_is_left_out(runs: dict[str, Any]) -> None:
     store = runs["config"].store
     run = manifest.find_run(runs[ONCE])
     table = manifest.read_table(run, "duplicates")
-    info = {key: run.info[key] for key in run.info if key not in ("id", "schema_version")}
+    info: dict[str, Any] = {**run.info}
+    del info["id"], info["schema_version"]
     saved = storage.read_bytes(uris.join(run.uri, "run.json"))
     wrong = table.set_column(1, "duplicate_of", pa.array([0] * len(table), pa.int64()))
     try:
@@ -311,7 +313,8 @@ def test_verify_proves_what_is_left_out(runs: dict[str, Any]) -> None:
         ):
             storage.delete([uris.join(run.uri, "run.json")])
             named = {name: entry for name, entry in info["tables"].items() if name != "plan"}
-            manifest.finish_run(run, info | facts | {"tables": named | tables})
+            altered = info | facts | {"tables": named | tables}
+            manifest.finish_run(run, cast(RunInfo, altered))
             messages = [finding.message for finding in verify.verify_store(run.uri).findings]
             assert any(message in one for one in messages), messages
         storage.delete([uris.join(run.uri, "run.json")])  # as if killed before the end
@@ -341,7 +344,9 @@ def test_a_policy_limits_copies_and_repeated_ids(runs: dict[str, Any], tmp_path:
         assert body is not None and body["choice"] == choice and body["share"] == 5 / 56
         assert body["examples"][0] == {"id": "v0", "n": 2, "doc": 0} and body["near_share"] is None
     run = manifest.find_run(runs[KEEP])
-    older = replace(run, info={key: run.info[key] for key in run.info if key != "duplicates"})
+    info = run.info.copy()
+    del info["duplicates"]
+    older = replace(run, info=info)
     num_read = run.info["counts"]["documents"]
     for choice in (KEEP, ONCE, WEIGHT):  # shares are of the documents read, copies included
         one = manifest.find_run(runs[choice])

@@ -27,6 +27,7 @@ from afn_ray.reduce.histogram import BIN_BITS, Histogram, round_strengths, to_bi
 from afn_ray.reduce.sources import Sources
 from afn_ray.reduce.strangest import STRANGE_SCORE
 from afn_ray.store import manifest
+from afn_ray.store.checksums import entry_of
 from conftest import config_of, write_jsonl
 
 LANGUAGES = [f"g{i:02}" for i in range(30)]
@@ -499,7 +500,7 @@ def test_sql_finds_the_group_that_the_reduce_counted_a_document_in(by: str, most
         {
             "config": {"group_by": name, "keep_columns": f"c:{by}" if by in VALUES else None},
             "layers": [1],
-            "tables": ["groups"],
+            "tables": {"groups": entry_of("groups.parquet", b"")},
         },
     )
     numbers = [float(at) for at in range(len(grouping.names))]

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pytest
@@ -19,6 +19,7 @@ from afn_ray.corpus_values import FileInfo, FileSlice, ReadOptions, Shard
 from afn_ray.errors import ShardError
 from afn_ray.reduce import compare, losses
 from afn_ray.reduce.shards import CommittedShards
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import results, status, worker
 from afn_ray.runs.events import Complete, Event, Warned
 from afn_ray.schema import FILES_SCHEMA
@@ -174,10 +175,8 @@ def test_text_that_the_tokenizer_does_not_know_is_a_warning_each_time_and_in_sho
         {"unknown": {"tokens": "x"}},
         {"unknown": {"tokens": 10**9}},
     ):
-        assert (
-            losses.describe_unknown({k: v for k, v in run.info.items() if k != "unknown"} | altered)
-            == ""
-        )
+        info = {key: value for key, value in run.info.items() if key != "unknown"} | altered
+        assert losses.describe_unknown(cast(RunInfo, info)) == ""
 
 
 def test_a_shard_that_was_given_up_is_lost_with_all_its_bytes(

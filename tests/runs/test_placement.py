@@ -27,6 +27,7 @@ from afn_ray.bench import contest
 from afn_ray.cli import estimates
 from afn_ray.config import RunConfig
 from afn_ray.errors import ConfigError, ModelError
+from afn_ray.measure import StoredMeasure
 from afn_ray.model import memory
 from afn_ray.runs import cluster, measurer, rates, worker
 from afn_ray.runs.cluster import connection, placement, pool
@@ -358,7 +359,7 @@ def test_a_run_in_this_process_notes_that_no_workers_share_its_gpu(
 
 
 def test_how_many_workers_share_a_gpu_is_no_input_of_a_measure(make_config: MakeConfig) -> None:
-    def measure_of(**options: Any) -> tuple[str, dict[str, Any]]:
+    def measure_of(**options: Any) -> tuple[str, StoredMeasure]:
         config = make_config(**options)
         task = worker.prepare(config, measurer.find_model_files(config), "cuda", "float16")
         return task.measure.id, task.measure.as_dict()

@@ -339,7 +339,9 @@ def test_a_page_says_that_claims_are_not_known(
     record: str, lean: Callable[[str], RunConfig]
 ) -> None:
     runs = series_runs.complete_runs(lean(record).store)
-    page = report.render(next(run for run in runs if token_rows.record_of(run.info) == record))
+    page = report.render(
+        next(run for run in runs if token_rows.record_of(run.info["config"]) == record)
+    )
     assert f"Left out: the run recorded {token_rows.describe(record)}" in page
     assert "afn claims RUN" not in page
 

@@ -30,6 +30,7 @@ from afn_ray.cli.progress import bar_counts, log_as, log_json
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import FileSlice, ReadOptions, Shard
 from afn_ray.errors import ConfigError, CorpusError, IncompleteRun, StoreError, Unavailable
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import cluster, dispatch, status, status_text
 from afn_ray.runs.cluster import metrics
 from afn_ray.runs.cluster.metrics import COUNTERS, GAUGES, SHARD_SECONDS
@@ -667,7 +668,7 @@ class Live:
 
     uri: str
     store: str
-    info: dict[str, Any]
+    info: RunInfo
     driver: list[dict[str, Any]]  # lines of its log
     workers: list[dict[str, Any]]
     texts: tuple[str, ...]  # the logs as they are

@@ -20,6 +20,7 @@ from afn_ray.cli import commands, grammar
 from afn_ray.config import RunConfig
 from afn_ray.errors import StoreError
 from afn_ray.provenance import PACKAGES, software
+from afn_ray.run_info import RunInfo
 from afn_ray.runs import worker
 from afn_ray.show import provenance
 from afn_ray.show.summary import summarise, to_json
@@ -129,5 +130,5 @@ def test_a_damaged_provenance_is_named(tiny_bert: Path, corpus: str, tmp_path: P
 
 
 def test_a_run_of_an_older_version_shows_what_it_has() -> None:
-    older = {"makers": {"cpu": 3}, "model": {"depth": 2}, "layers": [2]}
+    older: RunInfo = {"makers": {"cpu": 3}, "model": {"depth": 2}, "layers": [2]}
     assert list(provenance.facts(older)) == []

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from afn_ray.run_info import RunInfo
 from afn_ray.schema import (
     FILES_SCHEMA,
     HISTOGRAM_SCHEMA,
@@ -160,7 +161,7 @@ def _run(
         ("files", FILES, FILES_SCHEMA),
     ):
         tables[table] = manifest.write_table(run, table, pa.Table.from_pylist(content, schema))
-    info = {
+    info: RunInfo = {
         "layers": list(layers),
         "counts": COUNTS,
         "tables": tables,
@@ -366,7 +367,8 @@ def test_markup_in_texts_and_names_is_shown_as_it_is(tmp_path: Path) -> None:
     facts = replace(
         summary.layers[0], labels={"tokens": summary.layers[0].thresholds["tokens"] | {"q3": 9.0}}
     )
-    hostile = summary.info | {"config": summary.info["config"] | {"thresholds": "\x1b]0;x\x1b[2J"}}
+    hostile = summary.info.copy()
+    hostile["config"] = hostile["config"] | {"thresholds": "\x1b]0;x\x1b[2J"}
     console = Console(file=io.StringIO(), width=100, highlight=False)
     overview.render(replace(summary, info=hostile, layers=(facts,)), console)
     assert isinstance(console.file, io.StringIO) and "frozen thresholds" in console.file.getvalue()

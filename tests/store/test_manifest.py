@@ -55,6 +55,7 @@ from afn_ray.store import (
     storage,
     uris,
 )
+from afn_ray.store.checksums import entry_of
 from afn_ray.store.commits import Commit, CommitEntry, Commits, total_counts
 from afn_ray.store.label_thresholds import measure_differences
 from afn_ray.store.manifest import RunFolder, find_run, finish_run
@@ -599,16 +600,16 @@ def test_a_table_left_by_an_unfinished_reduce_stays_and_run_json_says_which_is_r
     )
     entry = manifest.write_table(run, "thresholds", pa.table({"x": [2]}))
     assert manifest.read_table(run, "thresholds")["x"].to_pylist() == [1]
-    done = finish_run(run, RUN_INFO | {"tables": {"thresholds": entry}})
+    done = finish_run(run, {**RUN_INFO, "tables": {"thresholds": entry}})
     assert manifest.read_table(done, "thresholds")["x"].to_pylist() == [2]
     rewrite(f"{run.uri}/{entry['name']}", storage.read_bytes(f"{run.uri}/thresholds.parquet"))
     with pytest.raises(
         StoreError, match=rf"{entry['name']} is damaged: .*expected .*{entry['sha256'][:9]}"
     ):
         manifest.read_table(done, "thresholds")
-    outside = {"name": "../x.parquet", "bytes": 1, "sha256": ""}
+    outside = entry_of("../x.parquet", b"")
     escaping = finish_run(
-        _begin(replace(config, sink_factor=3.0)), RUN_INFO | {"tables": {"shards": outside}}
+        _begin(replace(config, sink_factor=3.0)), {**RUN_INFO, "tables": {"shards": outside}}
     )
     for table in ("shards", "vocabulary"):
         with pytest.raises(
@@ -620,8 +621,8 @@ def test_a_table_left_by_an_unfinished_reduce_stays_and_run_json_says_which_is_r
 
 def test_the_first_to_finish_a_run_wins(config: RunConfig) -> None:
     run = _begin(config)
-    first = finish_run(run, RUN_INFO | {"seconds": 1})
-    assert finish_run(run, RUN_INFO | {"seconds": 2}) == first
+    first = finish_run(run, {**RUN_INFO, "seconds": 1})
+    assert finish_run(run, {**RUN_INFO, "seconds": 2}) == first
 
 
 # --- commits
