@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -170,10 +170,10 @@ class Calibrator:
                         return replace(decided, asked="auto", why=why)
         return None
 
-    def _kept(self, task: Task, key: str, found: dict[str, Any]) -> dict[str, Any]:
+    def _kept(self, task: Task, key: str, found: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
         """Value of ``key`` in the store from now on: ``found``, if no other run was faster."""
         if not self.keep:
-            return found
+            return {**found}
         return calibrations.write_calibration(task.config.store, key, found)
 
     def _check_may_measure(self, task: Task) -> None:

@@ -17,7 +17,7 @@ from afn_ray.reduce.groups import check_group_by
 from afn_ray.store import uris
 from afn_ray.store.checksums import IO_THREADS
 from afn_ray.store.manifest import run_names
-from afn_ray.store.plans import Plan, cuts_id, proved_rows, read_plan, slice_of
+from afn_ray.store.plans import Plan, cuts_id, proved_slices, read_plan
 
 MOST_SLICES = 10_000
 """Largest number of slices in one shard.
@@ -166,8 +166,7 @@ def _remembered(config: RunConfig, shard_bytes: int) -> dict[FileInfo, list[File
             continue
         uri = uris.join(config.store, "runs", name, "plan.parquet")
         of_plan: dict[FileInfo, list[FileSlice]] = {}
-        for row in proved_rows(uri, table, begun):
-            piece = slice_of(row)
+        for piece in proved_slices(uri, table, begun):
             if is_trusted(piece.version, begun["begun_ns"]):
                 file = FileInfo(piece.uri, piece.size, piece.version)
                 of_plan.setdefault(file, []).append(piece)

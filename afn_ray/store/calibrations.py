@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from afn_ray.schema import SCHEMA_VERSION
@@ -15,7 +16,7 @@ def read_calibration(store: str, key: str) -> dict[str, Any] | None:
     return read_json(uris.join(store, "pilots", f"{key}.json"))
 
 
-def write_calibration(store: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
+def write_calibration(store: str, key: str, value: Mapping[str, object]) -> dict[str, Any]:
     """Store the calibration ``value`` under ``key``; return the stored one, ours or a rival's."""
     uri = uris.join(store, "pilots", f"{key}.json")
     body = {"schema_version": SCHEMA_VERSION, **value}

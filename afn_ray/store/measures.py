@@ -46,5 +46,4 @@ def _stored(store: str, name: str) -> StoredMeasure:
     plan = plans.read_plan(store, name)
     if plan is None:
         raise StoreError(f"{run.uri} has no plan")
-    stored: StoredMeasure = plan[1]["measure"]
-    return stored
+    return plan[1]["measure"]

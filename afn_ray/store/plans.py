@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import pyarrow as pa
 
@@ -26,10 +26,25 @@ from afn_ray.corpus_values import (
 )
 from afn_ray.errors import StoreError
 from afn_ray.fingerprints import fingerprint, fingerprint_of_rows
+from afn_ray.measure import StoredMeasure
 from afn_ray.schema import PLAN_SCHEMA, VALUES_VERSION
 from afn_ray.store import manifest, storage, uris
 from afn_ray.store.checksums import AHEAD, ASK_VERIFY, DAMAGES, parse_table, short
 from afn_ray.token_rows import LabelThresholds
+
+
+class PlanHeader(TypedDict, total=False):
+    """The header of a plan; that of an older version lacks some keys."""
+
+    cuts: str | None  # ``cuts_id``; None: later plans cannot take over its slices
+    shard_bytes: int
+    begun_ns: int
+    created_at: str
+    config: dict[str, Any]  # fields of the ``RunConfig`` of any version
+    measure: StoredMeasure
+    frozen: list[LabelThresholds]
+    classes: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +81,16 @@ class Plan:
         return None
 
 
-def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the plan at ``uri``, verified against the checksum in ``header``.
+def proved_slices(uri: str, table: pa.Table, header: PlanHeader) -> list[FileSlice]:
+    """The slices of the plan at ``uri``, verified against the checksum in ``header``.
 
     Raises ``StoreError`` if the rows or the header are damaged.
     """
     asked = {key: value for key, value in header.items() if key != "sha256"}
     try:
-        rows: list[dict[str, Any]] = table.to_pylist()
+        rows = table.to_pylist()
         digest = fingerprint_of_rows(asked, [rows] if rows else [])
+        slices = [slice_of(row) for row in rows]
     except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
         raise StoreError(f"{uri} is damaged: {error!r}{ASK_VERIFY}") from error
     if header.get("sha256") != digest:
@@ -82,7 +98,7 @@ def proved_rows(uri: str, table: pa.Table, header: dict[str, Any]) -> list[dict[
             f"{uri} is damaged: its rows and header do not have the checksum that it "
             f"carries{ASK_VERIFY}"
         )
-    return rows
+    return slices
 
 
 def cuts_id(config: RunConfig, shard_bytes: int) -> str:
@@ -92,10 +108,10 @@ def cuts_id(config: RunConfig, shard_bytes: int) -> str:
     return fingerprint([VALUES_VERSION, config.read_options.of_all().as_dict(), shard_bytes])
 
 
-def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
+def read_plan(store: str, run: str) -> tuple[pa.Table, PlanHeader] | None:
     """The plan of the run named ``run`` and its header; None if the run crashed before writing it.
 
-    Raises ``StoreError`` if the plan is damaged. The checksum is not verified; see ``proved_rows``.
+    Raises ``StoreError`` if the plan is damaged. ``proved_slices`` verifies its checksum.
     """
     uri = uris.join(store, "runs", run, "plan.parquet")
     data = storage.read_if_there(uri)
@@ -110,17 +126,17 @@ def read_plan(store: str, run: str) -> tuple[pa.Table, dict[str, Any]] | None:
         ) from error
     if not isinstance(header, dict):
         raise StoreError(f"{uri} is damaged: its header is {short(header)}{ASK_VERIFY}")
-    return table, header
+    return table, cast(PlanHeader, header)
 
 
-def plan_table(shards: Sequence[Shard], header: dict[str, Any]) -> tuple[pa.Table, str]:
+def plan_table(shards: Sequence[Shard], header: PlanHeader) -> tuple[pa.Table, str]:
     """The rows of a plan, and the ``fingerprint`` of ``[header, rows]``."""
     pieces = ((i, shard.id, piece) for i, shard in enumerate(shards) for piece in shard.slices)
     names = [f.name for f in fields(FileSlice)]
 
-    def groups() -> Iterator[list[dict[str, Any]]]:
+    def groups() -> Iterator[list[dict[str, object]]]:
         while group := list(itertools.islice(pieces, AHEAD)):
-            rows = []
+            rows: list[dict[str, object]] = []
             for ordinal, shard, piece in group:
                 values = {name: getattr(piece, name) for name in names}
                 rows.append({"ordinal": ordinal, "shard": shard, **values})
@@ -145,7 +161,7 @@ def request_id(
     None for a plan that was written before frozen thresholds existed, and ``classes`` for one
     from before words had shares.
     """
-    ask: dict[str, Any] = {
+    ask: dict[str, object] = {
         "measure": measure_id,
         "shards": [s.id for s in shards],
         "language": config.language,
@@ -172,7 +188,7 @@ def request_id(
     return fingerprint(ask)[:12]
 
 
-def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
+def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], PlanHeader]:
     """The shards that ``run`` planned, in order, and the header of its plan, both verified.
 
     Raises ``StoreError`` for a plan that is missing, damaged, edited or another run's.
@@ -180,7 +196,7 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
     uri = uris.join(run.uri, "plan.parquet")
     table = manifest.read_table(run, "plan")
     try:
-        header = json.loads(table.schema.metadata[b"afn"])
+        header: PlanHeader = json.loads(table.schema.metadata[b"afn"])
         rows = table.to_pylist()
         digest = header.pop("sha256")
         if digest != fingerprint([header, rows]):
@@ -207,14 +223,14 @@ def read_shards(run: manifest.RunFolder) -> tuple[list[Shard], dict[str, Any]]:
     return shards, header
 
 
-def slice_of(row: dict[str, Any]) -> FileSlice:
+def slice_of(row: Mapping[str, Any]) -> FileSlice:
     """The slice in a ``row`` of a plan, whose other columns say to which shard it belongs."""
     values = {key: value for key, value in row.items() if key not in ("ordinal", "shard")}
     return FileSlice(**values)
 
 
 def _shards_of(
-    rows: Iterable[dict[str, Any]], options: ReadOptions, record: str, uri: str
+    rows: Iterable[Mapping[str, Any]], options: ReadOptions, record: str, uri: str
 ) -> list[Shard]:
     """The shards in the ``rows`` of the plan at ``uri``, whose files are read with ``options``.
 

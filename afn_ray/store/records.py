@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -248,7 +248,7 @@ def read_origin(file: ShardTable) -> dict[str, str]:
     return value if isinstance(value, dict) else {}
 
 
-def make_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
+def make_table(columns: Mapping[str, object], schema: pa.Schema) -> pa.Table:
     """``columns`` (arrays or lists) as a table of ``schema``; other columns are left out."""
     arrays = []
     for field in schema:

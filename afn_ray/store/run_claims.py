@@ -70,7 +70,7 @@ def _check_plan(run: manifest.RunFolder) -> None:
     plan = plans.read_plan(run.store, run.id)
     if plan is not None:
         table, header = plan
-        plans.proved_rows(uris.join(run.uri, "plan.parquet"), table, header)
+        plans.proved_slices(uris.join(run.uri, "plan.parquet"), table, header)
 
 
 def begin_run(
@@ -123,7 +123,7 @@ def _new_run(
         begun = datetime.strptime(stamp, STAMP).replace(tzinfo=UTC)
         created = begun + timedelta(milliseconds=1)
         name = f"{_stamp(created)}-{suffix}"
-    header = {
+    header: plans.PlanHeader = {
         # A limited plan does not have all of its files' slices for later plans.
         "cuts": plans.cuts_id(config, plan.shard_bytes) if config.limit is None else None,
         "shard_bytes": plan.shard_bytes,

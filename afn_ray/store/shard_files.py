@@ -286,7 +286,7 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
         storage.delete(uploaded)
         raise
     commit = Commit(shard.id, attempt.id, files, attempt.counts, attempt.seconds, attempt.made_by)
-    more: dict[str, Any] = {"crc32": crc32}
+    more: dict[str, object] = {"crc32": crc32}
     if attempt.composed_of:
         more["composed_of"] = list(attempt.composed_of)
     winner = _commit_once(store, measure_id, shard, commit, more)
@@ -302,7 +302,7 @@ def publish(store: str, measure_id: str, shard: Shard, attempt: Attempt) -> Comm
 
 
 def _commit_once(
-    store: str, measure_id: str, shard: Shard, commit: Commit, more: Mapping[str, Any]
+    store: str, measure_id: str, shard: Shard, commit: Commit, more: Mapping[str, object]
 ) -> Commit:
     """Write ``commit``, unless the shard has one; return the commit that the shard has then.
 
