@@ -10,14 +10,14 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 from afn_ray import logs
 from afn_ray.config import RunConfig
 from afn_ray.corpus_values import Shard
 from afn_ray.errors import AfnError, Interrupted
+from afn_ray.run_info import Quarantined
 from afn_ray.runs.progress import Progress
-from afn_ray.runs.status import EVERY_S, MOST_LISTED, NOTHING
+from afn_ray.runs.status import EVERY_S, MOST_LISTED, NOTHING, StatusBody
 from afn_ray.store import storage, uris
 from afn_ray.store.commits import Commits, total_counts
 from afn_ray.store.layout import PLANNING, STATUS
@@ -44,7 +44,7 @@ class Reporter:
         self._planning = uris.join(config.store, PLANNING)
         self._uri = self._planning if planning else ""
         self._best_effort = logs.BestEffort(_log, f"a status in {config.store}")
-        self._body: dict[str, Any] = {
+        self._body: StatusBody = {
             **NOTHING,
             "began_at": _now(),
             "host": socket.gethostname(),
@@ -68,9 +68,11 @@ class Reporter:
         self._uri = uris.join(run.uri, STATUS)
         num_todo = len(shards) - len(commits)
         self._set(
-            run=run.id,
-            shards=self._shard_counts(Progress(num_todo)),
-            **_counts_of(self._reused, {}),
+            {
+                "run": run.id,
+                "shards": self._shard_counts(Progress(num_todo)),
+                **_counts_of(self._reused, {}),
+            }
         )
 
     def phase(self, name: str, doing: str = "") -> None:
@@ -78,14 +80,14 @@ class Reporter:
         before = self._body
         if (name, doing) == (before["phase"], before["doing"]):
             return
-        self._set(phase=name, doing=doing, waits_for="", left_s=None)
+        self._set({"phase": name, "doing": doing, "waits_for": "", "left_s": None})
         if name != before["phase"]:
             self._changed.set()
 
     def notice(self, text: str) -> None:
         """Record a message for people; the newest ``MOST_LISTED`` are kept."""
         notices = [*self._body["notices"], f"{_now()}: {text[:MOST_CHARS]}"]
-        self._set(notices=notices[-MOST_LISTED:])
+        self._set({"notices": notices[-MOST_LISTED:]})
 
     def working(self, progress: Progress) -> None:
         """Record the progress of the dispatcher."""
@@ -102,21 +104,24 @@ class Reporter:
         last_commit_at = before["last_commit_at"]
         if shards["done"] > before["shards"].get("done", 0):
             last_commit_at = _now()
+        waits_for = progress.capacity_notice or progress.loading_text or progress.work.bottleneck
         self._set(
-            phase="working" if progress.has_begun else "starting",
-            doing="",
-            shards=shards,
-            workers=workers,
-            retries=progress.retries,
-            tokens_per_s=round(progress.tokens_per_s, 1),
-            left_s=progress.left_s,
-            last_commit_at=last_commit_at,
-            waits_for=progress.capacity_notice or progress.loading_text or progress.work.bottleneck,
-            num_failures=len(progress.failures),
-            documents_measured=progress.num_measured,
-            documents_planned=progress.num_documents,
-            failures=self._failures(progress),
-            **_counts_of(self._reused, progress.counts),
+            {
+                "phase": "working" if progress.has_begun else "starting",
+                "doing": "",
+                "shards": shards,
+                "workers": workers,
+                "retries": progress.retries,
+                "tokens_per_s": round(progress.tokens_per_s, 1),
+                "left_s": progress.left_s,
+                "last_commit_at": last_commit_at,
+                "waits_for": waits_for,
+                "num_failures": len(progress.failures),
+                "documents_measured": progress.num_measured,
+                "documents_planned": progress.num_documents,
+                "failures": self._failures(progress),
+                **_counts_of(self._reused, progress.counts),
+            }
         )
         if self._body["phase"] != before["phase"]:
             self._changed.set()
@@ -132,9 +137,9 @@ class Reporter:
             "quarantined": len(progress.failures),
         }
 
-    def _failures(self, progress: Progress) -> list[dict[str, str]]:
+    def _failures(self, progress: Progress) -> list[Quarantined]:
         """The first ``MOST_LISTED`` failures with their files."""
-        listed: list[dict[str, str]] = self._body["failures"]
+        listed = self._body["failures"]
         if len(listed) == min(len(progress.failures), MOST_LISTED):
             return listed
         first = dict(progress.failures[:MOST_LISTED])
@@ -142,7 +147,7 @@ class Reporter:
         for shard in self._shards:
             if shard.id in first:
                 files[shard.id] = shard.slices[0].uri
-        failures = []
+        failures: list[Quarantined] = []
         for name, reason in first.items():
             failures.append({"shard": name, "uri": files[name], "reason": reason[:MOST_CHARS]})
         return failures
@@ -156,18 +161,20 @@ class Reporter:
         if phase == "complete" and not self._body["run"]:
             self._uri = ""
         self._set(
-            phase=phase,
-            doing="",
-            waits_for="",
-            left_s=None,
-            exit_code=exit_code,
-            reason=reason[:MOST_CHARS],
+            {
+                "phase": phase,
+                "doing": "",
+                "waits_for": "",
+                "left_s": None,
+                "exit_code": exit_code,
+                "reason": reason[:MOST_CHARS],
+            }
         )
         self._over.set()
         self._changed.set()
         self._thread.join(END_S)
 
-    def _set(self, **values: Any) -> None:
+    def _set(self, values: StatusBody) -> None:
         self._body = {**self._body, **values}  # a new dict: the thread may be writing the old one
 
     def _write_often(self) -> None:
@@ -217,14 +224,17 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> dict[str, int]:
+def _counts_of(reused: Mapping[str, int], counts: Mapping[str, int]) -> StatusBody:
     """Counts of committed shards, those of earlier calls (``reused``) included.
 
     Bytes read and written are those of this call alone.
     """
     total = {name: number + counts.get(name, 0) for name, number in reused.items()}
-    total["documents_quarantined"] = total.pop("quarantined")
-    total["bytes_lost"] = total.pop("lost_bytes")
-    total["bytes_read"] = counts.get("bytes_read", 0)
-    total["bytes_written"] = counts.get("bytes_written", 0)
-    return total
+    return {
+        "tokens": total["tokens"],
+        "documents": total["documents"],
+        "documents_quarantined": total["quarantined"],
+        "bytes_lost": total["lost_bytes"],
+        "bytes_read": counts.get("bytes_read", 0),
+        "bytes_written": counts.get("bytes_written", 0),
+    }

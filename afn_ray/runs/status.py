@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import Any, TypedDict, TypeGuard, overload
 
 import pyarrow as pa
 
 from afn_ray import notebook
 from afn_ray.errors import StoreError
-from afn_ray.run_info import RunInfo
+from afn_ray.run_info import Quarantined, RunInfo
 from afn_ray.store import checksums, manifest, probes, storage, uris
 from afn_ray.store.layout import PLANNING, STATUS
 
@@ -36,7 +36,44 @@ COMPLETE, FAILED, USAGE, UNDER_WAY, STOPPED = 0, 1, 2, 3, 75
 EXIT_CODES = {"complete": COMPLETE, "failed": FAILED, "stopped": STOPPED, "silent": STOPPED}
 """Exit code by state; the states in it are final, except "silent"."""
 
-NOTHING: dict[str, Any] = {
+
+class StatusBody(TypedDict, total=False):
+    """A status as its driver writes it, as JSON; that of a complete run lacks some keys."""
+
+    schema_version: int
+    run: str
+    phase: str
+    doing: str
+    began_at: str
+    written_at: str
+    host: str
+    pid: int
+    every_s: float
+    corpus: list[str]
+    model: str
+    shards: dict[str, int]  # by ``SHARDS``, or empty
+    workers: dict[str, int]  # by ``WORKERS``, or empty
+    tokens: int
+    documents: int
+    documents_quarantined: int
+    documents_measured: int
+    documents_planned: int | None
+    bytes_lost: int
+    bytes_read: int
+    bytes_written: int
+    retries: int
+    tokens_per_s: float
+    left_s: float | None
+    last_commit_at: str | None
+    waits_for: str
+    failures: list[Quarantined]
+    num_failures: int
+    notices: list[str]
+    exit_code: int | None
+    reason: str
+
+
+NOTHING: StatusBody = {
     "schema_version": 1, "run": "", "phase": "planning", "doing": "", "began_at": "",
     "written_at": "", "host": "",
     "pid": 0, "every_s": EVERY_S, "corpus": [], "model": "", "shards": {}, "workers": {},
@@ -94,7 +131,7 @@ class Status:
     state: str
     # age of the status by the store's clock; None: the run has ended, or has no status
     age_s: float | None
-    body: dict[str, Any]  # as the driver wrote it; for a complete run, from its run.json
+    body: StatusBody  # as the driver wrote it; for a complete run, from its run.json
 
     @property
     def run(self) -> str:
@@ -134,15 +171,16 @@ class Status:
 
     def _number(self, column: str) -> int | None:
         """The value of a column of ``TABLE`` that is a whole number."""
+        value: object
         if column.startswith("shards_"):
             value = self.body.get("shards", {}).get(column.removeprefix("shards_"))
         else:
             value = self.body.get(column)
         return value if type(value) is int and abs(value) < MOST_INT else None
 
-    def _row(self) -> dict[str, Any]:
+    def _row(self) -> dict[str, object]:
         """The row of ``TABLE``."""
-        row: dict[str, Any] = {"state": self.state, "run": self.run, "uri": self.uri}
+        row: dict[str, object] = {"state": self.state, "run": self.run, "uri": self.uri}
         row |= {"began_at": self.body.get("began_at"), "written_at": self.last_write}
         row |= {"tokens_per_s": self.body.get("tokens_per_s"), "left_s": self.left_s}
         for field in TABLE:
@@ -220,7 +258,7 @@ def read_status(uri: str, last: int = 20) -> Statuses:
     return Statuses(tuple(runs))
 
 
-def _read(uri: str) -> dict[str, Any] | None:
+def _read(uri: str) -> StatusBody | None:
     """The status in ``uri``; None where there is none that can be read."""
     try:
         data = storage.read_if_there(uri, MOST_BYTES)
@@ -230,7 +268,7 @@ def _read(uri: str) -> dict[str, Any] | None:
     return body if _is_status(body) else None
 
 
-def _is_status(body: Any) -> bool:
+def _is_status(body: Any) -> TypeGuard[StatusBody]:
     """True if ``body`` has the keys and types of a status: anyone may write to a store."""
     if not isinstance(body, dict):
         return False
@@ -262,7 +300,7 @@ def _is_like(value: Any, like: Any) -> bool:
     return isinstance(value, type(like))
 
 
-def _are_counts(value: dict[str, Any], names: Sequence[str]) -> bool:
+def _are_counts(value: Mapping[str, object], names: Sequence[str]) -> bool:
     """True if ``value`` is empty or has an integer for each of ``names``."""
     return not value or all(type(value.get(name)) is int for name in names)
 
@@ -313,7 +351,7 @@ class _StatusReader:
             return Status(folder.uri, "begun", None, {"run": name})
         return replace(found, body={"run": name})
 
-    def status(self, run_uri: str, uri: str, body: dict[str, Any]) -> Status:
+    def status(self, run_uri: str, uri: str, body: StatusBody) -> Status:
         """Status by the ``body`` in ``uri``, with its age."""
         if body["phase"] in EXIT_CODES:
             return Status(run_uri, body["phase"], None, body)
@@ -334,7 +372,7 @@ class _StatusReader:
             return self._now_s
 
 
-def _body_of(info: RunInfo) -> dict[str, Any]:
+def _body_of(info: RunInfo) -> StatusBody:
     """The run.json of a complete run, with the keys of a status."""
     counts = info["counts"]
     config = info["config"]
@@ -364,7 +402,7 @@ def _body_of(info: RunInfo) -> dict[str, Any]:
     }
 
 
-def to_json(status: Status) -> dict[str, Any]:
+def to_json(status: Status) -> dict[str, object]:
     """``status`` for machines."""
     age_s = None if status.age_s is None else round(status.age_s, 1)
     return {"uri": status.uri, "state": status.state, "age_s": age_s, **status.body}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from afn_ray.reduce import losses
-from afn_ray.runs.status import EXIT_CODES, Status
+from afn_ray.runs.status import EXIT_CODES, Status, StatusBody
 from afn_ray.text import count
 
 
@@ -35,8 +34,8 @@ def lines(s: Status) -> Iterator[str]:
         left = f", {time_text(body['left_s'])} left" if live and body["left_s"] is not None else ""
         yield f"rate     {body['tokens_per_s']:,.0f} tokens/s{left}"
     if live and (workers := body["workers"]):
-        lost = f", {workers['lost']:,} lost so far" if workers["lost"] else ""
-        yield f"workers  {workers['ready']:,} of {workers['wanted']:,} ready{lost}"
+        so_far = f", {workers['lost']:,} lost so far" if workers["lost"] else ""
+        yield f"workers  {workers['ready']:,} of {workers['wanted']:,} ready{so_far}"
     if live and body["waits_for"]:
         yield f"waits    {body['waits_for']}"
     if body.get("last_commit_at"):
@@ -46,7 +45,7 @@ def lines(s: Status) -> Iterator[str]:
         yield f"notice   {notice}"
 
 
-def _shards_text(body: dict[str, Any], *, live: bool) -> str:
+def _shards_text(body: StatusBody, *, live: bool) -> str:
     """Numbers of shards; ``live``: the run has not ended."""
     shards = body["shards"]
     planned = body["shards"]["planned"]
@@ -62,14 +61,14 @@ def _shards_text(body: dict[str, Any], *, live: bool) -> str:
     return ", ".join(parts)
 
 
-def _tokens_text(body: dict[str, Any]) -> str:
+def _tokens_text(body: StatusBody) -> str:
     text = f"{body['tokens']:,}, from {count(body['documents'], 'document')}"
     if bad := body["documents_quarantined"]:
         text += f", {bad:,} of them quarantined"
     return text
 
 
-def _failure_lines(body: dict[str, Any]) -> Iterator[str]:
+def _failure_lines(body: StatusBody) -> Iterator[str]:
     failures = body.get("failures", [])
     for failure in failures:
         yield f"failed   shard {failure['shard']} ({failure['uri']}): {failure['reason']}"
@@ -77,7 +76,7 @@ def _failure_lines(body: dict[str, Any]) -> Iterator[str]:
         yield f"failed   and {count(more, 'more shard')}"
 
 
-def _more_reasons(body: dict[str, Any]) -> Iterator[str]:
+def _more_reasons(body: StatusBody) -> Iterator[str]:
     """Further lines of the reason; without those on shards, which have lines of their own."""
     if not body.get("failures"):
         for line in body.get("reason", "").splitlines()[1:]:
