@@ -96,8 +96,8 @@ def _answer_all(requests_fd: int, stops_fd: int, files_fd: int) -> None:
         try:
             session = Session(setup, _Reads(files))
         except Exception as error:  # noqa: BLE001 - told by the other process
-            failure = {"error": str(error), "kind": type(error).__name__}
-            return _send(requests, Answer(failure))
+            failure = Answer({"error": str(error), "kind": type(error).__name__})
+            return _send(requests, failure)
         threading.Thread(target=_listen, args=(stops, session), daemon=True).start()
         _send(requests, Answer({"ready": True}))
         while True:

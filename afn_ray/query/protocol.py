@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow as pa
 
@@ -31,11 +31,15 @@ options).
 """
 
 
+Settings = dict[str, str | bool | int | float | list[str]]
+"""Settings of DuckDB, by name."""
+
+
 @dataclass(frozen=True)
 class Setup:
     """Content and limits of a session."""
 
-    settings: Mapping[str, Any]
+    settings: Settings
     """DuckDB settings."""
     tables: Mapping[str, pa.Table]
     """Small tables of the run, by name."""
@@ -67,11 +71,24 @@ class Made:
     steps: Steps
 
 
+class AnswerFields(TypedDict, total=False):
+    """Fields of an answer, as JSON; each answer has some of them."""
+
+    ready: bool
+    unknown: bool  # the relation is no longer kept
+    error: str
+    kind: str  # type of the error
+    columns: list[str]
+    types: list[str]
+    value: Any  # result of steps that end in no relation, or a text
+    last: bool  # no batch follows
+
+
 @dataclass
 class Answer:
     """The answer to a request: JSON fields, and an Arrow stream or nothing."""
 
-    fields: dict[str, Any] = field(default_factory=dict)
+    fields: AnswerFields = field(default_factory=AnswerFields)
     arrow: bytes | pa.Buffer = b""
 
 

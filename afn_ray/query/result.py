@@ -13,7 +13,7 @@ import pyarrow as pa
 from afn_ray import notebook
 from afn_ray.errors import QueryError
 from afn_ray.query.backend import Backend
-from afn_ray.query.protocol import Answer, Made, Steps
+from afn_ray.query.protocol import Answer, AnswerFields, Made, Steps
 from afn_ray.query.sandbox import Allowance
 from afn_ray.text import printable
 
@@ -217,7 +217,7 @@ class Result:
         self._first = None
         return allowance
 
-    def _bind(self, allowance: Allowance) -> dict[str, Any]:
+    def _bind(self, allowance: Allowance) -> AnswerFields:
         _, answer = self._backend.process.ask(allowance, "bind", self._key, self._steps)
         return answer.fields
 
@@ -228,7 +228,7 @@ class Result:
             number, answer = self._backend.process.ask(allowance, do, self._key, argument)
         return number, answer
 
-    def _text(self, options: dict[str, Any] | None) -> str:
+    def _text(self, options: dict[str, object] | None) -> str:
         _, answer = self._ask(self._allowance(), "text", options)
         return printable(answer.fields["value"], keep="\n")
 

@@ -207,9 +207,8 @@ def readable(message: str, limits: QueryLimits | None = None) -> str:
 
 def _is_broken(answer: Answer) -> bool:
     """True if DuckDB must be restarted after an internal error or refused memory."""
-    by_system = "alloc" in answer.fields.get("error", "") and OUT_OF_MEMORY.search(
-        answer.fields["error"]
-    )
+    error = answer.fields.get("error", "")
+    by_system = "alloc" in error and OUT_OF_MEMORY.search(error)
     return answer.fields.get("kind") in (
         "FatalException",
         "InternalException",

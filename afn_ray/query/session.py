@@ -15,9 +15,9 @@ import pyarrow as pa
 
 from afn_ray.query.files import ServedFiles
 from afn_ray.query.intervals import check_intervals
-from afn_ray.query.protocol import Answer, Made, Request, Setup, Steps
+from afn_ray.query.protocol import Answer, AnswerFields, Made, Request, Settings, Setup, Steps
 
-CLOSED: dict[str, Any] = {
+CLOSED: Settings = {
     "temp_directory": "",
     "python_enable_replacements": False,
     "autoinstall_known_extensions": False,
@@ -119,11 +119,10 @@ class Session:
         cursor = self.connection.cursor()
         with self._at_work(cursor):
             made = self._make(cursor, steps)
+        fields: AnswerFields = {"columns": [], "types": []}
         if isinstance(made, duckdb.DuckDBPyRelation):
             fields = {"columns": made.columns, "types": [str(kind) for kind in made.types]}
-        elif callable(getattr(made, "agg", None)):  # the result of group_by
-            fields = {"columns": [], "types": []}
-        else:
+        elif not callable(getattr(made, "agg", None)):  # else the result of group_by
             return Answer({"value": made})
         self._relations[key] = cursor, made
         if len(self._relations) > MAX_RELATIONS:
