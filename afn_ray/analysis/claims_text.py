@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -20,7 +19,7 @@ ROUNDING = 1e-12
 """Absolute value below which a figure is 0."""
 
 
-def to_json(found: Claims) -> dict[str, Any]:
+def to_json(found: Claims) -> dict[str, object]:
     """The claims as plain values; missing interval bounds are null."""
     value = asdict(found)
     for figure in value["figures"]:

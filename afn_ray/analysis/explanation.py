@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -259,7 +258,7 @@ def _shown(text: str) -> str:
     return visible(text.replace("\r\n", "\n"), keep="\n\t")
 
 
-def _figures(reading: Reading) -> dict[str, Any]:
+def _figures(reading: Reading) -> dict[str, object]:
     """Columns of a token at one layer."""
     row = {
         "layer": reading.layer,
@@ -271,7 +270,7 @@ def _figures(reading: Reading) -> dict[str, Any]:
     return row | _of_run(reading.usual) | {v.signal: v.value for v in reading.signals}
 
 
-def _of_run(usual: Usual | None) -> dict[str, Any]:
+def _of_run(usual: Usual | None) -> dict[str, object]:
     return {} if usual is None else asdict(usual)
 
 
@@ -285,7 +284,7 @@ def index_of(layers: tuple[int, ...], layer: int | None) -> int:
     return layers.index(layer)
 
 
-def to_json(explanation: Explanation) -> dict[str, Any]:
+def to_json(explanation: Explanation) -> dict[str, object]:
     """``explanation`` as plain values, equal to what ``json.loads`` returns."""
-    value: dict[str, Any] = json.loads(json.dumps(asdict(explanation), allow_nan=False))
+    value: dict[str, object] = json.loads(json.dumps(asdict(explanation), allow_nan=False))
     return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -210,7 +209,7 @@ def _words(a: pa.Table, b: pa.Table) -> pa.Table:
     z, p, q = np.zeros(len(both)), np.ones(len(both)), np.ones(len(both))
     z[both], p[both] = two_proportions(high_a[both], n_a[both], high_b[both], n_b[both])
     q[both] = benjamini_hochberg(p[both])
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "word": joined["word"],
         "class": pc.coalesce(joined["class_b"], joined["class_a"]),
         "status": np.where(both, "both", np.where(n_a > 0, "only_a", "only_b")),
@@ -345,13 +344,13 @@ def _notes_on_matches(matched: MatchedWords | None, texts: Texts) -> Iterator[st
 # --- JSON ---
 
 
-def to_json(found: LayerComparison) -> dict[str, Any]:
+def to_json(found: LayerComparison) -> dict[str, object]:
     """The comparison as plain values of bounded size.
 
     It lists the words of both sides with the lowest q, and the most frequent words of one side: at
     most ``compare.JSON_ROWS`` of each.
     """
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "schema_version": JSON_VERSION,
         "a": _side_json(found.a),
         "b": _side_json(found.b),
@@ -378,7 +377,7 @@ def to_json(found: LayerComparison) -> dict[str, Any]:
     return body
 
 
-def _side_json(side: Side) -> dict[str, Any]:
+def _side_json(side: Side) -> dict[str, object]:
     words = side.words
     return {
         **compare.describe(side.run),
@@ -392,7 +391,7 @@ def _side_json(side: Side) -> dict[str, Any]:
     }
 
 
-def _matched_json(matched: MatchedWords | None) -> dict[str, Any] | None:
+def _matched_json(matched: MatchedWords | None) -> dict[str, object] | None:
     if matched is None:
         return None
     return {
@@ -404,7 +403,7 @@ def _matched_json(matched: MatchedWords | None) -> dict[str, Any] | None:
     }
 
 
-def _overlap_json(overlap: Overlap) -> dict[str, Any]:
+def _overlap_json(overlap: Overlap) -> dict[str, object]:
     return {
         "n": overlap.n,
         "n_both": overlap.n_both,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -186,7 +185,7 @@ def _texts(
     suffix = list(measurer.preparer.encoder.template.suffix)
     tags = content_tags(run)
     is_content = "coalesce(class, '') = 'content'"
-    parameters: dict[str, Any] = {"n": num_documents, "window": window}
+    parameters: dict[str, object] = {"n": num_documents, "window": window}
     if tags is not None:  # a token's own tag is more exact than its type's most frequent class
         is_content = "coalesce(list_contains($content::VARCHAR[], tag), false)"
         parameters["content"] = tags

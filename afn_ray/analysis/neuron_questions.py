@@ -5,7 +5,6 @@ word, and the uses of one.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -104,7 +103,7 @@ class WordNeurons:
         """One row for each neuron, with the columns of ``WORD_COLUMNS``."""
         rows = []
         for x in self.neurons:
-            row: dict[str, Any] = {"neuron": x.neuron.neuron, "types": _types(x.neuron)}
+            row: dict[str, object] = {"neuron": x.neuron.neuron, "types": _types(x.neuron)}
             row |= {"share": x.share, "elsewhere": x.elsewhere, "lift": x.lift, "mean": x.mean}
             rows.append(row)
         return pa.Table.from_pylist(rows, WORD_COLUMNS)
@@ -199,7 +198,7 @@ def _layer_of(run: Run, layer: int | None) -> NeuronLayer:
     return NeuronLayer(run.uri, shown, recorded, "neurons_above" in measure)
 
 
-def _types(neuron: Neuron) -> list[dict[str, Any]]:
+def _types(neuron: Neuron) -> list[dict[str, object]]:
     return [{"text": text, "n": n, "lift": lift} for text, n, lift in neuron.types]
 
 
@@ -212,7 +211,7 @@ def _readable(table: pa.Table) -> pa.Table:
     return table.set_column(at, "types", pa.array(texts, pa.string()))
 
 
-def to_json(found: SelectiveNeurons | WordNeurons | NeuronUses) -> dict[str, Any]:
+def to_json(found: SelectiveNeurons | WordNeurons | NeuronUses) -> dict[str, object]:
     """``found`` as plain values."""
     layer = found.of.layer
     if isinstance(found, SelectiveNeurons):

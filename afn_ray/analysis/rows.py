@@ -419,7 +419,7 @@ class _Rows:
         return taken.combine_chunks()
 
 
-def differing(stored: Mapping[str, Any], expected: Mapping[str, int]) -> dict[str, Any]:
+def differing(stored: Mapping[str, Any], expected: Mapping[str, int]) -> dict[str, object]:
     """The ``stored`` values that are not as ``expected``; None for a missing one."""
     return {key: stored.get(key) for key, n in expected.items() if stored.get(key) != n}
 

@@ -232,7 +232,7 @@ class _Candidate:
         return found
 
 
-def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[str, Any]:
+def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[str, object]:
     """Milliseconds per text of the model ``name``, as ``--json`` writes them.
 
     Without a name, it measures BERT-base's shape and a distilled shape.
@@ -292,7 +292,7 @@ def _paired(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
+def _figures(times: dict[str, list[float]]) -> dict[str, object]:
     ways = {
         way: {"median_ms": statistics.median(ms), "p95_ms": float(np.quantile(ms, 0.95))}
         for way, ms in times.items()

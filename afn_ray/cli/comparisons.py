@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -96,7 +95,7 @@ def _compare_layers(args: argparse.Namespace) -> None:
     layer_tables.render(found, Console(highlight=False))
 
 
-def _write_json(path: Path, body: dict[str, Any]) -> None:
+def _write_json(path: Path, body: dict[str, object]) -> None:
     with disk.write_local(path) as file:
         file.write((json.dumps(body, indent=1, allow_nan=False) + "\n").encode())
 

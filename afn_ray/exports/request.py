@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pyarrow as pa
 
@@ -53,9 +52,9 @@ class ExportRequest:
     columns: tuple[tuple[str, str], ...]
     """Names and SQL types."""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The request as a value that reads back equal from JSON."""
-        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        value: dict[str, object] = json.loads(json.dumps(asdict(self)))
         return value
 
     def id_in(self, target: str) -> str:

@@ -148,11 +148,11 @@ def _compared(
     a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_base: bool
 ) -> Comparison:
     tables = [_Tables.of(run) for run in (a, b)]
-    drift: list[dict[str, Any]] = []
-    classes: list[dict[str, Any]] = []
+    drift: list[dict[str, object]] = []
+    classes: list[dict[str, object]] = []
     movers = []
     of_words = [NO_WORDS]
-    word_classes: list[dict[str, Any]] = []
+    word_classes: list[dict[str, object]] = []
     rare = rare_below(*(words for of_run in tables for words in of_run.word_vocabulary.values()))
     for layer in layers:
         types_a, types_b = (without_special(of_run.vocabulary[layer]) for of_run in tables)
@@ -367,7 +367,7 @@ def _labels_by_layer(run: RunFolder, layers: list[int]) -> dict[int, float | Non
     return {layer: q3[layer] for layer in layers}
 
 
-def to_json(comparison: Comparison) -> dict[str, Any]:
+def to_json(comparison: Comparison) -> dict[str, object]:
     """The comparison as plain values of bounded size.
 
     It lists the movers with the lowest q, the most frequent new and vanished types, and the sources
@@ -379,7 +379,7 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     is_whole = pc.is_null(drift["source"])
     sources = _largest_distance_first(drift.filter(pc.invert(is_whole)))
     both = _surest_first(_of_status(movers, "both"))
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "schema_version": JSON_VERSION,
         "a": describe(comparison.a),
         "b": describe(comparison.b),
@@ -405,10 +405,10 @@ def to_json(comparison: Comparison) -> dict[str, Any]:
     return body
 
 
-def _words_json(movers: pa.Table, deepest: int) -> dict[str, Any]:
+def _words_json(movers: pa.Table, deepest: int) -> dict[str, object]:
     """Entries on the words of ``WORD_MOVERS_SCHEMA`` rows, as ``to_json`` has them of types."""
     both = _surest_first(_of_status(movers, "both"))
-    body: dict[str, Any] = {
+    body: dict[str, object] = {
         "word_movers": both.slice(0, JSON_ROWS).to_pylist(),
         "n_words": len(_at(both, deepest)),
         "n_words_moved": num_moved(_at(movers, deepest)),

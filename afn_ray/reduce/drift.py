@@ -145,14 +145,14 @@ def _quartiles(histogram: Histogram, run: str) -> dict[str, float]:
     return {f"q1_{run}": q1, f"q2_{run}": q2, f"q3_{run}": q3}
 
 
-def class_rows(layer: int, types_a: pa.Table, types_b: pa.Table) -> Iterator[dict[str, Any]]:
+def class_rows(layer: int, types_a: pa.Table, types_b: pa.Table) -> Iterator[dict[str, object]]:
     """Rows of ``CLASS_DRIFT_SCHEMA``.
 
     A class without tokens in a run has a HIGH share of 0 there, with the interval 0 to 1.
     """
     counts_a, counts_b = _counts_by_class(types_a), _counts_by_class(types_b)
     for name in in_order([*counts_a, *counts_b]):
-        row: dict[str, Any] = {"layer": layer, "class": name}
+        row: dict[str, object] = {"layer": layer, "class": name}
         for run, counts in (("a", counts_a), ("b", counts_b)):
             n, n_high = counts.get(name, (0, 0))
             total = sum(n for n, _ in counts.values())
@@ -255,7 +255,7 @@ class MoverSide(NamedTuple):
 
         return cls(row, has_type, placed("n"), placed("n_high"), placed("q2"))
 
-    def columns(self, run: str, *, ranks_only: bool) -> dict[str, Any]:
+    def columns(self, run: str, *, ranks_only: bool) -> dict[str, object]:
         """The columns of ``MOVERS_SCHEMA`` that describe ``run``."""
         share_high = self.n_high / np.maximum(1, self.n)
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -92,8 +92,8 @@ def group_drift(
     by = grouped_by(a)
     if by is None or by != grouped_by(b):
         return NO_GROUPS
-    drift: list[dict[str, Any]] = []
-    classes: list[dict[str, Any]] = []
+    drift: list[dict[str, object]] = []
+    classes: list[dict[str, object]] = []
     movers = [GROUP_MOVERS_SCHEMA.empty_table()]
     nothing = SourceStrengths(Histogram.empty(), 0)
     labels = "n_high_own" if labels_by_group(a) and labels_by_group(b) else "n_high"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,7 +38,7 @@ def group_tables(
     strengths = of_groups[: len(layers)]
     documents, with_tokens, types, *high = of_groups[len(layers) :]
     n_documents, n_docs = (h.counts_of(np.arange(num)) for h in (documents, with_tokens))
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     of_types: list[pa.Table] = []
     for at, layer in enumerate(layers):
         for index, of_group in enumerate(by_index(strengths[at], num, BIN_BITS)):
@@ -71,7 +70,7 @@ def _with_own(schema: pa.Schema, name: str, own: object) -> pa.Schema:
     return schema if own is None else pa.schema([*schema, *OWN_LABELS[name]])
 
 
-def _strengths_row(strengths: Histogram, q3: float) -> dict[str, Any]:
+def _strengths_row(strengths: Histogram, q3: float) -> dict[str, object]:
     """Columns of one row of ``GROUPS_SCHEMA``; ``q3`` is that of the run."""
     values = to_values(strengths.keys)
     own = to_values(strengths.quartile_keys()).tolist() if strengths.n else (None,) * 3
@@ -136,10 +135,10 @@ def _in_languages(types: pa.Table) -> pa.Table:
 
 def _classes_rows(
     types: pa.Table, vocabulary: pa.Table, *, by_language: bool
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Rows of ``GROUP_CLASSES_SCHEMA``: the classes of each group, in the order of the tables."""
     counted = [name for name in types.column_names if name.startswith("n")]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for layer in types["layer"].unique().to_pylist():
         here = classes_of(
             types.filter(pc.equal(types["layer"], layer)),
@@ -158,12 +157,13 @@ def _classes_rows(
 
 def _class_rows(
     layer: int, group: str | None, counts: Mapping[str, Mapping[str, int]]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """Rows of one group; ``counts`` are the numbers of tokens of each class, by column."""
     total = sum(of_class["n"] for of_class in counts.values())
     for name in in_order(counts):
         n = counts[name]["n"]
-        row = {"layer": layer, "group": group, "class": name, **counts[name], "share": n / total}
+        row: dict[str, object] = {"layer": layer, "group": group, "class": name}
+        row |= {**counts[name], "share": n / total}
         for column in sorted(counts[name].keys() - {"n"}):
             share = column.replace("n_high", "share_high")
             low, upper = wilson(counts[name][column], n)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import date, datetime
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -157,7 +156,7 @@ def _table(
 
 def _rows(
     run: RunFolder, verdict: StoredVerdict | None, runs: Sequence[RunFolder]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[dict[str, object]]:
     """Rows of ``run``; ``runs`` are those of its series, newest first."""
     if verdict is not None:
         baseline, found = verdict.baseline, verdict.distances
@@ -166,7 +165,7 @@ def _rows(
         baseline = None if before is None else before.uri
         found = tuple(distances(before, run))
     acceptance = verdicts.acceptance_of(run, () if verdict is None else verdict.broken)
-    of_night: dict[str, Any] = {
+    of_night: dict[str, object] = {
         "run": run.id,
         "measure": run.info["measure"]["id"],
         "base": fingerprint(base_of(run.info["measure"])),
@@ -203,7 +202,7 @@ def night_before(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
     return next(series_runs.nights_before(run, comparable), None)
 
 
-def _figures(run: RunFolder) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _figures(run: RunFolder) -> Iterator[tuple[Place, dict[str, object]]]:
     """Figures of ``run`` at each layer, and of its groups there, from its tables."""
     thresholds = {
         row["layer"]: row
@@ -233,7 +232,7 @@ def _figures(run: RunFolder) -> Iterator[tuple[Place, dict[str, Any]]]:
             yield (layer, by, group), figures
 
 
-def _classes(types: pa.Table, n_tokens: int) -> list[dict[str, Any]]:
+def _classes(types: pa.Table, n_tokens: int) -> list[dict[str, object]]:
     """The classes of a layer's ``types`` as ``classes`` of ``HISTORY_SCHEMA``, by name."""
     sums = types.group_by("class").aggregate([("n", "sum"), ("n_high", "sum")])
     rows = []
@@ -246,11 +245,11 @@ def _classes(types: pa.Table, n_tokens: int) -> list[dict[str, Any]]:
 
 def _of_groups(
     groups: pa.Table | None, classes: pa.Table | None
-) -> Iterator[tuple[str | None, dict[str, Any]]]:
+) -> Iterator[tuple[str | None, dict[str, object]]]:
     """Figures of each group, from rows of ``GROUPS_SCHEMA`` and ``GROUP_CLASSES_SCHEMA``."""
     if groups is None or classes is None:
         return
-    of_group: dict[str | None, list[dict[str, Any]]] = {}
+    of_group: dict[str | None, list[dict[str, object]]] = {}
     for row in classes.select(["group", "class", "share", "share_high"]).to_pylist():
         of_group.setdefault(row.pop("group"), []).append(row)
     for row in groups.drop_columns(["bins", "counts"]).to_pylist():

@@ -229,7 +229,7 @@ def _of_layer(
     mean = rows["mean"].to_numpy()
     sd = rows["sd"].to_numpy()
     n = pa.array(sums.n[found])
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "layer": pa.array(np.full(len(ids), layer, np.int16)),
         **{name: rows[name] for name in ("token_id", "token", "text", "class")},
         "n": n,

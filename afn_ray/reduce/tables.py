@@ -53,7 +53,7 @@ class TokenTexts(NamedTuple):
 def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence[int]) -> pa.Table:
     """The ``shards`` table: files of each shard and their numbers of rows, in plan order."""
     tables = [SHARDS_SCHEMA.empty_table()]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     doc_offset = 0
     for ordinal, (commit, size) in enumerate(zip(commits, num_bytes, strict=True)):
         place = {"ordinal": ordinal, "doc_offset": doc_offset, "num_bytes": size}
@@ -66,7 +66,7 @@ def shards_table(measure_id: str, commits: Sequence[Commit], num_bytes: Sequence
     return pa.concat_tables(tables).combine_chunks()
 
 
-def _shard_counts(commit: Commit) -> dict[str, Any]:
+def _shard_counts(commit: Commit) -> dict[str, object]:
     """Columns of ``SHARDS_SCHEMA`` on what the shard holds and how long it took."""
     counts = commit.counts
     forward_tokens = max(1, counts["forward_tokens"])
@@ -86,10 +86,10 @@ def _shard_counts(commit: Commit) -> dict[str, Any]:
     }
 
 
-def _shard_files(commit: Commit, measure_id: str) -> dict[str, Any]:
+def _shard_files(commit: Commit, measure_id: str) -> dict[str, object]:
     """Columns of ``SHARDS_SCHEMA`` on the shard's files: their bytes and their paths."""
     files = commit.files
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "token_bytes": files["tokens"]["bytes"],
         "document_bytes": files["documents"]["bytes"],
         "summary_bytes": files["summary"]["bytes"],

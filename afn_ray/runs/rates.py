@@ -24,9 +24,9 @@ class Rate:
     load_s: float  # seconds until a process has loaded the model
     where: str  # machine, versions, n and spread
     # what it was measured for, from ``speed_of``
-    speed: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, object] = field(default_factory=dict)
 
-    def check(self, speed: dict[str, Any], file: Path) -> None:
+    def check(self, speed: dict[str, object], file: Path) -> None:
         """Raise ``ConfigError`` unless the rate was measured for ``speed``."""
         differing = [
             f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
@@ -40,7 +40,7 @@ class Rate:
             )
 
 
-def speed_of(task: Task) -> dict[str, Any]:
+def speed_of(task: Task) -> dict[str, object]:
     """The inputs of a worker's tokens per second, except the machine and the texts.
 
     A worker on a GPU whose number of tokenizer processes its node decides has no

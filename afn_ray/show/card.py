@@ -217,7 +217,7 @@ def _mean_square(row: dict[str, Any]) -> float:
     return float(row["mean"] ** 2 + row["sd"] ** 2) if row["n"] else 0.0
 
 
-def to_json(card: Card) -> dict[str, Any]:
+def to_json(card: Card) -> dict[str, object]:
     """The card as plain values; class shares include their interval."""
     value = asdict(card)
     for layer in value["layers"]:

@@ -110,7 +110,7 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_LINE else text[: MAX_LINE - 1] + "…"
 
 
-def to_json(found: History) -> dict[str, Any]:
+def to_json(found: History) -> dict[str, object]:
     """All rows of ``found`` as plain values; times and dates are ISO 8601, in UTC."""
     rows = found.table.to_pylist()
     for row in rows:

@@ -281,6 +281,6 @@ def _idf_auc(vocabulary: pa.Table) -> float | None:
     return float(auc(np.bincount(at, high), np.bincount(at, low)))
 
 
-def to_json(summary: RunSummary) -> dict[str, Any]:
+def to_json(summary: RunSummary) -> dict[str, object]:
     """The summary as plain values: class shares with their interval, and the command to repeat."""
     return asdict(summary) | {"command": provenance.command_line(summary.info["config"])}

@@ -511,7 +511,7 @@ def test_a_word_cannot_act_on_the_terminal(of_one_run: LayerComparison) -> None:
 def test_json_is_plain_versioned_and_bounded(
     of_models: LayerComparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = layers.to_json(of_models)
+    body: Any = layers.to_json(of_models)
     assert json.loads(json.dumps(body, allow_nan=False)) == body
     assert body["schema_version"] == 1
     assert (body["a"]["layer"], body["a"]["depth"], body["b"]["layer"], body["b"]["depth"]) == (
@@ -531,7 +531,7 @@ def test_json_is_plain_versioned_and_bounded(
     n = [row["n_b"] for row in body["only_b"]]
     assert n == sorted(n, reverse=True)
     monkeypatch.setattr(compare, "JSON_ROWS", 3)
-    short = layers.to_json(of_models)
+    short: Any = layers.to_json(of_models)
     for name in ("movers", "only_a", "only_b"):
         assert short[name] == body[name][:3]
     assert short["n_words"] == body["n_words"] and short["n_only_b"] == body["n_only_b"]

@@ -562,7 +562,7 @@ def test_runs_without_sources_or_shards_are_compared_and_say_so(
 def test_json_is_plain_versioned_and_bounded(
     compared: Comparison, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    body = compare.to_json(compared)
+    body: Any = compare.to_json(compared)
     assert json.loads(json.dumps(body, allow_nan=False)) == body
     assert (
         body["schema_version"] == 2
@@ -587,7 +587,7 @@ def test_json_is_plain_versioned_and_bounded(
         unknown
     )  # new and vanished ones are the furthest
     monkeypatch.setattr(compare, "JSON_ROWS", 3)
-    short = compare.to_json(compared)
+    short: Any = compare.to_json(compared)
     lists = ("movers", "new", "vanished", "sources", "word_movers", "new_words", "vanished_words")
     for name in lists:
         assert body[name] and short[name] == body[name][:3]

@@ -199,7 +199,7 @@ def test_the_comparison_says_how_it_is_grouped_and_bounds_the_movers(
 ) -> None:
     found = compare.compare(nights[1], nights[2])
     assert found.groups.by == "lang"
-    body = compare.to_json(found)
+    body: Any = compare.to_json(found)
     assert body["group_by"] == "lang" and len(body["groups"]) == 31 * len(LAYERS)
     sizes = found.groups.movers.group_by(["layer", "group", "status"]).aggregate([("n_a", "count")])
     assert max(sizes["n_a_count"].to_pylist()) <= 50
