@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from afn_ray.reduce.histogram import (
 from afn_ray.reduce.language_uses import WordsOf
 from afn_ray.reduce.stats import is_high, mean_and_variance, quantile_rank, wilson
 from afn_ray.reduce.type_tags import TagShare
-from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, THRESHOLDS_SCHEMA, VOCABULARY_SCHEMA
+from afn_ray.schema import HISTOGRAM_SCHEMA, SHARDS_SCHEMA, VOCABULARY_SCHEMA
 from afn_ray.store import checksums, layout
 from afn_ray.store.commits import Commit
 from afn_ray.token_rows import LabelThresholds
@@ -41,6 +41,44 @@ STATISTICS_SCHEMA = pa.schema(
     ]
 )
 """Schema of a type's statistics, before the vocabulary adds texts and classes."""
+
+
+class Quartiles(TypedDict):
+    """Quartiles of a histogram and the number of HIGH tokens by them; null without tokens."""
+
+    q1: float | None
+    q2: float | None
+    q3: float | None
+    n_high: int
+
+
+class Moments(TypedDict):
+    """Moments of a histogram; null without tokens."""
+
+    n: int
+    mean: float | None
+    sd: float | None
+    min: float | None
+    max: float | None
+
+
+class ThresholdRow(LabelThresholds, Quartiles, Moments):
+    """A row of ``THRESHOLDS_SCHEMA``."""
+
+    n_sinks: int
+    n_special: int
+    definition: str
+
+
+class SignalRow(Moments):
+    """A row of ``SIGNALS_SCHEMA``."""
+
+    signal: str
+    layer: int
+    q1: float | None
+    q2: float | None
+    q3: float | None
+    n_special: int
 
 
 class TokenTexts(NamedTuple):
@@ -119,7 +157,7 @@ def histogram_table(layer: int, special: bool, histogram: Histogram) -> pa.Table
 
 def threshold_rows(
     layer: int, histogram: Histogram, n_special: int, sink_factor: float
-) -> list[dict[str, Any]]:
+) -> list[ThresholdRow]:
     """Thresholds of one layer: one row for all normal tokens, one for those that are no sinks.
 
     A sink is a token above ``sink_factor`` times the median of all normal tokens. HIGH is at or
@@ -130,33 +168,34 @@ def threshold_rows(
         median = float(to_values(np.array([histogram.quantile_key(1, 2)]))[0])
     is_kept = to_values(histogram.keys).astype(np.float64) <= sink_factor * median
     without_sinks = Histogram(histogram.keys[is_kept], histogram.counts[is_kept])
-    of_layer = {
-        "layer": layer,
-        "n_sinks": histogram.n - without_sinks.n,
-        "n_special": n_special,
-        "sink_factor": sink_factor,
-        "definition": DEFINITION,
-    }
     populations = {"tokens": histogram, "tokens_without_sinks": without_sinks}
-    rows = []
+    rows: list[ThresholdRow] = []
     for population, h in populations.items():
-        row = {"population": population, **of_layer, **_quartiles(h), **_moments(h)}
-        rows.append({name: row.get(name) for name in THRESHOLDS_SCHEMA.names})
+        rows.append(
+            {
+                "layer": layer,
+                "population": population,
+                **_moments(h),
+                **_quartiles(h),
+                "n_sinks": histogram.n - without_sinks.n,
+                "n_special": n_special,
+                "sink_factor": sink_factor,
+                "definition": DEFINITION,
+            }
+        )
     return rows
 
 
-def _quartiles(h: Histogram) -> dict[str, Any]:
-    """Quartiles and the number of HIGH tokens by them; no quartiles for an empty histogram."""
+def _quartiles(h: Histogram) -> Quartiles:
     if not h.n:
-        return {"n_high": 0}
+        return {"q1": None, "q2": None, "q3": None, "n_high": 0}
     keys = h.quartile_keys()
     q1, q2, q3 = to_values(keys).tolist()
     n_high = int(h.counts[h.keys >= keys[2]].sum())
     return {"q1": q1, "q2": q2, "q3": q3, "n_high": n_high}
 
 
-def _moments(h: Histogram) -> dict[str, Any]:
-    """Count, mean, standard deviation, minimum and maximum; null for an empty histogram."""
+def _moments(h: Histogram) -> Moments:
     if not h.n:
         return {"n": 0, "mean": None, "sd": None, "min": None, "max": None}
     values = to_values(h.keys).astype(np.float64)
@@ -165,8 +204,8 @@ def _moments(h: Histogram) -> dict[str, Any]:
 
 
 def rows_under_frozen(
-    own: Sequence[dict[str, Any]], histogram: Histogram, frozen: Sequence[LabelThresholds]
-) -> list[dict[str, Any]]:
+    own: Sequence[ThresholdRow], histogram: Histogram, frozen: Sequence[LabelThresholds]
+) -> list[ThresholdRow]:
     """``own`` rows of a layer with the quartiles of ``frozen``.
 
     The counts of HIGH tokens and sinks are those of this run's tokens under these quartiles.
@@ -177,7 +216,7 @@ def rows_under_frozen(
     is_sink = np.zeros(len(values), bool)
     if of_tokens["q2"] is not None:
         is_sink = values > of_tokens["sink_factor"] * of_tokens["q2"]
-    rows = []
+    rows: list[ThresholdRow] = []
     for row in own:
         quartiles = taken[row["population"]]
         is_kept = np.ones(len(values), bool)
@@ -185,12 +224,16 @@ def rows_under_frozen(
             is_kept = ~is_sink
         part = Histogram(histogram.keys[is_kept], histogram.counts[is_kept])
         is_high_here = is_high(values[is_kept], quartiles["q3"])
-        counted = {
-            "n_high": int(part.counts[is_high_here].sum()),
-            "n_sinks": int(histogram.counts[is_sink].sum()),
-            "definition": f"taken from another run; there: {DEFINITION}",
-        }
-        rows.append({**row, **_moments(part), **quartiles, **counted})
+        rows.append(
+            {
+                **row,
+                **_moments(part),
+                **quartiles,
+                "n_high": int(part.counts[is_high_here].sum()),
+                "n_sinks": int(histogram.counts[is_sink].sum()),
+                "definition": f"taken from another run; there: {DEFINITION}",
+            }
+        )
     return rows
 
 
@@ -252,14 +295,14 @@ def vocabulary_table(
     if the corpus is labelled; without it, classes are guessed by the words of each type.
     """
     statistics = statistics.sort_by([("special", "ascending"), ("token_id", "ascending")])
-    columns: dict[str, Any] = {
+    columns: dict[str, npt.NDArray[Any]] = {
         name: statistics[name].to_numpy() for name in statistics.column_names
     }
     ids, n, n_high = columns["token_id"].tolist(), columns["n"], columns["n_high"]
     readable = [texts.readable[i] for i in ids]
     low, upper = wilson(n_high, n)
     guesses = _by_tag(columns, tags) if tags is not None else _guesses(columns, readable, words_of)
-    columns |= {
+    described = {
         "layer": np.full(len(ids), layer),
         "token": [texts.pieces[i] for i in ids],
         "text": readable,
@@ -271,7 +314,7 @@ def vocabulary_table(
         "share_high_high": upper,
         "idf": np.log(n_docs / columns["n_docs"]),
     }
-    return _table(columns, VOCABULARY_SCHEMA)
+    return _table(columns | described, VOCABULARY_SCHEMA)
 
 
 def _by_tag(

@@ -49,6 +49,7 @@ from afn_ray.reduce.shards import CommittedFile, CommittedShards
 from afn_ray.reduce.stats import Ints
 from afn_ray.reduce.tables import (
     STATISTICS_SCHEMA,
+    ThresholdRow,
     TokenTexts,
     histogram_table,
     rows_under_frozen,
@@ -189,8 +190,8 @@ class _Reduced(NamedTuple):
     """Results of one series, as in ``THRESHOLDS_SCHEMA`` and so on."""
 
     series: Series
-    thresholds: list[dict[str, Any]]  # the series' own
-    labels: list[dict[str, Any]]  # those that label tokens
+    thresholds: list[ThresholdRow]  # the series' own
+    labels: list[ThresholdRow]  # those that label tokens
     histogram: pa.Table
     vocabulary: pa.Table
 
@@ -211,8 +212,7 @@ def _signal_tables(signals: Sequence[_Reduced]) -> dict[str, pa.Table]:
     """The tables ``signals`` and ``signal_vocabulary``."""
     rows, vocabularies = [], []
     for one in signals:
-        row = {"signal": one.series.signal} | one.thresholds[0]
-        rows.append({name: row[name] for name in SIGNALS_SCHEMA.names})
+        rows.append({"signal": one.series.signal, **one.thresholds[0]})
         vocabularies.append(_signal_vocabulary(one.series.signal, one.vocabulary))
     return {
         "signals": pa.Table.from_pylist(rows, SIGNALS_SCHEMA),
@@ -390,7 +390,7 @@ def _total(
     sink_factor: float,
     frozen: Sequence[LabelThresholds],
     *counts: tuple[Histogram, Histogram],
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], pa.Table]:
+) -> tuple[list[ThresholdRow], list[ThresholdRow], pa.Table]:
     """Rows of the layer's own thresholds, rows of those that label tokens, and its histogram."""
     normal = Histogram.merge(of_normal for of_normal, _ in counts)
     special = Histogram.merge(of_special for _, of_special in counts)
@@ -402,7 +402,7 @@ def _total(
     return own, labels, histogram
 
 
-def _types(part: bytes, labels: list[dict[str, Any]]) -> list[pa.Table]:
+def _types(part: bytes, labels: list[ThresholdRow]) -> list[pa.Table]:
     """``type_statistics`` of ``part`` under the thresholds that label tokens."""
     tables = [type_statistics(some, labels[0]["q3"]) for some in _slices(part)]
     return [pa.concat_tables([STATISTICS_SCHEMA.empty_table(), *tables])]

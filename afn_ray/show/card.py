@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pyarrow.compute as pc
 from afn_ray import notebook
 from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.mean_vectors import flat
+from afn_ray.reduce.tables import Moments, SignalRow
 from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, summarise
 from afn_ray.store import checksums, manifest
 
@@ -124,7 +126,7 @@ def card_of(run: str | manifest.RunFolder | Run) -> Card:
 def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
     info = run.info
     measure, model, counts = info["measure"], info["model"], info["counts"]
-    signals: dict[tuple[str, int], dict[str, Any]] = {}
+    signals: dict[tuple[str, int], SignalRow] = {}
     if "signals" in info["tables"]:
         rows = manifest.read_table(run, "signals").to_pylist()
         signals = {(row["signal"], row["layer"]): row for row in rows}
@@ -158,7 +160,7 @@ def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
     )
 
 
-def _layer(facts: LayerFacts, trimmed: dict[str, Any] | None, dimensions: Any) -> LayerCard:
+def _layer(facts: LayerFacts, trimmed: SignalRow | None, dimensions: Sequence[int]) -> LayerCard:
     main = facts.thresholds["tokens"]
     return LayerCard(
         layer=facts.layer,
@@ -176,17 +178,17 @@ def _layer(facts: LayerFacts, trimmed: dict[str, Any] | None, dimensions: Any) -
     )
 
 
-def _share_left_out(strength: dict[str, Any], trimmed: dict[str, Any]) -> float | None:
+def _share_left_out(strength: Moments, trimmed: Moments) -> float | None:
     """Share of the sum of squared norms that the trimmed norms lack; None without tokens."""
     whole, rest = _mean_square(strength), _mean_square(trimmed)
     return max(0.0, 1 - rest / whole) if whole else None
 
 
-def _distances(row: dict[str, Any] | None) -> Distances | None:
-    """The distribution in ``row`` of ``signals``; None without it."""
+def _distances(row: SignalRow | None) -> Distances | None:
+    """The distribution in ``row``; None without it."""
     if row is None:
         return None
-    cv = row["sd"] / row["mean"] if row["mean"] else None
+    cv = row["sd"] / row["mean"] if row["sd"] is not None and row["mean"] else None
     return Distances(row["q2"], cv, row["max"])
 
 
@@ -212,9 +214,10 @@ def _moment_shares(run: manifest.RunFolder) -> dict[int, MomentShares]:
     return shares
 
 
-def _mean_square(row: dict[str, Any]) -> float:
-    """Mean square of the values that ``row``, of thresholds or of signals, describes."""
-    return float(row["mean"] ** 2 + row["sd"] ** 2) if row["n"] else 0.0
+def _mean_square(row: Moments) -> float:
+    """Mean square of the values that ``row`` describes; 0 without any."""
+    mean, sd = row["mean"], row["sd"]
+    return 0.0 if mean is None or sd is None else mean**2 + sd**2
 
 
 def to_json(card: Card) -> dict[str, object]:

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from afn_ray.show import provenance, run_facts
-from afn_ray.show.figures import figure
+from afn_ray.show.figures import number
 from afn_ray.show.summary import MAX_CLASSES, RunSummary, frequent_classes, ratio
 from afn_ray.show.terminal_tables import print_whole, titled_table
 from afn_ray.store import checksums
@@ -61,7 +61,7 @@ def render_thresholds(summary: RunSummary, console: Console) -> None:
                 str(facts.layer),
                 "all" if main else "no sinks",
                 f"{row['n']:,}",
-                *(figure(row[q]) for q in ("q1", "q2", "q3", "max")),
+                *(number(row[q]) for q in ("q1", "q2", "q3", "max")),
                 f"{ratio(row['sd'], row['mean']):.3f}",
                 f"{ratio(row['q3'], row['q2']):.3f}",
                 f"{row['n_sinks']:,}" if main else "",
@@ -71,7 +71,7 @@ def render_thresholds(summary: RunSummary, console: Console) -> None:
                 str(facts.layer),
                 "frozen",
                 f"{row['n']:,}",
-                *(figure(row[q]) for q in ("q1", "q2", "q3")),
+                *(number(row[q]) for q in ("q1", "q2", "q3")),
                 "",
                 "",
                 f"{ratio(row['q3'], row['q2']):.3f}",

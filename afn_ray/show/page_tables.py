@@ -107,9 +107,8 @@ def thresholds_table(summary: RunSummary) -> Table:
         if frozen != own["tokens"]:
             of["all, frozen"] = frozen
         for name, row in of.items():
-            ratios = (
-                row[a] / row[b] if row[b] else None for a, b in (("sd", "mean"), ("q3", "q2"))
-            )
+            pairs = ((row["sd"], row["mean"]), (row["q3"], row["q2"]))
+            ratios = (a / b if a is not None and b else None for a, b in pairs)
             rows.append(
                 (
                     str(facts.layer),

@@ -334,7 +334,7 @@ def _histograms(
         charts.histogram_chart(
             facts.layer,
             now,
-            [facts.labels["tokens"][q] for q in ("q1", "q2", "q3")],
+            [facts.labels["tokens"][q] or 0.0 for q in ("q1", "q2", "q3")],
             before if facts.layer in compared else None,
         )
         for facts in summary.layers

@@ -10,7 +10,7 @@ from afn_ray.reduce import duplicates, losses, near_duplicates, selected
 from afn_ray.run_info import RunInfo
 from afn_ray.runs import precision
 from afn_ray.show import provenance
-from afn_ray.show.figures import figure
+from afn_ray.show.figures import figure, number
 from afn_ray.show.summary import RunSummary
 from afn_ray.store import checksums
 from afn_ray.store.commits import COMPOSED, num_measured
@@ -168,7 +168,7 @@ def cautions(summary: RunSummary) -> list[str]:
         if layer.special_mean is not None:
             line += (
                 f"; special tokens have mean {figure(layer.special_mean)}, the others "
-                f"{figure(main['mean'])}"
+                f"{number(main['mean'])}"
             )
         lines.append(line + ".")
         if main["n_sinks"]:

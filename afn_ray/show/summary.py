@@ -17,6 +17,7 @@ from afn_ray.reduce import language_uses, losses
 from afn_ray.reduce.drift import table_by_layer
 from afn_ray.reduce.losses import Losses
 from afn_ray.reduce.stats import auc, wilson
+from afn_ray.reduce.tables import ThresholdRow
 from afn_ray.run_info import RunInfo
 from afn_ray.show import provenance
 from afn_ray.store import checksums, label_thresholds, manifest
@@ -75,10 +76,8 @@ class LayerFacts:
     """The thresholds of one layer, and figures to judge them by."""
 
     layer: int
-    thresholds: dict[str, dict[str, Any]]  # population -> row of the thresholds table
-    labels: dict[
-        str, dict[str, Any]
-    ]  # the thresholds that decide HIGH: frozen ones, or the run's own
+    thresholds: dict[str, ThresholdRow]  # by population
+    labels: dict[str, ThresholdRow]  # those that decide HIGH: frozen ones, or the run's own
     cv: float  # sd / mean of all tokens except special ones
     q3_over_q2: float
     special_mean: float | None  # mean strength of the special tokens
@@ -121,9 +120,8 @@ class RunSummary:
         """One row for each layer, with the columns of ``LAYERS``."""
         rows = []
         for facts in self.layers:
-            row = {name: facts.thresholds["tokens"][name] for name in LAYERS.names[1:8]}
-            row |= {"layer": facts.layer, "cv": facts.cv, "q3_over_q2": facts.q3_over_q2}
-            rows.append(row | {"idf_auc": facts.idf_auc})
+            beside = {"cv": facts.cv, "q3_over_q2": facts.q3_over_q2, "idf_auc": facts.idf_auc}
+            rows.append({**facts.thresholds["tokens"], **beside})
         return pa.Table.from_pylist(rows, LAYERS)
 
     @property
@@ -229,8 +227,8 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
     )
 
 
-def ratio(a: float, b: float) -> float:
-    return a / b if b else 0.0
+def ratio(a: float | None, b: float | None) -> float:
+    return a / b if a is not None and b else 0.0
 
 
 def _mean(rows: Any) -> float | None:

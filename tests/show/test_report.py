@@ -236,7 +236,7 @@ def test_the_figures_of_the_page_are_those_of_the_run(
     for facts in summary.layers:
         for share in facts.shown_classes:
             assert f"{share.share:.3f}" in text
-        assert figures.figure(facts.thresholds["tokens"]["q3"]) in text
+        assert figures.number(facts.thresholds["tokens"]["q3"]) in text
     assert f"{summary.info['counts']['tokens'] - summary.info['counts']['special']:,}" in text
     for line in run_facts.cautions(summary):
         assert line.strip() in text
@@ -312,7 +312,7 @@ def test_labels_go_by_frozen_thresholds_where_there_are_any(runs: list[manifest.
         page = _Page.of(report.render(manifest.find_run(run.uri), with_claims=False))
     assert f"Labels go by frozen thresholds, those of {runs[0].uri}" in page.text
     (theirs,) = (
-        figures.figure(f.thresholds["tokens"]["q3"]) for f in summarise(runs[0]).layers[-1:]
+        figures.number(f.thresholds["tokens"]["q3"]) for f in summarise(runs[0]).layers[-1:]
     )
     drawn = page.data["charts"]["histogram-3"]["layer"][-2]["data"]["values"][0]
     assert (drawn["name"], drawn["exact"]) == ("Q3", theirs)
