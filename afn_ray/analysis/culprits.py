@@ -196,10 +196,11 @@ def _unmatched_sources(
     limit: Limit, evidence: Evidence, comparison: Comparison
 ) -> Iterator[Culprit]:
     """The sources that are new or vanished, the largest first."""
-    gone, there = ("n_a", "n_b") if limit.key == "max_new_sources" else ("n_b", "n_a")
-    for row in sorted(sources_at(comparison, evidence.layer), key=lambda row: -row[there]):
-        if not row[gone]:
-            yield Culprit("source", row["source"], count(row[there], "token"))
+    sources = sources_at(comparison, evidence.layer)
+    for source in sorted(sources, key=lambda source: -max(source.n_a, source.n_b)):
+        if not (source.n_a if limit.key == "max_new_sources" else source.n_b):
+            n = count(max(source.n_a, source.n_b), "token")
+            yield Culprit("source", source.name, n)
 
 
 def _with_numbers(rule: Rule, night: _Night) -> Rule:

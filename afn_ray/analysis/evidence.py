@@ -160,8 +160,8 @@ def _of_comparison(comparison: Comparison, layer: int) -> Iterator[LimitValues]:
     sources = sources_at(comparison, layer)
     new, vanished = WITHOUT_SOURCES, WITHOUT_SOURCES
     if sources:
-        new = Found(sum(not row["n_a"] for row in sources))
-        vanished = Found(sum(not row["n_b"] for row in sources))
+        new = Found(sum(not source.n_a for source in sources))
+        vanished = Found(sum(not source.n_b for source in sources))
     yield "max_new_sources", new
     yield "max_vanished_sources", vanished
 
@@ -211,10 +211,23 @@ def _at(table: pa.Table, layer: int) -> pa.Table:
     return table.filter(pc.equal(table["layer"], layer))
 
 
-def sources_at(comparison: Comparison, layer: int) -> list[dict[str, Any]]:
-    """Rows of ``DRIFT_SCHEMA`` of all sources at ``layer``."""
+class ComparedPart(NamedTuple):
+    """A source or a group of either run, with its tokens in both."""
+
+    name: str
+    n_a: int
+    n_b: int
+    drift: Mapping[str, Any]  # row of ``DRIFT_SCHEMA``, whose columns limits name
+
+    @classmethod
+    def of(cls, name: str, drift: Mapping[str, Any]) -> ComparedPart:
+        return cls(name, drift["n_a"], drift["n_b"], drift)
+
+
+def sources_at(comparison: Comparison, layer: int) -> list[ComparedPart]:
+    """All sources at ``layer``."""
     rows = _at(comparison.drift, layer).to_pylist()
-    return [row for row in rows if row["source"] is not None]
+    return [ComparedPart.of(row["source"], row) for row in rows if row["source"] is not None]
 
 
 def distance(row: Mapping[str, Any], key: str) -> float:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import pyarrow.compute as pc
 
 from afn_ray import token_rows
 from afn_ray.analysis import own_parts
-from afn_ray.analysis.evidence import WITHOUT_SOURCES, Evidence, Found, distance, sources_at
+from afn_ray.analysis.evidence import (
+    WITHOUT_SOURCES,
+    ComparedPart,
+    Evidence,
+    Found,
+    distance,
+    sources_at,
+)
 from afn_ray.analysis.limits import DISTANCE_LIMITS, Limit
 from afn_ray.analysis.policy import Policy
 from afn_ray.config import RunConfig
@@ -45,8 +52,8 @@ class Parts(NamedTuple):
     """The sources or the groups of two runs at the layer that is judged."""
 
     kind: str  # "source" or "group"
-    rows: list[dict[str, Any]]  # of ``DRIFT_SCHEMA``, with the part's ``name``
-    was_read: Collection[str]  # names of those in ``rows`` that this run read, with tokens or not
+    every: list[ComparedPart]
+    was_read: Collection[str]  # names of those that this run read, with tokens or not
     min_tokens: int
     others: int = 0  # tokens of the other groups of this run, if one not found may be among them
 
@@ -55,61 +62,61 @@ class Parts(NamedTuple):
         """The parts of the ``kind`` in ``comparison``."""
         min_tokens = policy.least_tokens(kind)
         if kind == "source":
-            rows = sources_at(comparison, evidence.layer)
-            named = [row | {"name": row["source"]} for row in rows]
-            return cls(kind, named, _read_sources(named, evidence.sources), min_tokens)
+            sources = sources_at(comparison, evidence.layer)
+            return cls(kind, sources, _read_sources(sources, evidence.sources), min_tokens)
         table = comparison.groups.drift
         at_layer = table.filter(pc.equal(table["layer"], evidence.layer)).to_pylist()
         # A group may have empty documents alone in both runs.
         rows = [row for row in at_layer if row["n_a"] or row["n_b"]]
-        named = [row | {"name": group_name(row["group"])} for row in rows]
-        others = _other_tokens(rows)
-        read = [row["name"] for row in named if row["n_b"] or not others]
-        return cls(kind, named, read, min_tokens, others)
+        groups = [ComparedPart.of(group_name(row["group"]), row) for row in rows]
+        others = _other_tokens(groups)
+        read = [group.name for group in groups if group.n_b or not others]
+        return cls(kind, groups, read, min_tokens, others)
 
-    def in_both(self) -> list[dict[str, Any]]:
-        """Rows with enough tokens in both runs."""
-        return [row for row in self.rows if min(row["n_a"], row["n_b"]) >= self.min_tokens]
+    def in_both(self) -> list[ComparedPart]:
+        """Parts with enough tokens in both runs."""
+        return [part for part in self.every if min(part.n_a, part.n_b) >= self.min_tokens]
 
-    def shrinkable(self) -> list[dict[str, Any]]:
-        """Rows with enough tokens in the baseline that this run read, even without a token."""
+    def shrinkable(self) -> list[ComparedPart]:
+        """Parts with enough tokens in the baseline that this run read, even without a token."""
         read = set(self.was_read)
-        return [row for row in self.rows if row["name"] in read and row["n_a"] >= self.min_tokens]
+        return [part for part in self.every if part.name in read and part.n_a >= self.min_tokens]
 
-    def hidden(self) -> list[dict[str, Any]]:
-        """Rows with enough tokens in the baseline that may be among the
+    def hidden(self) -> list[ComparedPart]:
+        """Parts with enough tokens in the baseline that may be among the
         other groups of this run.
         """
-        gone = [row for row in self.rows if self.others and not row["n_b"]]
-        return [row for row in gone if row["n_a"] >= self.min_tokens]
+        gone = [part for part in self.every if self.others and not part.n_b]
+        return [part for part in gone if part.n_a >= self.min_tokens]
 
-    def judged(self, policy: Policy) -> list[dict[str, Any]]:
-        """Rows that a limit of ``policy`` was compared with."""
+    def judged(self, policy: Policy) -> list[ComparedPart]:
+        """Parts that a limit of ``policy`` was compared with."""
         found = self.in_both()
         if any(limit.key == "min_tokens_ratio" for limit in policy.limits_of(self.kind)):
             found += self.shrinkable() + self.hidden()
         return found
 
 
-def _other_tokens(rows: list[dict[str, Any]]) -> int:
+def _other_tokens(groups: Iterable[ComparedPart]) -> int:
     """Tokens of this run's documents that have no group of their own, though they have a value.
 
     There are none while so few groups have tokens that each has its own; then only documents have
     the value ``OTHERS``, which counts as one of the groups.
     """
-    n_of = {row["group"]: row["n_b"] for row in rows if row["n_b"] and row["group"] is not None}
+    with_tokens = [part for part in groups if part.n_b and part.drift["group"] is not None]
+    n_of = {part.drift["group"]: part.n_b for part in with_tokens}
     others = n_of.pop(OTHERS, 0)
     return others if len(n_of) >= MAX_GROUPS - 1 else 0
 
 
-def _read_sources(rows: list[dict[str, Any]], sources: Collection[str]) -> list[str]:
-    """Names in ``rows`` that are among ``sources``, or are folders of some."""
+def _read_sources(parts: Iterable[ComparedPart], sources: Collection[str]) -> list[str]:
+    """Names in ``parts`` that are among ``sources``, or are folders of some."""
     read = [f"{name}/" for name in sources]
     found = []
-    for row in rows:
-        prefix = f"{row['name']}/"
-        if row["n_b"] or any(name.startswith(prefix) for name in read):
-            found.append(row["name"])
+    for part in parts:
+        prefix = f"{part.name}/"
+        if part.n_b or any(name.startswith(prefix) for name in read):
+            found.append(part.name)
     return found
 
 
@@ -188,8 +195,8 @@ def figures_of(limit: Limit, kind: str, policy: Policy, evidence: Evidence) -> l
     else:
         parts = Parts.of(kind, policy, evidence, comparison)
         found = [
-            PartFigure(row["name"], value, f"{row['n_a']:,} tokens before, {row['n_b']:,} now")
-            for value, row in _values(limit, parts)
+            PartFigure(part.name, value, f"{part.n_a:,} tokens before, {part.n_b:,} now")
+            for value, part in _values(limit, parts)
         ]
     sign = 1 if limit.is_minimum else -1
     return sorted(found, key=lambda part: (sign * part.value, part.name))
@@ -208,16 +215,16 @@ def _own_figures(limit: Limit, kind: str, policy: Policy, evidence: Evidence) ->
     ]
 
 
-def _values(limit: Limit, parts: Parts) -> Iterator[tuple[float, dict[str, Any]]]:
-    """The figure of a limit on drift for each of ``parts`` that it judges, with its row."""
+def _values(limit: Limit, parts: Parts) -> Iterator[tuple[float, ComparedPart]]:
+    """The figure of a limit on drift for each of ``parts`` that it judges."""
     if limit.key in DISTANCE_LIMITS:
-        for row in parts.in_both():
-            yield distance(row, limit.key), row
+        for part in parts.in_both():
+            yield distance(part.drift, limit.key), part
     elif limit.key in RATIOS:
-        for row in parts.shrinkable() if limit.is_minimum else parts.in_both():
-            yield row["n_b"] / row["n_a"], row
-        for row in parts.hidden() if limit.is_minimum else ():
-            yield parts.others / row["n_a"], row
+        for part in parts.shrinkable() if limit.is_minimum else parts.in_both():
+            yield part.n_b / part.n_a, part
+        for part in parts.hidden() if limit.is_minimum else ():
+            yield parts.others / part.n_a, part
 
 
 def worst(limit: Limit, policy: Policy, evidence: Evidence) -> Found:
@@ -266,7 +273,7 @@ def _hidden(limit: Limit, policy: Policy, evidence: Evidence) -> str | None:
         return None
     return (
         f"{count(len(hidden), 'group')} of the baseline may be among the other groups of this run, "
-        f"which have {count(parts.others, 'token')}: {_named(hidden, 'n_a')}; raise min_tokens in "
+        f"which have {count(parts.others, 'token')}: {_named(hidden)}; raise min_tokens in "
         "[group] to judge larger groups only"
     )
 
@@ -280,20 +287,20 @@ def notes(policy: Policy, evidence: Evidence) -> Iterator[str]:
 
 def _notes(parts: Parts, policy: Policy) -> Iterator[str]:
     kind = parts.kind
-    judged = {row["name"] for row in parts.judged(policy)}
-    unjudged = [row for row in parts.rows if row["name"] not in judged]
-    gone = [row for row in unjudged if not row["n_b"]]
-    in_run = [row for row in unjudged if row["n_b"]]
-    new = [row for row in in_run if not row["n_a"]]
+    judged = {part.name for part in parts.judged(policy)}
+    unjudged = [part for part in parts.every if part.name not in judged]
+    gone = [part for part in unjudged if not part.n_b]
+    in_run = [part for part in unjudged if part.n_b]
+    new = [part for part in in_run if not part.n_a]
     if new:
         yield (
             f"[{kind}] judged nothing of {count(len(new), f'new {kind}')}, which have nothing to "
-            f"be held against: {_named(new, 'n_b')}; {REMEDY['new'][kind]}."
+            f"be held against: {_named(new)}; {REMEDY['new'][kind]}."
         )
     if gone:
         yield (
             f"[{kind}] judged nothing of {count(len(gone), kind)} of the baseline without a "
-            f"token in this run: {_named(gone, 'n_a')}; {REMEDY['gone'][kind]}."
+            f"token in this run: {_named(gone)}; {REMEDY['gone'][kind]}."
         )
     if small := len(in_run) - len(new):
         yield (
@@ -302,10 +309,10 @@ def _notes(parts: Parts, policy: Policy) -> Iterator[str]:
         )
 
 
-def _named(rows: list[dict[str, Any]], tokens: str) -> str:
-    """The first parts of ``rows`` by name, with their tokens; ``tokens`` is the column."""
-    shown = rows[:SHOWN_PARTS]
-    names = ", ".join(f"{row['name']} ({count(row[tokens], 'token')})" for row in shown)
-    if len(rows) > SHOWN_PARTS:
-        names += f" and {len(rows) - SHOWN_PARTS:,} more"
+def _named(parts: Sequence[ComparedPart]) -> str:
+    """The first of ``parts``, which one run alone has, by name and with their tokens."""
+    shown = parts[:SHOWN_PARTS]
+    names = ", ".join(f"{part.name} ({count(part.n_a + part.n_b, 'token')})" for part in shown)
+    if len(parts) > SHOWN_PARTS:
+        names += f" and {len(parts) - SHOWN_PARTS:,} more"
     return names

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Annotated, NamedTuple, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +20,7 @@ from afn_ray.errors import ConfigError, StoreError
 from afn_ray.measure import base_of
 from afn_ray.reduce import duplicates, losses
 from afn_ray.reduce.drift import (
+    DriftRow,
     SourceStrengths,
     StrengthsBySource,
     class_rows,
@@ -148,7 +149,7 @@ def _compared(
     a: RunFolder, b: RunFolder, layers: list[int], *, ranks_only: bool, same_base: bool
 ) -> Comparison:
     tables = [_Tables.of(run) for run in (a, b)]
-    drift: list[dict[str, object]] = []
+    drift: list[DriftRow] = []
     classes: list[dict[str, object]] = []
     movers = []
     of_words = [NO_WORDS]
@@ -214,7 +215,7 @@ def _strengths(histogram: pa.Table, types: pa.Table) -> SourceStrengths:
 
 def _rows_by_source(
     layer: int, a: StrengthsBySource, b: StrengthsBySource, *, ranks_only: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[DriftRow]:
     """Rows of ``DRIFT_SCHEMA`` for each source of either run."""
     nothing = SourceStrengths(Histogram.empty(), 0)
     for name in sorted({*a, *b}):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -120,29 +120,50 @@ def _name_among(others: Collection[str], name: str) -> str:
     return folder
 
 
+class DriftRow(TypedDict, total=False):
+    """A row of ``DRIFT_SCHEMA``; what has no value is null there."""
+
+    layer: int
+    source: str | None
+    n_a: int
+    n_b: int
+    share_high_a: float
+    share_high_b: float
+    q1_a: float
+    q2_a: float
+    q3_a: float
+    q1_b: float
+    q2_b: float
+    q3_b: float
+    psi: float
+    ks: float
+    js: float
+
+
 def drift_row(
     layer: int, name: str | None, a: SourceStrengths, b: SourceStrengths, *, ranks_only: bool
-) -> dict[str, Any]:
-    """A row of ``DRIFT_SCHEMA`` for the source ``name``; None is the whole run."""
-    row: dict[str, Any] = {"layer": layer, "source": name}
-    for run, (histogram, n_high) in (("a", a), ("b", b)):
-        row[f"n_{run}"] = histogram.n
-        if not histogram.n:
-            continue
-        row[f"share_high_{run}"] = n_high / histogram.n
-        if not ranks_only:
-            row |= _quartiles(histogram, run)
-    if a.histogram.n and b.histogram.n and not ranks_only:
+) -> DriftRow:
+    """The row for the source ``name``; None is the whole run."""
+    n_a, n_b = a.histogram.n, b.histogram.n
+    row: DriftRow = {"layer": layer, "source": name, "n_a": n_a, "n_b": n_b}
+    if n_a:
+        row["share_high_a"] = a.n_high / n_a
+    if n_b:
+        row["share_high_b"] = b.n_high / n_b
+    if n_a and not ranks_only:
+        row["q1_a"], row["q2_a"], row["q3_a"] = _quartiles(a.histogram)
+    if n_b and not ranks_only:
+        row["q1_b"], row["q2_b"], row["q3_b"] = _quartiles(b.histogram)
+    if n_a and n_b and not ranks_only:
         row["psi"] = psi(a.histogram, b.histogram)
         row["ks"] = kolmogorov_smirnov(a.histogram, b.histogram)
         row["js"] = jensen_shannon(a.histogram, b.histogram)
     return row
 
 
-def _quartiles(histogram: Histogram, run: str) -> dict[str, float]:
-    """Quartiles of ``histogram`` as the columns q1 to q3 of ``run``."""
+def _quartiles(histogram: Histogram) -> tuple[float, float, float]:
     q1, q2, q3 = to_values(histogram.quartile_keys()).tolist()
-    return {f"q1_{run}": q1, f"q2_{run}": q2, f"q3_{run}": q3}
+    return q1, q2, q3
 
 
 def class_rows(layer: int, types_a: pa.Table, types_b: pa.Table) -> Iterator[dict[str, object]]:
