@@ -307,6 +307,7 @@ def call(args: argparse.Namespace) -> None:
     """
     check(args, LEAST)
     console, on_note = consoles()
+    result: object
     if args.what == "monitor":
         from afn_ray.bench import monitor
 

@@ -24,6 +24,7 @@ from afn_ray.bench.figures import (
     FOREIGN,
     Counted,
     ProfileTimes,
+    VariantFigures,
     compare_strengths,
     profile_figures,
     ratios,
@@ -64,10 +65,34 @@ class Options:
     repeat: int = 3
 
 
+class EngineFacts(machine.MachineFacts):
+    """Facts of a measurement: the machine, the model and the options."""
+
+    model: str
+    layer: int
+    depth: int
+    device: str
+    dtype: str
+    workers: int
+    window_tokens: int
+    batch_tokens: int
+    repeat: int
+    gemm_peak_tflops: float  # median of clean measurements, or of all where none is clean
+    gemm_peaks_tflops: list[float]
+
+
+class EngineResult(EngineFacts):
+    """The figures of all variants, as ``--json`` writes them."""
+
+    skipped: dict[str, str]  # variant -> why
+    profiles: dict[str, dict[str, VariantFigures]]
+    ratios: dict[str, dict[str, float]]
+
+
 def measure(
     options: Options, profiles: Sequence[str], variants: Sequence[str], note: Notes
-) -> dict[str, Any]:
-    """The figures of ``variants`` on ``profiles``, as ``--json`` writes them.
+) -> EngineResult:
+    """The figures of ``variants`` on ``profiles``.
 
     Raises ``ConfigError`` for an invalid option, and ``ModelError`` when the variants' strengths
     differ.
@@ -107,7 +132,7 @@ def measure(
                 if repetition == 0:
                     one.differences = compare_strengths(strengths, base.dtype)
             measured.append(one)
-    return _result(_facts(options, base) | _peak_facts(peaks), skipped, measured, counted)
+    return _result(_facts(options, base, peaks), skipped, measured, counted)
 
 
 class Peak(NamedTuple):
@@ -134,23 +159,12 @@ def _measure_once(
     return strengths
 
 
-def _peak_facts(peaks: Sequence[Peak]) -> dict[str, Any]:
-    """Median and values of the GEMM peak; the median is that of clean measurements, if any."""
-    every = [peak.flops_per_s for peak in peaks]
-    clean = [peak.flops_per_s for peak in peaks if peak.foreign <= FOREIGN]
-    return {
-        "gemm_peak_tflops": statistics.median(clean or every) / 1e12,
-        "gemm_peaks_tflops": [flops_per_s / 1e12 for flops_per_s in every],
-    }
-
-
 def _result(
-    facts: dict[str, Any],
+    facts: EngineFacts,
     skipped: dict[str, str],
     measured: Sequence[ProfileTimes],
     counted: Counted,
-) -> dict[str, Any]:
-    """All figures, as ``--json`` writes them."""
+) -> EngineResult:
     peak = facts["gemm_peak_tflops"] * 1e12
     profiles = {}
     for one in measured:
@@ -301,7 +315,9 @@ def _missing_note(variant: str) -> str:
 # --- figures
 
 
-def _facts(options: Options, base: Spec) -> dict[str, Any]:
+def _facts(options: Options, base: Spec, peaks: Sequence[Peak]) -> EngineFacts:
+    every = [peak.flops_per_s for peak in peaks]
+    clean = [peak.flops_per_s for peak in peaks if peak.foreign <= FOREIGN]
     return {
         **machine.facts(base.device),
         "model": options.model or BUILT_IN,
@@ -313,6 +329,8 @@ def _facts(options: Options, base: Spec) -> dict[str, Any]:
         "window_tokens": base.window_tokens,
         "batch_tokens": base.batch_tokens,
         "repeat": options.repeat,
+        "gemm_peak_tflops": statistics.median(clean or every) / 1e12,
+        "gemm_peaks_tflops": [flops_per_s / 1e12 for flops_per_s in every],
     }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler  # as a pool of processes sends things
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -104,6 +104,27 @@ class _Turn:
     tokenizer_s: float  # CPU time of its tokenizer processes
 
 
+class WorkerFigures(TypedDict):
+    """Figures of a whole worker, one for each turn."""
+
+    tokens_per_s: list[float]
+    own_us: list[float]  # CPU time of the worker's process, per token
+    tokenizer_us: list[float]  # CPU time of its tokenizer processes, per token
+
+
+class FeedResult(machine.MachineFacts):
+    """Tokens per second and CPU time per token, as ``--json`` writes them."""
+
+    model: str
+    corpus: list[str]
+    times: float  # how often the texts were measured
+    tokens: int
+    repeat: int
+    foreign: float
+    stages: dict[str, list[float]]
+    workers: dict[str, WorkerFigures]  # by the number of tokenizer processes
+
+
 def measure(
     model_name: str | None,
     corpus: Sequence[str],
@@ -111,8 +132,8 @@ def measure(
     num_tokens: int | None,
     repeat: int,
     on_note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Tokens per second and CPU time per token, as ``--json`` writes them.
+) -> FeedResult:
+    """Tokens per second and CPU time per token.
 
     ``model_name`` is the model whose tokenizer and context are used; its weights are not read.
     ``corpus`` are files whose texts are used; without any, texts are made up. ``num_processes``:
@@ -310,7 +331,7 @@ def _one_turn(processor: worker.Processor, planned: plans.Plan, store: str) -> _
     return _Turn(tokens, seconds, own_s, max(0.0, all_s - own_s))
 
 
-def _figures(turns: Sequence[_Turn]) -> dict[str, list[float]]:
+def _figures(turns: Sequence[_Turn]) -> WorkerFigures:
     """The figures of ``turns``: one number each."""
     return {
         "tokens_per_s": [t.tokens / t.seconds for t in turns],
@@ -319,7 +340,7 @@ def _figures(turns: Sequence[_Turn]) -> dict[str, list[float]]:
     }
 
 
-def render(result: dict[str, Any], console: Console) -> None:
+def render(result: FeedResult, console: Console) -> None:
     """Print the stages and the whole workers: medians, lowest and highest."""
     machine.print_facts(result, console)
     console.print(
@@ -345,7 +366,7 @@ def render(result: dict[str, Any], console: Console) -> None:
     )
     for n, found in result["workers"].items():
         spreads = [_spread(found["tokens_per_s"], ",.0f")]
-        spreads += [_spread(found[name], ".2f") for name in ("own_us", "tokenizer_us")]
+        spreads += [_spread(values, ".2f") for values in (found["own_us"], found["tokenizer_us"])]
         table.add_row(n, *spreads)
     console.print(table)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -174,10 +174,32 @@ def _stages(takes: Sequence[Take], processes: int) -> dict[str, float]:
     return stages
 
 
+class VariantFigures(TypedDict):
+    """The figures of one variant on one profile, as ``--json`` writes them."""
+
+    tokens_per_s: float
+    low: float
+    high: float
+    seconds: list[float]
+    foreign: list[float]
+    n_clean: int
+    ratio_loop: float | None
+    ratio_tuned: float | None
+    mfu: float
+    padding: float
+    tokens: int
+    passes: int
+    texts: int
+    stages: dict[str, float]
+    peak_bytes: int
+    device_bytes: int
+    difference: float | None
+
+
 def profile_figures(
     measured: ProfileTimes, variant: str, counted: Counted, peak_flops_per_s: float
-) -> dict[str, Any]:
-    """The figures of one variant, as ``--json`` writes them."""
+) -> VariantFigures:
+    """The figures of one variant."""
     takes = measured.takes[variant]
     texts = measured.texts_of(variant)
     tokens = measured.num_tokens(variant)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TypedDict
 
 from rich.console import Console
 
@@ -24,8 +24,16 @@ _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 """Unit of CPU times in ``/proc``, in seconds."""
 
 
-def facts(device: str) -> dict[str, Any]:
+class MachineFacts(TypedDict):
     """The machine, its cores and the package versions that produced the figures."""
+
+    machine: str
+    cores: int
+    python: str
+    versions: dict[str, str]
+
+
+def facts(device: str) -> MachineFacts:
     import torch
 
     packages = ("afn-ray", "torch", "transformers", "ray")
@@ -37,7 +45,7 @@ def facts(device: str) -> dict[str, Any]:
     }
 
 
-def print_facts(result: dict[str, Any], console: Console) -> None:
+def print_facts(result: MachineFacts, console: Console) -> None:
     """Print ``facts`` in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     console.print(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -232,8 +232,43 @@ class _Candidate:
         return found
 
 
-def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[str, object]:
-    """Milliseconds per text of the model ``name``, as ``--json`` writes them.
+class WayTimes(TypedDict):
+    """Milliseconds per text in one way."""
+
+    median_ms: float
+    p95_ms: float
+
+
+class LengthTimes(TypedDict):
+    """Times of texts of one length, and how much more they are than without a monitor."""
+
+    ways: dict[str, WayTimes]
+    overheads: dict[str, float]
+
+
+class ModelTimes(TypedDict):
+    """Times of one model."""
+
+    layer: int
+    depth: int
+    dtype: str
+    without: str
+    lengths: dict[str, LengthTimes]
+
+
+class MonitorResult(machine.MachineFacts):
+    """Milliseconds per text, as ``--json`` writes them."""
+
+    model: str
+    device: str
+    texts: int
+    foreign: float
+    models: dict[str, ModelTimes]
+    distilled_speedup: NotRequired[dict[str, dict[str, float]]]  # of two shapes
+
+
+def measure(name: str | None, layer: str, num_texts: int, device: str) -> MonitorResult:
+    """Milliseconds per text of the model ``name``.
 
     Without a name, it measures BERT-base's shape and a distilled shape.
     """
@@ -262,8 +297,12 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> dict[s
                         for way, milliseconds in candidate.time(text, at).items():
                             if at >= WARM_UP:
                                 by_way[way].append(milliseconds)
-        result: dict[str, Any] = {
-            **machine.facts(device),
+        facts = machine.facts(device)
+        result: MonitorResult = {
+            "machine": facts["machine"],
+            "cores": facts["cores"],
+            "python": facts["python"],
+            "versions": facts["versions"],
             "model": name or " and ".join(SHAPES),
             "device": device,
             "texts": num_texts,
@@ -292,8 +331,8 @@ def _paired(slower: list[float], faster: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slower, faster, strict=True))
 
 
-def _figures(times: dict[str, list[float]]) -> dict[str, object]:
-    ways = {
+def _figures(times: dict[str, list[float]]) -> LengthTimes:
+    ways: dict[str, WayTimes] = {
         way: {"median_ms": statistics.median(ms), "p95_ms": float(np.quantile(ms, 0.95))}
         for way, ms in times.items()
     }
@@ -303,7 +342,7 @@ def _figures(times: dict[str, list[float]]) -> dict[str, object]:
     return {"ways": ways, "overheads": overheads}
 
 
-def render(result: dict[str, Any], console: Console) -> None:
+def render(result: MonitorResult, console: Console) -> None:
     """Print a table per model, and how much faster the distilled shape is."""
     machine.print_facts(result, console)
     for label, found in result["models"].items():

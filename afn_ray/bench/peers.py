@@ -291,7 +291,7 @@ class RayData:
         warm_up = [p.text for p in pieces[:: 4 * self._spec.workers]]
         shares = share(texts, self._spec.workers)
         first = np.cumsum([0, *(len(text.pieces) for text in texts)])
-        items: list[dict[str, Any]] = []
+        items: list[dict[str, object]] = []
         for part in shares:
             for at in part:
                 for i in range(first[at], first[at + 1]):

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from afn_ray import model
 from afn_ray.bench import LEAST_S, TOKENS_PER_WORKER, machine, more_passes
+from afn_ray.bench.machine import MachineFacts
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing
 from afn_ray.corpus_values import Shard
@@ -30,7 +30,7 @@ from afn_ray.errors import CorpusError
 from afn_ray.runs import plan, precheck, preparation, worker
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.deadlines import SLOTS
-from afn_ray.runs.rates import speed_of
+from afn_ray.runs.rates import Speed, speed_of
 
 SAMPLE_DOCUMENTS = 2000
 """Largest number of documents that are measured."""
@@ -43,10 +43,22 @@ CHARS_A_TOKEN = 4
 """Assumed length of a token, in characters."""
 
 
+class RateResult(MachineFacts):
+    """The tokens per second of one worker, as ``--json`` writes them."""
+
+    model: str
+    tokens: int
+    repeat: int
+    foreign: float
+    load_s: float
+    tokens_per_second: list[float]
+    speed: Speed
+
+
 def measure(
     config: RunConfig, num_tokens: int | None, repeat: int, on_note: Callable[[str], None]
-) -> dict[str, Any]:
-    """Tokens per second on the config's own corpus, as ``--json`` writes them.
+) -> RateResult:
+    """Tokens per second on the config's own corpus.
 
     It measures about ``num_tokens`` tokens from the documents of ``listing.sample``, and repeats
     the documents when they are too few; without ``num_tokens``, as many as take ``LEAST_S``. It
@@ -181,7 +193,7 @@ def process_all(
     return seconds, sum(c.counts["tokens"] for c in commits)
 
 
-def render(result: dict[str, Any], console: Console) -> None:
+def render(result: RateResult, console: Console) -> None:
     """Print what was measured, the rate with its spread, and the CPU use of other processes."""
     machine.print_facts(result, console)
     speed, rates = result["speed"], result["tokens_per_second"]

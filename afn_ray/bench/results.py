@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from afn_ray.bench import BUILT_IN, VARIANTS, machine
-from afn_ray.bench.contest import ONE_IN, SLOW
+from afn_ray.bench.contest import ONE_IN, SLOW, EngineResult
 from afn_ray.bench.figures import BARS, FOREIGN
 
 
-def render(result: dict[str, Any], console: Console) -> None:
+def render(result: EngineResult, console: Console) -> None:
     """Print a table per profile, the ratios with their bars, and what each variant is."""
     machine.print_facts(result, console)
     console.print(
@@ -91,7 +90,7 @@ def _times(ratio: float | None) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.1f}"
 
 
-def _render_bars(result: dict[str, Any], profile: str, console: Console) -> None:
+def _render_bars(result: EngineResult, profile: str, console: Console) -> None:
     found = dict(result["ratios"][profile])
     if "engine" in result["profiles"][profile]:
         found["engine mfu"] = result["profiles"][profile]["engine"]["mfu"]

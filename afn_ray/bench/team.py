@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -54,6 +54,22 @@ def environment_of(spec: Spec) -> dict[str, str]:
     return {"TOKENIZERS_PARALLELISM": "true"}
 
 
+class WorkerAnswer(TypedDict, total=False):
+    """An answer of a process, as JSON; each has the keys of its request."""
+
+    missing: str  # package that the variant needs
+    error: str
+    ready: bool
+    saved: bool
+    flops_per_s: float
+    seconds: float
+    own_clock: bool  # the variant measured ``seconds`` itself
+    forward_tokens: int
+    stages: dict[str, float]
+    passes: int
+    device_bytes: int
+
+
 class Missing(Exception):
     """A package that the variant needs is not installed."""
 
@@ -87,7 +103,7 @@ class Team:
                 )
             self._processes.append(process)
 
-    def answers(self) -> list[dict[str, Any]]:
+    def answers(self) -> list[WorkerAnswer]:
         """Read one answer from each process.
 
         Raises ``Missing``, ``ModelError`` with the error that a process reports, or ``AfnError``
@@ -102,7 +118,7 @@ class Team:
                     "it said nothing"
                 ]
                 raise AfnError(f"the process of {self.name} ended with {process.wait()}: {last[0]}")
-            answer = json.loads(line)
+            answer: WorkerAnswer = json.loads(line)
             if "missing" in answer:
                 raise Missing(answer["missing"])
             if "error" in answer:
@@ -110,7 +126,7 @@ class Team:
             found.append(answer)
         return found
 
-    def ask(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    def ask(self, requests: Sequence[Mapping[str, str | None]]) -> list[WorkerAnswer]:
         """Send one request to each process, and read the answers. Raises as ``answers`` does."""
         for process, request in zip(self._processes, requests, strict=True):
             assert process.stdin is not None

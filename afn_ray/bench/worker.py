@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from afn_ray.bench import more_passes, peers
-from afn_ray.bench.team import OURS
+from afn_ray.bench.team import OURS, WorkerAnswer
 from afn_ray.bench.texts import Piece, Text
 from afn_ray.errors import AfnError
 
@@ -142,11 +142,11 @@ class Worker:
 
     def _warm_up_s(self, profile: str) -> float:
         """Seconds of one run that does not count."""
-        seconds: float = self.run(profile)["seconds"]
+        seconds = self.run(profile)["seconds"]
         self.save(profile, None)
         return seconds
 
-    def run(self, profile: str) -> dict[str, Any]:
+    def run(self, profile: str) -> WorkerAnswer:
         """Run the profile once and return its figures; keep the strengths for ``save``."""
         passes = self._passes[profile]
         began = time.monotonic()
@@ -176,7 +176,7 @@ class Worker:
 
         return int(torch.cuda.max_memory_allocated())  # without Ray's actors
 
-    def save(self, profile: str, file: str | None) -> dict[str, Any]:
+    def save(self, profile: str, file: str | None) -> WorkerAnswer:
         """Write the last run's strengths to ``file``, so that they can be compared; not timed.
 
         Without a file, it writes nothing; the variant ``job`` still removes the store of the run.
@@ -198,7 +198,7 @@ class Worker:
 def serve(spec: peers.Spec, answers: Any) -> None:
     """Load the variant, then answer requests until standard input ends."""
 
-    def answer(value: dict[str, Any]) -> None:
+    def answer(value: WorkerAnswer) -> None:
         answers.write(json.dumps(value) + "\n")
         answers.flush()
 

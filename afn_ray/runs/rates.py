@@ -7,13 +7,28 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from afn_ray.errors import ConfigError
 from afn_ray.fingerprints import fingerprint
 from afn_ray.runs.prices import is_finite_number
 from afn_ray.runs.task import Task
 from afn_ray.store import settings
+
+
+class Speed(TypedDict, total=False):
+    """The inputs of a worker's tokens per second, except the machine and the texts."""
+
+    model: str  # fingerprint
+    layers: list[int]
+    signals: list[str]
+    top_neurons: int
+    dtype: str
+    device: str
+    window_tokens: int
+    overlap_tokens: int
+    batch_tokens: int | None
+    tokenizer_workers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +38,14 @@ class Rate:
     tokens_per_second: float
     load_s: float  # seconds until a process has loaded the model
     where: str  # machine, versions, n and spread
-    # what it was measured for, from ``speed_of``
-    speed: dict[str, object] = field(default_factory=dict)
+    speed: Speed = field(default_factory=Speed)  # what it was measured for
 
-    def check(self, speed: dict[str, object], file: Path) -> None:
+    def check(self, speed: Speed, file: Path) -> None:
         """Raise ``ConfigError`` unless the rate was measured for ``speed``."""
         differing = [
-            f"{key}: it has {self.speed.get(key)}, this run asks for {speed[key]}"
-            for key in speed
-            if self.speed.get(key) != speed[key]
+            f"{key}: it has {self.speed.get(key)}, this run asks for {value}"
+            for key, value in speed.items()
+            if self.speed.get(key) != value
         ]
         if differing:
             raise ConfigError(
@@ -40,8 +54,8 @@ class Rate:
             )
 
 
-def speed_of(task: Task) -> dict[str, object]:
-    """The inputs of a worker's tokens per second, except the machine and the texts.
+def speed_of(task: Task) -> Speed:
+    """The speed that a rate for ``task`` must have been measured for.
 
     A worker on a GPU whose number of tokenizer processes its node decides has no
     ``tokenizer_workers``: a rate says with how many it was measured.
@@ -50,7 +64,7 @@ def speed_of(task: Task) -> dict[str, object]:
     tokenizers = task.config.tokenizer_workers
     if tokenizers is None and task.device == "cpu":
         tokenizers = 0
-    return {
+    speed: Speed = {
         "model": fingerprint(dict(measure.model)),
         "layers": list(measure.layers),
         "signals": list(measure.signals),
@@ -60,8 +74,10 @@ def speed_of(task: Task) -> dict[str, object]:
         "window_tokens": measure.window_tokens,
         "overlap_tokens": measure.overlap_tokens,
         "batch_tokens": task.config.batch_tokens,
-        **({} if tokenizers is None else {"tokenizer_workers": tokenizers}),
     }
+    if tokenizers is not None:
+        speed["tokenizer_workers"] = tokenizers
+    return speed
 
 
 RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {

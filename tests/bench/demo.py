@@ -43,7 +43,7 @@ def measure(workers: int | None, repeat: int, on_note: Callable[[str], None]) ->
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print the median and the range of each figure."""
-    print_facts(result, console)
+    print_facts(facts("cpu"), console)
     console.print(f"n = {result['repeat']}, median (lowest-highest)", markup=False)
     for name, values in result["figures"].items():
         line = (

@@ -90,7 +90,7 @@ def _reduce(store: str, num_shards: int, group_by: str) -> dict[str, Any]:
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print the seconds without and with groups, and the share that they add."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts("cpu"), console)
     console.print(
         f"\n{result['tokens']:,} tokens of {result['groups']} groups in turn; CPU seconds of the "
         f"reduce with its scan, n = {result['repeat']} in turn, median (lowest-highest)"

@@ -256,7 +256,7 @@ def measure(repeat: int, on_note: Callable[[str], None]) -> dict[str, Any]:
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print a row for each kind of limits: means over the half years, and their range."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts("cpu"), console)
     console.print(
         f"\n{result['repeat']} half years of {result['nights']} nights with "
         f"{len(result['incidents'])} incidents: means, and the least and the most",

@@ -215,7 +215,7 @@ def _digest(tables: list[pa.Table]) -> str:
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print a table with a column for each executor."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts("cpu"), console)
     console.print(
         "\n"
         f"{result['shards']:,} shards, {result['tokens']:,} tokens, {result['bytes'] / 1e6:,.0f} "

@@ -120,7 +120,7 @@ def _run(corpus: Path, model: Path, store: str, executor: str) -> float:
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print a table with a column for each executor."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts("cpu"), console)
     console.print(
         "\n"
         f"{result['shards']:,} shards of one word each, store on {result['store']}; n = "

@@ -166,7 +166,7 @@ def _write_corpus(path: Path, files: model.ModelFiles, job: _Job, num_tokens: in
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print a table with a row for each set of signals, and whether the sweep meets its bar."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts(result["device"]), console)
     title = (
         f"\n{result['model']}: k is layer {result['layer']} of {result['depth']}, {result['dtype']}"
     )

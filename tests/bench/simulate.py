@@ -294,7 +294,7 @@ def _find_some(store: str, shards: Sequence[Shard]) -> float:
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print the driver's CPU and memory by part, its bottleneck, and the faults of the run."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts("cpu"), console)
     rounds, n = result["rounds"], result["shards"]
     hours = statistics.median(r["hours"] for r in rounds)
     console.print(

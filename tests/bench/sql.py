@@ -395,7 +395,7 @@ def ask(run_uri: str, baseline: str, question: str, repeat: int) -> dict[str, An
 
 def render(result: dict[str, Any], console: Console) -> None:
     """Print a row for each reduce and screening, and for each query."""
-    machine.print_facts(result, console)
+    machine.print_facts(machine.facts("cpu"), console)
     console.print(
         "\n"
         f"{result['rows']:,} rows, {result['token_bytes'] / 1e6:,.0f} MB of tokens; questions n = "

@@ -514,7 +514,7 @@ def test_a_rate_is_of_the_number_of_tokenizers_with_which_it_was_measured(
     with how many it was measured.
     """
 
-    def speed(tokenizers: int | None) -> dict[str, Any]:
+    def speed(tokenizers: int | None) -> rates.Speed:
         config = make_config(tokenizer_workers=tokenizers)
         task = worker.prepare(config, measurer.find_model_files(config), device, "float32")
         return rates.speed_of(task)

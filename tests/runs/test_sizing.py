@@ -69,7 +69,7 @@ def test_a_dry_run_goes_by_a_measured_rate_and_refuses_that_of_another_run(
     tmp_path: Path, make_config: MakeConfig, corpus: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, file = make_config(corpus=(corpus,), layers="1,2"), tmp_path / "rate.json"
-    result = rate.measure(config, 1500, 3, lambda note: None)
+    result: Any = rate.measure(config, 1500, 3, lambda note: None)
     assert not Path(config.store).exists()  # it measures elsewhere
     assert "layers 1, 2, strength, float32 on cpu" in printed(rate.render, result)
     result |= {"tokens_per_second": [300.0, 100.0, 150.0, 250], "load_s": 7.0}
