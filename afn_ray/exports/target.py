@@ -14,9 +14,9 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 from afn_ray.errors import ConfigError, StoreError
 from afn_ray.exports.request import ExportRequest
@@ -31,6 +31,23 @@ OURS = re.compile(r"\.?part-\d{5,}(-[0-9a-f]{8})?\.(parquet|csv)(-[0-9a-f]+)?")
 """Names of files that an export writes, unfinished ones too."""
 NOTE = re.compile(r"part-(\d{5,})\.json")
 """Names of the notes on parts."""
+
+
+class FileRecord(TypedDict):
+    """A file of ``export.json``."""
+
+    name: str
+    rows: int
+    bytes: int
+
+
+class ExportRecord(TypedDict, total=False):
+    """The content of ``plan.json``, which has parts, and of ``export.json``, which has files."""
+
+    version: int
+    request: dict[str, object]
+    parts: list[tuple[int, int, tuple[int, int] | None]]  # of ``ShardRange``
+    files: list[FileRecord]
 
 
 class Target:
@@ -96,12 +113,12 @@ class Target:
         assert found is not None
         return _parts(found)
 
-    def _read(self, uri: str) -> dict[str, Any] | None:
+    def _read(self, uri: str) -> ExportRecord | None:
         data = storage.read_if_there(uri)
         if data is None:
             return None
         try:
-            found: dict[str, Any] = json.loads(data)
+            found: ExportRecord = json.loads(data)
             there = found["request"]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
@@ -114,7 +131,7 @@ class Target:
             )
         return found
 
-    def _difference(self, there: dict[str, Any]) -> str:
+    def _difference(self, there: Mapping[str, object]) -> str:
         here = self._request.to_json()
         for key, value in here.items():
             if there.get(key) != value:
@@ -193,8 +210,8 @@ def _noted(uri: str) -> ExportFile | None:
     return None if data is None else ExportFile(**json.loads(data))
 
 
-def _parts(found: dict[str, Any]) -> list[ShardRange]:
+def _parts(found: ExportRecord) -> list[ShardRange]:
     parts = []
     for first, end, docs in found["parts"]:
-        parts.append(ShardRange(first, end, None if docs is None else tuple(docs)))
+        parts.append(ShardRange(first, end, None if docs is None else (docs[0], docs[1])))
     return parts

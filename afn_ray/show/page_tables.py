@@ -229,8 +229,25 @@ def drift_of_all_tokens(comparison: compare.Comparison) -> list[dict[str, Any]]:
     return [r for r in comparison.drift.to_pylist() if r["source"] is None]
 
 
-def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class DriftTables:
     """The tables of changes; those with many rows for each layer are of ``layer`` only."""
+
+    layer: int
+    layers: Table
+    sources: Table
+    num_sources: int
+    groups: Table | None
+    classes: Table
+    num_both: int  # words or types in both runs
+    kind: str
+    num_moved: int
+    new: Table
+    vanished: Table
+
+
+def drift_tables(comparison: compare.Comparison, layer: int) -> DriftTables:
+    """The tables of changes at ``layer``."""
     rows = comparison.drift.to_pylist()
     of_layers = [row for row in rows if row["source"] is None]
     of_sources = [row for row in rows if row["source"] is not None and row["layer"] == layer]
@@ -239,19 +256,19 @@ def drift_tables(comparison: compare.Comparison, layer: int) -> dict[str, Any]:
     of_status = {}
     for status in ("both", "new", "vanished"):
         of_status[status] = movers.filter(pc.equal(movers["status"], status))
-    return {
-        "layer": layer,
-        "layers": _layers_table(of_layers),
-        "sources": _drift_of_sources(of_sources, layer),
-        "num_sources": len(of_sources),
-        "groups": _drift_of_groups(comparison.groups, layer),
-        "classes": _classes_table(comparison.classes_to_read, layer, kind),
-        "num_both": len(of_status["both"]),
-        "kind": kind,
-        "num_moved": len(compare.moved(movers)),
-        "new": _types_table(of_status["new"], "n_b", f"New {kind}s", kind),
-        "vanished": _types_table(of_status["vanished"], "n_a", f"Vanished {kind}s", kind),
-    }
+    return DriftTables(
+        layer=layer,
+        layers=_layers_table(of_layers),
+        sources=_drift_of_sources(of_sources, layer),
+        num_sources=len(of_sources),
+        groups=_drift_of_groups(comparison.groups, layer),
+        classes=_classes_table(comparison.classes_to_read, layer, kind),
+        num_both=len(of_status["both"]),
+        kind=kind,
+        num_moved=len(compare.moved(movers)),
+        new=_types_table(of_status["new"], "n_b", f"New {kind}s", kind),
+        vanished=_types_table(of_status["vanished"], "n_a", f"Vanished {kind}s", kind),
+    )
 
 
 DRIFT_HEADS = (
