@@ -94,8 +94,7 @@ class _Asked:
     def rows(self, query: str, parameters: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
         """The rows of ``table``; none if it is None."""
         found = self.table(query, parameters)
-        rows: list[dict[str, Any]] = [] if found is None else found.to_pylist()
-        return rows
+        return [] if found is None else found.to_pylist()
 
     def close(self) -> None:
         if self._opened is not None:
@@ -438,8 +437,7 @@ def _written(tokens: str) -> str:
 
 def _first_rows(table: pa.Table | None) -> list[dict[str, Any]]:
     """The first ``MOST`` rows of ``table``."""
-    rows: list[dict[str, Any]] = [] if table is None else table.slice(0, MOST).to_pylist()
-    return rows
+    return [] if table is None else table.slice(0, MOST).to_pylist()
 
 
 def _of_part(rule: Rule, night: _Night, table: pa.Table) -> pa.Table:
