@@ -184,11 +184,10 @@ class _Candidate:
                     norms = attention.value_norms(seen, gram)
                     site.attention = Attention(of_others[:, None], own[:, None], norms[:, None])
                 if signals:
-                    values = (
-                        torch.stack([v for s in signals for v in s.measure(site)])
-                        .cpu()
-                        .numpy()[:, 0]
-                    )
+                    columns: list[torch.Tensor] = []
+                    for signal in signals:
+                        columns += signal.measure(site)
+                    values = torch.stack(columns).cpu().numpy()[:, 0]
                 if ends:
                     raise _Enough
 
@@ -285,10 +284,11 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> Monito
             label: _Candidate(folder, layer, device, store) for label, folder in named.items()
         }
         taken: dict[str, dict[int, dict[str, list[float]]]] = {label: {} for label in candidates}
-        window = min(c.window for c in candidates.values())
+        window = min(candidate.window for candidate in candidates.values())
+        first, *_ = candidates.values()
         with machine.Watch([os.getpid()]) as watch:
             for length in [n for n in LENGTHS if n <= window]:
-                texts = next(iter(candidates.values())).texts(length, WARM_UP + num_texts)
+                texts = first.texts(length, WARM_UP + num_texts)
                 for at, text in enumerate(texts):
                     for label, candidate in candidates.items():
                         by_way = taken[label].setdefault(
@@ -297,6 +297,15 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> Monito
                         for way, milliseconds in candidate.time(text, at).items():
                             if at >= WARM_UP:
                                 by_way[way].append(milliseconds)
+        models: dict[str, ModelTimes] = {}
+        for label, candidate in candidates.items():
+            models[label] = {
+                "layer": candidate.layer,
+                "depth": candidate.files.depth,
+                "dtype": candidate.dtype,
+                "without": candidate.without,
+                "lengths": {str(n): _figures(times) for n, times in taken[label].items()},
+            }
         facts = machine.facts(device)
         result: MonitorResult = {
             "machine": facts["machine"],
@@ -307,22 +316,14 @@ def measure(name: str | None, layer: str, num_texts: int, device: str) -> Monito
             "device": device,
             "texts": num_texts,
             "foreign": round(watch.foreign, 3),
-            "models": {
-                label: {
-                    "layer": candidate.layer,
-                    "depth": candidate.files.depth,
-                    "dtype": candidate.dtype,
-                    "without": candidate.without,
-                    "lengths": {str(n): _figures(times) for n, times in taken[label].items()},
-                }
-                for label, candidate in candidates.items()
-            },
+            "models": models,
         }
     if len(named) == 2:
-        result["distilled_speedup"] = {
-            str(n): {way: _paired(times[way], taken[SHAPES[1]][n][way]) for way in times}
-            for n, times in taken[SHAPES[0]].items()
-        }
+        of_base, of_distilled = (taken[shape] for shape in SHAPES)
+        speedup = {}
+        for n, times in of_base.items():
+            speedup[str(n)] = {way: _paired(times[way], of_distilled[n][way]) for way in times}
+        result["distilled_speedup"] = speedup
     return result
 
 

@@ -30,6 +30,7 @@ from afn_ray.errors import CorpusError
 from afn_ray.runs import plan, precheck, preparation, worker
 from afn_ray.runs.cluster import placement
 from afn_ray.runs.deadlines import SLOTS
+from afn_ray.runs.events import Event
 from afn_ray.runs.rates import Speed, speed_of
 
 SAMPLE_DOCUMENTS = 2000
@@ -75,10 +76,13 @@ def measure(
         num_tokens = num_tokens or TOKENS_PER_WORKER[device] * NUM_SHARDS
         num_bytes = write_corpus(folder / "corpus.jsonl", texts, num_tokens * CHARS_A_TOKEN)
         asked = replace(asked, shard_bytes=max(1024, num_bytes // NUM_SHARDS))
+
+        def note(event: Event) -> None:
+            if event.message:
+                on_note(event.message)
+
         with one_core(device):
-            prepared = preparation.prepare(
-                asked, lambda event: on_note(event.message) if event.message else None, keep=False
-            )
+            prepared = preparation.prepare(asked, note, keep=False)
             task = prepared.task
             placed = placement.place(task.config, [placement.this_machine()], device)
             config = replace(task.config, tokenizer_workers=placed.tokenizer_workers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -61,13 +61,8 @@ class _Side(NamedTuple):
     @classmethod
     def of(cls, run: RunFolder, labels: str) -> _Side:
         """The tables of ``run``, whose HIGH tokens are those that the column ``labels`` counts."""
-        groups, types = (
-            {
-                layer: _labelled_by(labels, table)
-                for layer, table in table_by_layer(run, name).items()
-            }
-            for name in ("groups", "group_types")
-        )
+        groups = _tables_labelled_by(labels, table_by_layer(run, "groups"))
+        types = _tables_labelled_by(labels, table_by_layer(run, "group_types"))
         by_language = grouped_by_language(run) and run.info["measure"].get("labels") is None
         return cls(groups, types, table_by_layer(run, "vocabulary"), by_language)
 
@@ -78,7 +73,8 @@ class _Side(NamedTuple):
         is_here = pc.is_null(names) if group is None else pc.equal(names, group)
         here = table.filter(is_here)
         types = classes_of(here, self.vocabulary[layer], by_language=self.by_language)
-        return types.append_column("q2", pa.array(np.zeros(len(types), np.float32)))
+        unknown = np.zeros(len(types), np.float32)
+        return types.append_column("q2", pa.array(unknown))
 
 
 def group_drift(
@@ -124,6 +120,10 @@ def _first_of(movers: pa.Table, group: str | None) -> Iterator[pa.Table]:
         first = movers.filter(pc.equal(movers["status"], status)).slice(0, MOST_MOVERS)
         names = pa.array([group] * len(first), pa.string())
         yield first.append_column("group", names).select(GROUP_MOVERS_SCHEMA.names)
+
+
+def _tables_labelled_by(labels: str, tables: Mapping[int, pa.Table]) -> dict[int, pa.Table]:
+    return {layer: _labelled_by(labels, table) for layer, table in tables.items()}
 
 
 def _labelled_by(labels: str, table: pa.Table) -> pa.Table:

@@ -42,11 +42,11 @@ class Rate:
 
     def check(self, speed: Speed, file: Path) -> None:
         """Raise ``ConfigError`` unless the rate was measured for ``speed``."""
-        differing = [
-            f"{key}: it has {self.speed.get(key)}, this run asks for {value}"
-            for key, value in speed.items()
-            if self.speed.get(key) != value
-        ]
+        differing = []
+        for key, asked in speed.items():
+            known = self.speed.get(key)
+            if known != asked:
+                differing.append(f"{key}: it has {known}, this run asks for {asked}")
         if differing:
             raise ConfigError(
                 f"--rate {file} was measured for something else: {'; '.join(differing)}; measure "
@@ -80,12 +80,15 @@ def speed_of(task: Task) -> Speed:
     return speed
 
 
+def _are_rates(value: Any) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(is_finite_number(rate) and rate for rate in value)
+
+
 RATE_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "speed": (lambda v: isinstance(v, dict), "an object"),
-    "tokens_per_second": (
-        lambda v: isinstance(v, list) and bool(v) and all(is_finite_number(n) and n for n in v),
-        "a list of numbers over 0",
-    ),
+    "tokens_per_second": (_are_rates, "a list of numbers over 0"),
     "load_s": (is_finite_number, "a number, 0 or more"),
     "machine": (lambda v: isinstance(v, str), "a text"),
     "versions": (

@@ -34,7 +34,9 @@ def glance(
     summary: RunSummary, comparison: compare.Comparison | None
 ) -> list[tuple[str, str, str]]:
     """Cards at the top of the page: a figure, its name, and the value to compare it with."""
-    counts, main, first = summary.info["counts"], summary.layers[-1], summary.layers[0]
+    counts = summary.info["counts"]
+    main = summary.layers[-1]
+    first = summary.layers[0]
     cards = [
         (
             f"{counts['tokens'] - counts['special']:,}",
@@ -107,16 +109,15 @@ def thresholds_table(summary: RunSummary) -> Table:
         if frozen != own["tokens"]:
             of["all, frozen"] = frozen
         for name, row in of.items():
-            pairs = ((row["sd"], row["mean"]), (row["q3"], row["q2"]))
-            ratios = (a / b if a is not None and b else None for a, b in pairs)
             rows.append(
                 (
                     str(facts.layer),
                     name,
                     f"{row['n']:,}",
                     *(number(row[q]) for q in ("q1", "q2", "q3", "max")),
-                    *(number(ratio, 3) for ratio in ratios),
-                    percent(row["n_high"] / row["n"] if row["n"] else None),
+                    number(_ratio(row["sd"], row["mean"]), 3),
+                    number(_ratio(row["q3"], row["q2"]), 3),
+                    percent(_ratio(row["n_high"], row["n"])),
                     "" if name == "without sinks" else f"{row['n_sinks']:,}",
                 )
             )
@@ -126,28 +127,24 @@ def thresholds_table(summary: RunSummary) -> Table:
     )
 
 
+def _ratio(value: float | None, of: float | None) -> float | None:
+    """``value`` over ``of``; None where there is no value, or ``of`` is 0."""
+    return value / of if value is not None and of else None
+
+
 def sources_table(run: manifest.RunFolder, layer: int) -> Table | None:
     """The largest sources; None for a run without a table of sources."""
     if "sources" not in run.info["tables"]:
         return None
     table = manifest.read_table(run, "sources")
-    rows = (
-        table.filter(pc.equal(table["layer"], layer))
-        .drop_columns(["bins", "counts"])
-        .sort_by([("n", "descending")])
-    )
-    caption = f"Sources at layer {layer}" + (
-        f", the largest {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
-    )
-    cells = (
-        (
-            r["source"],
-            f"{r['n_docs']:,}",
-            f"{r['n']:,}",
-            percent(r["n_high"] / r["n"] if r["n"] else None),
-        )
-        for r in rows.slice(0, MAX_ROWS).to_pylist()
-    )
+    here = table.filter(pc.equal(table["layer"], layer)).drop_columns(["bins", "counts"])
+    rows = here.sort_by([("n", "descending")])
+    some = f", the largest {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
+    cells = []
+    for row in rows.slice(0, MAX_ROWS).to_pylist():
+        high = percent(_ratio(row["n_high"], row["n"]))
+        cells.append((row["source"], f"{row['n_docs']:,}", f"{row['n']:,}", high))
+    caption = f"Sources at layer {layer}{some}"
     return Table(caption, ("source", "documents", "tokens", "HIGH"), tuple(cells))
 
 
@@ -158,16 +155,12 @@ def groups_table(run: manifest.RunFolder, layer: int) -> Table | None:
     table = manifest.read_table(run, "groups").drop_columns(["bins", "counts"])
     rows = table.filter(pc.equal(table["layer"], layer)).sort_by([("n", "descending")])
     some = f", the largest {MAX_ROWS} of {len(rows):,}" if len(rows) > MAX_ROWS else ""
-    cells = (
-        (
-            group_name(row["group"]),
-            f"{row['n_docs']:,}",
-            f"{row['n']:,}",
-            *(number(row[q]) for q in ("q1", "q2", "q3")),
-            percent(row["n_high"] / row["n"] if row["n"] else None),
-        )
-        for row in rows.slice(0, MAX_ROWS).to_pylist()
-    )
+    cells = []
+    for row in rows.slice(0, MAX_ROWS).to_pylist():
+        name = group_name(row["group"])
+        quartiles = [number(row[q]) for q in ("q1", "q2", "q3")]
+        high = percent(_ratio(row["n_high"], row["n"]))
+        cells.append((name, f"{row['n_docs']:,}", f"{row['n']:,}", *quartiles, high))
     heads = ("group", "documents", "tokens", "Q1", "Q2", "Q3", "HIGH")
     caption = f"Groups by {run.info['config']['group_by']} at layer {layer}{some}"
     return Table(caption, heads, tuple(cells))
@@ -178,15 +171,10 @@ def kept_table(run: manifest.RunFolder) -> Table | None:
     if "kept" not in run.info["tables"]:
         return None
     rows = manifest.read_table(run, "kept").to_pylist()
-    cells = (
-        (
-            row["name"],
-            row["type"],
-            row["example"] or "",
-            *(f"{row[name]:,}" for name in ("n", "n_lacking", "n_refused")),
-        )
-        for row in rows
-    )
+    cells = []
+    for row in rows:
+        counts = [f"{row[name]:,}" for name in ("n", "n_lacking", "n_refused")]
+        cells.append((row["name"], row["type"], row["example"] or "", *counts))
     heads = ("column", "type", "first value left out", "documents", "without it", "left out")
     return Table("Columns of the corpus that documents carry", heads, tuple(cells), left=3)
 
@@ -360,7 +348,8 @@ def _classes_table(classes: pa.Table, layer: int, kind: str) -> Table:
 def _types_table(types: pa.Table, n: str, caption: str, kind: str) -> Table:
     key = "word" if kind == "word" else "token_id"
     words = compare.whole_words(types).sort_by([(n, "descending"), (key, "ascending")])
-    rows, ab = words.slice(0, MAX_ROWS).to_pylist(), n[-1]
+    rows = words.slice(0, MAX_ROWS).to_pylist()
+    ab = n[-1]
     some = (
         f"{caption}, the most frequent {len(rows)} words of {len(types):,} {kind}s"
         if len(types) > len(rows)

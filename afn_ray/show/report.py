@@ -43,7 +43,7 @@ from afn_ray.show.page_tables import (
     sources_table,
     thresholds_table,
 )
-from afn_ray.show.salient import salient_words
+from afn_ray.show.salient import SalientWord, salient_words
 from afn_ray.show.screened import screened_documents
 from afn_ray.show.sparklines import earlier_nights
 from afn_ray.show.summary import RunSummary, summarise
@@ -324,21 +324,17 @@ def _histograms(
     run: manifest.RunFolder, summary: RunSummary, comparison: compare.Comparison | None
 ) -> list[Chart]:
     """One chart for each layer, with the baseline's line where strengths can be compared."""
-    now, before, compared = manifest.read_table(run, "histogram"), None, set()
+    now, before = manifest.read_table(run, "histogram"), None
+    compared: set[int] = set()
     if comparison is not None and series_runs.is_comparable(comparison.a, run):
-        before, compared = (
-            manifest.read_table(comparison.a, "histogram"),
-            {r["layer"] for r in drift_of_all_tokens(comparison)},
-        )
-    return [
-        charts.histogram_chart(
-            facts.layer,
-            now,
-            [facts.labels["tokens"][q] or 0.0 for q in ("q1", "q2", "q3")],
-            before if facts.layer in compared else None,
-        )
-        for facts in summary.layers
-    ]
+        before = manifest.read_table(comparison.a, "histogram")
+        compared = {row["layer"] for row in drift_of_all_tokens(comparison)}
+    drawn = []
+    for facts in summary.layers:
+        quartiles = [facts.labels["tokens"][q] or 0.0 for q in ("q1", "q2", "q3")]
+        baseline = before if facts.layer in compared else None
+        drawn.append(charts.histogram_chart(facts.layer, now, quartiles, baseline))
+    return drawn
 
 
 def _history(run: manifest.RunFolder, audit: Audit | None) -> pa.Table | str:
@@ -361,26 +357,19 @@ def _salient(tables: database.Run, layer: int) -> tuple[Table, ...] | str:
     The query over all words may exceed its limits.
     """
     try:
-        found = salient_words(tables, layer)
+        most, least = salient_words(tables, layer)
     except QueryError as error:
         return str(error)
-    return tuple(
-        Table(
-            f"{name} salient",
-            ("word", "n", "HIGH", "95 % interval", "median"),
-            tuple(
-                (
-                    w.text,
-                    f"{w.n:,}",
-                    f"{w.n_high / w.n:.0%}",
-                    f"{w.low:.2f}–{w.high:.2f}",
-                    number(w.median),
-                )
-                for w in words
-            ),
-        )
-        for name, words in zip(("Most", "Least"), found, strict=True)
-    )
+    return (_salient_table("Most salient", most), _salient_table("Least salient", least))
+
+
+def _salient_table(caption: str, words: Sequence[SalientWord]) -> Table:
+    rows = []
+    for word in words:
+        share_high = f"{word.n_high / word.n:.0%}"
+        interval = f"{word.low:.2f}–{word.high:.2f}"
+        rows.append((word.text, f"{word.n:,}", share_high, interval, number(word.median)))
+    return Table(caption, ("word", "n", "HIGH", "95 % interval", "median"), tuple(rows))
 
 
 def _rankings(run: manifest.RunFolder, layer: int) -> tuple[Table, ...] | None:
@@ -393,24 +382,19 @@ def _rankings(run: manifest.RunFolder, layer: int) -> tuple[Table, ...] | None:
         return None
     if not found.salient:
         return ()
-    heads = ("word", "n", "HIGH (exp.)", "beyond")  # a table of more than four is stacked
-    captions = {"Salient": found.salient, "Salient beyond frequency": found.beyond}
-    return tuple(
-        Table(
-            caption,
-            heads,
-            tuple(
-                (
-                    w.text,
-                    f"{w.n:,}",
-                    f"{w.share_high:.0%} ({w.expected:.0%})",
-                    f"{w.low:.2f}–{w.high:.2f}",
-                )
-                for w in words
-            ),
-        )
-        for caption, words in captions.items()
+    return (
+        _ranking_table("Salient", found.salient),
+        _ranking_table("Salient beyond frequency", found.beyond),
     )
+
+
+def _ranking_table(caption: str, words: Sequence[beyond.RankedWord]) -> Table:
+    rows = []
+    for word in words:
+        share_high = f"{word.share_high:.0%} ({word.expected:.0%})"
+        rows.append((word.text, f"{word.n:,}", share_high, f"{word.low:.2f}–{word.high:.2f}"))
+    heads = ("word", "n", "HIGH (exp.)", "beyond")  # a table of more than four is stacked
+    return Table(caption, heads, tuple(rows))
 
 
 def _claims(tables: database.Run) -> claims.Claims | str:

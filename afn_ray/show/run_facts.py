@@ -30,11 +30,10 @@ def model_title(name: str) -> str:
     for part in parts:
         if part.startswith("models--"):  # the hub's cache
             return part.removeprefix("models--").replace("--", "/")
-    at = next(
-        (at for at in reversed(range(len(parts))) if not GENERIC.fullmatch(parts[at])),
-        len(parts) - 1,
-    )
-    return "/".join(parts[at:])
+    for at in reversed(range(len(parts))):
+        if not GENERIC.fullmatch(parts[at]):
+            return "/".join(parts[at:])
+    return parts[-1]
 
 
 def facts(summary: RunSummary) -> list[tuple[str, str]]:
@@ -53,6 +52,9 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     for kind in info.get("provenance", ()):
         num_composed += kind["shards"] if COMPOSED in kind["made_by"] else 0
     composed = f", {num_composed} with columns copied from the store" if num_composed else ""
+    signals, classes = info["measure"]["signals"], ""
+    if "labels" in info["measure"]:
+        classes = f"of a type its most frequent tag in {info['measure']['labels']!r}"
     rows = [
         ("where", summary.uri),
         ("corpus", ", ".join(info["config"]["corpus"])),
@@ -62,16 +64,12 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
             f"empty + {counts['quarantined']:,} quarantined, in "
             f"{count(info['corpus']['files'], 'file')}",
         ),
-        *([("selected", selection)] if (selection := selected.describe(info)) else []),
+        *_row_if_any("selected", selected.describe(info)),
         *_kept_rows(info),
         *_copies(info),
         ("lost", losses.describe(summary.losses) or "nothing"),
-        *(
-            [("replaced", replaced)]
-            if (replaced := losses.describe_replaced(summary.losses))
-            else []
-        ),
-        *([("unknown", unknown)] if (unknown := losses.describe_unknown(info)) else []),
+        *_row_if_any("replaced", losses.describe_replaced(summary.losses)),
+        *_row_if_any("unknown", losses.describe_unknown(info)),
         (
             "tokens",
             f"{counts['tokens']:,}, of them {counts['special']:,} special (kept out of the "
@@ -85,21 +83,13 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         ("precision", precision.describe(precision.from_json(info["precision"]))),
         *provenance.facts(info),
         ("layers", ", ".join(str(k) for k in info["layers"]) + "  (0 = embeddings)"),
-        *(
-            [("classes", f"of a type its most frequent tag in {info['measure']['labels']!r}")]
-            if "labels" in info["measure"]
-            else []
-        ),
-        *([("languages", summary.languages)] if summary.languages else []),
+        *_row_if_any("classes", classes),
+        *_row_if_any("languages", summary.languages),
         (
             "size",
             f"{size['tokens']:.2f} bytes a token in the tokens table, {size['all']:.2f} in all",
         ),
-        *(
-            [("signals", ", ".join(info["measure"]["signals"]))]
-            if len(info["measure"]["signals"]) > 1
-            else []
-        ),
+        *_row_if_any("signals", ", ".join(signals) if len(signals) > 1 else ""),
         (
             "padding",
             f"{summary.padding_share:.1%} of what the model saw was padding, filler or overlap",
@@ -112,7 +102,9 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         ),
     ]
     if missing := info.get("quarantined"):
-        uris = ", ".join(q["uri"] for q in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        uris = ", ".join(one["uri"] for one in missing[:3])
+        if len(missing) > 3:
+            uris += ", ..."
         rows.append(
             (
                 "missing",
@@ -122,6 +114,11 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.skipped:
         rows.append(("skipped", summary.skipped))
     return rows
+
+
+def _row_if_any(name: str, value: str) -> list[tuple[str, str]]:
+    """The fact ``name``; none for an empty ``value``."""
+    return [(name, value)] if value else []
 
 
 def _kept_rows(info: RunInfo) -> Iterator[tuple[str, str]]:
@@ -147,7 +144,8 @@ def _copies(info: RunInfo) -> Iterator[tuple[str, str]]:
 def cautions(summary: RunSummary) -> list[str]:
     """Limits of what the figures say; an indented line belongs to the line before it."""
     lines = []
-    if len(makers := summary.info.get("makers", {})) > 1:
+    makers = summary.info.get("makers", {})
+    if len(makers) > 1:
         lines.append(
             f"Its shards were measured in {len(makers)} ways (measured on): strengths differ in "
             "their last digits between them, and a token close to a threshold can change its label."
@@ -175,7 +173,8 @@ def cautions(summary: RunSummary) -> list[str]:
             sinks = f"{main['n_sinks']:,} sinks over {main['sink_factor']:g} medians"
             lines.append(f"  {sinks}: compare medians, not means.")
     if all(layer.layer != 0 for layer in summary.layers):
-        with_control = ",".join(map(str, (0, *(layer.layer for layer in summary.layers))))
+        layers = [0, *(layer.layer for layer in summary.layers)]
+        with_control = ",".join(map(str, layers))
         lines.append(
             "Layer 0 was not recorded: to see what the embeddings alone explain, give the same "
             f"'afn run' command with --layers {with_control}: only layer 0 is then measured."
