@@ -463,7 +463,8 @@ def _with_language(night: _Night, table: pa.Table) -> pa.Table:
     listed = ", ".join(map(str, docs)) or "NULL"
     query = f"SELECT doc, {LANGUAGE} FROM documents WHERE doc IN ({listed})"  # noqa: S608 - numbers
     found = {row["doc"]: row[LANGUAGE] for row in night.here.rows(query)}
-    return table.append_column(LANGUAGE, pa.array([found.get(doc) for doc in docs], pa.string()))
+    languages = pa.array([found.get(doc) for doc in docs], pa.string())
+    return table.append_column(LANGUAGE, languages)
 
 
 def _places_of(run: RunFolder, rows: pa.Table) -> pa.Table:

@@ -206,7 +206,9 @@ def _words(a: pa.Table, b: pa.Table) -> pa.Table:
         pc.fill_null(joined[name], 0).to_numpy() for name in ("n_a", "n_b", "n_high_a", "n_high_b")
     )
     both = (n_a > 0) & (n_b > 0)
-    z, p, q = np.zeros(len(both)), np.ones(len(both)), np.ones(len(both))
+    z = np.zeros(len(both))
+    p = np.ones(len(both))
+    q = np.ones(len(both))
     z[both], p[both] = two_proportions(high_a[both], n_a[both], high_b[both], n_b[both])
     q[both] = benjamini_hochberg(p[both])
     columns: dict[str, object] = {
@@ -237,13 +239,12 @@ def _named_apart(words: pa.Table, side: str) -> pa.Table:
 
 def _classes(a: pa.Table, b: pa.Table) -> pa.Table:
     """The rows of ``LAYER_CLASSES_SCHEMA`` for the ``classes`` of two ``WordCounts``."""
-    ranks = {
-        f"rank_{name}": {row["class"]: row["rank"] for row in side.to_pylist()}
-        for name, side in (("a", a), ("b", b))
-    }
+    rank_a = {row["class"]: row["rank"] for row in a.to_pylist()}
+    rank_b = {row["class"]: row["rank"] for row in b.to_pylist()}
     rows = []
     for row in class_rows(0, a, b):
-        of_class = {name: by_class.get(row["class"]) for name, by_class in ranks.items()}
+        name = row["class"]
+        of_class = {"rank_a": rank_a.get(name), "rank_b": rank_b.get(name)}
         rows.append(row | of_class)
     return pa.Table.from_pylist(rows, LAYER_CLASSES_SCHEMA)
 
@@ -285,10 +286,10 @@ def _notes(a: Side, b: Side, texts: Texts, matched: MatchedWords | None) -> Iter
 def _differences(a: RunFolder, b: RunFolder) -> list[str]:
     """Differences of the measures that change strengths, layers left out."""
     left_out = label_thresholds.BESIDE_STRENGTH | {"layers"}
-    measures = [
-        {key: value for key, value in run.info["measure"].items() if key not in left_out}
-        for run in (a, b)
-    ]
+    measures = []
+    for run in (a, b):
+        stored = run.info["measure"]
+        measures.append({key: value for key, value in stored.items() if key not in left_out})
     names = [run.info["model"].get("name") for run in (a, b)]
     if names[0] != names[1]:
         for measure, name in zip(measures, names, strict=True):

@@ -208,11 +208,11 @@ def _own_figures(limit: Limit, kind: str, policy: Policy, evidence: Evidence) ->
     if f"{kind}s" not in run.info["tables"] or own_parts.lacking(run, limit.key) is not None:
         return []
     least = 0 if limit.is_whole else policy.least_tokens(kind)
-    return [
-        PartFigure(part.name, part.value, count(part.n, "token"))
-        for part in evidence.own.of(limit.key, kind)
-        if part.n >= least
-    ]
+    figures = []
+    for part in evidence.own.of(limit.key, kind):
+        if part.n >= least:
+            figures.append(PartFigure(part.name, part.value, count(part.n, "token")))
+    return figures
 
 
 def _values(limit: Limit, parts: Parts) -> Iterator[tuple[float, ComparedPart]]:

@@ -154,7 +154,10 @@ def _compared(
     movers = []
     of_words = [NO_WORDS]
     word_classes: list[dict[str, object]] = []
-    rare = rare_below(*(words for of_run in tables for words in of_run.word_vocabulary.values()))
+    vocabularies: list[pa.Table] = []
+    for of_run in tables:
+        vocabularies += of_run.word_vocabulary.values()
+    rare = rare_below(*vocabularies)
     for layer in layers:
         types_a, types_b = (without_special(of_run.vocabulary[layer]) for of_run in tables)
         whole_a = _strengths(tables[0].histogram[layer], types_a)

@@ -204,11 +204,10 @@ def night_before(run: RunFolder, runs: Sequence[RunFolder]) -> RunFolder | None:
 
 def _figures(run: RunFolder) -> Iterator[tuple[Place, dict[str, object]]]:
     """Figures of ``run`` at each layer, and of its groups there, from its tables."""
-    thresholds = {
-        row["layer"]: row
-        for row in manifest.read_table(run, "thresholds").to_pylist()
-        if row["population"] == "tokens"
-    }
+    thresholds = {}
+    for row in manifest.read_table(run, "thresholds").to_pylist():
+        if row["population"] == "tokens":
+            thresholds[row["layer"]] = row
     vocabulary, counts = table_by_layer(run, "vocabulary"), run.info["counts"]
     by = grouped_by(run)
     of_groups = [

@@ -30,14 +30,13 @@ from afn_ray.store import checksums, layout
 from afn_ray.store.commits import Commit
 from afn_ray.token_rows import LabelThresholds
 
+_OF_VOCABULARY = ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")
 STATISTICS_SCHEMA = pa.schema(
-    [pa.field("special", pa.bool_(), nullable=False)]
-    + [pa.field(name, pa.int64(), nullable=False) for name in ("n_word_start", "n_whole")]
-    + [
-        f
-        for f in VOCABULARY_SCHEMA
-        if f.name
-        in ("token_id", "n", "n_docs", "mean", "sd", "min", "q1", "q2", "q3", "max", "n_high")
+    [
+        pa.field("special", pa.bool_(), nullable=False),
+        pa.field("n_word_start", pa.int64(), nullable=False),
+        pa.field("n_whole", pa.int64(), nullable=False),
+        *(field for field in VOCABULARY_SCHEMA if field.name in _OF_VOCABULARY),
     ]
 )
 """Schema of a type's statistics, before the vocabulary adds texts and classes."""
@@ -165,7 +164,8 @@ def threshold_rows(
     """
     median = 0.0
     if histogram.n:
-        median = float(to_values(np.array([histogram.quantile_key(1, 2)]))[0])
+        key = histogram.quantile_key(1, 2)
+        (median,) = to_values(np.array([key])).tolist()
     is_kept = to_values(histogram.keys).astype(np.float64) <= sink_factor * median
     without_sinks = Histogram(histogram.keys[is_kept], histogram.counts[is_kept])
     populations = {"tokens": histogram, "tokens_without_sinks": without_sinks}

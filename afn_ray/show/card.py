@@ -134,14 +134,12 @@ def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
     if "moments" in info["tables"]:
         moments = _moment_shares(run)
     dimensions = dict(zip(measure["layers"], measure.get("outliers", ()), strict=False))
-    layers = tuple(
-        replace(
-            _layer(facts, signals.get((TRIMMED, facts.layer)), dimensions.get(facts.layer, ())),
-            centred=_distances(signals.get((CENTRED, facts.layer))),
-            moment_shares=moments.get(facts.layer),
-        )
-        for facts in summary.layers
-    )
+    layers = []
+    for facts in summary.layers:
+        k = facts.layer
+        layer = _layer(facts, signals.get((TRIMMED, k)), dimensions.get(k, ()))
+        centred = _distances(signals.get((CENTRED, k)))
+        layers.append(replace(layer, centred=centred, moment_shares=moments.get(k)))
     return Card(
         run=run.uri,
         model=model["name"],
@@ -156,7 +154,7 @@ def _card(run: manifest.RunFolder, summary: RunSummary) -> Card:
         window_tokens=measure["window_tokens"],
         sink_factor=summary.layers[0].thresholds["tokens"]["sink_factor"],
         thresholds=info["config"].get("thresholds"),
-        layers=layers,
+        layers=tuple(layers),
     )
 
 
@@ -197,7 +195,8 @@ def _moment_shares(run: manifest.RunFolder) -> dict[int, MomentShares]:
     moments, vectors = (manifest.read_table(run, name) for name in ("moments", "mean_vectors"))
     shares = {}
     for layer in run.info["layers"]:
-        here, means = (t.filter(pc.equal(t["layer"], layer)) for t in (moments, vectors))
+        here = moments.filter(pc.equal(moments["layer"], layer))
+        means = vectors.filter(pc.equal(vectors["layer"], layer))
         if not len(here):
             continue
         n, q, m, v = (
