@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -71,11 +72,12 @@ def typed(capsys: pytest.CaptureFixture[str]) -> Typed:
     return run
 
 
-def test_show_prints_the_honest_summary_and_json(store: Path) -> None:
-    text = afn("show", store).stdout
+def test_show_prints_the_honest_summary_and_json(store: Path, typed: Typed) -> None:
+    code, text, _ = typed("show", store)
+    assert code == 0
     for expected in ("100 measured", "Thresholds", "layer 2", "(control)", "rarity alone", "CV"):
         assert expected in text
-    summary = json.loads(afn("show", store, "--json").stdout)
+    summary = json.loads(typed("show", store, "--json")[1])
     assert [facts["layer"] for facts in summary["layers"]] == [0, 2]
 
 
@@ -153,12 +155,13 @@ def test_a_place_for_a_result_is_refused_before_the_query(
     assert code == 2 and message in err and "secret" not in err and "neither" not in err
 
 
-def test_explain_prints_text_json_and_a_page(store: Path, tmp_path: Path, typed: Typed) -> None:
+def test_explain_prints_text_json_and_a_page(
+    store: Path, tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "beginning" in typed("explain", store, "In the beginning")[1]
     flags = ("--signals", "shift", "--layers", "all")
-    found = json.loads(
-        afn("explain", store, "-", "--json", *flags, stdin="In the beginning\n").stdout
-    )
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"In the beginning\n")))
+    found = json.loads(typed("explain", store, "-", "--json", *flags)[1])
     assert [t["piece"] for t in found["tokens"]] == ["[CLS]", "in", "the", "beginning", "[SEP]"]
     assert found["sweep"] == [0, 1, 2, 3] and len(found["tokens"][1]["cells"]) == 4
     assert [v["signal"] for v in found["tokens"][1]["readings"][1]["signals"]] == ["shift"]
