@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ from torch.nn import functional
 from torch.nn.attention import varlen
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from afn_ray.model import fused
 
@@ -136,9 +135,12 @@ class Log:
 
 
 def _line() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        if "afn_ray" in frame.filename or "transformers/models" in frame.filename:
-            return f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}"
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        name = frame.f_code.co_filename
+        if "afn_ray" in name or "transformers/models" in name:
+            return f"{'/'.join(name.split('/')[-2:])}:{frame.f_lineno}"
     return "?"
 
 
@@ -199,6 +201,15 @@ def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with each tensor in it, or in its lists and tuples, changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) in (list, tuple):
+        return type(value)([_mapped(change, each) for each in value])
+    return value
+
+
 def _inner(value: Any) -> Any:
     return value.held if isinstance(value, OnDevice) else value
 
@@ -242,17 +253,16 @@ class _Operators(TorchDispatchMode):
         to_host = kwargs.get("device") == CPU
         if "device" in kwargs:
             kwargs["device"] = CPU
-        result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
+        given = {key: _mapped(_inner, value) for key, value in kwargs.items()}
+        result = func(*_mapped(_inner, args), **given)
         if to_host:
             return result
 
-        def wrapped(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
+        def wrapped(value: torch.Tensor) -> torch.Tensor:
             known = ours.get(id(value))  # an operator in place returns its input
             return OnDevice(value) if known is None else known
 
-        return tree_map(wrapped, result)
+        return _mapped(wrapped, result)
 
     def _copy(
         self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False

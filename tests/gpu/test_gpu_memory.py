@@ -1,22 +1,17 @@
-"""A model on a simulated GPU takes the memory of the weights that run and of one block, and all
-families are proved there, block by block.
-"""
+"""A model on a simulated GPU takes the memory of the weights that run and of one block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
 
 import simulated
 from afn_ray import model
-from conftest import find_model, save_model
-from families import FAMILIES
-from test_gpu import assert_near, load, measured
+from conftest import find_model
 
 WIDTH = 256
 BLOCK_BYTES = 4 * 12 * WIDTH**2
@@ -63,20 +58,3 @@ def test_the_device_holds_the_weights_that_run_and_one_block(
     del loaded
     model.free_memory()
     assert log.memory.live_bytes < BLOCK_BYTES
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_is_proved_on_the_device(name: str, tmp_path: Path) -> None:
-    kind, options = FAMILIES[name]
-    folder = save_model(tmp_path, getattr(transformers, kind)(**options))
-    on_cpu = load(folder, "float32", "cpu")
-    expected = measured(on_cpu)
-    for dtype in ("float32", "float16"):
-        with simulated.device():
-            loaded = load(folder, dtype, "cuda")
-            assert loaded.packed == on_cpu.packed
-            got = measured(loaded)
-        if dtype == "float32":
-            np.testing.assert_allclose(got, expected, rtol=2e-5)
-        else:
-            assert_near(got, expected, dtype)
