@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import simulated
+from families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 CHECK = ROOT / "infra" / "gpu" / "check.py"
@@ -112,12 +113,12 @@ def test_all_parts_run_without_a_gpu_ray_or_duckdb(whole: Checked) -> None:
     assert used_s < MOST_CPU_S, f"{used_s:.0f} CPU s"
 
 
-def test_the_figures_are_of_what_they_name(whole: Checked) -> None:
+def test_the_figures_are_of_what_they_name(whole: Checked, check: Any) -> None:
     parts = {name: part["rows"] for name, part in whole.content["parts"].items()}
-    from families import FAMILIES
-
     dtypes = ("float32", "bfloat16")
-    assert list(parts["parity"]) == [f"{name} {dtype}" for name in FAMILIES for dtype in dtypes]
+    families = check.TOY.families
+    assert list(parts["parity"]) == [f"{name} {dtype}" for name in families for dtype in dtypes]
+    assert check.REAL.families == tuple(FAMILIES)
     assert all(row["repeatable"] for row in parts["parity"].values())
     half = [row["q90"] for name, row in parts["parity"].items() if name.endswith("bfloat16")]
     assert min(half) > 0  # so bfloat16 was measured and not float32 twice
