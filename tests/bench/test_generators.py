@@ -6,12 +6,15 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from afn_ray import cgroup
 from afn_ray.bench import machine, write_json
 from afn_ray.errors import AfnError, ConfigError
 from afn_ray.query.database import open_run
@@ -148,7 +151,20 @@ def test_a_reduce_that_fails_gives_no_figures(tmp_path: Path) -> None:
 # --- queries
 
 
-def test_questions_are_asked_of_a_true_run() -> None:
+def test_questions_are_asked_of_a_true_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reduce and one query have processes of their own; the others are called here."""
+    apart, was_apart = sql._apart, set()
+    called: dict[str, Callable[..., dict[str, Any]]] = {"reduce": sql.finish, "ask": sql.ask}
+
+    def call(command: str, *given: str) -> dict[str, Any]:
+        if command not in was_apart:
+            was_apart.add(command)
+            return apart(command, *given)
+        arguments: list[Any] = [int(each) if each.isdigit() else each for each in given]
+        return {**called[command](*arguments), "foreign": 0.0}
+
+    monkeypatch.setattr(sql, "_apart", call)
+    monkeypatch.setattr(cgroup, "num_cores", lambda: 1)  # one process writes the shards
     notes: list[str] = []
     result = sql.measure(120_000, 2, notes.append)
     assert result["rows"] == 120_000 and [r["shards"] for r in result["reduces"]] == [1, 5, 5]
