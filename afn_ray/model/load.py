@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,7 +188,7 @@ def _loading(files: ModelFiles) -> Iterator[None]:
     parts.check_environment()
     transformers.utils.logging.disable_progress_bar()
     try:
-        with quiet(), _no_bar(files):
+        with quiet(), _reading_gguf(files):
             yield
     except Exception as error:  # transformers raises nearly any error for unusable files
         if is_out_of_memory(error) or isinstance(error, ModelError):
@@ -196,19 +197,25 @@ def _loading(files: ModelFiles) -> Iterator[None]:
 
 
 @contextmanager
-def _no_bar(files: ModelFiles) -> Iterator[None]:
-    """Keep the bar away that transformers draws for a GGUF file, whatever its settings say."""
+def _reading_gguf(files: ModelFiles) -> Iterator[None]:
+    """Make transformers read a GGUF file without a bar, and make its table of names once.
+
+    It draws the bar whatever its settings say, and makes the table anew for each module of the
+    model, which takes longer than all else.
+    """
     if files.gguf is None:
         yield
         return
+    import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    bar = reading.tqdm
+    bar, make_names = reading.tqdm, gguf.get_tensor_name_map
     reading.tqdm = lambda tensors, **_: tensors
+    gguf.get_tensor_name_map = cache(make_names)
     try:
         yield
     finally:
-        reading.tqdm = bar
+        reading.tqdm, gguf.get_tensor_name_map = bar, make_names
 
 
 def _check(
