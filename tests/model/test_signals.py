@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ TEXTS = documents(1, [1, CONTEXT, 7, 7, 30, 2])
 SIGNALS: list[Signal] = [Strength(), Shift(), Received()]
 
 
+@pytest.fixture(scope="module")
+def attentive(family: Any) -> Callable[[str], model.Model]:  # noqa: F811
+    """A family's model that reads attention, made once."""
+    return cache(lambda name: load(family(name)[0], Received.needs))
+
+
 def load(
     folder: Path, needs: frozenset[str], layers: list[int] = LAYERS, dtype: str = "float32"
 ) -> model.Model:
@@ -67,23 +74,25 @@ def measure(
     ]
 
 
-def plain(folder: Path, ids: list[int]) -> Any:
-    """Hidden states and attention weights of the plain model."""
+@cache
+def plain(folder: Path) -> list[Any]:
+    """Hidden states and attention weights of the plain model, for each of ``TEXTS`` alone."""
     kind = transformers.AutoModel.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     with torch.inference_mode():
-        return kind(
-            input_ids=torch.tensor([ids]), output_hidden_states=True, output_attentions=True
-        )
+        return [
+            kind(input_ids=torch.tensor([ids]), output_hidden_states=True, output_attentions=True)
+            for ids in TEXTS
+        ]
 
 
 @pytest.mark.parametrize("name", [*PACKED, *PADDED])
 def test_shift_is_what_a_block_changed(name: str, family: Any) -> None:  # noqa: F811
     folder, _ = family(name)
     loaded = load(folder, frozenset())
-    for ids, got in zip(TEXTS, measure(loaded, [Strength(), Shift()]), strict=True):
-        states = plain(folder, ids).hidden_states
+    for out, got in zip(plain(folder), measure(loaded, [Strength(), Shift()]), strict=True):
+        states = out.hidden_states
         assert [n for n in got if n.startswith("shift")] == ["shift_1", "shift_2", "shift_3"]
         for k in (1, 2, 3):
             expected = (states[k] - states[k - 1])[0].double().norm(dim=-1).numpy()
@@ -109,11 +118,13 @@ def seen_by(loaded: model.Model, weights: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", PACKED)
-def test_attention_is_that_of_the_eager_model(name: str, family: Any) -> None:  # noqa: F811
-    folder, _ = family(name)
-    loaded = load(folder, Received.needs)
-    for ids, got in zip(TEXTS, measure(loaded, SIGNALS), strict=True):
-        out = plain(folder, ids)
+def test_attention_is_that_of_the_eager_model(
+    name: str,
+    family: Any,  # noqa: F811
+    attentive: Callable[[str], model.Model],
+) -> None:
+    loaded = attentive(name)
+    for out, got in zip(plain(family(name)[0]), measure(loaded, SIGNALS), strict=True):
         for k in (1, 2, 3):
             weights = out.attentions[k - 1][0]
             others, own = received(weights, seen_by(loaded, weights))
@@ -134,12 +145,15 @@ VALUES: dict[str, Callable[[Any, torch.Tensor], tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("name", VALUES)
-def test_norm_weighted_attention_is_kobayashis(name: str, family: Any) -> None:  # noqa: F811
+def test_norm_weighted_attention_is_kobayashis(
+    name: str,
+    family: Any,  # noqa: F811
+    attentive: Callable[[str], model.Model],
+) -> None:
     folder, kind = family(name)
-    loaded = load(folder, Received.needs)
+    loaded = attentive(name)
     blocks = next(m for m in kind.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
-    for ids, got in zip(TEXTS, measure(loaded, SIGNALS), strict=True):
-        out = plain(folder, ids)
+    for out, got in zip(plain(folder), measure(loaded, SIGNALS), strict=True):
         for k in (1, 2, 3):
             weights = out.attentions[k - 1][0]
             with torch.inference_mode():
@@ -156,11 +170,9 @@ def test_norm_weighted_attention_is_kobayashis(name: str, family: Any) -> None: 
 
 @pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "mistral"])
 def test_attention_of_long_texts_is_summed_block_by_block(
-    name: str,
-    family: Any,  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, attentive: Callable[[str], model.Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded = load(family(name)[0], Received.needs)
+    loaded = attentive(name)
     whole = measure(loaded, SIGNALS)
     monkeypatch.setattr(
         attention, "SCORES", 4 * CONTEXT * 7
@@ -171,10 +183,13 @@ def test_attention_of_long_texts_is_summed_block_by_block(
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_half_precision_signals_stay_near(name: str, family: Any) -> None:  # noqa: F811
-    signals: list[Signal] = [Strength(), Shift(), Received()]
-    both = [load(family(name)[0], Received.needs, dtype=dtype) for dtype in ("float32", "bfloat16")]
-    for full, half in zip(*(measure(one, signals) for one in both), strict=True):
+def test_half_precision_signals_stay_near(
+    name: str,
+    family: Any,  # noqa: F811
+    attentive: Callable[[str], model.Model],
+) -> None:
+    both = [attentive(name), load(family(name)[0], Received.needs, dtype="bfloat16")]
+    for full, half in zip(*(measure(one, SIGNALS) for one in both), strict=True):
         for series_name, values in full.items():
             scale = np.maximum(values, np.median(values))
             error = np.abs(half[series_name] - values) / np.where(
@@ -231,9 +246,9 @@ def test_trimmed_strengths_lack_the_dimensions_given(name: str, family: Any) -> 
     files = find_model(folder)
     loaded = model.Model(files, [0, 2], "float32", "cpu", 64, [[3, 1], [30]])
     model.prepare(loaded, [documents(3, [n])[0] for n in (4, 9, CONTEXT)], Trimmed.needs)
-    for ids, got in zip(TEXTS, measure(loaded, [Trimmed()]), strict=True):
+    for out, got in zip(plain(folder), measure(loaded, [Trimmed()]), strict=True):
         for layer, dims in ((0, [3, 1]), (2, [30])):
-            states = plain(folder, ids).hidden_states[layer][0].double()
+            states = out.hidden_states[layer][0].double()
             states[:, dims] = 0
             np.testing.assert_allclose(
                 got[f"strength_trimmed_{layer}"], states.norm(dim=-1).numpy(), rtol=2e-5
