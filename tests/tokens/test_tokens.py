@@ -1133,7 +1133,7 @@ def test_segments_have_the_tokens_of_whole_texts(
 def test_segments_of_a_corpus_have_the_tokens_of_whole_texts(
     request: pytest.FixtureRequest, kind: str, verses: list[str]
 ) -> None:
-    texts = [*verses[:2000], *WRITINGS, "", *WRITINGS, SPACED]
+    texts = [*verses[:700], *WRITINGS, "", *WRITINGS, SPACED]
     encoder: TextEncoder = request.getfixturevalue(kind)
     with mock.patch.object(encoder, "_batch", wraps=encoder._batch) as batch:
         got = assert_same_by_texts(encoder, texts)
