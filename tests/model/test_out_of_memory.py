@@ -40,7 +40,7 @@ ERRORS = [
 """Errors of memory, as CUDA, cuBLAS, torch, Python and the system raise them."""
 
 PEAK = """
-import json, re, sys
+import json, os, re, sys
 from pathlib import Path
 from afn_ray import model
 
@@ -48,24 +48,35 @@ def resident(name):
     text = Path("/proc/self/status").read_text()
     return int(re.search(name + r":\\s+(\\d+) kB", text)[1]) * 1024
 
-def load(folder, layer):
+def load(folder, layer, dtype):
     files = model.find_model(folder, None, trust_remote_code=False, allow_pickle=False)
-    loaded = model.Model(files, [layer], sys.argv[3], "cpu", 512)
+    loaded = model.Model(files, [layer], dtype, "cpu", 512)
     model.prepare(loaded, [list(range(5, 5 + n)) for n in (4, 9, 40)])
     return loaded
 
-load(sys.argv[1], 1)  # what a process needs once, whatever the model
-model.free_memory()
-begin = resident("VmRSS")
-Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-loaded = load(sys.argv[2], int(sys.argv[4]))
-print(json.dumps([resident("VmHWM") - begin, resident("VmRSS") - begin, loaded.num_bytes]))
+def measure(large, dtype):
+    load(small, 1, dtype)  # what a process needs once, whatever the model
+    model.free_memory()
+    begin = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    loaded = load(large, 4, dtype)
+    return [resident("VmHWM") - begin, resident("VmRSS") - begin, loaded.num_bytes]
+
+small, *cases = sys.argv[1:]
+for large, dtype in zip(cases[::2], cases[1::2]):
+    if os.fork() == 0:
+        print(json.dumps(measure(large, dtype)), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
 """
-"""Load and prove a small model and a large one; print the peak and the last resident memory of
-the large one, and the size of the weights that run, in bytes.
+"""Load and prove a small model and a large one, for each large one in a fork; print the peak and
+the last resident memory of the large one, and the size of the weights that run, in bytes.
 """
 OVERHEAD_BYTES = 24 << 20
 """Memory of the self-check's passes, and of freed memory that the allocator keeps."""
+WHOLE_BLOCK_BYTES = 4 * 12 * 768**2
+"""Size of one block of the large model in float32."""
 
 
 @pytest.fixture(scope="module")
@@ -143,40 +154,46 @@ def test_blocks_after_the_last_layer_are_freed_and_change_nothing(
     )
 
 
+STORED = (torch.float32, torch.bfloat16)
+CASES = [(stored, dtype) for stored in STORED for dtype in STORED]
+"""Dtypes in which the weights are stored, and in which the model runs."""
+
+
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[torch.dtype], Path]:
-    """Folder of a BERT of twelve blocks of 7.1 M weights, stored in a dtype."""
-    made: dict[torch.dtype, Path] = {}
+def measured(
+    tmp_path_factory: pytest.TempPathFactory, folder: Path
+) -> dict[tuple[torch.dtype, torch.dtype], list[int]]:
+    """What ``PEAK`` prints for a BERT of twelve blocks of 7.1 M weights, by its case."""
+    config = transformers.BertConfig(vocab_size=2000, max_position_embeddings=64)
+    large = transformers.BertModel(config)
+    folders = {}
+    for stored in STORED:
+        folders[stored] = tmp_path_factory.mktemp("twelve")
+        large.to(stored).save_pretrained(folders[stored])
+        file = folders[stored] / "model.safetensors"
+        assert file.stat().st_size > 12 * WHOLE_BLOCK_BYTES * stored.itemsize // 4
+    names = [str(folder)]
+    for stored, dtype in CASES:
+        names += [str(folders[stored]), str(dtype).removeprefix("torch.")]
+    process = subprocess.run(
+        [sys.executable, "-c", PEAK, *names], check=True, capture_output=True, text=True
+    )
+    printed = [json.loads(line) for line in process.stdout.splitlines()]
+    return dict(zip(CASES, printed, strict=True))
 
-    def make(stored: torch.dtype) -> Path:
-        if stored not in made:
-            config = transformers.BertConfig(vocab_size=2000, max_position_embeddings=64)
-            folder = tmp_path_factory.mktemp("twelve")
-            transformers.BertModel(config).to(stored).save_pretrained(folder)
-            made[stored] = folder
-        return made[stored]
 
-    return make
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("stored", "dtype"), CASES)
 def test_a_model_takes_memory_for_the_weights_that_run_and_for_one_block(
-    stored: torch.dtype, dtype: torch.dtype, folder: Path, large: Callable[[torch.dtype], Path]
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    measured: dict[tuple[torch.dtype, torch.dtype], list[int]],
 ) -> None:
     """Four of twelve blocks run. The reference in float32 and the weights as they are stored take
     no memory of their own.
     """
-    file = large(stored) / "model.safetensors"
-    whole_block_bytes = 4 * 12 * 768**2
-    assert file.stat().st_size > 12 * whole_block_bytes * stored.itemsize // 4
-    names = [str(folder), str(large(stored)), str(dtype).removeprefix("torch."), "4"]
-    process = subprocess.run(
-        [sys.executable, "-c", PEAK, *names], check=True, capture_output=True, text=True
-    )
-    peak, after, num_bytes = json.loads(process.stdout.splitlines()[-1])
+    peak, after, num_bytes = measured[stored, dtype]
     others = 4 * 768 * (2000 + 64 + 2 + 768)  # embeddings, pooler
-    of_blocks = 4 * whole_block_bytes * dtype.itemsize // 4
+    of_blocks = 4 * WHOLE_BLOCK_BYTES * dtype.itemsize // 4
     assert num_bytes == pytest.approx(of_blocks + others, rel=0.02)
     assert after < num_bytes + OVERHEAD_BYTES
-    assert peak < num_bytes + whole_block_bytes + OVERHEAD_BYTES
+    assert peak < num_bytes + WHOLE_BLOCK_BYTES + OVERHEAD_BYTES
