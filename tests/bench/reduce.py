@@ -154,9 +154,9 @@ def _watched(store: str, executor: str, seed: int) -> dict[str, Any]:
 
 def _reduce(store: str, executor: str, seed: int) -> dict[str, Any]:
     """Reduce the summaries in ``store``, in the order that ``seed`` gives."""
-    from afn_ray.runs import cluster
-
     index = json.loads((Path(store) / "index.json").read_text("utf-8"))
+    from afn_ray.runs import cluster  # and with it torch, which takes seconds
+
     commits = [_commit(index[i]) for i in np.random.default_rng(seed).permutation(len(index))]
     texts = [f"type {i}" for i in range(NUM_TYPES)]
     config = RunConfig(corpus=("-",), model="-", store=store, executor=executor)
