@@ -351,6 +351,19 @@ def config_of(model: Path, corpus: Path | str, store: Path | str, /, **changes: 
     return RunConfig(**(values | changes))
 
 
+@pytest.fixture(scope="module")
+def short_calibrations() -> Iterator[None]:
+    """Calibrations of this process measure a sixteenth of their usual sample: for tests whose point
+    is not what they decide.
+    """
+    from afn_ray.runs import outliers, precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "CALIBRATION_TOKENS", precision.CALIBRATION_TOKENS // 16)
+        patch.setattr(outliers, "CALIBRATION_CHARS", outliers.CALIBRATION_CHARS // 16)
+        yield
+
+
 MakeConfig = Callable[..., RunConfig]
 
 

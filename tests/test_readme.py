@@ -31,7 +31,12 @@ TEXT = "\n".join(page.read_text("utf-8") for page in PAGES)
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory, verses: list[str], minilm: Path) -> Path:
+def workplace(
+    tmp_path_factory: pytest.TempPathFactory,
+    verses: list[str],
+    minilm: Path,
+    short_calibrations: None,
+) -> Path:
     """Things that the README speaks of: a corpus, a model, run.toml, policy.toml, and the demo's
     store over fewer verses.
     """

@@ -85,7 +85,12 @@ def measure(folder: Path, texts: list[str], **options: Any) -> Corpus:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory, minilm: Path, verses: list[str]) -> Corpus:
+def corpus(
+    tmp_path_factory: pytest.TempPathFactory,
+    minilm: Path,
+    verses: list[str],
+    short_calibrations: None,
+) -> Corpus:
     """250 verses in several shards, and one document of more than one window."""
     texts = [*verses[:250], " ".join(verses[300:330])]
     return measure(tmp_path_factory.mktemp("explain"), texts, model=str(minilm), layers="0,2/3")
