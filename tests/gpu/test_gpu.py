@@ -4,7 +4,7 @@ without making the host wait. Where it is refused, the next best way is used and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,14 @@ def family_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 folder = pytest.fixture(family_folders, scope="module", name="folder")
 
 
-def load(folder: Path, dtype: str, device: str, needs: frozenset[str] = frozenset()) -> model.Model:
-    loaded = model.Model(find_model(folder), LAYERS, dtype, device, 64)
+def load(
+    folder: Path,
+    dtype: str,
+    device: str,
+    needs: frozenset[str] = frozenset(),
+    layers: Sequence[int] = LAYERS,
+) -> model.Model:
+    loaded = model.Model(find_model(folder), layers, dtype, device, 64)
     model.prepare(loaded, PROBES, needs)
     return loaded
 
