@@ -9,8 +9,9 @@ import json
 import os
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pytest
 import afn_ray
 from afn_ray.config import RunConfig
 from afn_ray.corpus import listing as corpus
-from afn_ray.corpus_values import FileInfo
+from afn_ray.corpus_values import FileInfo, FileSlice, Shard
 from afn_ray.runs import worker
 from afn_ray.runs.plan import make_plan
 from afn_ray.store import corpus_files, manifest, run_claims, storage
@@ -33,12 +34,18 @@ OLD_NS = 1_700_000_000_000_000_000
 DAY_NS = 86_400_000_000_000
 
 
+def part_of(*pieces: FileInfo | FileSlice) -> str:
+    """The two characters with which the names of all ``pieces`` begin."""
+    (name,) = {piece.uri.rpartition("/")[2][:2] for piece in pieces}
+    return name
+
+
 @dataclass
 class Work:
-    """Work of a run: files read to plan, and shards measured."""
+    """Work of a run, by ``part_of``: files read to plan, and shards measured."""
 
-    hashed: int = 0
-    measured: int = 0
+    hashed: Counter[str] = field(default_factory=Counter)
+    measured: Counter[str] = field(default_factory=Counter)
 
 
 @pytest.fixture
@@ -46,13 +53,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
     done = Work()
     cut, process = corpus.cut, worker.Processor.process
 
-    def counted_cut(*args: Any) -> Any:
-        done.hashed += 1
-        return cut(*args)
+    def counted_cut(file: FileInfo, *args: Any) -> Any:
+        done.hashed[part_of(file)] += 1
+        return cut(file, *args)
 
-    def counted_process(*args: Any) -> Any:
-        done.measured += 1
-        return process(*args)
+    def counted_process(self: Any, shard: Shard, *args: Any) -> Any:
+        done.measured[part_of(shard.slices[0])] += 1
+        return process(self, shard, *args)
 
     monkeypatch.setattr(corpus, "cut", counted_cut)
     monkeypatch.setattr(worker.Processor, "process", counted_process)
@@ -61,12 +68,11 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
 
 def run_over(config: RunConfig, work: Work) -> tuple[afn_ray.Run, Work]:
     """The run of ``config``, and what it had to do."""
-    work.hashed = work.measured = 0
+    work.hashed, work.measured = Counter(), Counter()
     run = afn_ray.run(config)
-    assert (
-        work.measured == run.info["counts"]["shards"] - run.info["counts"]["shards_reused"]
-        or not work.measured
-    )
+    counts = run.info["counts"]
+    num_measured = work.measured.total()
+    assert num_measured == counts["shards"] - counts["shards_reused"] or not num_measured
     return run, replace(work)
 
 
@@ -106,76 +112,8 @@ def lines_of(texts: list[str]) -> list[dict[str, str]]:
     return [{"text": t} for t in texts]
 
 
-def fill(folder: Path, verses: list[str]) -> None:
-    """Ten files. Which small ones share a shard does not depend on their names: each lies between
-    large ones.
-    """
-    folder.mkdir()
-    for i in range(3):
-        (folder / f"a{i}.txt").write_text(verses[i][:60])  # one shard, not a quarter full
-    write_jsonl(folder / "b.jsonl", lines_of(verses[100:143]))
-    (folder / "c.csv").write_text(
-        "id,text\n" + "".join(f'{i},"{verses[i]}"\n' for i in range(200, 215))
-    )
-    pq.write_table(
-        pa.table({"text": verses[300:324]}),
-        folder / "d.parquet",
-        row_group_size=8,
-        compression="none",
-    )
-    data = "".join(json.dumps(row) + "\n" for row in lines_of(verses[400:440])).encode()
-    (folder / "e.jsonl.gz").write_bytes(gzip.compress(data, mtime=0))
-    write_jsonl(folder / "f.jsonl", lines_of(verses[500:502]))  # smaller than a shard, and alone
-    (folder / "g.txt").write_text(" ".join(verses[600:612]))
-    write_jsonl(folder / "h.jsonl", lines_of(verses[700:706]))
-    for file in folder.iterdir():
-        os.utime(file, ns=(OLD_NS, OLD_NS))
-
-
-def sizes(folder: Path) -> None:
-    """Corpus that the counts below rest on."""
-    for name, low, high in (
-        ("a0.txt", 1, B // 12),
-        ("c.csv", B, 1 << 20),
-        ("e.jsonl.gz", B, 1 << 20),
-        ("f.jsonl", 1, B // 2),
-        ("g.txt", B, 1 << 20),
-    ):
-        assert low <= (folder / name).stat().st_size <= high, name
-
-
-@dataclass(frozen=True)
-class Ground:
-    """A corpus as it was yesterday, and the store of yesterday's run over ``corpus``."""
-
-    pristine: Path
-    corpus: Path
-    store: Path
-    slices: dict[str, list[tuple[int, int]]]  # file -> where its slices lie
-
-
-@pytest.fixture(scope="module")
-def ground(tmp_path_factory: pytest.TempPathFactory, tiny_gpt: Path, verses: list[str]) -> Ground:
-    folder = tmp_path_factory.mktemp("increment")
-    fill(folder / "pristine", verses)
-    sizes(folder / "pristine")
-    shutil.copytree(folder / "pristine", folder / "corpus")
-    config = config_of(tiny_gpt, folder / "corpus", folder / "store", **SMALL)
-    plan = make_plan(config)
-    slices: dict[str, list[tuple[int, int]]] = {}
-    for piece in (piece for shard in plan.shards for piece in shard.slices):
-        slices.setdefault(piece.uri.rpartition("/")[2], []).append((piece.start, piece.end))
-    assert len(slices["b.jsonl"]) == 5 and len(slices["d.parquet"]) == 3 and len(plan.shards) == 14
-    afn_ray.run(config).close()
-    return Ground(folder / "pristine", folder / "corpus", folder / "store", slices)
-
-
-SMALL: dict[str, Any] = {"shard_bytes": B, "batch_tokens": 512, "layers": "0,2"}
-Change = Callable[[Path, Ground, list[str]], object]
-
-
-def add(folder: Path, name: str, texts: list[str]) -> None:
-    with (folder / name).open("a") as sink:
+def add(file: Path, texts: list[str]) -> None:
+    with file.open("a") as sink:
         sink.writelines(json.dumps(row) + "\n" for row in lines_of(texts))
 
 
@@ -185,72 +123,171 @@ def replace_in(file: Path, start: int, old: bytes, new: bytes) -> None:
     file.write_bytes(data[:at] + new + data[at + len(old) :])
 
 
-def insert(folder: Path, ground: Ground, slice: int) -> None:
-    """A line at the beginning of a slice of b.jsonl."""
-    at = ground.slices["b.jsonl"][slice][0]
-    data = (folder / "b.jsonl").read_bytes()
-    (folder / "b.jsonl").write_bytes(data[:at] + b'{"text": "a line between"}\n' + data[at:])
+def write_parquet(file: Path, texts: list[str]) -> None:
+    """A slice for every eight of ``texts``."""
+    pq.write_table(pa.table({"text": texts}), file, row_group_size=8, compression="none")
 
 
-def truncate(folder: Path, ground: Ground, slice: int, part: float) -> None:
-    start, end = ground.slices["b.jsonl"][slice]
-    os.truncate(folder / "b.jsonl", int(start + part * (end - start)))
+def write_gzip(file: Path, texts: list[str]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in lines_of(texts)).encode()
+    file.write_bytes(gzip.compress(data, mtime=0))
 
 
-def write_parquet(folder: Path, texts: list[str]) -> None:
-    pq.write_table(
-        pa.table({"text": texts}), folder / "d.parquet", row_group_size=8, compression="none"
-    )
+@dataclass(frozen=True)
+class Part:
+    """The files of one change: their names begin with ``name``, and no shard has others beside
+    them.
+    """
+
+    folder: Path
+    name: str
+    verses: list[str]
+
+    def file(self, ending: str = ".jsonl") -> Path:
+        return self.folder / f"{self.name}{ending}"
+
+    def end_of_slice(self, slice: int) -> int:
+        """Where a slice of lines ends: at the first newline at or after ``B`` bytes."""
+        data, end = self.file().read_bytes(), 0
+        for _ in range(slice + 1):
+            end = data.index(b"\n", end + B) + 1
+        return end
 
 
-def write_gzip(folder: Path, text: str) -> None:
-    (folder / "e.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": text}).encode(), mtime=0))
+def large(part: Part) -> None:
+    """Five shards."""
+    write_jsonl(part.file(), lines_of(part.verses[100:143]))
 
 
-def add_two(folder: Path, ground: Ground, verses: list[str]) -> None:
-    add(folder, "b9.jsonl", verses[:3])
-    (folder / "a3.txt").write_text("one more")
+def small(part: Part) -> None:
+    """Three files in one shard, not a quarter full."""
+    for i in range(3):
+        part.file(f"-{i}.txt").write_text(part.verses[i][:60])
 
 
-def change_all(folder: Path, ground: Ground, verses: list[str]) -> None:
-    add(folder, "b.jsonl", verses[:1])
-    (folder / "c.csv").unlink()
-    write_parquet(folder, verses[300:332])
-    (folder / "a1.txt").unlink()
-    shutil.copy(folder / "g.txt", folder / "g2.txt")
-    (folder / "h.jsonl").rename(folder / "i.jsonl")
-    os.utime(folder / "f.jsonl")
+def lone(part: Part) -> None:
+    """A file smaller than a shard, and alone."""
+    write_jsonl(part.file(), lines_of(part.verses[500:502]))
+    assert part.file().stat().st_size < B // 2
 
 
-CHANGES: dict[str, tuple[int, int, Change]] = {  # files hashed, shards measured
-    "append a line": (1, 1, lambda f, g, v: add(f, "b.jsonl", v[:1])),  # the last slice
+def csv(part: Part) -> None:
+    rows = "".join(f'{i},"{part.verses[i]}"\n' for i in range(200, 215))
+    part.file(".csv").write_text("id,text\n" + rows)
+    assert part.file(".csv").stat().st_size > B
+
+
+def compressed(part: Part) -> None:
+    write_gzip(part.file(".jsonl.gz"), part.verses[400:440])
+    assert part.file(".jsonl.gz").stat().st_size > B
+
+
+def groups(part: Part) -> None:
+    """Three shards."""
+    write_parquet(part.file(".parquet"), part.verses[300:324])
+
+
+def text(part: Part) -> None:
+    part.file(".txt").write_text(" ".join(part.verses[600:612]))
+    assert part.file(".txt").stat().st_size > B
+
+
+def nothing(part: Part) -> None:
+    """No file yet."""
+
+
+def insert(part: Part, at: int) -> None:
+    data = part.file().read_bytes()
+    part.file().write_bytes(data[:at] + b'{"text": "a line between"}\n' + data[at:])
+
+
+def edit_row_group(part: Part) -> None:
+    v = part.verses
+    write_parquet(part.file(".parquet"), [*v[300:315], v[308], *v[316:324]])
+
+
+Act = Callable[[Part], object]
+# By change: the files as they were, files hashed, shards measured, and what is done. Which small
+# files share a shard does not depend on their names: each lies between large ones.
+CHANGES: dict[str, tuple[Act, int, int, Act]] = {
+    "append a line": (large, 1, 1, lambda p: add(p.file(), p.verses[:1])),  # the last slice
+    "empty a small file": (small, 1, 1, lambda p: os.truncate(p.file("-1.txt"), 0)),
     # the last slice, and what is new
-    "append more than a shard": (1, 3, lambda f, g, v: add(f, "b.jsonl", v[:20])),
-    "append to a small file": (1, 1, lambda f, g, v: add(f, "f.jsonl", v[:1])),
-    # that slice and those behind it: they begin elsewhere
-    "insert a line": (1, 3, lambda f, g, v: insert(f, g, 2)),
-    "edit a line to another of its length": (1, 1, lambda f, g,
-                                             v: replace_in(f / "b.jsonl", B, b"the", b"THE")),
-    "edit a line to a longer one": (1, 4, lambda f, g,
-                                    v: replace_in(f / "b.jsonl", B + 99, b"the", b"these")),
-    "truncate in a slice": (1, 1, lambda f, g, v: truncate(f, g, 2, 0.5)),
-    "truncate at the end of a slice": (1, 0, lambda f, g, v: truncate(f, g, 2, 1.0)),
-    "empty a large file": (1, 1, lambda f, g, v: os.truncate(f / "b.jsonl", 0)),
-    "empty a small file": (1, 1, lambda f, g, v: os.truncate(f / "a1.txt", 0)),
-    "delete a large file": (0, 0, lambda f, g, v: (f / "b.jsonl").unlink()),
+    "append more than a shard": (large, 1, 3, lambda p: add(p.file(), p.verses[:20])),
     # those that it shared a shard with
-    "delete a small file": (0, 1, lambda f, g, v: (f / "a1.txt").unlink()),
-    "rename a file": (1, 5, lambda f, g, v: (f / "b.jsonl").rename(f / "b2.jsonl")),  # a new source
-    "duplicate a file": (1, 5, lambda f, g, v: shutil.copy(f / "b.jsonl", f / "b2.jsonl")),
-    "add files": (2, 2, add_two),
-    "change a text": (1, 1, lambda f, g, v: (f / "a0.txt").write_text("another")),
-    "change a CSV": (1, 1, lambda f, g, v: replace_in(f / "c.csv", 99, b"the", b"a")),
-    "change what is compressed": (1, 1, lambda f, g, v: write_gzip(f, "another")),
-    "change a row group": (1, 1, lambda f, g,
-                           v: write_parquet(f, [*v[300:315], v[308], *v[316:324]])),
-    "add a row group": (1, 1, lambda f, g, v: write_parquet(f, v[300:332])),
-    "all at once": (5, 5, change_all),
+    "delete a small file": (small, 0, 1, lambda p: p.file("-1.txt").unlink()),
+    # that slice and those behind it: they begin elsewhere
+    "insert a line": (large, 1, 3, lambda p: insert(p, p.end_of_slice(1))),
+    "change a text": (small, 1, 1, lambda p: p.file("-0.txt").write_text("another")),
+    "edit a line to another of its length": (large, 1, 1,
+                                             lambda p: replace_in(p.file(), B, b"the", b"THE")),
+    "append to a small file": (lone, 1, 1, lambda p: add(p.file(), p.verses[:1])),
+    "edit a line to a longer one": (large, 1, 4,
+                                    lambda p: replace_in(p.file(), B + 99, b"the", b"these")),
+    "add a file to a shard": (small, 1, 1, lambda p: p.file("-3.txt").write_text("one more")),
+    "truncate in a slice": (large, 1, 1, lambda p: os.truncate(
+        p.file(), (p.end_of_slice(1) + p.end_of_slice(2)) // 2)),
+    "add a file": (nothing, 1, 1, lambda p: add(p.file(), p.verses[:3])),
+    "truncate at the end of a slice": (large, 1, 0,
+                                       lambda p: os.truncate(p.file(), p.end_of_slice(2))),
+    "empty a large file": (large, 1, 1, lambda p: os.truncate(p.file(), 0)),
+    "delete a large file": (large, 0, 0, lambda p: p.file().unlink()),
+    # a new source
+    "rename a file": (large, 1, 5, lambda p: p.file().rename(p.file("-2.jsonl"))),
+    "duplicate a file": (large, 1, 5, lambda p: shutil.copy(p.file(), p.file("-2.jsonl"))),
+    "change a CSV": (csv, 1, 1, lambda p: replace_in(p.file(".csv"), 99, b"the", b"a")),
+    "change what is compressed": (compressed, 1, 1,
+                                  lambda p: write_gzip(p.file(".jsonl.gz"), ["another"])),
+    "change a row group": (groups, 1, 1, edit_row_group),
+    "add a row group": (groups, 1, 1,
+                        lambda p: write_parquet(p.file(".parquet"), p.verses[300:332])),
+    "touch": (text, 1, 0, lambda p: os.utime(p.file(".txt"))),
+    "leave as it is": (text, 0, 0, lambda p: None),
 }  # fmt: skip
+NUM_SHARDS: dict[Act, int] = {
+    large: 5,
+    small: 1,
+    lone: 1,
+    csv: 1,
+    compressed: 1,
+    groups: 3,
+    text: 1,
+    nothing: 0,
+}
+
+
+def parts_of(folder: Path, verses: list[str]) -> dict[str, Part]:
+    """The part of the corpus of each change."""
+    return {change: Part(folder, f"{i:02}", verses) for i, change in enumerate(CHANGES)}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A corpus as it was yesterday, and the store of yesterday's run over ``corpus``."""
+
+    pristine: Path
+    corpus: Path
+    store: Path
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory, tiny_gpt: Path, verses: list[str]) -> Ground:
+    folder = tmp_path_factory.mktemp("increment")
+    (folder / "pristine").mkdir()
+    for change, part in parts_of(folder / "pristine", verses).items():
+        CHANGES[change][0](part)
+    for file in (folder / "pristine").iterdir():
+        os.utime(file, ns=(OLD_NS, OLD_NS))
+    shutil.copytree(folder / "pristine", folder / "corpus")
+    config = config_of(tiny_gpt, folder / "corpus", folder / "store", **SMALL)
+    shards = Counter(part_of(*shard.slices) for shard in make_plan(config).shards)
+    expected = {f"{i:02}": NUM_SHARDS[made] for i, (made, *_) in enumerate(CHANGES.values())}
+    assert shards == Counter(expected)
+    afn_ray.run(config).close()
+    return Ground(folder / "pristine", folder / "corpus", folder / "store")
+
+
+SMALL: dict[str, Any] = {"shard_bytes": B, "batch_tokens": 512, "layers": "0,2"}
 
 
 @pytest.fixture
@@ -262,21 +299,19 @@ def today(ground: Ground, tmp_path: Path) -> Path:
     return ground.corpus
 
 
-@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_costs_what_changed_and_gives_what_a_new_store_would(
-    change: str,
-    today: Path,
-    ground: Ground,
-    tmp_path: Path,
-    tiny_gpt: Path,
-    verses: list[str],
-    work: Work,
+    today: Path, tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work
 ) -> None:
-    hashed, measured, act = CHANGES[change]
-    act(today, ground, verses)
+    """All changes in one night, each of files of its own, whose work is counted apart."""
+    parts = parts_of(today, verses)
+    for change, part in parts.items():
+        CHANGES[change][3](part)
     before = {f.uri for f in storage.list_below(str(tmp_path / "store"))}
     mine, done = run_over(config_of(tiny_gpt, today, tmp_path / "store", **SMALL), work)
-    assert (done.hashed, done.measured) == (hashed, measured)
+    costs = {c: (done.hashed[part.name], done.measured[part.name]) for c, part in parts.items()}
+    assert costs == {
+        change: (hashed, measured) for change, (_, hashed, measured, _) in CHANGES.items()
+    }
     assert before < {
         f.uri for f in storage.list_below(str(tmp_path / "store"))
     }  # what left the run is in the store
@@ -289,10 +324,10 @@ def test_what_is_as_it_was_costs_nothing_and_what_was_touched_a_hash(
 ) -> None:
     config = config_of(tiny_gpt, today, tmp_path / "store", **SMALL)
     run, done = run_over(config, work)
-    assert (done.hashed, done.measured) == (0, 0)
-    os.utime(today / "b.jsonl", ns=(OLD_NS, OLD_NS + 1))
+    assert not done.hashed and not done.measured
+    os.utime(today / "00.jsonl", ns=(OLD_NS, OLD_NS + 1))
     again, done = run_over(config, work)
-    assert (done.hashed, done.measured) == (1, 0) and again.uri == run.uri
+    assert done.hashed == {"00": 1} and not done.measured and again.uri == run.uri
     run.close()
     again.close()
 
@@ -302,14 +337,14 @@ def test_two_corpora_in_one_store_each_remember_their_files(
 ) -> None:
     one = config_of(tiny_gpt, today, tmp_path / "store", **SMALL)
     (tmp_path / "other").mkdir()
-    add(tmp_path / "other", "x.jsonl", verses[:3])
+    add(tmp_path / "other" / "x.jsonl", verses[:3])
     os.utime(tmp_path / "other" / "x.jsonl", ns=(OLD_NS, OLD_NS))
     other = config_of(tiny_gpt, tmp_path / "other", tmp_path / "store", **SMALL)
     hashed = []
     for config in (other, one, other, one):
         run, done = run_over(config, work)
         run.close()
-        hashed.append(done.hashed)
+        hashed.append(done.hashed.total())
     assert hashed == [1, 0, 0, 0]
 
 
@@ -327,7 +362,7 @@ def edit(folder: Path, dice: random.Random, verses: list[str], night: int) -> No
             ["append", "insert", "drop", "delete", "rename", "copy", "touch", "add", "empty"]
         ):
             case "append":
-                add(folder, file.name, dice.choices(verses, k=dice.randint(1, 9)))
+                add(file, dice.choices(verses, k=dice.randint(1, 9)))
             case "insert" | "drop" as what:
                 rows = file.read_text().splitlines(keepends=True)
                 at = dice.randint(0, len(rows))
@@ -341,12 +376,8 @@ def edit(folder: Path, dice: random.Random, verses: list[str], night: int) -> No
             case "copy":
                 file = Path(shutil.copy(file, folder / f"{dice.randrange(10**6):06}.jsonl"))
             case "add":
-                add(
-                    folder,
-                    name := f"{dice.randrange(10**6):06}.jsonl",
-                    dice.choices(verses, k=dice.randint(1, 12)),
-                )
-                file = folder / name
+                file = folder / f"{dice.randrange(10**6):06}.jsonl"
+                add(file, dice.choices(verses, k=dice.randint(1, 12)))
             case "empty" if dice.random() < 0.3:
                 os.truncate(file, 0)
         os.utime(file, ns=(0, OLD_NS + night * DAY_NS + dice.randrange(10**9)))
@@ -377,10 +408,10 @@ def test_ten_nights_of_any_changes(
         ]
         mine, done = run_over(config, work)
         plan = pq.read_table(f"{mine.uri}/plan.parquet")
-        assert done.hashed == len(changed)
-        assert done.measured == len(set(plan["shard"].to_pylist()) - seen)
+        assert done.hashed.total() == len(changed)
+        assert done.measured.total() == len(set(plan["shard"].to_pylist()) - seen)
         num_measured, num_shards = (
-            num_measured + done.measured,
+            num_measured + done.measured.total(),
             num_shards + mine.info["counts"]["shards"],
         )
         if night in (4, 7, 10):
@@ -397,26 +428,26 @@ def test_ten_nights_of_any_changes(
 def test_in_a_bucket_the_etag_tells(
     object_store: str, tmp_path: Path, tiny_bert: Path, verses: list[str], work: Work
 ) -> None:
-    fill(tmp_path / "corpus", verses)
-    keys = ("a0.txt", "a1.txt", "b.jsonl", "d.parquet")
-    place = f"{object_store}/corpus"
-    for key in keys:
-        storage.upload(tmp_path / "corpus" / key, f"{place}/{key}")
+    folder, place = tmp_path / "corpus", f"{object_store}/corpus"
+    folder.mkdir()
+    small(Part(folder, "00", verses))
+    large(Part(folder, "01", verses))
+    for file in folder.iterdir():
+        storage.upload(file, f"{place}/{file.name}")
     config = config_of(tiny_bert, place, f"{object_store}/store", **SMALL)
     run, done = run_over(config, work)
     run.close()
-    assert done.hashed == 4 and done.measured == 9
-    storage.upload(
-        tmp_path / "corpus" / "b.jsonl", f"{place}/b.jsonl"
-    )  # the same bytes have the same ETag
+    assert done.hashed == {"00": 3, "01": 1} and done.measured == {"00": 1, "01": 5}
+    # the same bytes have the same ETag
+    storage.upload(folder / "01.jsonl", f"{place}/01.jsonl")
     run, done = run_over(config, work)
     run.close()
-    assert (done.hashed, done.measured) == (0, 0)
-    add(tmp_path / "corpus", "b.jsonl", verses[:1])
-    storage.upload(tmp_path / "corpus" / "b.jsonl", f"{place}/b.jsonl")
-    storage.delete([f"{place}/a1.txt"])
+    assert not done.hashed and not done.measured
+    add(folder / "01.jsonl", verses[:1])
+    storage.upload(folder / "01.jsonl", f"{place}/01.jsonl")
+    storage.delete([f"{place}/00-1.txt"])
     mine, done = run_over(config, work)
-    assert (done.hashed, done.measured) == (1, 2)
+    assert done.hashed == {"01": 1} and done.measured == {"00": 1, "01": 1}
     theirs, _ = run_over(config_of(tiny_bert, place, f"{object_store}/new", **SMALL), work)
     check_same(mine, theirs)
 
@@ -446,5 +477,5 @@ def test_where_a_bucket_has_no_etag_the_time_does(
     config = config_of(tiny_bert, f"{object_store}/corpus", f"{object_store}/store", **SMALL)
     plan = make_plan(config)
     run_claims.begin_run(config, make_measure(), plan, 0)
-    work.hashed = 0
-    assert make_plan(config).shards == plan.shards and work.hashed == 1
+    work.hashed = Counter()
+    assert make_plan(config).shards == plan.shards and work.hashed.total() == 1
