@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,8 @@ from conftest import as_version_5, config_of, edit_checksummed, make_measure, re
 
 Ask = dict[str, Any]
 """Fields of a config that decide what is recorded."""
+RunIn = Callable[[Path, Ask], manifest.RunFolder]
+Tables = dict[str, pa.Table]
 FEW: Ask = {"layers": "1", "signals": "strength"}
 SIGNALS = "strength,shift,attention,trimmed,centred_mean,neurons"
 
@@ -50,9 +53,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, verses: list[str]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run_in(
-    tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, corpus: Path
-) -> Callable[[Path, Ask], manifest.RunFolder]:
+def run_in(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, corpus: Path) -> RunIn:
     """A function that gives the run of an ask in a store."""
 
     def run(store: Path, ask: Ask) -> manifest.RunFolder:
@@ -67,24 +68,38 @@ def config_in(model: Path, corpus: Path, store: Path, ask: Ask) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def from_scratch(
-    tmp_path_factory: pytest.TempPathFactory, run_in: Callable[[Path, Ask], manifest.RunFolder]
-) -> Callable[[Ask], dict[str, pa.Table]]:
+def scratch(
+    tmp_path_factory: pytest.TempPathFactory, run_in: RunIn
+) -> Callable[[Ask], manifest.RunFolder]:
+    """A function that gives the run of an ask in a store of its own, made once."""
+
+    @cache
+    def made(ask: str) -> manifest.RunFolder:
+        return run_in(tmp_path_factory.mktemp("scratch"), json.loads(ask))
+
+    return lambda ask: made(json.dumps(ask))
+
+
+@pytest.fixture(scope="module")
+def from_scratch(scratch: Callable[[Ask], manifest.RunFolder]) -> Callable[[Ask], Tables]:
     """A function that gives all tables of a run in a store of its own."""
-    known: dict[str, dict[str, pa.Table]] = {}
-
-    def tables(ask: Ask) -> dict[str, pa.Table]:
-        if str(ask) not in known:
-            store = tmp_path_factory.mktemp("scratch")
-            known[str(ask)] = tables_of(run_in(store, ask))
-        return known[str(ask)]
-
-    return tables
+    return lambda ask: tables_of(scratch(ask))
 
 
-def tables_of(run: manifest.RunFolder) -> dict[str, pa.Table]:
+@pytest.fixture(scope="module")
+def stored_in(scratch: Callable[[Ask], manifest.RunFolder]) -> RunIn:
+    """A function that copies the store of an ask's run to a folder, and gives the run there."""
+
+    def stored(store: Path, ask: Ask) -> manifest.RunFolder:
+        shutil.copytree(scratch(ask).store, store, dirs_exist_ok=True)
+        return manifest.find_run(str(store))
+
+    return stored
+
+
+def tables_of(run: manifest.RunFolder) -> Tables:
     """All tables of ``run`` and of its shards, without what names attempts."""
-    found: dict[str, pa.Table] = {}
+    found: Tables = {}
     for name in run.info["tables"]:
         if name not in ("plan", "shards"):
             found[name] = manifest.read_table(run, name)
@@ -103,7 +118,7 @@ def tables_of(run: manifest.RunFolder) -> dict[str, pa.Table]:
     return found
 
 
-def check_same(found: dict[str, pa.Table], expected: dict[str, pa.Table]) -> None:
+def check_same(found: Tables, expected: Tables) -> None:
     assert list(found) == list(expected)
     for name, table in expected.items():
         assert plain(found[name]).equals(plain(table)), name
@@ -171,15 +186,17 @@ def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 )
 def test_a_run_has_the_bits_of_one_from_scratch_in_every_order_of_asking(
     tmp_path: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
-    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    run_in: RunIn,
+    stored_in: RunIn,
+    from_scratch: Callable[[Ask], Tables],
     blocks_run: list[int],
     stored: list[Ask],
     asked: Ask,
     num_blocks: int,
 ) -> None:
     expected = from_scratch(asked)
-    for ask in stored:
+    stored_in(tmp_path, stored[0])
+    for ask in stored[1:]:
         run_in(tmp_path, ask)
     blocks_run.clear()
     run = run_in(tmp_path, asked)
@@ -189,11 +206,12 @@ def test_a_run_has_the_bits_of_one_from_scratch_in_every_order_of_asking(
 
 def test_a_plan_unpacks_no_commit_of_a_donor(
     tmp_path: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
+    run_in: RunIn,
+    stored_in: RunIn,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each takes 3 kB as an object, and a run may have a million."""
-    run_in(tmp_path, {"layers": "1"})
+    stored_in(tmp_path, FEW)
     held: list[int] = []
     plan = composition.plan
 
@@ -226,14 +244,15 @@ def test_a_plan_unpacks_no_commit_of_a_donor(
 )
 def test_columns_of_an_older_version_are_copied_in_the_form_of_today(
     tmp_path: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
-    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    run_in: RunIn,
+    stored_in: RunIn,
+    from_scratch: Callable[[Ask], Tables],
     blocks_run: list[int],
     stored: Ask,
     asked: Ask,
     num_blocks: int,
 ) -> None:
-    run_in(tmp_path, stored)
+    stored_in(tmp_path, stored)
     as_version_5(str(tmp_path))
     blocks_run.clear()
     run = run_in(tmp_path, asked)
@@ -243,13 +262,14 @@ def test_columns_of_an_older_version_are_copied_in_the_form_of_today(
 
 def test_what_does_not_fit_is_measured_as_a_whole(
     tmp_path: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
-    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    run_in: RunIn,
+    stored_in: RunIn,
+    from_scratch: Callable[[Ask], Tables],
 ) -> None:
     """One shard's columns are damaged, another's are of other rows, and a third one's are gone."""
     asked = {"layers": "1,3"}
     expected = from_scratch(asked)
-    donor = run_in(tmp_path, FEW)
+    donor = stored_in(tmp_path, FEW)
     damaged, other, gone = folders_of(donor)
     name = committed_file(damaged, "tokens")
     data = bytearray(name.read_bytes())
@@ -272,8 +292,9 @@ def test_a_document_that_one_layer_refuses_is_refused_by_a_run_over_both(
     tmp_path: Path,
     tiny_bert: Path,
     corpus: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
-    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    run_in: RunIn,
+    stored_in: RunIn,
+    from_scratch: Callable[[Ask], Tables],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its shard is measured as a whole, in either order, and the run says so once."""
@@ -289,7 +310,7 @@ def test_a_document_that_one_layer_refuses_is_refused_by_a_run_over_both(
     with monkeypatch.context() as patch:
         patch.setattr(Recorder, "make", refuse)
         whole = run_in(tmp_path / "whole", asked)
-        run_in(tmp_path / "parts", FEW)
+        stored_in(tmp_path / "parts", FEW)
         said: list[str] = []
         config = config_in(tiny_bert, corpus, tmp_path / "parts", asked)
         afn_ray.run(config, lambda event: said.append(event.message)).close()
@@ -305,8 +326,9 @@ def test_a_document_that_one_layer_refuses_is_refused_by_a_run_over_both(
 
 def test_a_run_killed_while_it_composes_goes_on_where_it_was(
     tmp_path: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
-    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    run_in: RunIn,
+    stored_in: RunIn,
+    from_scratch: Callable[[Ask], Tables],
     monkeypatch: pytest.MonkeyPatch,
     tiny_bert: Path,
     corpus: Path,
@@ -314,7 +336,7 @@ def test_a_run_killed_while_it_composes_goes_on_where_it_was(
     """A dry run tells what it composes; verify proves it; a comparison has the shared layer."""
     asked = {"layers": "1,3"}
     expected = from_scratch(asked)
-    donor = run_in(tmp_path, FEW)
+    donor = stored_in(tmp_path, FEW)
     estimate = afn_ray.dry_run(config_in(tiny_bert, corpus, tmp_path, asked))
     assert (estimate.num_shards_composed, estimate.num_shards_done) == (3, 0)
     assert (
@@ -349,12 +371,13 @@ def test_a_run_killed_while_it_composes_goes_on_where_it_was(
 def test_strengths_beside_what_depends_on_them_are_of_the_same_pass(
     more: str,
     tmp_path: Path,
-    run_in: Callable[[Path, Ask], manifest.RunFolder],
-    from_scratch: Callable[[Ask], dict[str, pa.Table]],
+    run_in: RunIn,
+    stored_in: RunIn,
+    from_scratch: Callable[[Ask], Tables],
 ) -> None:
     """Stored ones may differ in their last digits; the other columns are copied."""
     asked: Ask = {"layers": "2", "signals": "shift"}
-    donor = run_in(tmp_path, asked)
+    donor = stored_in(tmp_path, asked)
     if more == "sums of states":
         asked |= {"mean_vectors": 9}
     else:
@@ -373,10 +396,10 @@ def test_strengths_beside_what_depends_on_them_are_of_the_same_pass(
 
 
 def test_columns_are_copied_from_the_generation_that_counts(
-    tmp_path: Path, run_in: Callable[[Path, Ask], manifest.RunFolder]
+    tmp_path: Path, run_in: RunIn, stored_in: RunIn
 ) -> None:
     """The files of an earlier one may be gone."""
-    donor = run_in(tmp_path, FEW)
+    donor = stored_in(tmp_path, FEW)
     for folder in folders_of(donor):
         shutil.copy(folder / "commit.json", folder / layout.commit_name(1))
         edit_checksummed(
