@@ -90,8 +90,8 @@ def all_rows(run: afn_ray.Run, table: str) -> list[dict[str, Any]]:
     return rows
 
 
-def reference(folder: Path, texts: list[str], layer: int) -> list[tuple[list[int], np.ndarray]]:
-    """Token ids and norms of ``hidden_states[layer]`` for each text alone: the Hugging Face
+def reference(folder: Path, texts: list[str]) -> list[tuple[list[int], list[np.ndarray]]]:
+    """Token ids and norms of every one of ``hidden_states`` for each text alone: the Hugging Face
     loop.
     """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -101,7 +101,9 @@ def reference(folder: Path, texts: list[str], layer: int) -> list[tuple[list[int
         ids = tokenizer(text, truncation=False)["input_ids"]
         with torch.inference_mode():
             states = plain(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states
-        result.append((ids, torch.linalg.vector_norm(states[layer][0], dim=-1).numpy()))
+        result.append(
+            (ids, [torch.linalg.vector_norm(state[0], dim=-1).numpy() for state in states])
+        )
     return result
 
 
@@ -117,11 +119,12 @@ def test_recorded_strengths_equal_the_hugging_face_loop(
         rows = all_rows(run, "tokens")
         documents = all_rows(run, "documents")
     assert [d["doc_id"] for d in documents] == [str(i) for i in range(len(texts))]
-    for layer in (0, 1, 4, 6):
-        for doc, (ids, norms) in enumerate(reference(minilm, texts, layer)):
-            mine = [r for r in rows if r["doc"] == doc]
-            assert [r["token_id"] for r in mine] == ids
-            assert [r["position"] for r in mine] == list(range(len(ids)))
+    for doc, (ids, by_layer) in enumerate(reference(minilm, texts)):
+        mine = [r for r in rows if r["doc"] == doc]
+        assert [r["token_id"] for r in mine] == ids
+        assert [r["position"] for r in mine] == list(range(len(ids)))
+        assert len(by_layer) == 7
+        for layer, norms in enumerate(by_layer):
             np.testing.assert_allclose([r[f"strength_{layer}"] for r in mine], norms, rtol=2e-5)
             means = np.mean([r[f"strength_{layer}"] for r in mine if not r["flags"] & SPECIAL])
             assert documents[doc][f"mean_strength_{layer}"] == pytest.approx(means, rel=1e-6)
@@ -1212,13 +1215,12 @@ def test_single_documents_of_100_megabytes_are_quarantined_and_the_others_measur
 
 
 def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
-    tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
+    tmp_path: Path, make_config: MakeConfig, verses: list[str]
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:1500]])
     for offsets, limit in ((True, 6), (False, 4)):
         config = make_config(
             corpus=(str(corpus),),
-            model=str(minilm),
             offsets=offsets,
             shard_bytes=1 << 20,
             batch_tokens=2048,
