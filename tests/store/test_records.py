@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -234,3 +235,13 @@ def test_every_page_has_a_checksum_and_a_reader_that_checks_it(tmp_path: Path, t
         for read in (lambda data: parquet.open_file(data).read(), parquet.read):
             with pytest.raises(OSError, match="CRC checksum verification failed"):
                 read(bytes(damaged))
+
+
+def test_a_column_that_a_file_lacks_is_an_error_and_no_hole() -> None:
+    table = pa.table({"a": [1, 2], "b": ["x", "y"], "c": [[1.0], []]})
+    data = parquet.encode(table)
+    assert parquet.read(data) == table
+    for filters in (None, pc.field("a") > 0):
+        assert parquet.read(data, ["c", "a"], filters) == table.select(["c", "a"])
+        with pytest.raises(pa.ArrowInvalid, match="d"):
+            parquet.read(data, ["a", "d"], filters)
