@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -11,6 +13,8 @@ import pyarrow as pa
 from afn_ray.errors import QueryError
 from afn_ray.query import sandbox, session
 from afn_ray.query.contents import Contents
+from afn_ray.query.expressions import quoted
+from afn_ray.query.filling import encode_tables
 from afn_ray.query.protocol import Setup
 from afn_ray.query.sandbox import Allowance
 
@@ -25,15 +29,15 @@ class Backend:
         }
         setup = Setup(
             settings,
-            contents.tables,
+            encode_tables(contents.tables),
             contents.statements,
+            contents.macros,
             contents.sizes,
             limits.process_bytes,
             limits.timeout_s,
         )
         self.limits = limits
         self.process = sandbox.Process(contents.files, setup, limits)
-        self._here: duckdb.DuckDBPyConnection | None = None
 
     def allowance(self) -> Allowance:
         """The time of a new query."""
@@ -44,17 +48,12 @@ class Backend:
 
         With ``types``, columns are cast to these SQL types.
         """
-        if self._here is None:
-            here = duckdb.connect(":memory:", config=session.CLOSED | {"threads": 1})
-            here.execute("SET enable_external_access = false")
-            here.execute("SET lock_configuration = true")
-            self._here = here
-        relation = self._here.cursor().from_arrow(table)
+        relation = _here(os.getpid()).cursor().from_arrow(table)
         if list(types) == [str(kind) for kind in relation.types] or not types:
             return relation
         columns = []
         for name, kind, wanted in zip(relation.columns, relation.types, types, strict=True):
-            column = _identifier(name)
+            column = quoted(name)
             is_cast = str(kind) != wanted
             columns.append(f"{column}::{wanted} AS {column}" if is_cast else column)
         return relation.project(", ".join(columns))
@@ -72,6 +71,10 @@ class Backend:
             ) from error
 
 
-def _identifier(name: str) -> str:
-    """``name`` as a quoted SQL identifier."""
-    return '"' + name.replace('"', '""') + '"'
+@functools.cache
+def _here(pid: int) -> duckdb.DuckDBPyConnection:
+    """The connection of this process, ``pid``: it has no access to anything."""
+    here = duckdb.connect(":memory:", config=session.CLOSED | {"threads": 1})
+    here.execute("SET enable_external_access = false")
+    here.execute("SET lock_configuration = true")
+    return here

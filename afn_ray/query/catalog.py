@@ -8,7 +8,7 @@ from pathlib import Path
 import duckdb
 
 from afn_ray.errors import ConfigError
-from afn_ray.query import sandbox, session
+from afn_ray.query import filling, sandbox
 from afn_ray.query.contents import Contents, read_contents
 from afn_ray.query.views import DERIVED, described
 from afn_ray.reduce import history
@@ -50,7 +50,8 @@ def _write_catalog(path: Path, place: str, contents: Contents) -> None:
             connection.execute(
                 f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
             )
-            session.fill(connection, contents.tables, contents.statements)
+            created = (*contents.statements, *contents.macros.values())
+            filling.fill(connection, contents.tables, created)
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 text = described(view, contents.shard_views.recorded.record)

@@ -20,7 +20,7 @@ from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
 from afn_ray.query.files import ReadOnlyFiles
 from afn_ray.query.own_labels import own_q3, own_tables
 from afn_ray.query.shard_views import ShardViews
-from afn_ray.query.views import NeuronFiles, statements
+from afn_ray.query.views import NeuronFiles, macros, statements
 from afn_ray.query.word_classes import class_tables
 from afn_ray.reduce.compare import compare
 from afn_ray.reduce.group_drift import labels_by_group
@@ -116,7 +116,9 @@ class Contents:
     sizes: Mapping[str, int]
     """Sizes of these files in bytes, by their path below the store."""
     statements: Sequence[str]
-    """SQL that creates the views and macros over the tables and files."""
+    """SQL that creates the views over the tables and files."""
+    macros: Mapping[str, str]
+    """SQL that creates each macro over the views, by name."""
     shard_views: ShardViews
     """The views that grow with the corpus, shard by shard."""
 
@@ -141,7 +143,7 @@ def read_contents(
     tokens = made.files["tokens"]
     documents = made.files["documents"]
     created = statements(tokens, documents, made.neurons, made.recorded)
-    return Contents(tables, read, sizes, created, made)
+    return Contents(tables, read, sizes, created, macros(tokens, made.recorded), made)
 
 
 def _small_tables(

@@ -41,10 +41,12 @@ class Setup:
 
     settings: Settings
     """DuckDB settings."""
-    tables: Mapping[str, pa.Table]
-    """Small tables of the run, by name."""
+    tables: Mapping[str, pa.Buffer]
+    """Small tables of the run as Arrow streams, by name."""
     statements: Sequence[str]
-    """SQL that makes the views and macros, executed in order after the tables exist."""
+    """SQL that makes the views, executed in order after the tables exist."""
+    macros: Mapping[str, str]
+    """SQL that makes each macro, by name."""
     sizes: Mapping[str, int]
     """Sizes in bytes of the files that may be read, by name."""
     memory_bytes: int

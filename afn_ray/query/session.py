@@ -7,13 +7,14 @@ import io
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import duckdb
 import pyarrow as pa
 
 from afn_ray.query.files import ServedFiles
+from afn_ray.query.filling import decode_tables, fill
 from afn_ray.query.intervals import check_intervals
 from afn_ray.query.protocol import Answer, AnswerFields, Made, Request, Settings, Setup, Steps
 
@@ -40,6 +41,8 @@ ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.Sta
 
 SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT without an IN list.
 """
+MACRO_LISTS = re.compile(r"duckdb_functions|pg_proc", re.IGNORECASE)
+"""Pattern of what lists macros without their names."""
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 """SQL that begins the transaction of every query."""
 MAX_RELATIONS = 32
@@ -70,12 +73,13 @@ class Session:
             int, tuple[duckdb.DuckDBPyConnection, Iterator[pa.RecordBatch]]
         ] = OrderedDict()
         self._number = 0
-        self.connection = duckdb.connect(
-            ":memory:", config={**setup.settings, "arrow_lossless_conversion": True}
-        )
+        self._macros = dict(setup.macros)
+        one_thread = {"arrow_lossless_conversion": True, "threads": 1}  # enough for small tables
+        self.connection = duckdb.connect(":memory:", config={**setup.settings, **one_thread})
         self.connection.register_filesystem(ServedFiles(setup.sizes, read))
-        fill(self.connection, setup.tables, setup.statements)
+        fill(self.connection, decode_tables(setup.tables), setup.statements)
         for statement in (
+            f"SET threads = {setup.settings['threads']}",
             "SET disabled_filesystems = 'LocalFileSystem'",
             # This also permits writing, which ServedFiles refuses.
             "SET allowed_directories = ['afn://']",
@@ -210,6 +214,7 @@ class Session:
             )
         for name, table in tables.items():
             cursor.register(name, table)
+        self._create_macros(repr((query, steps[1:])))
         if not within:
             cursor.execute(READ_ONLY)
         try:
@@ -224,21 +229,17 @@ class Session:
             )
         return made
 
+    def _create_macros(self, text: str) -> None:
+        """Create the macros that ``text`` may name.
+
+        DuckDB takes as long to create ``kwic`` as to create all views, and few queries name it.
+        """
+        for name in list(self._macros):
+            if MACRO_LISTS.search(text) or name in text.lower():
+                self.connection.execute(self._macros.pop(name))
+
     def _argument(self, cursor: duckdb.DuckDBPyConnection, value: Any) -> Any:
         return self._make(cursor, value.steps, within=True) if isinstance(value, Made) else value
-
-
-def fill(
-    connection: duckdb.DuckDBPyConnection, tables: Mapping[str, pa.Table], statements: Sequence[str]
-) -> None:
-    """Create a run's tables in ``connection``, then execute ``statements`` over them."""
-    connection.execute("CREATE SCHEMA internal")
-    for name, table in tables.items():
-        connection.register("incoming", table)
-        connection.execute(f"CREATE TABLE {name} AS FROM incoming")
-        connection.unregister("incoming")
-    for statement in statements:
-        connection.execute(statement)
 
 
 def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -146,7 +146,7 @@ def statements(
     neurons: NeuronFiles | None,
     recorded: RecordedColumns,
 ) -> list[str]:
-    """SQL statements that create the views and macros.
+    """SQL statements that create the views.
 
     The run's small tables must exist under the names of their views. ``neurons`` are the files of
     recorded neurons, or None.
@@ -154,10 +154,7 @@ def statements(
     # A token that occurs both as text and as a special token has two vocabulary rows with the same
     # text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
-    kwic = answerable(kwic_macro(tokens, recorded), recorded, NO_WORDS)
     rows = tokens_of(tokens, recorded.offsets)
-    text = document_text_macro(rows, recorded.offsets)
-    text = answerable_value(text, recorded, NO_WORDS)
     made = [
         "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, "  # noqa: S608
         "any_value(text) AS text, "
@@ -170,8 +167,6 @@ def statements(
         f"CREATE VIEW classes AS {classes_view(rows, recorded)}",
         f"CREATE VIEW salience AS {SALIENCE_VIEW}",
         f"CREATE VIEW word_salience AS {WORD_SALIENCE_VIEW}",
-        f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic}",
-        f"CREATE MACRO document_text(document) AS ({text})",
         f"CREATE VIEW token_neurons AS {token_neurons_view(neurons, recorded)}",
         f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
         f"CREATE VIEW mean_vectors AS {mean_vectors_view(recorded.mean_vectors)}",
@@ -181,6 +176,18 @@ def statements(
         for n, text in VIEWS.items()
     ]
     return made
+
+
+def macros(tokens: Sequence[ShardFile], recorded: RecordedColumns) -> dict[str, str]:
+    """SQL statements that create the macros over the views, by name."""
+    kwic = answerable(kwic_macro(tokens, recorded), recorded, NO_WORDS)
+    rows = tokens_of(tokens, recorded.offsets)
+    text = document_text_macro(rows, recorded.offsets)
+    text = answerable_value(text, recorded, NO_WORDS)
+    return {
+        "kwic": f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic}",
+        "document_text": f"CREATE MACRO document_text(document) AS ({text})",
+    }
 
 
 # --- tokens and documents ---

@@ -786,6 +786,31 @@ def attacks(store: Path, out: Path) -> list[str]:
     return [line.format(**quoted) for line in ATTACKS.split("\n")[1:-1]]
 
 
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT doc FROM KWIC('bank')",
+        "SELECT doc FROM \"kwic\"('bank')",
+        "SELECT doc FROM (SELECT *, document_text(doc) AS text FROM documents)",
+        "SELECT function_name AS doc FROM duckdb_functions() WHERE NOT internal",
+    ],
+)
+def test_a_macro_is_there_for_each_query_that_may_see_it(store: Path, query: str) -> None:
+    """It is created only then, so each query has a process of its own."""
+    with open_run(str(store)) as run:
+        found = {doc for (doc,) in run.sql(query).fetchall()}
+        if "functions" in query:
+            assert found >= {"kwic", "document_text"}
+        assert found
+
+
+def test_a_step_may_name_a_macro(store: Path) -> None:
+    with open_run(str(store)) as run:
+        assert run.documents().project("document_text(doc)").fetchall()
+    with open_run(str(store)) as run:
+        assert run.documents().filter("doc IN (SELECT doc FROM Kwic('bank'))").fetchall()
+
+
 def test_no_way_out_of_the_run(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,38 @@
+"""A run's small tables reach DuckDB as if DuckDB had imported each of them."""
+
+from __future__ import annotations
+
+import duckdb
+import pyarrow as pa
+import pytest
+
+from afn_ray import schema
+from afn_ray.query.filling import decode_tables, encode_tables, fill, sql_type
+
+SCHEMAS = {k: v for k, v in vars(schema).items() if isinstance(v, pa.Schema)}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_an_empty_table_has_the_columns_that_duckdb_imports(name: str) -> None:
+    empty = SCHEMAS[name].empty_table()
+    with duckdb.connect() as connection:
+        fill(connection, {"made": empty}, [])
+        made, imported = connection.table("made"), connection.from_arrow(empty)
+        assert (made.columns, made.types) == (imported.columns, imported.types)
+
+
+def test_a_type_that_has_no_name_here_is_imported() -> None:
+    odd = pa.schema(
+        {"at": pa.timestamp("ns", "UTC"), "of": pa.list_(pa.struct({"a": pa.decimal128(9, 2)}))}
+    )
+    assert [sql_type(kind) for kind in odd.types] == [None, None]
+    with duckdb.connect() as connection:
+        fill(connection, {"made": odd.empty_table()}, [])
+        imported = connection.from_arrow(odd.empty_table())
+        assert connection.table("made").types == imported.types
+
+
+def test_tables_survive_the_way_to_the_query_process() -> None:
+    table = pa.table({"a": pa.array([1, None], pa.int16()), 'b"c': [["x"], None]})
+    tables = {"some": table, "none": table.schema.empty_table()}
+    assert decode_tables(encode_tables(tables)) == tables
