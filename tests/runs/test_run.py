@@ -1215,12 +1215,13 @@ def test_single_documents_of_100_megabytes_are_quarantined_and_the_others_measur
 
 
 def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
-    tmp_path: Path, make_config: MakeConfig, verses: list[str]
+    tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
 ) -> None:
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:1500]])
     for offsets, limit in ((True, 6), (False, 4)):
         config = make_config(
             corpus=(str(corpus),),
+            model=str(minilm),
             offsets=offsets,
             shard_bytes=1 << 20,
             batch_tokens=2048,
