@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,6 +58,10 @@ class Made:
     runs: tuple[str, ...]  # names
 
     def copy(self, target: str) -> str:
+        """A copy of the store, whose files are new."""
+        if "://" not in target:
+            shutil.copytree(self.store, target, copy_function=shutil.copyfile)
+            return uris.absolute(target)
         for file in self.store.rglob("*"):
             if file.is_file():
                 storage.upload(file, f"{target}/{file.relative_to(self.store)}")
@@ -142,7 +147,7 @@ def collect(store: str, **options: Any) -> Garbage:
 # -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [1, 2, 3, 4, 99])
+@pytest.mark.parametrize("keep", [1, 2, 3, 99])
 def test_exactly_what_no_kept_run_lists_goes(made: Made, store: str, keep: int) -> None:
     kept = made.runs[-keep:]
     before, stays = files_of(store), expected(store, kept)
