@@ -64,6 +64,8 @@ class Backend:
         try:
             yield
         except (duckdb.Error, OSError, pa.ArrowException) as error:
+            if isinstance(error, duckdb.FatalException | duckdb.InternalException):
+                _here.cache_clear()  # of no use any more
             raise QueryError(sandbox.readable(str(error), self.limits)) from error
         except ArithmeticError as error:  # an interval of a million years
             raise QueryError(

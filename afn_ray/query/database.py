@@ -119,8 +119,9 @@ class Run:
         self.info = folder.info
         self.baseline = None if baseline is None else baseline.id
         self._folder = folder
-        self._contents = read_contents(folder, baseline, AFN)
-        self._backend = Backend(self._contents, limits)
+        contents = read_contents(folder, baseline, AFN)
+        self._shard_views = contents.shard_views
+        self._backend = Backend(contents, limits)
 
     def sql(
         self, query: str, parameters: Sequence[Any] | Mapping[str, Any] | None = None, **tables: Any
@@ -173,7 +174,7 @@ class Run:
     @property
     def shard_views(self) -> ShardViews:
         """SQL of the views that grow with the corpus, over some of the run's shards."""
-        return self._contents.shard_views
+        return self._shard_views
 
     def why_empty(self, query: str) -> list[str]:
         """Possible reasons why ``query`` has no rows, found from its text."""

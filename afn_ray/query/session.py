@@ -41,8 +41,12 @@ ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.Sta
 
 SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT without an IN list.
 """
-MACRO_LISTS = re.compile(r"duckdb_functions|pg_proc", re.IGNORECASE)
-"""Pattern of what lists macros without their names."""
+MACRO_LISTS = re.compile(
+    r"duckdb_functions|pg_proc|pg_description|query|json_execute", re.IGNORECASE
+)
+"""Pattern of what lists macros, or may call one, without its name in the text."""
+ONE_THREAD_BYTES = 16 << 20
+"""Size of all small tables, in bytes, up to which one thread is fastest at importing them."""
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 """SQL that begins the transaction of every query."""
 MAX_RELATIONS = 32
@@ -74,8 +78,10 @@ class Session:
         ] = OrderedDict()
         self._number = 0
         self._macros = dict(setup.macros)
-        one_thread = {"arrow_lossless_conversion": True, "threads": 1}  # enough for small tables
-        self.connection = duckdb.connect(":memory:", config={**setup.settings, **one_thread})
+        settings = {**setup.settings, "arrow_lossless_conversion": True}
+        if sum(stream.size for stream in setup.tables.values()) <= ONE_THREAD_BYTES:
+            settings["threads"] = 1
+        self.connection = duckdb.connect(":memory:", config=settings)
         self.connection.register_filesystem(ServedFiles(setup.sizes, read))
         fill(self.connection, decode_tables(setup.tables), setup.statements)
         for statement in (
@@ -120,9 +126,13 @@ class Session:
 
         A relation is not computed. Steps that end in no relation give a value.
         """
-        cursor = self.connection.cursor()
-        with self._at_work(cursor):
-            made = self._make(cursor, steps)
+        try:
+            cursor, made = self._bound(steps)
+        except duckdb.CatalogException:
+            if not self._macros:
+                raise
+            # It may name a macro in a way of its own, and its hint is to know of them.
+            cursor, made = self._bound(steps, every_macro=True)
         fields: AnswerFields = {"columns": [], "types": []}
         if isinstance(made, duckdb.DuckDBPyRelation):
             fields = {"columns": made.columns, "types": [str(kind) for kind in made.types]}
@@ -132,6 +142,16 @@ class Session:
         if len(self._relations) > MAX_RELATIONS:
             self._relations.popitem(last=False)
         return Answer(fields)
+
+    def _bound(
+        self, steps: Steps, every_macro: bool = False
+    ) -> tuple[duckdb.DuckDBPyConnection, Any]:
+        """The result of ``steps``, and its cursor."""
+        cursor = self.connection.cursor()
+        with self._at_work(cursor):
+            if every_macro:
+                self._create_macros(cursor, "duckdb_functions")
+            return cursor, self._make(cursor, steps)
 
     def read(self, key: int, batch_rows: int) -> Answer:
         """The first batch of a relation; the request's number names the reader for ``next``."""
@@ -212,9 +232,10 @@ class Session:
                 "SUMMARIZE, PIVOT or EXPLAIN; for changes of your own, take rows out with "
                 ".to_arrow_table() or --format"
             )
+        # Before the caller's tables are there, which a macro does not read.
+        self._create_macros(cursor, repr((query, steps[1:])))
         for name, table in tables.items():
             cursor.register(name, table)
-        self._create_macros(repr((query, steps[1:])))
         if not within:
             cursor.execute(READ_ONLY)
         try:
@@ -229,14 +250,15 @@ class Session:
             )
         return made
 
-    def _create_macros(self, text: str) -> None:
-        """Create the macros that ``text`` may name.
+    def _create_macros(self, cursor: duckdb.DuckDBPyConnection, text: str) -> None:
+        """Create the macros that ``text`` may name or list.
 
         DuckDB takes as long to create ``kwic`` as to create all views, and few queries name it.
         """
         for name in list(self._macros):
             if MACRO_LISTS.search(text) or name in text.lower():
-                self.connection.execute(self._macros.pop(name))
+                cursor.execute(self._macros[name])  # it reads files, so it may fail
+                del self._macros[name]
 
     def _argument(self, cursor: duckdb.DuckDBPyConnection, value: Any) -> Any:
         return self._make(cursor, value.steps, within=True) if isinstance(value, Made) else value

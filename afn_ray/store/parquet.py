@@ -15,11 +15,14 @@ ONE_THREAD_BYTES = 1 << 20
 def open_file(source: Any, **options: Any) -> pq.ParquetFile:
     """Open ``source`` (bytes, a path or a file) as a Parquet file.
 
-    Reading a damaged page raises ``OSError``.
+    Damaged metadata raises ``OSError`` or ``pa.ArrowException``, as does reading a damaged page.
     """
     if isinstance(source, bytes):
         source = pa.BufferReader(source)
-    return pq.ParquetFile(source, page_checksum_verification=True, **options)
+    try:
+        return pq.ParquetFile(source, page_checksum_verification=True, **options)
+    except UnicodeDecodeError as error:  # the name of a column
+        raise pa.ArrowInvalid(str(error)) from error
 
 
 def read(
@@ -47,8 +50,10 @@ def read(
     use_threads = use_threads and len(data) > ONE_THREAD_BYTES
     if names is None:
         return file.read(use_threads=use_threads)
-    if missing := set(names) - set(file.schema_arrow.names):
-        raise pa.ArrowInvalid(f"no column {min(missing)!r}")
+    there = file.schema_arrow.names
+    for name in names:
+        if there.count(name) != 1:
+            raise pa.ArrowInvalid(f"{there.count(name)} columns {name!r}, expected one")
     return file.read(names, use_threads=use_threads).select(names)
 
 

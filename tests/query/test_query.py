@@ -792,16 +792,24 @@ def attacks(store: Path, out: Path) -> list[str]:
         "SELECT doc FROM KWIC('bank')",
         "SELECT doc FROM \"kwic\"('bank')",
         "SELECT doc FROM (SELECT *, document_text(doc) AS text FROM documents)",
+        "SELECT doc FROM query('FROM kw' || 'ic(''bank'')')",
+        "SELECT doc FROM query($asked)",
         "SELECT function_name AS doc FROM duckdb_functions() WHERE NOT internal",
     ],
 )
 def test_a_macro_is_there_for_each_query_that_may_see_it(store: Path, query: str) -> None:
     """It is created only then, so each query has a process of its own."""
     with open_run(str(store)) as run:
-        found = {doc for (doc,) in run.sql(query).fetchall()}
+        asked = {"asked": "FROM kwic('bank')"} if "$" in query else None
+        found = {doc for (doc,) in run.sql(query, asked).fetchall()}
         if "functions" in query:
             assert found >= {"kwic", "document_text"}
         assert found
+
+
+def test_a_hint_knows_the_macros(store: Path) -> None:
+    with open_run(str(store)) as run, pytest.raises(QueryError, match='"kwic"'):
+        run.sql("FROM kiwc('bank')").fetchall()
 
 
 def test_a_step_may_name_a_macro(store: Path) -> None:
@@ -849,7 +857,7 @@ def session_of(run: Run) -> session.Session:
     """Parts of the run's process, in this process."""
 
     def read(name: str, start: int, end: int) -> bytes:
-        with run._contents.files.open(name) as file:
+        with run._backend.process._files.open(name) as file:
             file.seek(start)
             return bytes(file.read(end - start))
 
@@ -973,7 +981,7 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(
         file.write_bytes(damaged)
         with (
             pytest.raises(StoreError, match=wrong),
-            run._contents.files.open(f"shards/m/s1/a-{table}.parquet") as part,
+            run._backend.process._files.open(f"shards/m/s1/a-{table}.parquet") as part,
         ):
             part.seek(at)
             part.read(1)

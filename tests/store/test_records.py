@@ -245,3 +245,13 @@ def test_a_column_that_a_file_lacks_is_an_error_and_no_hole() -> None:
         assert parquet.read(data, ["c", "a"], filters) == table.select(["c", "a"])
         with pytest.raises(pa.ArrowInvalid, match="d"):
             parquet.read(data, ["a", "d"], filters)
+
+
+def test_a_damaged_name_of_a_column_is_an_error_of_arrow() -> None:
+    data = bytearray(parquet.encode(pa.table({"name": [1]})))
+    at = data.index(b"name")
+    while at >= 0:
+        data[at] = 0xFF
+        at = data.find(b"name", at)
+    with pytest.raises((OSError, pa.ArrowException)):
+        parquet.read(bytes(data)).to_pylist()
