@@ -19,8 +19,8 @@ RUN_EPILOG = (
 )
 """Exit codes of commands that measure a corpus, for the end of their help."""
 READ_EPILOG = (
-    "exit codes: 0 = done; 1 = something in the store is damaged; 2 = the command or the query is "
-    "wrong; 75 = the store does not answer"
+    "exit codes: 0 = done; 2 = the command or the query is wrong, or what it reads is damaged; "
+    "75 = the store does not answer"
 )
 """Exit codes of commands that read a run, for the end of their help."""
 RUN = "URI of a run, or of a store for its latest complete run"

@@ -21,9 +21,9 @@ from afn_ray.option_rules import CHOICES
 from afn_ray.text import nearest
 
 TOP_EPILOG = (
-    "exit codes of most commands: 0 = done; 1 = ended with shards missing, or something in the "
-    "store is damaged; 2 = the command, the config or the query is wrong; 75 = stopped, and the "
-    "same command resumes. 'afn COMMAND --help' lists those of each command."
+    "exit codes of most commands: 0 = done; 1 = ended with shards missing, or 'afn verify' found "
+    "damage; 2 = the command, the config or the query is wrong, or what it reads is damaged; 75 = "
+    "stopped, and the same command resumes. 'afn COMMAND --help' lists those of each command."
 )
 SCHEMA_EPILOG = "exit codes: 0 = done; 2 = the command is wrong"
 DOCTOR_EPILOG = "exit codes: 0 = no check failed; 2 = a check failed, or the command is wrong"
