@@ -42,7 +42,7 @@ class Quarantined(TypedDict):
 
 
 class NearCopies(TypedDict):
-    """Near-copies of documents that a run left out."""
+    """Near-copies among the documents of a run, which count like the others."""
 
     threshold: float
     documents: int

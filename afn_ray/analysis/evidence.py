@@ -217,7 +217,9 @@ class ComparedPart(NamedTuple):
     name: str
     n_a: int
     n_b: int
-    drift: Mapping[str, Any]  # row of ``DRIFT_SCHEMA``, whose columns limits name
+    drift: Mapping[
+        str, Any
+    ]  # row of ``DRIFT_SCHEMA`` or ``GROUP_DRIFT_SCHEMA``; limits name its columns
 
     @classmethod
     def of(cls, name: str, drift: Mapping[str, Any]) -> ComparedPart:

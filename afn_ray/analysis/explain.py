@@ -289,7 +289,7 @@ def _within_text(
 def _decision(decided: model.Decided, layer: int, values: Any, special: Any) -> Decision:
     """``decided`` with ranked neurons; ``values`` (strengths) and ``special`` are [n_tokens]."""
     parts_of_all = (decided.tokens, decided.neurons)
-    if not all(np.isfinite(values).all() for values in parts_of_all):
+    if not all(np.isfinite(part).all() for part in parts_of_all):
         raise ModelError("the gradient of the classifier's answer is not finite for this text")
     totals = decided.neurons.sum(axis=0, dtype=np.float64)
     largest = np.argsort(-np.abs(totals), kind="stable")[:TOP]

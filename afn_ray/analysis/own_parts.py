@@ -178,11 +178,11 @@ def _shown(kind: str, name: str | None) -> str:
 
 def _tokens(run: RunFolder, kind: str) -> Counter[str | None]:
     """The tokens of each part of ``run``."""
-    return _sums_by(kind, "n", _at_deepest(run, f"{kind}s"))
+    return _column_by(kind, "n", _at_deepest(run, f"{kind}s"))
 
 
 def _lost_by_source(run: RunFolder) -> Counter[str | None]:
-    return _sums_by("source", "lost_bytes", _at_deepest(run, "sources"))
+    return _column_by("source", "lost_bytes", _at_deepest(run, "sources"))
 
 
 def _at_deepest(run: RunFolder, name: str) -> pa.Table:
@@ -191,11 +191,11 @@ def _at_deepest(run: RunFolder, name: str) -> pa.Table:
     return table.filter(pc.equal(table["layer"], max(run.info["layers"])))
 
 
-def _sums_by(part: str, column: str, rows: pa.Table) -> Counter[str | None]:
+def _column_by(part: str, column: str, rows: pa.Table) -> Counter[str | None]:
     """``column`` of ``rows`` by the name in their column ``part``, which is in one row each."""
     names = rows[part].to_pylist()
-    sums = rows[column].to_pylist()
-    return Counter(dict(zip(names, sums, strict=True)))
+    values = rows[column].to_pylist()
+    return Counter(dict(zip(names, values, strict=True)))
 
 
 def _lost_by_group(run: RunFolder) -> Counter[str | None]:

@@ -55,7 +55,7 @@ def environment_of(spec: Spec) -> dict[str, str]:
 
 
 class WorkerAnswer(TypedDict, total=False):
-    """An answer of a process, as JSON; each has the keys of its request."""
+    """An answer of a process, as JSON; what was asked decides which keys it has."""
 
     missing: str  # package that the variant needs
     error: str

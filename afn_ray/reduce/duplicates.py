@@ -253,9 +253,10 @@ def _read(places: Sequence[_Place], choice: str, num_parts: int) -> list[_Rows]:
         ids.append(
             _Rows(_keys(digests), docs[has_id], docs[has_id].astype(np.uint64), n_tokens[has_id])
         )
-    (all_texts,) = _join(None, *texts)
-    (all_ids,) = _join(None, *ids)
-    return [*all_texts.cut(num_parts), *all_ids.cut(num_parts)]
+    (rows,) = _join(None, *texts)
+    parts = rows.cut(num_parts)  # the copy of all rows of texts is free before that of the ids
+    (rows,) = _join(None, *ids)
+    return [*parts, *rows.cut(num_parts)]
 
 
 def _keys(digests: Sequence[bytes]) -> Words:

@@ -239,8 +239,8 @@ def _try(task: Task, chunks: Sequence[list[str]], reference: Float32s) -> Trial:
     except (ModelError, RuntimeError) as error:
         if model.is_out_of_memory(error.__cause__ or error) or model.is_device_fault(error):
             raise
-        first_line, _, _ = str(error).strip().partition("\n")
-        return Trial(task.measure.dtype, False, first_line)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Trial(task.measure.dtype, False, lines[0])
     return _compared(task, np.concatenate(found, axis=1), reference, peak())
 
 

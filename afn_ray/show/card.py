@@ -14,7 +14,7 @@ from afn_ray import notebook
 from afn_ray.query.database import Run, folder_of
 from afn_ray.reduce.mean_vectors import flat
 from afn_ray.reduce.tables import Moments, SignalRow
-from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, summarise
+from afn_ray.show.summary import ClassShare, LayerFacts, RunSummary, ratio, summarise
 from afn_ray.store import checksums, manifest
 
 TRIMMED = "strength_trimmed"
@@ -186,7 +186,7 @@ def _distances(row: SignalRow | None) -> Distances | None:
     """The distribution in ``row``; None without it."""
     if row is None:
         return None
-    cv = row["sd"] / row["mean"] if row["sd"] is not None and row["mean"] else None
+    cv = ratio(row["sd"], row["mean"]) if row["mean"] else None
     return Distances(row["q2"], cv, row["max"])
 
 
@@ -215,8 +215,12 @@ def _moment_shares(run: manifest.RunFolder) -> dict[int, MomentShares]:
 
 def _mean_square(row: Moments) -> float:
     """Mean square of the values that ``row`` describes; 0 without any."""
+    if not row["n"]:
+        return 0.0
     mean, sd = row["mean"], row["sd"]
-    return 0.0 if mean is None or sd is None else mean**2 + sd**2
+    if mean is None or sd is None:
+        raise ValueError(f"{row['n']:,} values have no mean or no sd")
+    return mean**2 + sd**2
 
 
 def to_json(card: Card) -> dict[str, object]:

@@ -77,8 +77,9 @@ def histogram_chart(
 ) -> Chart:
     """Histogram of strengths at ``layer``, coloured by quartile, with a line for the baseline.
 
-    ``limits`` [3] are the thresholds Q1 to Q3. ``now`` and ``before`` are histogram tables;
-    ``before`` is None without a baseline that has the layer.
+    ``limits`` [3] are the thresholds Q1 to Q3; they are none where those of a layer without normal
+    tokens label. ``now`` and ``before`` are histogram tables; ``before`` is None without a baseline
+    that has the layer.
     """
     edges, shares = _bars(now, layer)
     x = quantity(
@@ -156,7 +157,7 @@ def _line_layer(edges: Float64s, shares: Float64s, x: VegaSpec, y: VegaSpec) -> 
 def _limit_layers(limits: Sequence[float], x: VegaSpec) -> list[VegaSpec]:
     """Layers of the thresholds: a dashed rule and a name for each."""
     layers: list[VegaSpec] = []
-    aligned = zip(limits, ("right", "center", "left"), strict=True)
+    aligned = zip(limits, ("right", "center", "left"), strict=bool(limits))
     for i, (limit, align) in enumerate(aligned, 1):
         data = {"values": [{"from": float(limit), "name": f"Q{i}", "exact": number(limit)}]}
         rule = {"x": x, "tooltip": [category("exact", f"Q{i}")]}

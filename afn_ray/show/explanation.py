@@ -176,9 +176,10 @@ def decision_rows(explanation: Explanation, decision: Decision) -> list[tuple[st
     at = explanation.layers.index(decision.layer)
     names = _numbered(explanation)
     scored = []
-    for i, token in enumerate(explanation.tokens):
+    of_tokens = zip(names, explanation.tokens, decision.attributions, strict=True)
+    for name, token, attribution in of_tokens:
         if not token.special:
-            scored.append((names[i], token.readings[at].strength, decision.attributions[i]))
+            scored.append((name, token.readings[at].strength, attribution))
     by_strength = sorted(scored, key=lambda row: -row[1])[:TOP]
     by_attribution = sorted(scored, key=lambda row: -abs(row[2]))[:TOP]
     return [

@@ -331,7 +331,9 @@ def _histograms(
         compared = {row["layer"] for row in drift_of_all_tokens(comparison)}
     drawn = []
     for facts in summary.layers:
-        quartiles = [facts.labels["tokens"][q] or 0.0 for q in ("q1", "q2", "q3")]
+        of_labels = facts.labels["tokens"]
+        limits = (of_labels["q1"], of_labels["q2"], of_labels["q3"])
+        quartiles = [limit for limit in limits if limit is not None]
         baseline = before if facts.layer in compared else None
         drawn.append(charts.histogram_chart(facts.layer, now, quartiles, baseline))
     return drawn

@@ -228,7 +228,12 @@ def _summarise(run: manifest.RunFolder) -> RunSummary:
 
 
 def ratio(a: float | None, b: float | None) -> float:
-    return a / b if a is not None and b else 0.0
+    """``a`` over ``b``; 0 where ``b`` is 0 or null. Raises ``TypeError`` for a null ``a``."""
+    if not b:
+        return 0.0
+    if a is None:
+        raise TypeError("a figure is null beside one that is not")
+    return a / b
 
 
 def _mean(rows: Any) -> float | None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 import afn_ray
 from afn_ray.cli import commands
 from afn_ray.config import RunConfig
+from afn_ray.errors import StoreError
 from afn_ray.show import card_tables
 from afn_ray.show.card import Card, card_of, to_json
 from afn_ray.store import manifest
-from conftest import config_of, write_jsonl
+from conftest import config_of, edit_table, write_jsonl
 
 LAYERS = (0, 1, 2, 3)
 
@@ -45,6 +48,26 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, verses: list
 @pytest.fixture(scope="module")
 def card(made: RunConfig) -> Card:
     return card_of(manifest.find_run(made.store))
+
+
+@pytest.mark.parametrize(
+    ("table", "column"), [("thresholds", "sd"), ("thresholds", "mean"), ("signals", "sd")]
+)
+def test_a_figure_that_is_null_beside_tokens_is_damage(
+    made: RunConfig, tmp_path: Path, table: str, column: str
+) -> None:
+    """As a zero it would be a figure that nobody measured."""
+    shutil.copytree(made.store, tmp_path / "store")
+    run = manifest.find_run(str(tmp_path / "store"))
+
+    def without(rows: pa.Table) -> pa.Table:
+        at = rows.schema.get_field_index(column)
+        nulls = pa.nulls(len(rows), rows.schema.field(at).type)
+        return rows.set_column(at, column, nulls)
+
+    edit_table(run.uri, table, without)
+    with pytest.raises(StoreError, match="damaged"):
+        card_of(manifest.find_run(str(tmp_path / "store")))
 
 
 def _shown(card: Card, width: int = 80) -> str:

@@ -200,6 +200,16 @@ def test_a_layer_of_one_strength_is_drawn() -> None:
     assert sum(b["share"] for b in bars) == 1
 
 
+def test_without_thresholds_no_bar_is_high() -> None:
+    """Those of another run label, and its layer had no normal tokens."""
+    table = pa.table(
+        {"layer": [8], "special": [False], "strength": pa.array([4.0], pa.float32()), "n": [7]}
+    )
+    chart = charts.histogram_chart(8, table, [], None)
+    (bars,) = chart.spec["layer"]
+    assert {bar["quartile"] for bar in bars["data"]["values"]} == {1} and not chart.table.rows
+
+
 def test_points_are_the_most_frequent_types_with_their_counts_at_every_layer(
     runs: list[manifest.RunFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
