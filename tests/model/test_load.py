@@ -260,7 +260,7 @@ def is_mapped(file: Path) -> bool:
 def test_a_file_that_changes_after_loading_changes_no_value(
     dtype: str, bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where oneDNN does not reorder the weights of products, which copies them."""
+    """oneDNN, which copies the weights of products as it reorders them, is not used here."""
     monkeypatch.setattr(linear, "_can_prepack", lambda dtype: False)
     files = store_in(dtype, bert, bert.with_name(dtype))
     assert_own_their_weights([load(files, [0, 1, 3], dtype)], files)

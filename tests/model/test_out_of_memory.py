@@ -163,7 +163,7 @@ CASES = [(stored, dtype) for stored in STORED for dtype in STORED]
 def measured(
     tmp_path_factory: pytest.TempPathFactory, folder: Path
 ) -> dict[tuple[torch.dtype, torch.dtype], list[int]]:
-    """What ``PEAK`` prints for a BERT of twelve blocks of 7.1 M weights, by its case."""
+    """Answers of ``PEAK``, by case, for a BERT of twelve blocks of 7.1 M weights."""
     config = transformers.BertConfig(vocab_size=2000, max_position_embeddings=64)
     large = transformers.BertModel(config)
     folders = {}

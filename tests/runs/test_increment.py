@@ -147,7 +147,7 @@ class Part:
         return self.folder / f"{self.name}{ending}"
 
     def end_of_slice(self, slice: int) -> int:
-        """Where a slice of lines ends: at the first newline at or after ``B`` bytes."""
+        """End of a slice of lines: the first newline at or after ``B`` bytes."""
         data, end = self.file().read_bytes(), 0
         for _ in range(slice + 1):
             end = data.index(b"\n", end + B) + 1

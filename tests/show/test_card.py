@@ -56,7 +56,7 @@ def card(made: RunConfig) -> Card:
 def test_a_figure_that_is_null_beside_tokens_is_damage(
     made: RunConfig, tmp_path: Path, table: str, column: str
 ) -> None:
-    """As a zero it would be a figure that nobody measured."""
+    """A zero in its place would be a figure that nobody measured."""
     shutil.copytree(made.store, tmp_path / "store")
     run = manifest.find_run(str(tmp_path / "store"))
 
