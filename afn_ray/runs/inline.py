@@ -15,10 +15,11 @@ from afn_ray.runs.progress import Counters
 from afn_ray.runs.task import Task
 from afn_ray.runs.worker import Processor
 
-STOP_S = 1.0
+STOP_S = 5.0
 """Longest wait for this process's threads to stop, in seconds.
 
-A batch or an upload may take longer.
+A batch or an upload may take longer; the attempt's files then stay in scratch until the next run
+sweeps them.
 """
 
 
