@@ -2,8 +2,8 @@
 
     python launch.py TEMPLATE
 
-A CronJob runs this each night, in a pod of a Job (JOB_NAME, JOB_UID). The Job owns the copy, so
-whoever deletes the Job stops the copy too. A launcher that replaces a lost one finds the copy in
+A CronJob runs this each night, in a pod of a Job (JOB_NAME, JOB_UID). The Job owns the copy:
+Kubernetes deletes the copy together with the Job. A launcher that replaces a lost one finds it in
 progress, and waits for it. With QUEUE the copy stays suspended until Kueue admits it.
 
 Exit code 0: the copy succeeded; 1: it failed; 2: it cannot be started; 75: nothing is known, start
