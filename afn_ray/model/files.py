@@ -296,14 +296,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def identity(files: ModelFiles, tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+def identity(files: ModelFiles) -> dict[str, str]:
     """Everything about the model that decides the recorded values, by name.
 
     These are the SHA-256 of its files and of the built tokenizer, and the versions in ``MAKERS``.
+    Raises as ``load_tokenizer``.
     """
-    built = tokenizer.to_str()
-    digest = hashlib.sha256(built.encode()).hexdigest()
-    return files.identity | {"tokenizer": digest} | MAKERS
+    return files.identity | {"tokenizer": _tokenizer(files).digest} | MAKERS
 
 
 def loading_failed(name: str, error: BaseException) -> str:
@@ -321,17 +320,29 @@ def loading_failed(name: str, error: BaseException) -> str:
 
 
 def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
-    """The model's fast (Rust) tokenizer, a new object at every call.
+    """The model's fast (Rust) tokenizer; the same object as long as its files stay the same.
 
     Raises ``ModelError`` if the model has none, or if the tokenizer does not fit the model.
     """
+    return _tokenizer(files).built
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokenizer:
+    """A tokenizer, and the SHA-256 of its JSON as its files describe it."""
+
+    built: tokenizers.Tokenizer
+    digest: str
+
+
+def _tokenizer(files: ModelFiles) -> _Tokenizer:
     if files.gguf is None and not files.trust_remote_code:
         parts.check_has_tokenizer(files.name, files.folder)
     described = {} if files.gguf else _descriptions(files.folder)
     contents = files.identity | described
-    # One run loads the tokenizer several times, and building it takes longer than reading its
+    # One run asks for the tokenizer several times, and building it takes longer than reading its
     # files.
-    made = _build_tokenizer(
+    found = _build_tokenizer(
         files.name,
         files.folder,
         files.gguf,
@@ -345,7 +356,7 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
             f"the files of {files.name} changed while its tokenizer was read; give the "
             "command again"
         )
-    return tokenizers.Tokenizer.from_str(made)
+    return found
 
 
 def _descriptions(folder: Path) -> dict[str, str]:
@@ -362,8 +373,8 @@ def _build_tokenizer(
     trust_remote_code: bool,
     num_embeddings: int | None,
     contents: tuple[tuple[str, str], ...],
-) -> str:
-    """The tokenizer of the model ``name`` as JSON, checked. Raises as ``load_tokenizer``.
+) -> _Tokenizer:
+    """The tokenizer of the model ``name``, checked. Raises as ``load_tokenizer``.
 
     ``contents``: the files that it is built from and their SHA-256, for the cache alone.
     """
@@ -384,9 +395,10 @@ def _build_tokenizer(
             f"{name} has no fast tokenizer (tokenizer.json); character offsets need one"
         )
     made: str = tokenizer.backend_tokenizer.to_str()
-    fresh = tokenizers.Tokenizer.from_str(made)
-    parts.check_tokenizer(name, fresh, tokenizer.unk_token_id, num_embeddings)
-    return made
+    built = tokenizers.Tokenizer.from_str(made)
+    digest = hashlib.sha256(built.to_str().encode()).hexdigest()
+    parts.check_tokenizer(name, built, tokenizer.unk_token_id, num_embeddings)
+    return _Tokenizer(built, digest)
 
 
 def is_device_fault(error: BaseException) -> bool:

@@ -111,7 +111,7 @@ class Measurer:
         config, measure = task.config, task.measure
         files = find_model_files(config)
         tokenizer = model.load_tokenizer(files)
-        _check_identity(task, model.identity(files, tokenizer))
+        _check_identity(task, model.identity(files))
         window = window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(

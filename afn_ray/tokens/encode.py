@@ -6,6 +6,7 @@ import bisect
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -84,12 +85,6 @@ class Encoded:
 UNIGRAM_UNKNOWN = "<unk>"
 """Unknown token of Unigram models, which do not name it: SentencePiece's."""
 
-_TEXTS: dict[str, tuple[list[str], list[str]]] = {}
-"""``texts`` of the tokenizer that was used last, by its JSON.
-
-A run asks for them several times, and one call decodes every token type.
-"""
-
 
 class TextEncoder:
     """A fast tokenizer that encodes untrusted texts of any length, without truncation or padding.
@@ -100,9 +95,13 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, num_embeddings: int | None = None) -> None:
-        tokenizer.no_truncation()  # tokenizer.json often sets truncation and padding
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, not a control token
+        # A setting cannot be written while another thread encodes; a model's tokenizer is shared.
+        if tokenizer.truncation is not None:  # tokenizer.json often sets it, and padding
+            tokenizer.no_truncation()
+        if tokenizer.padding is not None:
+            tokenizer.no_padding()
+        if not tokenizer.encode_special_tokens:
+            tokenizer.encode_special_tokens = True  # "[SEP]" in a text is text, no control token
         self._tokenizer = tokenizer
         self._cut = find_cut(tokenizer)
         self._num_ids = MOST_IDS if num_embeddings is None else num_embeddings
@@ -136,26 +135,8 @@ class TextEncoder:
 
     def texts(self) -> tuple[list[str], list[str]]:
         """Every token type by id: in the tokenizer's notation, and as plain text."""
-        made = self._tokenizer.to_str()
-        found = _TEXTS.get(made)
-        if found is None:
-            found = self._find_texts()
-            _TEXTS.clear()
-            _TEXTS[made] = found
-        pieces, readable = found
+        pieces, readable = _texts(self._tokenizer)
         return list(pieces), list(readable)
-
-    def _find_texts(self) -> tuple[list[str], list[str]]:
-        size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-        pieces = [self._tokenizer.id_to_token(i) or "" for i in range(size)]
-        continuing = getattr(self._tokenizer.model, "continuing_subword_prefix", None) or ""
-        readable = []
-        for i, piece in enumerate(pieces):
-            text = self._tokenizer.decode([i], skip_special_tokens=False) or piece
-            if continuing and text.startswith(continuing) and text != continuing:
-                text = text.removeprefix(continuing)
-            readable.append(text.strip() or text)
-        return pieces, readable
 
     @property
     def unknown(self) -> int | None:
@@ -309,6 +290,21 @@ class TextEncoder:
     def _beyond(self) -> str:
         """Range of the model's token ids, for messages."""
         return f"the model has embeddings for the ids 0 to {self._num_ids - 1}"
+
+
+@lru_cache(1)  # a run asks several times, and one call decodes every token type
+def _texts(tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """``TextEncoder.texts`` of ``tokenizer``, which nothing changes afterwards."""
+    size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    pieces = [tokenizer.id_to_token(i) or "" for i in range(size)]
+    continuing = getattr(tokenizer.model, "continuing_subword_prefix", None) or ""
+    readable = []
+    for i, piece in enumerate(pieces):
+        text = tokenizer.decode([i], skip_special_tokens=False) or piece
+        if continuing and text.startswith(continuing) and text != continuing:
+            text = text.removeprefix(continuing)
+        readable.append(text.strip() or text)
+    return tuple(pieces), tuple(readable)
 
 
 def _words(

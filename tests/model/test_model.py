@@ -808,8 +808,8 @@ def test_a_tokenizer_whose_vocabulary_is_a_stub_is_refused(folder: Path) -> None
 def test_a_tokenizer_is_built_once_for_the_same_files(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each caller has its own; whatever changes in a file, and a model without room for it, is
-    seen.
+    """Its callers share it, and encoders of it change no identity; whatever changes in a file, and
+    a model without room for it, is seen.
     """
     build, built = transformers.AutoTokenizer.from_pretrained, []
 
@@ -818,12 +818,12 @@ def test_a_tokenizer_is_built_once_for_the_same_files(
         return build(*args, **options)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", count)
+    identity = model.identity(find_model(folder))
     first, second = (model.load_tokenizer(find_model(folder)) for _ in range(2))
-    assert len(built) <= 1 and first is not second and first.to_str() == second.to_str()
-    first.enable_truncation(2)
-    assert len(second.encode("in the beginning").ids) > 2
+    assert len(built) <= 1 and first is second and first.truncation is not None
 
     texts = TextEncoder(second).texts()
+    assert first.truncation is None and model.identity(find_model(folder)) == identity
     path = folder / "tokenizer.json"
     path.write_text(path.read_text("utf-8").replace('"jesus"', '"jesux"'), "utf-8")
     changed = TextEncoder(model.load_tokenizer(find_model(folder))).texts()
@@ -856,11 +856,11 @@ def test_what_lies_beside_a_gguf_file_is_not_read(
     tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be a corpus."""
-    made = (tiny_bert / "tokenizer.json").read_text("utf-8")
+    made = model_files._tokenizer(find_model(tiny_bert))
     monkeypatch.setattr(model_files, "_build_tokenizer", lambda *key: made)
     monkeypatch.setattr(model_files, "_descriptions", unread)
     found = replace(find_model(tiny_bert), folder=tmp_path, gguf="model.gguf")
-    assert model.load_tokenizer(found).get_vocab_size() == 30522
+    assert model.load_tokenizer(found) is made.built
 
 
 def test_a_tokenizer_whose_files_change_while_it_is_read_is_refused_and_not_kept(
@@ -1128,7 +1128,7 @@ def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(
     folder: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def identity() -> dict[str, str]:
-        return model.identity(find_model(folder), model.load_tokenizer(find_model(folder)))
+        return model.identity(find_model(folder))
 
     before = identity()
     assert before.keys() == {
