@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from rich.console import Console
 
 import faults
 import warm_workers
-from hosts import ATOMIC_S3
+from hosts import ATOMIC_S3, wait_until
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -662,10 +661,12 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             stderr=sink,
         )
     try:
-        until = time.monotonic() + 60
-        while (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())) is None:
-            assert server.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.05)
+        found = wait_until(
+            "the server of S3 says its address",
+            lambda: re.search(r"http://127\.0\.0\.1:\d+", log.read_text()),
+            server,
+            log.read_text,
+        )
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {
                 "AWS_ENDPOINT_URL": found[0],

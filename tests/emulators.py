@@ -11,7 +11,6 @@ import random
 import shutil
 import socket
 import subprocess
-import time
 import urllib.error
 import urllib.request
 import uuid
@@ -22,6 +21,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from afn_ray.store import uris
+from hosts import wait_until
 
 AZURITE_ACCOUNT = "devstoreaccount1"
 AZURITE_KEY = (  # of its manual: no secret
@@ -37,8 +37,6 @@ SEAWEED_PORTS = (
     "filer.port",
     "filer.port.grpc",
 )
-START_S = 60.0
-"""Longest time for a server to answer."""
 
 
 @contextlib.contextmanager
@@ -118,10 +116,7 @@ def _served(command: list[str], folder: Path, url: str, way: dict[str, str]) -> 
             patch.setenv(name, value)
         server = subprocess.Popen(command, cwd=folder, stdout=sink, stderr=sink)
         try:
-            until = time.monotonic() + START_S
-            while not _answers(url):
-                assert server.poll() is None and time.monotonic() < until, log.read_text()
-                time.sleep(0.05)
+            wait_until(f"{url} answers", lambda: _answers(url), server, log.read_text)
             yield
         finally:
             server.kill()

@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +37,7 @@ from afn_ray.runs.cluster import connection
 from afn_ray.store import storage
 from afn_ray.store.settings import config_from
 from conftest import fenced, write_jsonl
+from hosts import wait_until
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -1333,10 +1333,7 @@ def test_a_slurm_job_that_is_stopped_is_queued_again(
     slurm: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     with slurm("wait") as job:
-        deadline = time.monotonic() + 30
-        while not (tmp_path / "log.up").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until("the script is up", (tmp_path / "log.up").exists, job)
         job.send_signal(signal.SIGTERM)  # to the batch shell alone, as --signal=B:TERM does
         assert job.wait(30) == 75
     assert "scontrol requeue 7" in (tmp_path / "log").read_text()

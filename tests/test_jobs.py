@@ -32,10 +32,10 @@ from afn_ray.cli import audits, grammar
 from afn_ray.errors import ConfigError, IncompleteRun, Interrupted
 from afn_ray.store import manifest, settings, storage, uris
 from conftest import command_parsers, fenced, write_jsonl
+from hosts import wait_until
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted(f.name for f in (ROOT / "jobs").glob("*.py"))
-PATIENCE_S = 120.0
 pytestmark = pytest.mark.ray
 
 
@@ -95,10 +95,8 @@ class Head:
                 cwd=self.folder,
             )
         try:
-            until = time.monotonic() + PATIENCE_S
-            while "Ray runtime started" not in (said := (self.folder / "out").read_text()):
-                assert self._process.poll() is None and time.monotonic() < until, said
-                time.sleep(0.1)
+            said = (self.folder / "out").read_text
+            wait_until("Ray is up", lambda: "Ray runtime started" in said(), self._process, said)
             from ray.job_submission import JobSubmissionClient
 
             self.client = JobSubmissionClient(self.url)
@@ -132,10 +130,11 @@ class Head:
 
     def wait(self, name: str) -> tuple[str, int | None, str]:
         """End of job ``name``: its status, the exit code of its script, and its logs."""
-        until = time.monotonic() + PATIENCE_S
-        while not self.client.get_job_status(name).is_terminal():
-            assert time.monotonic() < until, self.client.get_job_logs(name)
-            time.sleep(0.1)
+        wait_until(
+            f"job {name} has ended",
+            lambda: self.client.get_job_status(name).is_terminal(),
+            said=lambda: self.client.get_job_logs(name),
+        )
         info = self.client.get_job_info(name)
         return info.status.value, info.driver_exit_code, self.client.get_job_logs(name)
 
@@ -221,13 +220,12 @@ def test_a_scan_is_stopped_and_the_same_submission_resumes_it(head: Head, bucket
         "submit", "--no-wait", "--submission-id=scan-1", *environment, "--", *script
     )
     assert submitted.returncode == 0, submitted.stderr
-    until = time.monotonic() + PATIENCE_S
-    while len(commits(f"{bucket}/run")) < 2:
-        assert not head.client.get_job_status("scan-1").is_terminal(), head.client.get_job_logs(
-            "scan-1"
-        )
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    wait_until(
+        "2 shards are committed, or the job has ended",
+        lambda: (
+            len(commits(f"{bucket}/run")) >= 2 or head.client.get_job_status("scan-1").is_terminal()
+        ),
+    )
     assert head.client.stop_job("scan-1")
     status, _, _ = head.wait("scan-1")
     said = head.ray("logs", "scan-1").stdout

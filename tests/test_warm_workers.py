@@ -47,4 +47,4 @@ def test_a_fork_dies_with_raylets_child(tmp_path: Path, end: str) -> None:
     assert Path("/proc", pid).exists()
     with process:
         getattr(process, end)()
-    wait_until("the fork is dead", lambda: not Path("/proc", pid).exists(), 10)
+    wait_until("the fork is dead", lambda: not Path("/proc", pid).exists())

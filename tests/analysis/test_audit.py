@@ -9,7 +9,6 @@ import json
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -55,6 +54,7 @@ from afn_ray.store.checksums import entry_of
 from afn_ray.store.manifest import RunFolder
 from afn_ray.store.settings import config_from
 from conftest import fenced, interrupted, stop_after, write_jsonl
+from hosts import killed, wait_until
 from nights import SCRIPT, Hook, Nights, complete, listening
 
 
@@ -1292,17 +1292,14 @@ def test_a_killed_job_given_again_finishes_the_night(nights: Nights) -> None:
     first = nights.said
     for file in range(1, 30):
         nights.add(file, 100 * file, 100 * file + 10)
-    process = nights.start(python=warm_workers.choose(has_faults=False))
 
     def num_committed() -> int:
         return len(list(Path(nights.store, "shards").glob("*/*/commit.json")))
 
-    before, until = num_committed(), time.monotonic() + 120
-    while num_committed() < before + 2:
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    before = num_committed()
+    with killed(nights.start(python=warm_workers.choose(has_faults=False))) as process:
+        done = "2 shards are committed"
+        wait_until(done, lambda: num_committed() >= before + 2, process, every_s=0.005)
     assert process.returncode == -signal.SIGKILL and nights.said == first
     assert nights.audit() == 0
     said = nights.said

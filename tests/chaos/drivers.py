@@ -14,6 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import warm_workers
+from hosts import PATIENCE_S
 
 PRELOADED = [
     "afn_ray.cli.commands",
@@ -85,7 +86,7 @@ class Driver:
                     found.append(int(entry.name))
         return found
 
-    def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
+    def finish(self, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
         """Exit code (negative: the signal) and what it said, once it has ended."""
         self.process.join(timeout_s)
         assert self.process.exitcode is not None, (

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ OBJECT_STORE_BYTES = 80 << 20
 """Object store of each node, near the least that Ray takes: only shards and commits travel through
 it.
 """
-START_S = 90.0
-"""Longest time for a Ray, a node or a server to answer."""
+PATIENCE_S = 300.0
+"""Longest wait for what a process of a test does: a busy machine may take minutes to start one."""
 NODES = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
@@ -46,16 +46,36 @@ PREEMPTION = 2  # Ray's DrainNodeReason
 Event = dict[str, Any]
 
 
-def wait_until(what: str, condition: Callable[[], Any], timeout_s: float = START_S) -> Any:
-    """The first true value of ``condition``. Raises ``TimeoutError`` that says ``what`` did not
-    happen.
+def wait_until(
+    what: str,
+    condition: Callable[[], Any],
+    process: subprocess.Popen[Any] | None = None,
+    said: Callable[[], str] = str,
+    every_s: float = 0.05,
+) -> Any:
+    """The first true value of ``condition``.
+
+    Raises ``TimeoutError`` that says ``what`` did not happen, and what was ``said``; where
+    ``process`` ends before, at once.
     """
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not in {timeout_s:g} s: {what}")
-        time.sleep(0.05)
+        has_ended = process is not None and process.poll() is not None
+        if has_ended or time.monotonic() > deadline:
+            when = "before its process ended" if has_ended else f"in {PATIENCE_S:g} s"
+            raise TimeoutError(f"not {when}: {what}\n{said()}")
+        time.sleep(every_s)
     return value
+
+
+@contextlib.contextmanager
+def killed(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """``process``, which is killed at the end, also of a test that fails."""
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +138,7 @@ class Afn:
     def is_alive(self) -> bool:
         return self.process.poll() is None
 
-    def finish(self, timeout_s: float = 120.0) -> tuple[int, str]:
+    def finish(self, timeout_s: float = PATIENCE_S) -> tuple[int, str]:
         """Exit code and what it said, once it has ended."""
         _, said = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, said
@@ -330,7 +350,7 @@ class Hosts:
         """Copy a folder from this disk to S3 or back, as host ``a``."""
         command = [*self.within("a"), sys.executable, __file__, source, target]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=START_S
+            command, env=self.environment, capture_output=True, text=True, timeout=PATIENCE_S
         )
         assert done.returncode == 0, done.stderr
 

@@ -113,7 +113,7 @@ def test_a_run_outlives_all_its_machines(
         wait_for(chaos, run, "committed", 6)
         for node in nodes.alive():
             nodes.kill(node)
-        wait_until("no node is left", lambda: not nodes.alive(), 30)
+        wait_until("no node is left", lambda: not nodes.alive())
         assert sum(f.uri.endswith("/commit.json") for f in storage.list_below(store)) == 6
         again.touch()
         assert run.is_alive

@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from afn_ray.runs import address
 from afn_ray.runs.cluster import access, connection, session
 from afn_ray.show import ray_check
 from conftest import write_jsonl
+from hosts import wait_until
 
 pytestmark = pytest.mark.ray
 TOKEN = secrets.token_hex(32)
@@ -85,10 +85,9 @@ def head(folder: Path, **environment: str) -> Iterator[str]:
             command, env=without_ray(**environment), stdout=output, stderr=output
         )
     try:
-        deadline = time.monotonic() + 90
-        while "Ray runtime started" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+        wait_until(
+            "Ray is up", lambda: "Ray runtime started" in log.read_text(), process, log.read_text
+        )
         where = f"{other_address()}:{port}"
         DASHBOARDS[where] = dashboard
         yield where

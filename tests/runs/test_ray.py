@@ -33,6 +33,7 @@ from afn_ray.runs.pool import Ready
 from afn_ray.runs.progress import Counters
 from afn_ray.store.commits import COMPOSED
 from conftest import MakeConfig, config_of, recorded, stop_after, write_jsonl
+from hosts import PATIENCE_S, killed, wait_until
 
 pytestmark = pytest.mark.ray
 
@@ -116,6 +117,10 @@ class Poisoned(pool._Worker):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().process(shard, oom_retries)
+
+
+def num_commits(folder: Path) -> int:
+    return len(list(folder.rglob("commit.json")))
 
 
 def poisoned_corpus(folder: Path, **texts: str) -> Path:
@@ -214,14 +219,10 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     paths = [str(corpus), "--model", str(tiny_bert), "--store", str(store)]
     given = [f"--{name}={value}" for name, value in flags.items()]
     command = [sys.executable, "-m", "afn_ray", "run", *paths, *given]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list(store.rglob("commit.json"))) < 3:
-        assert driver.poll() is None, driver.communicate()[1]
-        assert time.monotonic() < deadline, "no shard was committed in 120 s"
-        time.sleep(0.05)
-    driver.send_signal(signal.SIGKILL)
-    driver.communicate()
+    with killed(
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    ) as driver:
+        wait_until("3 shards are committed", lambda: num_commits(store) >= 3, driver)
     time.sleep(3)  # workers notice that their driver is gone; what they commit until then is good
     before = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
     with pytest.raises(StoreError, match="holds no complete run"):
@@ -266,13 +267,10 @@ def test_sigterm_stops_resumable_and_leaves_no_scratch(
         "--workers",
         "1",
     ]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("commit.json")):
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    driver.terminate()
-    _, err = driver.communicate(timeout=60)
+    with killed(subprocess.Popen(command, stderr=subprocess.PIPE, text=True)) as driver:
+        wait_until("a shard is committed", lambda: num_commits(tmp_path), driver)
+        driver.terminate()
+        _, err = driver.communicate(timeout=PATIENCE_S)
     assert driver.returncode == 75
     assert "the same command resumes" in err and "Traceback" not in err and "SIGTERM" not in err
     assert list(scratch.iterdir()) == []
