@@ -31,7 +31,6 @@ class Backend:
             settings,
             encode_tables(contents.tables),
             contents.statements,
-            contents.macros,
             contents.sizes,
             limits.process_bytes,
             limits.timeout_s,

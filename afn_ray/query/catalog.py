@@ -50,8 +50,7 @@ def _write_catalog(path: Path, place: str, contents: Contents) -> None:
             connection.execute(
                 f"CREATE MACRO store() AS coalesce(getvariable('afn_store'), '{place}') || '/'"
             )
-            created = (*contents.statements, *contents.macros.values())
-            filling.fill(connection, contents.tables, created)
+            filling.Filling(connection, contents.tables, contents.statements).create_all(connection)
             for view in DERIVED:
                 hint = "where the store has moved: SET VARIABLE afn_store = ''/its/new/place''"
                 text = described(view, contents.shard_views.recorded.record)

@@ -18,9 +18,10 @@ from afn_ray.config import SIGNAL
 from afn_ray.errors import ConfigError, QueryError, StoreError
 from afn_ray.query.expressions import RecordedColumns, ShardFile, rows_of
 from afn_ray.query.files import ReadOnlyFiles
+from afn_ray.query.filling import Statements
 from afn_ray.query.own_labels import own_q3, own_tables
 from afn_ray.query.shard_views import ShardViews
-from afn_ray.query.views import NeuronFiles, macros, statements
+from afn_ray.query.views import NeuronFiles, statements
 from afn_ray.query.word_classes import class_tables
 from afn_ray.reduce.compare import compare
 from afn_ray.reduce.group_drift import labels_by_group
@@ -115,10 +116,8 @@ class Contents:
     """The files that the views read."""
     sizes: Mapping[str, int]
     """Sizes of these files in bytes, by their path below the store."""
-    statements: Sequence[str]
-    """SQL that creates the views over the tables and files."""
-    macros: Mapping[str, str]
-    """SQL that creates each macro over the views, by name."""
+    statements: Statements
+    """SQL that creates the views and macros over the tables and files."""
     shard_views: ShardViews
     """The views that grow with the corpus, shard by shard."""
 
@@ -143,7 +142,7 @@ def read_contents(
     tokens = made.files["tokens"]
     documents = made.files["documents"]
     created = statements(tokens, documents, made.neurons, made.recorded)
-    return Contents(tables, read, sizes, created, macros(tokens, made.recorded), made)
+    return Contents(tables, read, sizes, created, made)
 
 
 def _small_tables(

@@ -47,8 +47,8 @@ def open_run(
     same way, fills the views ``movers``, ``drift`` and ``class_drift``, in which ``_a`` is the
     baseline and ``_b`` this run; without it they are empty. ``memory_limit`` is DuckDB's limit.
     ``threads`` is DuckDB's number of threads, one per core by default. ``timeout_s`` is the limit
-    of each query in seconds. Opening reads the run's small tables, and one Parquet footer for each
-    part of ``words``, at most 16.
+    of each query in seconds. Opening reads the run's small tables. The first query of a view that
+    is read from files reads one Parquet footer for it; for each part of ``words``, at most 16.
 
     Raises ``StoreError`` if the run does not exist or is damaged, ``QueryError`` for a limit that
     is not valid, and ``ConfigError`` for a baseline of another measure.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import duckdb
@@ -22,6 +23,12 @@ SQL_TYPES = {
     pa.timestamp("us"): "TIMESTAMP",
 }
 """DuckDB's types of Arrow's that are not nested."""
+Statements = Mapping[str, Sequence[str]]
+"""SQL by the name of the view, macro or table that it creates, or on which it comments."""
+LISTS = re.compile(
+    r"describe|show|duckdb_|pg_|information_schema|sqlite_|pragma|query|json_execute", re.IGNORECASE
+)
+"""Pattern of what lists views and macros, or may call one, without its name in the text."""
 
 
 def encode_tables(tables: Mapping[str, pa.Table]) -> dict[str, pa.Buffer]:
@@ -34,23 +41,73 @@ def decode_tables(streams: Mapping[str, pa.Buffer]) -> dict[str, pa.Table]:
     return {name: pa.ipc.open_stream(stream).read_all() for name, stream in streams.items()}
 
 
-def fill(
-    connection: duckdb.DuckDBPyConnection, tables: Mapping[str, pa.Table], statements: Sequence[str]
-) -> None:
-    """Create a run's tables in ``connection``, then execute ``statements`` over them.
+class Filling:
+    """A run's tables, views and macros, of which a database gets those that a query may name.
+
+    Nearly all queries name few of them, and DuckDB takes longer to create all than to answer.
+    """
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        tables: Mapping[str, pa.Table],
+        statements: Statements,
+    ) -> None:
+        """``connection`` is to the empty database. ``statements`` need only what precedes them."""
+        self._tables = tables
+        self._statements = statements
+        self._missing = list(dict.fromkeys([*tables, *statements]))  # in an order to create them
+        self._words: dict[str, set[str]] = {}  # by name: the words of what creates it
+        self._names: dict[str, list[str]] = {}  # by word: internal.salience and salience
+        for name in self._missing:
+            made_of = [sql for sql in statements.get(name, ()) if not sql.startswith("COMMENT")]
+            self._words[name] = _words(" ".join(made_of))
+            self._names.setdefault(name.rpartition(".")[2], []).append(name)
+        connection.execute("CREATE SCHEMA internal")
+
+    def create_all(self, connection: duckdb.DuckDBPyConnection) -> bool:
+        """Create whatever is not there yet. False: nothing was missing."""
+        return self._create(connection, set(self._missing))
+
+    def create_named(self, connection: duckdb.DuckDBPyConnection, text: str) -> None:
+        """Create what ``text``, a query, may name or list, and all that it is made of."""
+        if LISTS.search(text):
+            self.create_all(connection)
+            return
+        found: set[str] = set()
+        words = _words(text)
+        while words:
+            names = {name for word in words for name in self._names.get(word, ())} - found
+            found |= names
+            words = {word for name in names for word in self._words[name]}
+        self._create(connection, found)
+
+    def _create(self, connection: duckdb.DuckDBPyConnection, names: set[str]) -> bool:
+        wanted = [name for name in self._missing if name in names]
+        for name in wanted:
+            if name in self._tables:
+                _create_table(connection, name, self._tables[name])
+            for statement in self._statements.get(name, ()):
+                connection.execute(statement)  # it may read files, so it may fail
+            self._missing.remove(name)
+        return bool(wanted)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
+
+
+def _create_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:
+    """Create ``table``.
 
     Most tables of most runs are empty. DuckDB creates an empty table from its columns in a third of
     the time that it takes to import it.
     """
-    connection.execute("CREATE SCHEMA internal")
-    for name, table in tables.items():
-        columns = [_column(field) for field in table.schema]
-        if len(table) or None in columns:
-            connection.from_arrow(table).create(name)
-        else:
-            connection.execute(f"CREATE TABLE {name} ({', '.join(filter(None, columns))})")
-    for statement in statements:
-        connection.execute(statement)
+    columns = [_column(field) for field in table.schema]
+    if len(table) or None in columns:
+        connection.from_arrow(table).create(name)
+    else:
+        connection.execute(f"CREATE TABLE {name} ({', '.join(filter(None, columns))})")
 
 
 def _column(field: pa.Field) -> str | None:

@@ -43,10 +43,8 @@ class Setup:
     """DuckDB settings."""
     tables: Mapping[str, pa.Buffer]
     """Small tables of the run as Arrow streams, by name."""
-    statements: Sequence[str]
-    """SQL that makes the views, executed in order after the tables exist."""
-    macros: Mapping[str, str]
-    """SQL that makes each macro, by name."""
+    statements: Mapping[str, Sequence[str]]
+    """SQL that makes the views and macros over the tables, by name, each after what it needs."""
     sizes: Mapping[str, int]
     """Sizes in bytes of the files that may be read, by name."""
     memory_bytes: int

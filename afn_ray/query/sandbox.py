@@ -30,10 +30,7 @@ from afn_ray.query.protocol import FRAME, LENGTH, READ, Answer, Request, Setup, 
 from afn_ray.query.session import OUT_OF_MEMORY
 
 START_S = 120.0
-"""Longest start of the process, in seconds.
-
-It reads the footers of a few files, perhaps from a slow bucket.
-"""
+"""Longest start of the process, in seconds: the machine may be busy."""
 POLL_MS = 20
 """Interval between two checks of a query's memory and time, in milliseconds."""
 GRACE_S = 0.5

@@ -14,7 +14,7 @@ import duckdb
 import pyarrow as pa
 
 from afn_ray.query.files import ServedFiles
-from afn_ray.query.filling import decode_tables, fill
+from afn_ray.query.filling import Filling, decode_tables
 from afn_ray.query.intervals import check_intervals
 from afn_ray.query.protocol import Answer, AnswerFields, Made, Request, Settings, Setup, Steps
 
@@ -41,12 +41,6 @@ ALLOWED = (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN, duckdb.Sta
 
 SELECT includes FROM, WITH, VALUES, DESCRIBE, SHOW and SUMMARIZE. MULTI is PIVOT without an IN list.
 """
-MACRO_LISTS = re.compile(
-    r"duckdb_functions|pg_proc|pg_description|query|json_execute", re.IGNORECASE
-)
-"""Pattern of what lists macros, or may call one, without its name in the text."""
-ONE_THREAD_BYTES = 16 << 20
-"""Size of all small tables, in bytes, up to which one thread is fastest at importing them."""
 READ_ONLY = "BEGIN TRANSACTION READ ONLY"
 """SQL that begins the transaction of every query."""
 MAX_RELATIONS = 32
@@ -77,15 +71,11 @@ class Session:
             int, tuple[duckdb.DuckDBPyConnection, Iterator[pa.RecordBatch]]
         ] = OrderedDict()
         self._number = 0
-        self._macros = dict(setup.macros)
         settings = {**setup.settings, "arrow_lossless_conversion": True}
-        if sum(stream.size for stream in setup.tables.values()) <= ONE_THREAD_BYTES:
-            settings["threads"] = 1
         self.connection = duckdb.connect(":memory:", config=settings)
         self.connection.register_filesystem(ServedFiles(setup.sizes, read))
-        fill(self.connection, decode_tables(setup.tables), setup.statements)
+        self._filling = Filling(self.connection, decode_tables(setup.tables), setup.statements)
         for statement in (
-            f"SET threads = {setup.settings['threads']}",
             "SET disabled_filesystems = 'LocalFileSystem'",
             # This also permits writing, which ServedFiles refuses.
             "SET allowed_directories = ['afn://']",
@@ -129,10 +119,10 @@ class Session:
         try:
             cursor, made = self._bound(steps)
         except duckdb.CatalogException:
-            if not self._macros:
+            # It may name a view in a way of its own, and its hint is to know of all.
+            if not self._create_all():
                 raise
-            # It may name a macro in a way of its own, and its hint is to know of them.
-            cursor, made = self._bound(steps, every_macro=True)
+            cursor, made = self._bound(steps)
         fields: AnswerFields = {"columns": [], "types": []}
         if isinstance(made, duckdb.DuckDBPyRelation):
             fields = {"columns": made.columns, "types": [str(kind) for kind in made.types]}
@@ -143,14 +133,16 @@ class Session:
             self._relations.popitem(last=False)
         return Answer(fields)
 
-    def _bound(
-        self, steps: Steps, every_macro: bool = False
-    ) -> tuple[duckdb.DuckDBPyConnection, Any]:
+    def _create_all(self) -> bool:
+        """Create whatever is not there yet. False: nothing was missing."""
+        cursor = self.connection.cursor()
+        with self._at_work(cursor):
+            return self._filling.create_all(cursor)
+
+    def _bound(self, steps: Steps) -> tuple[duckdb.DuckDBPyConnection, Any]:
         """The result of ``steps``, and its cursor."""
         cursor = self.connection.cursor()
         with self._at_work(cursor):
-            if every_macro:
-                self._create_macros(cursor, "duckdb_functions")
             return cursor, self._make(cursor, steps)
 
     def read(self, key: int, batch_rows: int) -> Answer:
@@ -232,8 +224,8 @@ class Session:
                 "SUMMARIZE, PIVOT or EXPLAIN; for changes of your own, take rows out with "
                 ".to_arrow_table() or --format"
             )
-        # Before the caller's tables are there, which a macro does not read.
-        self._create_macros(cursor, repr((query, steps[1:])))
+        # Before the caller's tables are there, which a view does not read.
+        self._filling.create_named(cursor, repr((query, steps[1:])))
         for name, table in tables.items():
             cursor.register(name, table)
         if not within:
@@ -249,16 +241,6 @@ class Session:
                 **{k: self._argument(cursor, a) for k, a in options.items()},
             )
         return made
-
-    def _create_macros(self, cursor: duckdb.DuckDBPyConnection, text: str) -> None:
-        """Create the macros that ``text`` may name or list.
-
-        DuckDB takes as long to create ``kwic`` as to create all views, and few queries name it.
-        """
-        for name in list(self._macros):
-            if MACRO_LISTS.search(text) or name in text.lower():
-                cursor.execute(self._macros[name])  # it reads files, so it may fail
-                del self._macros[name]
 
     def _argument(self, cursor: duckdb.DuckDBPyConnection, value: Any) -> Any:
         return self._make(cursor, value.steps, within=True) if isinstance(value, Made) else value

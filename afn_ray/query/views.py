@@ -145,48 +145,52 @@ def statements(
     documents: Sequence[ShardFile],
     neurons: NeuronFiles | None,
     recorded: RecordedColumns,
-) -> list[str]:
-    """SQL statements that create the views.
+) -> dict[str, list[str]]:
+    """SQL statements that create the views and macros and comment on views, by their names.
 
-    The run's small tables must exist under the names of their views. ``neurons`` are the files of
+    They need the run's small tables under the names of their views. ``neurons`` are the files of
     recorded neurons, or None.
     """
     # A token that occurs both as text and as a special token has two vocabulary rows with the same
     # text.
     is_spaced = f"any_value(token)[1] IN ({SPACES}) AS is_spaced"
     rows = tokens_of(tokens, recorded.offsets)
-    made = [
-        "CREATE TABLE internal.types AS SELECT token_id, any_value(token) AS token, "  # noqa: S608
-        "any_value(text) AS text, "
-        f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary GROUP "
-        "BY token_id",
-        f"CREATE VIEW tokens AS {tokens_view(rows, recorded)}",
-        f"CREATE VIEW documents AS {documents_view(rows_of(documents), recorded)}",
-        f"CREATE VIEW words AS {words_view(tokens, documents, recorded)}",
-        f"CREATE VIEW word_vocabulary AS FROM {_table_of(recorded.word_table, 'no_words')}",
-        f"CREATE VIEW classes AS {classes_view(rows, recorded)}",
-        f"CREATE VIEW salience AS {SALIENCE_VIEW}",
-        f"CREATE VIEW word_salience AS {WORD_SALIENCE_VIEW}",
-        f"CREATE VIEW token_neurons AS {token_neurons_view(neurons, recorded)}",
-        f"CREATE VIEW neuron_types AS {neuron_types_view(neurons)}",
-        f"CREATE VIEW mean_vectors AS {mean_vectors_view(recorded.mean_vectors)}",
-    ]
-    made += [
-        f"COMMENT ON {'VIEW' if n in DERIVED else 'TABLE'} {n} IS '{text}'"
-        for n, text in VIEWS.items()
-    ]
-    return made
+    views = {
+        "tokens": tokens_view(rows, recorded),
+        "documents": documents_view(rows_of(documents), recorded),
+        "words": words_view(tokens, documents, recorded),
+        "word_vocabulary": f"FROM {_table_of(recorded.word_table, 'no_words')}",
+        "classes": classes_view(rows, recorded),
+        "salience": SALIENCE_VIEW,
+        "word_salience": WORD_SALIENCE_VIEW,
+        "token_neurons": token_neurons_view(neurons, recorded),
+        "neuron_types": neuron_types_view(neurons),
+        "mean_vectors": mean_vectors_view(recorded.mean_vectors),
+    }
+    made = {
+        "internal.types": [
+            "CREATE TABLE internal.types AS SELECT token_id, "  # noqa: S608
+            "any_value(token) AS token, any_value(text) AS text, "
+            f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary "
+            "GROUP BY token_id"
+        ]
+    }
+    made |= {name: [f"CREATE VIEW {name} AS {sql}"] for name, sql in views.items()}
+    for name, text in VIEWS.items():
+        kind = "VIEW" if name in DERIVED else "TABLE"
+        made.setdefault(name, []).append(f"COMMENT ON {kind} {name} IS '{text}'")
+    return made | _macros(tokens, recorded)
 
 
-def macros(tokens: Sequence[ShardFile], recorded: RecordedColumns) -> dict[str, str]:
+def _macros(tokens: Sequence[ShardFile], recorded: RecordedColumns) -> dict[str, list[str]]:
     """SQL statements that create the macros over the views, by name."""
     kwic = answerable(kwic_macro(tokens, recorded), recorded, NO_WORDS)
     rows = tokens_of(tokens, recorded.offsets)
     text = document_text_macro(rows, recorded.offsets)
     text = answerable_value(text, recorded, NO_WORDS)
     return {
-        "kwic": f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic}",
-        "document_text": f"CREATE MACRO document_text(document) AS ({text})",
+        "kwic": [f"CREATE MACRO kwic(word, n := 5, most := NULL) AS TABLE {kwic}"],
+        "document_text": [f"CREATE MACRO document_text(document) AS ({text})"],
     }
 
 

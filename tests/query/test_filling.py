@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from afn_ray import schema
-from afn_ray.query.filling import decode_tables, encode_tables, fill, sql_type
+from afn_ray.query.filling import Filling, decode_tables, encode_tables, sql_type
 
 SCHEMAS = {k: v for k, v in vars(schema).items() if isinstance(v, pa.Schema)}
 
@@ -16,7 +16,7 @@ SCHEMAS = {k: v for k, v in vars(schema).items() if isinstance(v, pa.Schema)}
 def test_an_empty_table_has_the_columns_that_duckdb_imports(name: str) -> None:
     empty = SCHEMAS[name].empty_table()
     with duckdb.connect() as connection:
-        fill(connection, {"made": empty}, [])
+        Filling(connection, {"made": empty}, {}).create_all(connection)
         made, imported = connection.table("made"), connection.from_arrow(empty)
         assert (made.columns, made.types) == (imported.columns, imported.types)
 
@@ -27,7 +27,7 @@ def test_a_type_that_has_no_name_here_is_imported() -> None:
     )
     assert [sql_type(kind) for kind in odd.types] == [None, None]
     with duckdb.connect() as connection:
-        fill(connection, {"made": odd.empty_table()}, [])
+        Filling(connection, {"made": odd.empty_table()}, {}).create_all(connection)
         imported = connection.from_arrow(odd.empty_table())
         assert connection.table("made").types == imported.types
 

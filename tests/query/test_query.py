@@ -30,8 +30,11 @@ import pytest
 
 from afn_ray.errors import QueryError, StoreError
 from afn_ray.query import expressions, processes, result, sandbox, session, views
+from afn_ray.query.contents import read_contents
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
+from afn_ray.query.filling import Filling
+from afn_ray.query.views import VIEWS
 from afn_ray.reduce import lexicon
 from afn_ray.run_info import RunInfo
 from afn_ray.schema import (
@@ -795,21 +798,50 @@ def attacks(store: Path, out: Path) -> list[str]:
         "SELECT doc FROM query('FROM kw' || 'ic(''bank'')')",
         "SELECT doc FROM query($asked)",
         "SELECT function_name AS doc FROM duckdb_functions() WHERE NOT internal",
+        "SELECT n AS doc FROM Main.VOCABULARY",
+        "SELECT n AS doc FROM query_table('vocab' || 'ulary')",
+        "SELECT table_name AS doc FROM information_schema.tables",
+        "SELECT name AS doc FROM (SHOW ALL TABLES)",
     ],
 )
-def test_a_macro_is_there_for_each_query_that_may_see_it(store: Path, query: str) -> None:
-    """It is created only then, so each query has a process of its own."""
+def test_views_and_macros_are_there_for_each_query_that_may_see_them(
+    store: Path, query: str
+) -> None:
+    """They are created only then, so each query has a process of its own."""
     with open_run(str(store)) as run:
         asked = {"asked": "FROM kwic('bank')"} if "$" in query else None
         found = {doc for (doc,) in run.sql(query, asked).fetchall()}
         if "functions" in query:
             assert found >= {"kwic", "document_text"}
+        if "table_name" in query or "SHOW" in query:
+            assert found >= VIEWS.keys()
         assert found
 
 
-def test_a_hint_knows_the_macros(store: Path) -> None:
-    with open_run(str(store)) as run, pytest.raises(QueryError, match='"kwic"'):
-        run.sql("FROM kiwc('bank')").fetchall()
+@pytest.mark.parametrize("name", [*VIEWS, "kwic('bank')"])
+def test_a_view_comes_with_all_that_it_is_made_of_and_with_its_comment(
+    store: Path, name: str
+) -> None:
+    place = str(store).replace("'", "''")
+    contents = read_contents(manifest.find_run(str(store)), None, f"'{place}/' || ")
+    with duckdb.connect() as connection:
+        filling = Filling(connection, contents.tables, contents.statements)
+        filling.create_named(connection, f"FROM {name.upper()}")
+        assert connection.sql(f"FROM {name}").columns
+        made = connection.sql(
+            "SELECT view_name, comment FROM duckdb_views() WHERE NOT internal "
+            "UNION ALL SELECT table_name, comment FROM duckdb_tables() WHERE schema_name = 'main'"
+        )
+        comments = dict(made.fetchall())
+    assert len(comments) < len(contents.tables)
+    if name in VIEWS:
+        assert comments[name] == VIEWS[name]
+
+
+def test_a_hint_knows_the_views_and_macros(store: Path) -> None:
+    for wrong, right in (("kiwc('bank')", "kwic"), ("salienc", "salience")):
+        with open_run(str(store)) as run, pytest.raises(QueryError, match=f'"{right}"'):
+            run.sql(f"FROM {wrong}").fetchall()
 
 
 def test_a_step_may_name_a_macro(store: Path) -> None:
