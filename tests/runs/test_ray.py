@@ -298,15 +298,20 @@ def listening(pids: set[str]) -> set[str]:
     return found
 
 
-def test_a_ray_of_our_own_listens_on_loopback_alone(local_ray: None) -> None:
+def test_a_ray_of_our_own_listens_on_loopback_alone_and_has_nothing_needless(
+    local_ray: None,
+) -> None:
     session = ray._private.worker._global_node.get_session_dir_path()
-    pids = {str(os.getpid())}
+    commands = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it ended, or is not ours
-            if session.encode() in (process / "cmdline").read_bytes():
-                pids.add(process.name)
-    assert len(pids) >= 3  # this one, gcs_server, raylet
-    found = listening(pids)
+            command = (process / "cmdline").read_bytes()
+            if session.encode() in command:
+                commands[process.name] = command
+    assert len(commands) >= 2  # gcs_server, raylet
+    for script in (b"/dashboard.py", b"/monitor.py", b"/log_monitor.py"):
+        assert not any(script in command for command in commands.values())
+    found = listening({str(os.getpid()), *commands})
     assert found and found <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
