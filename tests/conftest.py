@@ -539,8 +539,8 @@ def race_attempts(store: str, folder: Path, options: ReadOptions, rounds: int) -
 def afn(
     *args: str | Path, stdin: str | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """``afn`` with ``args`` in a process of its own, once it has ended."""
-    command = [sys.executable, "-m", "afn_ray", *map(str, args)]
+    """``afn`` with ``args`` in a process of its own, a warm fork, once it has ended."""
+    command = [warm_workers.choose(has_faults=False), "-m", "afn_ray", *map(str, args)]
     return subprocess.run(
         command, capture_output=True, text=True, input=stdin, cwd=cwd, timeout=300
     )

@@ -11,12 +11,16 @@ import html
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import nbclient
 import nbformat
 import pytest
+
+import warm_workers
 
 TOUR = Path(__file__).parents[1] / "infra" / "guide" / "tour.ipynb"
 PNG = "iVBORw0KGgo"
@@ -28,13 +32,16 @@ def tour() -> Any:
 
 
 def executed(notebook: Any, folder: Path) -> Any:
-    """``notebook`` after a run of all its cells in a process and a folder of its own."""
+    """``notebook`` after a run of all its cells in a process, a warm fork, and a folder of its
+    own.
+    """
     found = copy.deepcopy(notebook)
     where = {"metadata": {"path": str(folder)}}
     client = nbclient.NotebookClient(
         found, timeout=300, kernel_name="python3", resources=where, record_timing=False
     )
-    client.execute()
+    with mock.patch.object(sys, "executable", warm_workers.choose(has_faults=False)):
+        client.execute()
     found.metadata = notebook.metadata
     for cell in found.cells:
         for output in cell.get("outputs", ()):

@@ -4,10 +4,10 @@ A worker spends 8 of its 9 CPU seconds before its first shard on the imports of 
 transformers, and the tests start about a hundred workers. ``WarmPython`` makes an executable that
 replaces ``sys.executable`` where a Ray starts. When raylet runs Ray's ``setup_worker.py`` with it,
 a template process forks, and the fork runs Ray's own scripts; raylet's child, a small process,
-waits for the fork's end. The scripts of jobs/ and the processes of benchmarks run in forks too, and
-so do the workers of a Ray that a fork starts. Every other program runs in the real Python, and so
-does a worker that loads the faults of tests/chaos/plugin where the template does not, or the
-reverse.
+waits for the fork's end. So do the scripts of jobs/, a test's ``script.py``, ``-m afn_ray``, a
+notebook's kernel, the processes of benchmarks, and the workers of a Ray that a fork starts. Every
+other program runs in the real Python, and so does a worker that loads the faults of
+tests/chaos/plugin where the template does not, or the reverse.
 
 A fork has a process group of its own, as raylet's children have, but the session of the template,
 which is its parent; the kernel kills it when raylet's child dies. What the C library reads as a
@@ -48,7 +48,10 @@ IMPORTS = (
 """Modules that take seconds to import. Ray is not among them: it reads its settings from the
 environment as it is imported.
 """
-FORKED = '*/setup_worker.py\\ * | */jobs/*.py\\ * | "-m afn_ray.bench.worker"'
+FORKED = (
+    r'*/setup_worker.py\ * | */jobs/*.py\ * | */script.py\ * | "-m afn_ray.bench.worker" | '
+    r'"-m afn_ray" | "-m ipykernel_launcher"'
+)
 """Programs that run in forks, by the first two arguments, as a pattern of the shell."""
 FAULTS = "AFN_CHAOS"
 """Environment variable of processes that load the faults of tests/chaos/plugin."""

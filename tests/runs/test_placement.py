@@ -9,7 +9,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from rich.console import Console
 
 import afn_ray
 import simulated
+import warm_workers
 from afn_ray import model
 from afn_ray.bench import contest
 from afn_ray.cli import estimates
@@ -419,7 +419,8 @@ def test_two_workers_share_each_gpu_of_a_real_ray(
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": verse} for verse in verses[:100]])
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, script, corpus, tiny_bert, tmp_path / "store"]
+    python = warm_workers.choose(has_faults=False)  # its Ray's workers are forks too
+    command = [python, script, corpus, tiny_bert, tmp_path / "store"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, env=env, timeout=300

@@ -23,6 +23,7 @@ import pytest
 import ray
 
 import afn_ray
+import warm_workers
 from afn_ray import model
 from afn_ray.errors import ConfigError, IncompleteRun, ModelError, StoreError
 from afn_ray.runs import demo
@@ -218,7 +219,8 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     flags = {"shard-bytes": "19000", "layers": "2", "dtype": "float32", "workers": "2"}
     paths = [str(corpus), "--model", str(tiny_bert), "--store", str(store)]
     given = [f"--{name}={value}" for name, value in flags.items()]
-    command = [sys.executable, "-m", "afn_ray", "run", *paths, *given]
+    python = warm_workers.choose(has_faults=False)  # its Ray's workers are forks too
+    command = [python, "-m", "afn_ray", "run", *paths, *given]
     with killed(
         subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
     ) as driver:
@@ -319,6 +321,7 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "hello there"}])
     code = (
         "import sys, ray, afn_ray\n"
+        "sys.executable = sys.argv[4]\n"
         "config = afn_ray.RunConfig(corpus=(sys.argv[1],), model=sys.argv[2], store=sys.argv[3], "
         "workers=1)\n"
         "print(afn_ray.run(config).info['counts']['documents'])\n"
@@ -326,8 +329,10 @@ def test_a_script_that_imports_ray_first_can_run(tmp_path: Path, tiny_bert: Path
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
         "HOME": str(tmp_path)
     }
+    paths = [str(corpus), str(tiny_bert), str(tmp_path / "store")]
+    python = warm_workers.choose(has_faults=False)  # of the worker
     done = subprocess.run(
-        [sys.executable, "-c", code, str(corpus), str(tiny_bert), str(tmp_path / "store")],
+        [sys.executable, "-c", code, *paths, python],
         capture_output=True,
         text=True,
         env=environment,

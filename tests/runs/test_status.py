@@ -11,7 +11,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import tomllib
 from collections import Counter
@@ -23,6 +22,7 @@ import pytest
 import yaml
 
 import afn_ray
+import warm_workers
 from afn_ray import logs
 from afn_ray.analysis import verify
 from afn_ray.cli import commands as cli
@@ -708,8 +708,11 @@ def live(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Live:
         "--log-format",
         "json",
     ]
+    script = folder / "script.py"
+    script.write_text(LIVE)
+    python = warm_workers.choose(has_faults=False)  # its Ray's workers are forks too
     done = subprocess.run(
-        [sys.executable, "-c", LIVE, store, *command], capture_output=True, text=True, timeout=180
+        [python, script, store, *command], capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr
     workers = Path(f"{store}.workers").read_text()
@@ -926,7 +929,7 @@ def test_commands_of_the_guide_run(
         block for block in fenced(GUIDE.read_text(), "sh") if not block.startswith("pip install ")
     ]
     assert len(commands) == 4
-    shim = f'afn() {{ "{sys.executable}" -m afn_ray "$@"; }}\n'
+    shim = f'afn() {{ "{warm_workers.choose(has_faults=False)}" -m afn_ray "$@"; }}\n'
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", shim + "".join(commands)],
         cwd=tmp_path,
