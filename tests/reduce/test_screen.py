@@ -177,10 +177,10 @@ def test_reasons_and_texts_are_those_of_the_document(made: RunConfig, verses: li
 
 
 def test_planted_junk_is_found(tmp_path: Path, minilm: Path, verses: list[str]) -> None:
-    """A tenth of ``jobs/benchmark.py screen``, on real weights: the same six kinds, and the orders
+    """A 25th of ``jobs/benchmark.py screen``, on real weights: the same six kinds, and the orders
     that it must beat.
     """
-    texts, planted = bench.plant(verses[20_000:23_000], 1)
+    texts, planted = bench.plant(verses[20_000:21_200], 1)
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in texts])
     config = RunConfig(
         corpus=(str(corpus),),
@@ -193,7 +193,7 @@ def test_planted_junk_is_found(tmp_path: Path, minilm: Path, verses: list[str]) 
     with afn_ray.run(config) as run:
         found = bench.evaluate(run, planted)["orders"]
     print(found)
-    assert len(planted) == 30 and len(set(planted.values())) == 6
+    assert len(planted) == 12 and len(set(planted.values())) == 6
     assert (
         found["screening"]["precision"] >= 0.8 and found["screening"]["average_precision"] >= 0.85
     )
