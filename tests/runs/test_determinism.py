@@ -45,7 +45,7 @@ def processors(request: pytest.FixtureRequest) -> Iterator[Callable[..., Process
                 model=str(request.getfixturevalue(kind)),
                 store="/nowhere",
                 executor="inline",
-                layers="all",
+                layers="0,1,2" if kind == "minilm" else "all",  # its blocks have one shape
                 batch_tokens=batch_tokens,
             )
             made[kind, batch_tokens, dtype] = make_processor(config, dtype)
@@ -66,6 +66,9 @@ def unrounded() -> Iterator[None]:
 
 ALONE: WeakKeyDictionary[Processor, list[np.ndarray]] = WeakKeyDictionary()
 """Strengths of all texts of ``pool``, measured together, by processor."""
+
+SINGLE: WeakKeyDictionary[Processor, dict[str, np.ndarray]] = WeakKeyDictionary()
+"""Strengths of texts that were measured one at a time, by processor."""
 
 
 def measure(processor: Processor, texts: list[str]) -> list[np.ndarray]:
@@ -182,9 +185,20 @@ def test_every_budget_gives_the_same_strengths(
         np.testing.assert_allclose(measure(first, [texts[at]])[0], expected[at], rtol=2e-5)
 
 
+NUM_WORDS = (1, 2, 3, 5, 8, 13, 19, 21, 27, 34, 40, 45, 50, 55, 61, 77, 89, 104, 128, 150)
+"""Lengths of documents, in words: of a part of a window, of one, and of several."""
+
+
+def measured_alone(processor: Processor, text: str) -> np.ndarray:
+    known = SINGLE.setdefault(processor, {})
+    if text not in known:
+        (known[text],) = measure(processor, [text])
+    return known[text]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
-    words=st.lists(st.integers(1, 150), min_size=1, max_size=30),
+    words=st.lists(st.sampled_from(NUM_WORDS), min_size=1, max_size=30),
     budget=st.sampled_from(BUDGETS),
     data=st.data(),
 )
@@ -196,14 +210,17 @@ def test_any_packing_gives_what_a_document_alone_gives(
     verses: list[str],
 ) -> None:
     source = " ".join(verses[:60]).split()
-    texts = [" ".join(source[7 * i : 7 * i + n]) for i, n in enumerate(words)]
+    texts = []
+    for i, n in enumerate(words):
+        begin = 7 * (i % 3)
+        texts.append(" ".join(source[begin : begin + n]))
     order = data.draw(st.permutations(range(len(texts))))
     for kind in ("tiny_bert", "tiny_gpt", "tiny_mpnet"):
         alone = processors(kind, 64)
         for i, got in zip(
             order, measure(processors(kind, budget), [texts[i] for i in order]), strict=True
         ):
-            np.testing.assert_allclose(got, measure(alone, [texts[i]])[0], rtol=2e-5)
+            np.testing.assert_allclose(got, measured_alone(alone, texts[i]), rtol=2e-5)
 
 
 # --- workers, order and threads

@@ -110,7 +110,7 @@ def reference(folder: Path, texts: list[str]) -> list[tuple[list[int], list[np.n
 def test_recorded_strengths_equal_the_hugging_face_loop(
     tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
 ) -> None:
-    texts = verses[::400]
+    texts = verses[::800]
     write_jsonl(tmp_path / "c.jsonl", [{"id": i, "text": t} for i, t in enumerate(texts)])
     config = make_config(
         corpus=(str(tmp_path / "c.jsonl"),), model=str(minilm), layers="all", id_column="id"
@@ -1217,7 +1217,7 @@ def test_single_documents_of_100_megabytes_are_quarantined_and_the_others_measur
 def test_a_token_of_real_text_takes_at_most_6_bytes_and_4_without_offsets(
     tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
 ) -> None:
-    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:1500]])
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": t} for t in verses[:800]])
     for offsets, limit in ((True, 6), (False, 4)):
         config = make_config(
             corpus=(str(corpus),),
