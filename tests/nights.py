@@ -35,10 +35,11 @@ SCRIPT = Path(__file__).parents[1] / "jobs" / "nightly_audit.py"
 
 
 PRELOADED = [
-    "afn_ray.cli.commands",
+    *warm_workers.IMPORTS,
     "afn_ray.analysis.audit",
+    "afn_ray.runs.cluster",
+    "afn_ray.runs.composer",
     "afn_ray.show.report",
-    "transformers.models.bert.modeling_bert",
 ]
 """Imports that take seconds; a job is a fork of a process that has it."""
 

@@ -41,7 +41,7 @@ class Dated:
         self.config, self.policy = folder / "run.toml", folder / "policy.toml"
         self.config.write_text(
             f'corpus = "{self.texts}/dt=*/"\nmodel = "{model}"\nstore = "{self.store}"\n'
-            'layers = "0,2"\ndtype = "float32"\nexecutor = "inline"\nbatch_tokens = 256\n'
+            'layers = "2"\ndtype = "float32"\nexecutor = "inline"\nbatch_tokens = 256\n'
         )
         self.policy.write_text(NEW + LIMITS)
 

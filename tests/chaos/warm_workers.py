@@ -42,7 +42,10 @@ IMPORTS = (
     "afn_ray.runs.worker",
     "afn_ray.model",
     "afn_ray.reduce.shards",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.bert.modeling_bert",
+    "transformers.models.bert.tokenization_bert",
+    "pyarrow.dataset",
     "s3fs",
 )
 """Modules that take seconds to import. Ray is not among them: it reads its settings from the
