@@ -1,4 +1,5 @@
-"""moto's server of S3, whose conditional creation is atomic as that of S3 is.
+"""moto's server of S3, whose conditional creation is atomic as that of S3 is, and which keeps
+connections open as S3 does.
 
 moto looks for the object and then writes it: of two requests at once, both may find none. The tests
 make some ten thousand requests, so it does not look for moto's modules and write a line for each.
@@ -13,8 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import moto.server
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication
-from werkzeug.serving import WSGIRequestHandler
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler
+from werkzeug.test import run_wsgi_app
 
 
 class Atomic(DomainDispatcherApplication):
@@ -27,16 +28,37 @@ class Atomic(DomainDispatcherApplication):
         return super().get_backend_for_host(host)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        # A client that is stopped while it sends must not hold the lock, and what is not read would
+        # be taken for the next request.
+        is_chunked = environ.get("wsgi.input_terminated", False)
+        length = -1 if is_chunked else int(environ.get("CONTENT_LENGTH") or 0)
+        environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
         if "HTTP_IF_NONE_MATCH" not in environ:
             return super().__call__(environ, start_response)
-        # A client that is stopped while it sends must not hold the lock.
-        length = int(environ.get("CONTENT_LENGTH") or 0)
-        environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(length))
         with self._creating:
             return super().__call__(environ, start_response)
 
 
+class KeptOpen(MotoRequestHandler):
+    """A connection for many requests, without a log; werkzeug's are for one."""
+
+    disable_nagle_algorithm = True  # an answer's head and body are sent one after the other
+
+    def run_wsgi(self) -> None:
+        """Answer one request."""
+        parts, status, headers = run_wsgi_app(self.server.app, self.make_environ(), buffered=True)
+        body = b"".join(parts)
+        if "Content-Length" not in headers:
+            headers["Content-Length"] = str(len(body))
+        code, _, reason = status.partition(" ")
+        self.send_response_only(int(code), reason)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
 if __name__ == "__main__":
-    setattr(WSGIRequestHandler, "log_request", lambda *args, **options: None)  # noqa: B010
-    vars(moto.server)["DomainDispatcherApplication"] = Atomic
+    vars(moto.server).update(DomainDispatcherApplication=Atomic, MotoRequestHandler=KeptOpen)
     moto.server.main()
