@@ -107,8 +107,9 @@ def test_poison_that_raises_exits_and_hangs_is_quarantined_and_nothing_else_is(
 
 
 def test_a_corpus_that_changes_between_plan_and_read_fails_its_shards_with_that_reason(
-    ground: Ground, local_ray: None
+    ground: Ground, workers: Chaos
 ) -> None:
+    workers.plan()  # none, but so the workers are forks: those of this Ray load the faults
     corpus = f"{ground.corpus}-{uuid.uuid4().hex[:8]}"
     fs, path = uris.open_filesystem(corpus)
     fs.copy(uris.open_filesystem(ground.corpus)[1], path, recursive=True)
