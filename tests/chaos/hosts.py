@@ -126,7 +126,7 @@ class Afn:
     ) -> None:
         self.arguments = arguments
         self.process = subprocess.Popen(
-            [*within, sys.executable, "-m", "afn_ray", *arguments],
+            [*within, choose(has_faults=True), "-m", "afn_ray", *arguments],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -285,6 +285,8 @@ def _own_nodes() -> None:
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2", "c": "10.77.0.3"}
 """Addresses of the hosts, in their namespaces alone."""
+START_NODE = "import sys, ray.scripts.scripts as s; sys.executable = sys.argv.pop(1); s.main()"
+"""``ray start``, given the executable of the node's workers."""
 NAMESPACE = re.compile("afn-([0-9]+)-[abc]")
 
 
@@ -425,8 +427,9 @@ class Hosts:
     def _start_ray(self, host: str, *options: str) -> None:
         output = self.start(
             host,
-            "-m",
-            "ray.scripts.scripts",
+            "-c",
+            START_NODE,
+            choose(has_faults=True),
             "start",
             "--block",
             f"--node-ip-address={ADDRESSES[host]}",

@@ -11,14 +11,15 @@ tests/chaos/plugin where the template does not, or the reverse.
 
 A fork has a process group of its own, as raylet's children have, but the session of the template,
 which is its parent; the kernel kills it when raylet's child dies. What the C library reads as a
-program starts (``MALLOC_...``) is the template's. The hosts of tests/chaos in network namespaces,
-and commands of ``test_jobs`` and ``test_readme``, start workers from nothing.
+program starts (``MALLOC_...``) is the template's. A fork enters the network of whoever asks for it.
+The commands of ``test_jobs`` and ``test_readme`` start workers from nothing.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import fcntl
 import gc
 import importlib
@@ -64,6 +65,8 @@ PYTHON_PATH = os.pathsep.join(
 """PYTHONPATH of these processes."""
 VARIABLES = {False: "AFN_WARM_PYTHON", True: "AFN_WARM_PYTHON_WITH_FAULTS"}
 """Environment variables with the executables of a test run: without and with the faults."""
+NETWORK = Path("/proc/self/ns/net")
+"""Namespace of the network that a process is in."""
 REQUEST_BYTES = 1 << 17
 """Longest request, in bytes: arguments, environment and folder of one worker."""
 
@@ -121,14 +124,16 @@ def _ask(address: str, arguments: list[str]) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as template:
         template.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * REQUEST_BYTES)
         template.connect(address)
-        socket.send_fds(template, [request], [0, 1, 2])
+        with NETWORK.open() as network:
+            socket.send_fds(template, [request], [0, 1, 2, network.fileno()])
         return int(template.recv(16) or 1)
 
 
 def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]]:
-    """Answer requests with forks; return only in a fork: its connection, request and files 0 to 2.
+    """Answer requests with forks; return only in a fork: its connection, request and files.
 
-    The template itself ends when its standard input does.
+    The files are 0 to 2 and the namespace of the asker's network. The template itself ends
+    when its standard input does.
     """
     workers: dict[int, tuple[int, socket.socket]] = {}
     waiting = selectors.PollSelector()
@@ -153,7 +158,7 @@ def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]
                     _warm()
                     is_warm = True
                 asker, _ = listener.accept()
-                request, files, _, _ = socket.recv_fds(asker, REQUEST_BYTES, 3)
+                request, files, _, _ = socket.recv_fds(asker, REQUEST_BYTES, 4)
                 if not request:  # it has gone
                     continue
                 if (pid := os.fork()) == 0:
@@ -184,6 +189,7 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
     atexit.register(gc.unfreeze)  # extensions that count what they have freed see it freed
     os.setpgid(0, 0)  # raylet kills the groups of its workers
     arguments, environment, folder = request
+    _join(files.pop())
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
@@ -213,6 +219,15 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
 
     os.execvp = go_on  # type: ignore[assignment]
     _run(arguments)
+
+
+def _join(network: int) -> None:
+    """Enter the network of whoever asked, where it is another."""
+    if os.fstat(network).st_ino != NETWORK.stat().st_ino:
+        c = ctypes.CDLL(None, use_errno=True)
+        if c.setns(network, 0):
+            raise OSError(ctypes.get_errno(), "the fork cannot enter the network of its host")
+    os.close(network)
 
 
 def _run(arguments: list[str]) -> None:
