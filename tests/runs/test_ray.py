@@ -250,10 +250,13 @@ def test_sigterm_stops_resumable_and_leaves_no_scratch(
     executor: str, tmp_path: Path, tiny_bert: Path
 ) -> None:
     scratch = tmp_path / "scratch"
+    python = warm_workers.choose(has_faults=False)  # of the worker; the driver has its own signals
+    code = "import sys; sys.executable = sys.argv.pop(1); import afn_ray.__main__"
     command = [
         sys.executable,
-        "-m",
-        "afn_ray",
+        "-c",
+        code,
+        python,
         "run",
         str(demo.corpus_file()),
         "--model",
