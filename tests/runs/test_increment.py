@@ -414,7 +414,7 @@ def test_ten_nights_of_any_changes(
             num_measured + done.measured.total(),
             num_shards + mine.info["counts"]["shards"],
         )
-        if night in (4, 7, 10):
+        if night in (5, 10):
             theirs, _ = run_over(replace(config, store=str(tmp_path / f"{night}")), work)
             check_same(mine, theirs)
         mine.close()
@@ -426,7 +426,7 @@ def test_ten_nights_of_any_changes(
 
 
 def test_in_a_bucket_the_etag_tells(
-    object_store: str, tmp_path: Path, tiny_bert: Path, verses: list[str], work: Work
+    object_store: str, tmp_path: Path, tiny_gpt: Path, verses: list[str], work: Work
 ) -> None:
     folder, place = tmp_path / "corpus", f"{object_store}/corpus"
     folder.mkdir()
@@ -434,7 +434,7 @@ def test_in_a_bucket_the_etag_tells(
     large(Part(folder, "01", verses))
     for file in folder.iterdir():
         storage.upload(file, f"{place}/{file.name}")
-    config = config_of(tiny_bert, place, f"{object_store}/store", **SMALL)
+    config = config_of(tiny_gpt, place, f"{object_store}/store", **SMALL)
     run, done = run_over(config, work)
     run.close()
     assert done.hashed == {"00": 3, "01": 1} and done.measured == {"00": 1, "01": 5}
@@ -448,14 +448,14 @@ def test_in_a_bucket_the_etag_tells(
     storage.delete([f"{place}/00-1.txt"])
     mine, done = run_over(config, work)
     assert done.hashed == {"01": 1} and done.measured == {"00": 1, "01": 1}
-    theirs, _ = run_over(config_of(tiny_bert, place, f"{object_store}/new", **SMALL), work)
+    theirs, _ = run_over(config_of(tiny_gpt, place, f"{object_store}/new", **SMALL), work)
     check_same(mine, theirs)
 
 
 def test_where_a_bucket_has_no_etag_the_time_does(
     object_store: str,
     tmp_path: Path,
-    tiny_bert: Path,
+    tiny_gpt: Path,
     verses: list[str],
     work: Work,
     monkeypatch: pytest.MonkeyPatch,
@@ -474,7 +474,7 @@ def test_where_a_bucket_has_no_etag_the_time_does(
         ]
 
     monkeypatch.setattr(corpus_files, "find_files", without_etag)
-    config = config_of(tiny_bert, f"{object_store}/corpus", f"{object_store}/store", **SMALL)
+    config = config_of(tiny_gpt, f"{object_store}/corpus", f"{object_store}/store", **SMALL)
     plan = make_plan(config)
     run_claims.begin_run(config, make_measure(), plan, 0)
     work.hashed = Counter()
