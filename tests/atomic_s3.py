@@ -2,13 +2,14 @@
 connections open as S3 does.
 
 moto looks for the object and then writes it: of two requests at once, both may find none. The tests
-make some ten thousand requests, so it does not look for moto's modules and write a line for each.
+make some ten thousand requests, so it looks for moto's modules once.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -40,12 +41,13 @@ class Atomic(DomainDispatcherApplication):
 
 
 class KeptOpen(MotoRequestHandler):
-    """A connection for many requests, without a log; werkzeug's are for one."""
+    """A connection for many requests; werkzeug's are for one."""
 
     disable_nagle_algorithm = True  # an answer's head and body are sent one after the other
 
     def run_wsgi(self) -> None:
-        """Answer one request."""
+        """Answer one request, after a line in the log, whose lines a test counts."""
+        print(f'"{self.requestline}"', file=sys.stderr)
         parts, status, headers = run_wsgi_app(self.server.app, self.make_environ(), buffered=True)
         body = b"".join(parts)
         if "Content-Length" not in headers:
