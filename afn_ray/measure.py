@@ -68,7 +68,7 @@ class Measure:
     """Recorded values of each token, and everything that these values depend on."""
 
     model: tuple[tuple[str, str], ...]
-    """Identity of the model, the items of ``model.identity``: checksums, versions of libraries."""
+    """Identity of the model, the items of ``model.load_identified``: checksums and versions."""
     model_type: str
     layers: tuple[int, ...]
     signals: tuple[str, ...]

@@ -24,6 +24,9 @@ from afn_ray.show import doctor
 PRIVATE = {
     "ray": [
         ("ray._private.ray_constants", "ENABLE_RAY_CLUSTER"),
+        ("ray._private.node", "Node.start_monitor"),
+        ("ray._private.node", "Node.start_log_monitor"),
+        ("ray._private.node", "Node.start_api_server"),
         ("ray._private.state", "state.actor_table"),
         ("ray._private.state", "state.get_draining_nodes"),
         ("ray._private.state", "state._connect_and_get_accessor"),

@@ -19,8 +19,8 @@ try:
         choose_device,
         count_devices,
         find_model,
-        identity,
         is_device_fault,
+        load_identified,
         load_tokenizer,
     )
     from afn_ray.model.fused import time_norms
@@ -50,10 +50,10 @@ __all__ = [
     "find_model",
     "free_memory",
     "has_fast_products",
-    "identity",
     "is_device_fault",
     "is_out_of_memory",
     "limit_memory",
+    "load_identified",
     "load_tokenizer",
     "prepare",
     "time_norms",

@@ -296,15 +296,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(source, "sha256").hexdigest()
 
 
-def identity(files: ModelFiles) -> dict[str, str]:
-    """Everything about the model that decides the recorded values, by name.
-
-    These are the SHA-256 of its files and of the built tokenizer, and the versions in ``MAKERS``.
-    Raises as ``load_tokenizer``.
-    """
-    return files.identity | {"tokenizer": _tokenizer(files).digest} | MAKERS
-
-
 def loading_failed(name: str, error: BaseException) -> str:
     """Message for a model that cannot be loaded, with a hint for common causes."""
     reason = _reason(error)
@@ -325,6 +316,15 @@ def load_tokenizer(files: ModelFiles) -> tokenizers.Tokenizer:
     Raises ``ModelError`` if the model has none, or if the tokenizer does not fit the model.
     """
     return _tokenizer(files).built
+
+
+def load_identified(files: ModelFiles) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """``load_tokenizer``, and everything about the model that decides the recorded values, by name.
+
+    These are the SHA-256 of its files and of the tokenizer, and the versions in ``MAKERS``.
+    """
+    found = _tokenizer(files)
+    return found.built, files.identity | {"tokenizer": found.digest} | MAKERS
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,16 @@ SQL_TYPES = {
     pa.timestamp("us"): "TIMESTAMP",
 }
 """DuckDB's types of Arrow's that are not nested."""
+WORD = re.compile(r"\w+")
 Statements = Mapping[str, Sequence[str]]
 """SQL by the name of the view, macro or table that it creates, or on which it comments."""
 LISTS = re.compile(
-    r"describe|show|duckdb_|pg_|information_schema|sqlite_|pragma|query|json_execute", re.IGNORECASE
+    r"describe|show|summarize|duckdb_|pg_|information_schema|sqlite_|pragma|query|json_execute"
+    r"|json_serialize_plan"
+    r"|(?:^|[(;]|\*/|\bexplain|\banalyze|\bunion)\s*desc\b",  # not that of ORDER BY
+    re.IGNORECASE | re.MULTILINE,
 )
-"""Pattern of what lists views and macros, or may call one, without its name in the text."""
+"""Pattern of queries that list or call views and macros without their names in the text."""
 
 
 def encode_tables(tables: Mapping[str, pa.Table]) -> dict[str, pa.Buffer]:
@@ -53,15 +57,15 @@ class Filling:
         tables: Mapping[str, pa.Table],
         statements: Statements,
     ) -> None:
-        """``connection`` is to the empty database. ``statements`` need only what precedes them."""
+        """``connection`` is to the empty database.
+
+        Each of ``statements`` uses only tables and views before it.
+        """
         self._tables = tables
         self._statements = statements
         self._missing = list(dict.fromkeys([*tables, *statements]))  # in an order to create them
-        self._words: dict[str, set[str]] = {}  # by name: the words of what creates it
         self._names: dict[str, list[str]] = {}  # by word: internal.salience and salience
         for name in self._missing:
-            made_of = [sql for sql in statements.get(name, ()) if not sql.startswith("COMMENT")]
-            self._words[name] = _words(" ".join(made_of))
             self._names.setdefault(name.rpartition(".")[2], []).append(name)
         connection.execute("CREATE SCHEMA internal")
 
@@ -75,26 +79,35 @@ class Filling:
             self.create_all(connection)
             return
         found: set[str] = set()
-        words = _words(text)
-        while words:
-            names = {name for word in words for name in self._names.get(word, ())} - found
-            found |= names
-            words = {word for name in names for word in self._words[name]}
+        waiting = self._named(text)
+        while waiting:
+            found.add(name := waiting.pop())
+            for statement in self._statements.get(name, ()):
+                if not statement.startswith("COMMENT"):
+                    waiting |= self._named(statement) - found
         self._create(connection, found)
+
+    def _named(self, text: str) -> set[str]:
+        """Names of what may be named in ``text``, which may be long."""
+        words = {match[0] for match in WORD.finditer(text.lower()) if match[0] in self._names}
+        return {name for word in words for name in self._names[word]}
 
     def _create(self, connection: duckdb.DuckDBPyConnection, names: set[str]) -> bool:
         wanted = [name for name in self._missing if name in names]
         for name in wanted:
-            if name in self._tables:
-                _create_table(connection, name, self._tables[name])
-            for statement in self._statements.get(name, ()):
-                connection.execute(statement)  # it may read files, so it may fail
+            # A statement may read files, or be interrupted: then nothing of ``name`` is there.
+            connection.begin()
+            try:
+                if name in self._tables:
+                    _create_table(connection, name, self._tables[name])
+                for statement in self._statements.get(name, ()):
+                    connection.execute(statement)
+                connection.commit()
+            except BaseException:
+                connection.rollback()
+                raise
             self._missing.remove(name)
         return bool(wanted)
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
 
 
 def _create_table(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> None:

@@ -119,7 +119,8 @@ class Session:
         try:
             cursor, made = self._bound(steps)
         except duckdb.CatalogException:
-            # It may name a view in a way of its own, and its hint is to know of all.
+            # The query may name a view in a way that its text does not show, and DuckDB's hint
+            # suggests only what exists.
             if not self._create_all():
                 raise
             cursor, made = self._bound(steps)
@@ -225,7 +226,7 @@ class Session:
                 ".to_arrow_table() or --format"
             )
         # Before the caller's tables are there, which a view does not read.
-        self._filling.create_named(cursor, repr((query, steps[1:])))
+        self._filling.create_named(cursor, "\n".join(_texts(steps)))
         for name, table in tables.items():
             cursor.register(name, table)
         if not within:
@@ -244,6 +245,17 @@ class Session:
 
     def _argument(self, cursor: duckdb.DuckDBPyConnection, value: Any) -> Any:
         return self._make(cursor, value.steps, within=True) if isinstance(value, Made) else value
+
+
+def _texts(steps: Steps) -> Iterator[str]:
+    """Texts of ``steps`` that may name something: the query, and arguments of each method."""
+    yield steps[0][0]
+    for _, arguments, options in steps[1:]:
+        for value in (*arguments, *options.values()):
+            if isinstance(value, Made):
+                yield from _texts(value.steps)
+            else:
+                yield str(value)
 
 
 def _chain(first: pa.RecordBatch, rest: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

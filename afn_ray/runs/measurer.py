@@ -110,8 +110,8 @@ class Measurer:
         self.counters = Counters()
         config, measure = task.config, task.measure
         files = find_model_files(config)
-        tokenizer = model.load_tokenizer(files)
-        _check_identity(task, model.identity(files))
+        tokenizer, identity = model.load_identified(files)
+        _check_identity(task, identity)
         window = window_tokens(config, files)
         batch_tokens = config.batch_tokens or BATCH_TOKENS[task.device]
         self.model = model.Model(

@@ -103,8 +103,7 @@ def prepare(config: RunConfig, files: model.ModelFiles, device: str, dtype: str)
         raise ModelError(
             f"window_tokens is {window}, but {files.name} takes at most {files.context_tokens}"
         )
-    tokenizer = model.load_tokenizer(files)
-    identity = model.identity(files)
+    tokenizer, identity = model.load_identified(files)
     encoder = encode.TextEncoder(tokenizer, files.num_embeddings)
     _, overlap = windows.window_sizes(window, config.overlap_tokens, encoder.template)
     signals, names = find_signals(config.signals, config.top_neurons)

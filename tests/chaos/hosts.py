@@ -59,13 +59,14 @@ def wait_until(
     ``process`` ends before, at once.
     """
     deadline = time.monotonic() + PATIENCE_S
-    while not (value := condition()):
+    while True:
         has_ended = process is not None and process.poll() is not None
+        if value := condition():
+            return value
         if has_ended or time.monotonic() > deadline:
             when = "before its process ended" if has_ended else f"in {PATIENCE_S:g} s"
             raise TimeoutError(f"not {when}: {what}\n{said()}")
         time.sleep(every_s)
-    return value
 
 
 @contextlib.contextmanager
@@ -439,9 +440,9 @@ class Hosts:
             "--include-log-monitor=false",
             *options,
         )
-        wait_until(
-            f"a node of Ray on host {host}", lambda: "Ray runtime started" in output.read_text()
-        )
+        said = output.read_text
+        started = lambda: "Ray runtime started" in said()  # noqa: E731
+        wait_until(f"a node of Ray on host {host}", started, self._processes[-1], said)
 
 
 def _namespace(host: str) -> str:

@@ -11,8 +11,8 @@ tests/chaos/plugin where the template does not, or the reverse.
 
 A fork has a process group of its own, as raylet's children have, but the session of the template,
 which is its parent; the kernel kills it when raylet's child dies. What the C library reads as a
-program starts (``MALLOC_...``) is the template's. A fork enters the network of whoever asks for it.
-The commands of ``test_jobs`` and ``test_readme`` start workers from nothing.
+program starts (``MALLOC_...``) is the template's. A fork enters the network of the process that
+asks for it. The commands of ``test_jobs`` and ``test_readme`` start workers from nothing.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
 
 
 def _join(network: int) -> None:
-    """Enter the network of whoever asked, where it is another."""
+    """Enter the network of the process that asked, where it is another."""
     if os.fstat(network).st_ino != NETWORK.stat().st_ino:
         c = ctypes.CDLL(None, use_errno=True)
         if c.setns(network, 0):
@@ -234,6 +234,7 @@ def _run(arguments: list[str]) -> None:
     """Run a script or ``-m MODULE`` as ``__main__``, with its arguments."""
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
+        sys.path[0] = str(Path.cwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         return
     sys.argv = arguments

@@ -23,7 +23,7 @@ from conftest import find_model, save_model
 from families import CONTEXT, FAMILIES, GROUPED, PACKED, SMALL
 from test_families import documents
 
-LAYERS = [0, 1, 2]
+LAYERS = [0, 2]
 PROBES = [documents(3, [n])[0] for n in (4, 9, CONTEXT)]
 TEXTS = documents(1, [1, CONTEXT, 7, 7, 7, 30, 2])
 LENGTHS = [len(text) for text in TEXTS]

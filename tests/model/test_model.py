@@ -818,12 +818,12 @@ def test_a_tokenizer_is_built_once_for_the_same_files(
         return build(*args, **options)
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", count)
-    identity = model.identity(find_model(folder))
+    identity = model.load_identified(find_model(folder))[1]
     first, second = (model.load_tokenizer(find_model(folder)) for _ in range(2))
     assert len(built) <= 1 and first is second and first.truncation is not None
 
     texts = TextEncoder(second).texts()
-    assert first.truncation is None and model.identity(find_model(folder)) == identity
+    assert first.truncation is None and model.load_identified(find_model(folder))[1] == identity
     path = folder / "tokenizer.json"
     path.write_text(path.read_text("utf-8").replace('"jesus"', '"jesux"'), "utf-8")
     changed = TextEncoder(model.load_tokenizer(find_model(folder))).texts()
@@ -1128,7 +1128,7 @@ def test_what_changes_no_value_is_not_in_the_identity_and_what_does_is(
     folder: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def identity() -> dict[str, str]:
-        return model.identity(find_model(folder))
+        return model.load_identified(find_model(folder))[1]
 
     before = identity()
     assert before.keys() == {

@@ -7,7 +7,9 @@ import pyarrow as pa
 import pytest
 
 from afn_ray import schema
+from afn_ray.query import session
 from afn_ray.query.filling import Filling, decode_tables, encode_tables, sql_type
+from afn_ray.query.protocol import Made, Steps
 
 SCHEMAS = {k: v for k, v in vars(schema).items() if isinstance(v, pa.Schema)}
 
@@ -36,3 +38,22 @@ def test_tables_survive_the_way_to_the_query_process() -> None:
     table = pa.table({"a": pa.array([1, None], pa.int16()), 'b"c': [["x"], None]})
     tables = {"some": table, "none": table.schema.empty_table()}
     assert decode_tables(encode_tables(tables)) == tables
+
+
+def test_a_query_is_read_as_it_is_written_with_the_arguments_of_its_steps() -> None:
+    asked = Made((("FROM\nwords", None, {}), ("filter", ("n > 1",), {})))
+    steps: Steps = (("FROM\tdocuments", None, {}), ("join", (asked, "doc"), {"how": "left"}))
+    assert list(session._texts(steps)) == ["FROM\tdocuments", "FROM\nwords", "n > 1", "doc", "left"]
+
+
+def test_what_fails_or_is_stopped_while_it_is_created_is_created_by_the_next_query() -> None:
+    statements = {"seen": ["CREATE VIEW seen AS SELECT 1", "COMMENT ON VIEW unseen IS 'x'"]}
+    with duckdb.connect() as connection:
+        filling = Filling(connection, {}, statements)
+        for _ in range(2):
+            with pytest.raises(duckdb.CatalogException, match="unseen"):
+                filling.create_named(connection, "FROM seen")
+        statements["seen"].pop()
+        filling.create_named(connection, "FROM seen")
+        assert connection.sql("FROM seen").fetchall() == [(1,)]
+        assert not filling.create_all(connection)

@@ -802,6 +802,9 @@ def attacks(store: Path, out: Path) -> list[str]:
         "SELECT n AS doc FROM query_table('vocab' || 'ulary')",
         "SELECT table_name AS doc FROM information_schema.tables",
         "SELECT name AS doc FROM (SHOW ALL TABLES)",
+        "SELECT name AS doc FROM (DESC)",
+        "SELECT name AS doc FROM (\n\tDESC ALL TABLES)",
+        "SELECT column_name AS doc FROM (SUMMARIZE vocabulary)",
     ],
 )
 def test_views_and_macros_are_there_for_each_query_that_may_see_them(
@@ -813,7 +816,7 @@ def test_views_and_macros_are_there_for_each_query_that_may_see_them(
         found = {doc for (doc,) in run.sql(query, asked).fetchall()}
         if "functions" in query:
             assert found >= {"kwic", "document_text"}
-        if "table_name" in query or "SHOW" in query:
+        if "table_name" in query or "SHOW" in query or "DESC" in query:
             assert found >= VIEWS.keys()
         assert found
 

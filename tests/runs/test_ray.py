@@ -221,10 +221,12 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     given = [f"--{name}={value}" for name, value in flags.items()]
     python = warm_workers.choose(has_faults=False)  # its Ray's workers are forks too
     command = [python, "-m", "afn_ray", "run", *paths, *given]
-    with killed(
-        subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
-    ) as driver:
-        wait_until("3 shards are committed", lambda: num_commits(store) >= 3, driver)
+    said = tmp_path / "said"
+    with said.open("w") as sink:
+        driver = subprocess.Popen(command, stderr=sink, text=True, start_new_session=True)
+    with killed(driver):
+        committed = "3 shards are committed"
+        wait_until(committed, lambda: num_commits(store) >= 3, driver, said.read_text)
     time.sleep(3)  # workers notice that their driver is gone; what they commit until then is good
     before = {p.parent.name: p.stat().st_mtime_ns for p in store.rglob("commit.json")}
     with pytest.raises(StoreError, match="holds no complete run"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -9,6 +10,8 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from afn_ray.errors import ConfigError
@@ -34,6 +37,8 @@ HOW_TO_CLOSE = (
 NEEDLESS = ("start_monitor", "start_log_monitor", "start_api_server")
 """Methods of Ray's node that start what a local Ray does without."""
 
+_starting = threading.Lock()
+"""One start at a time: its changes to Ray are those of the whole process."""
 _log = logging.getLogger(__name__)
 _asked: dict[str, bool] = {}  # address -> whether it is open; one command may join several times
 
@@ -58,24 +63,13 @@ def choose_token(own: bool) -> None:
 def start_local(**options: Any) -> None:
     """Start a local Ray with a token, on loopback alone; ``options`` are ``ray.init``'s.
 
-    Ray's autoscaler, log monitor and dashboard, which do nothing for us, are not started.
+    Ray's autoscaler, log monitor and dashboard, which afn-ray does not use, are not started.
     """
     choose_token(own=True)
     session.check()
     import ray
-    from ray._private import ray_constants  # ray.init has no argument for the address it listens on
-    from ray._private.node import Node
 
-    # This private constant is the only way to loopback: Ray replaces any address given to ray.init
-    # by one that other machines reach, and listens on all interfaces. The old value is restored,
-    # since a cluster that is joined later must reach this process.
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    # ray.init always starts these three, which take 2 CPU seconds and 160 MB of memory.
-    starts = {name: getattr(Node, name) for name in NEEDLESS}
-    for name in NEEDLESS:
-        setattr(Node, name, _start_nothing)
-    try:
+    with _changed_start():
         ray.init(
             address="local",
             include_dashboard=False,
@@ -83,10 +77,31 @@ def start_local(**options: Any) -> None:
             logging_level="ERROR",
             **options,
         )
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-        for name, start in starts.items():
-            setattr(Node, name, start)
+
+
+@contextlib.contextmanager
+def _changed_start() -> Iterator[None]:
+    """A Ray that starts within listens on loopback alone, and starts nothing of ``NEEDLESS``.
+
+    Both need private parts of Ray. It replaces any address given to ``ray.init`` by one that other
+    machines reach, and listens on all interfaces; and it always starts the three, which take 2 CPU
+    seconds and 160 MB of memory. The old values are restored, since this process may join a
+    cluster or start another Ray later.
+    """
+    from ray._private import ray_constants
+    from ray._private.node import Node
+
+    changes: list[tuple[Any, str, Any]] = [(ray_constants, "ENABLE_RAY_CLUSTER", False)]
+    changes += [(Node, name, _start_nothing) for name in NEEDLESS]
+    with _starting:
+        before = [(part, name, getattr(part, name)) for part, name, _ in changes]
+        try:
+            for part, name, value in changes:
+                setattr(part, name, value)
+            yield
+        finally:
+            for part, name, value in before:
+                setattr(part, name, value)
 
 
 def _start_nothing(*_: object, **__: object) -> None:
