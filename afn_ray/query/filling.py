@@ -24,6 +24,7 @@ SQL_TYPES = {
 }
 """DuckDB's types of Arrow's that are not nested."""
 WORD = re.compile(r"\w+")
+"""Pattern of a word of SQL, which may be a name."""
 Statements = Mapping[str, Sequence[str]]
 """SQL by the name of the view, macro or table that it creates, or on which it comments."""
 LISTS = re.compile(
@@ -83,7 +84,7 @@ class Filling:
         while waiting:
             found.add(name := waiting.pop())
             for statement in self._statements.get(name, ()):
-                if not statement.startswith("COMMENT"):
+                if not statement.startswith("COMMENT"):  # whose text needs nothing that it names
                     waiting |= self._named(statement) - found
         self._create(connection, found)
 

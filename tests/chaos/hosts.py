@@ -440,9 +440,12 @@ class Hosts:
             "--include-log-monitor=false",
             *options,
         )
-        said = output.read_text
-        started = lambda: "Ray runtime started" in said()  # noqa: E731
-        wait_until(f"a node of Ray on host {host}", started, self._processes[-1], said)
+        wait_until(
+            f"a node of Ray on host {host}",
+            lambda: "Ray runtime started" in output.read_text(),
+            self._processes[-1],
+            output.read_text,
+        )
 
 
 def _namespace(host: str) -> str:
