@@ -108,7 +108,8 @@ def complete(text: str, tables: Mapping[str, list[str]]) -> list[str]:
         for name in views:
             columns |= dict.fromkeys(map(_quoted, tables[name]))
         names = [*tables, *columns, *KEYWORDS]
-    return [c for c in names if c.lower().lstrip('"').startswith(word.lower())]
+    begin = word.lower()
+    return [c for c in names if c.lower().lstrip('"').startswith(begin)]
 
 
 def _quoted(name: str) -> str:

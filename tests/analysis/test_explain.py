@@ -886,6 +886,15 @@ def test_the_command_asks_for_them(classified: Corpus, capsys: pytest.CaptureFix
     assert len(value["decision"]["attributions"]) == len(value["tokens"])
 
 
+def row_of(word: str, table: str) -> list[str]:
+    """Cells of the first row of a printed table that begins with ``word``."""
+    for line in table.splitlines():
+        cells = line.split()
+        if cells and cells[0] == word:
+            return cells
+    raise AssertionError(f"no row of {word!r} in:\n{table}")
+
+
 def test_the_terminal_shows_them_and_obeys_none(whole: Explanation) -> None:
     output = printed(whole, width=200, force_terminal=True, no_color=True)
     assert "\x1b" not in re.sub(r"\x1b\[[0-9;]*m", "", output) and r"<b>new</b>\x1b[31m" in output
@@ -894,12 +903,12 @@ def test_the_terminal_shows_them_and_obeys_none(whole: Explanation) -> None:
         output.index(x) for x in ("Signals at layer 2", "\n  layer ", "Decision: ")
     )
     god = next(t for t in whole.tokens if t.text == "God")
-    row = next(x.split() for x in output[signals:].splitlines() if x.strip().startswith("God "))
+    row = row_of("God", output[signals:])
     assert (
         row[1:3] == [f"{god.readings[1].strength:.4f}", f"({god.readings[1].quartile})"]
         and len(row) == 8
     )
-    row = next(x.split() for x in output[heat:].splitlines() if x.strip().startswith("God "))
+    row = row_of("God", output[heat:])
     assert row[1:] == [
         f"{c.decile}/{c.quartile}" if c.quartile else f"{c.decile}" for c in god.cells
     ]

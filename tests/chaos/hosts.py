@@ -112,11 +112,8 @@ class Chaos:
         """Entries of the log for ``point``, in order; ``fields`` choose by value."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         events: list[Event] = [json.loads(line) for line in lines]
-        return [
-            e
-            for e in events
-            if e["point"] == point and all(e.get(k) == v for k, v in fields.items())
-        ]
+        wanted = {"point": point, **fields}
+        return [event for event in events if wanted.items() <= event.items()]
 
 
 class Afn:

@@ -24,6 +24,7 @@ import pytest
 from afn_ray.errors import QueryError
 from afn_ray.query import processes
 from afn_ray.query.database import Run, open_run
+from hosts import wait_until
 from test_query import LAYERS, make_shard, write_run
 
 pytestmark = pytest.mark.skipif(not processes.CAN_FORK, reason="this system has no templates")
@@ -77,10 +78,12 @@ def state_of(pid: int) -> str:
 
 
 def wait_until_gone(*pids: int) -> None:
-    until = time.monotonic() + 10
-    while any(map(state_of, pids)):
-        assert time.monotonic() < until, [(pid, state_of(pid)) for pid in pids]
-        time.sleep(0.01)
+    wait_until(
+        "these processes end",
+        lambda: not any(map(state_of, pids)),
+        said=lambda: str([(pid, state_of(pid)) for pid in pids]),
+        every_s=0.01,
+    )
 
 
 def children_of(pid: int) -> list[str]:
@@ -144,7 +147,12 @@ def test_the_first_process_is_fresh_and_later_ones_are_forks_that_are_as_it_was(
             assert children_of(template) == [str(pid_of(first)), str(pid_of(second))]
     assert children_of(template) == [] and processes._crashes == 0
     assert "Threads:\t1\n" in Path(f"/proc/{template}/status").read_text()
-    assert list(fds_of(template).values()) == ["/dev/null"] * 3 + ["socket:"]
+    expected_files = ["/dev/null"] * 3 + ["socket:"]
+    wait_until(
+        "the template closes what it had of its forks",
+        lambda: list(fds_of(template).values()) == expected_files,
+        said=lambda: str(fds_of(template)),
+    )
 
 
 def error_of(run: Run, end: str) -> str:
@@ -292,11 +300,13 @@ def test_many_starts_leave_no_process_and_no_descriptor(
     assert len(set(pids)) == 200
     assert only(templates) == template and children_of(template) == []
     assert processes._crashes == 0
-    until = time.monotonic() + 5  # the template closes a descriptor after its report
-    # What earlier tests have left may be closed meanwhile.
-    while more := (fds_of(os.getpid()).items() - mine) | (fds_of(template).items() - its):
-        assert time.monotonic() < until, more
-        time.sleep(0.01)
+
+    # The template closes a descriptor after its report. What earlier tests have left may be closed
+    # meanwhile.
+    def more() -> set[tuple[int, str]]:
+        return (fds_of(os.getpid()).items() - mine) | (fds_of(template).items() - its)
+
+    wait_until("no descriptor is left", lambda: not more(), said=lambda: str(more()))
 
 
 def test_after_a_crash_no_fork_has_the_same_layout(

@@ -242,15 +242,20 @@ class Shuffled:
 
     def result(self, handle: Any) -> Any:
         while handle not in self.values:
-            ready = [
-                c for c in self.waiting if all(a in self.values for a in c[1] if type(a) is object)
-            ]
+            ready = [call for call in self.waiting if self._is_ready(call)]
             call = self.dice.choice(ready)
             self.waiting.remove(call)
             function, args, handles = call
             values = function(*(self.values[a] if type(a) is object else a for a in args))
             self.values.update(zip(handles, values, strict=True))
         return self.values[handle]
+
+    def _is_ready(
+        self, call: tuple[Callable[..., Sequence[Any]], tuple[Any, ...], list[Any]]
+    ) -> bool:
+        """True if the handles among the arguments have values."""
+        wanted = [argument for argument in call[1] if type(argument) is object]
+        return all(handle in self.values for handle in wanted)
 
 
 @pytest.mark.parametrize("seed", range(3))

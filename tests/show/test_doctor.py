@@ -13,7 +13,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from afn_ray.runs.cluster import access, connection, session
 from afn_ray.show import doctor, ray_check
 from afn_ray.show.diagnosis import Check, Diagnosis, render
 from afn_ray.show.doctor import check
+from hosts import wait_until
 
 NAMES = ["Python", "packages", "torch", "Ray", "model", "scratch space", "store"]
 
@@ -98,10 +98,11 @@ def test_all_is_good_here_and_nothing_stays_running(
     )
     for name in ("torch", "ray", "pyarrow", "duckdb"):
         assert f"{name} {importlib.metadata.version(name)}" in checks["packages"].found
-    deadline = time.monotonic() + 10  # the kernel reaps them
-    while running(mark) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert running(mark) == []
+    wait_until(
+        "the kernel reaps what was started",
+        lambda: running(mark) == [],
+        said=lambda: str(running(mark)),
+    )
 
 
 def test_a_missing_model_and_an_unwritable_store(tmp_path: Path, without_ray: None) -> None:
