@@ -106,7 +106,8 @@ def normalised(word: str) -> str:
 
     So French l', Dutch -ie and English 's are the words l, ie and s.
     """
-    word = unicodedata.normalize("NFC", word).translate(_APOSTROPHES)
+    if not word.isascii():
+        word = unicodedata.normalize("NFC", word).translate(_APOSTROPHES)
     return word.strip(_EDGES) or word
 
 

@@ -41,6 +41,8 @@ UNLISTED = Entry(0.0, 0)
 """Entry that stands for a word without one."""
 Sentence = list[tuple[str, str]]
 """The forms of a sentence, each with its tag."""
+Counts = Mapping[tuple[str, str], int]
+"""Number of uses of each form with each tag."""
 Pattern = tuple[bool, ...]
 """True for each list of a language that has the word."""
 Right = Mapping[Pattern, tuple[int, int]]
@@ -97,21 +99,26 @@ class Uses:
         return Entry(closed / n, n) if n else None
 
 
+def count(sentences: Iterable[Sentence]) -> Counter[tuple[str, str]]:
+    """Uses of the forms in ``sentences``, with their tags."""
+    return Counter(word for one in sentences for word in one)
+
+
 class Tagged:
-    """Uses of the words in some sentences, and of their forms with capitals.
+    """Uses of words, and of their forms with capitals.
 
     A form in capitals, such as US, is no use of its word if it has a class of its own.
     """
 
-    def __init__(self, sentences: Iterable[Sentence], language: str) -> None:
+    def __init__(self, counts: Counts, language: str) -> None:
         self.words: dict[str, Uses] = defaultdict(Uses)
         self.forms: dict[str, Uses] = defaultdict(Uses)
         capitals: dict[str, Uses] = defaultdict(Uses)
-        for (form, tag), n in Counter(word for one in sentences for word in one).items():
-            for script in scripts(normalised(form), language):
+        for (form, tag), n in counts.items():
+            for script, word in spelled(form, language):
                 is_capitals = len(script) > 1 and script.isupper()
-                (capitals if is_capitals else self.words)[lower(script)].add(tag, n)
-                if script != lower(script):
+                (capitals if is_capitals else self.words)[word].add(tag, n)
+                if script != word:
                     self.forms[script].add(tag, n)
         for word, uses in capitals.items():
             own, of_word = uses.entry(), self.words[word].entry()
@@ -127,6 +134,12 @@ class Tagged:
 def is_apart(form: Entry, word: Entry) -> bool:
     """True if a form of ``word`` has a class of its own, and uses enough to say so."""
     return form.uses >= LEAST_FORM and form.is_closed != word.is_closed
+
+
+@cache
+def spelled(form: str, language: str) -> list[tuple[str, str]]:
+    """``form`` as it is normalised, in each of its ``scripts``, and its word in lower case."""
+    return [(script, lower(script)) for script in scripts(normalised(form), language)]
 
 
 def scripts(word: str, language: str) -> set[str]:
@@ -255,14 +268,21 @@ class Score:
         return (self.unlisted_open + 1) / (self.unlisted + 2)
 
 
-def score(words: Lexicon, sentences: Iterable[Sentence]) -> Score:
-    """Compare the classes of open- and closed-class words in ``sentences`` with their tags."""
-    counts = Counter(word for one in sentences for word in one)
+@cache
+def kind(form: str) -> str:
+    """Class of ``form`` without a lexicon; all words are one class."""
+    return lexicon.classify(form, special=False, starts=1.0, whole=1.0, words=None).name
+
+
+def score(words: Lexicon, counts: Counts) -> Score:
+    """Compare the classes of the open- and closed-class words in ``counts`` with their tags."""
     total = Score()
     for (form, tag), n in counts.items():
         if tag in CLOSED or tag in OPEN:
-            guess = lexicon.classify(form, special=False, starts=1.0, whole=1.0, words=words)
-            total.add(n, guess.name, tag in CLOSED, words.entry(form) is not None)
+            name = kind(form)
+            if name == "word":
+                name = words.guess(form).name
+            total.add(n, name, tag in CLOSED, words.entry(form) is not None)
     return total
 
 
@@ -270,12 +290,11 @@ def cross_validate(
     sentences: Sequence[Sentence], language: str, sources: Sources, elsewhere: Right
 ) -> Score:
     """Score of each part of ``sentences`` by a lexicon of all others, added up."""
-    n, parts = len(sentences), []
+    n, parts, whole = len(sentences), [], count(sentences)
     for fold in range(FOLDS):
-        begin, end = n * fold // FOLDS, n * (fold + 1) // FOLDS
-        others = Tagged([*sentences[:begin], *sentences[end:]], language)
-        words = build(others, sources, elsewhere, 1.0)
-        parts.append(score(words, sentences[begin:end]))
+        held_out = count(sentences[n * fold // FOLDS : n * (fold + 1) // FOLDS])
+        words = build(Tagged(whole - held_out, language), sources, elsewhere, 1.0)
+        parts.append(score(words, held_out))
     return Score.sum(parts)
 
 
@@ -365,6 +384,8 @@ class Language:
 
     code: str
     sentences: list[Sentence]
+    counts: Counts
+    tagged: Tagged
     sources: Sources
     seen: dict[str, Entry]
 
@@ -382,8 +403,9 @@ def read_languages(folder: Path) -> list[Language]:
     found = []
     for file in sorted(folder.glob("*.tsv")):
         sentences = read_tagged(file)
-        seen = Tagged(sentences, file.stem).entries()
-        found.append(Language(file.stem, sentences, read_sources(file.stem), seen))
+        counts = count(sentences)
+        tagged, sources = Tagged(counts, file.stem), read_sources(file.stem)
+        found.append(Language(file.stem, sentences, counts, tagged, sources, tagged.entries()))
     if len(found) < 2:
         raise ConfigError(
             f"{folder} has {len(found)} files of tagged words, expected two or more, named by "
@@ -404,8 +426,7 @@ def measure(folder: Path, on_note: Callable[[str], None]) -> dict[str, Any]:
         on_note(f"cross-validating {one.code}")
         elsewhere = _rightness_of([t for t in tagged if t is not one], one.sources.lists, RARE)
         held_out = cross_validate(one.sentences, one.code, one.sources, elsewhere)
-        all_words = Tagged(one.sentences, one.code)
-        words = build(all_words, one.sources, elsewhere, held_out.unlisted_share)
+        words = build(one.tagged, one.sources, elsewhere, held_out.unlisted_share)
         lexicons[one.code] = words
         alone = score_alone(one, tagged, tuple(one.sources.lists))
         rows.append(_row(one.code, words, held_out) | {"lists_only": alone.share})
@@ -419,15 +440,16 @@ def lexicons_without_tagged(tagged: Sequence[Language]) -> dict[str, Lexicon]:
     A list is trusted as often as it is right about all words of tagged languages, rare or not.
     """
     found = {}
-    scores: dict[tuple[str, ...], Score] = {}
+    trusted: dict[tuple[str, ...], tuple[Right, float]] = {}
     known = {code for read in PACKAGES.values() for code in read()}
     for code in sorted(known - {one.code for one in tagged}):
         sources = read_sources(code)
         packages = tuple(sources.lists)
-        if packages not in scores:
-            scores[packages] = Score.sum(score_alone(one, tagged, packages) for one in tagged)
-        elsewhere = _rightness_of(tagged, packages, math.inf)
-        words = build(Tagged([], code), sources, elsewhere, scores[packages].unlisted_share)
+        if packages not in trusted:
+            found_alone = Score.sum(score_alone(one, tagged, packages) for one in tagged)
+            right = _rightness_of(tagged, packages, math.inf)
+            trusted[packages] = right, found_alone.unlisted_share
+        words = build(Tagged({}, code), sources, *trusted[packages])
         if words.words:
             found[code] = words
     return found
@@ -438,8 +460,8 @@ def score_alone(one: Language, tagged: Sequence[Language], packages: tuple[str, 
     lists of ``packages``.
     """
     elsewhere = _rightness_of([t for t in tagged if t is not one], packages, math.inf)
-    words = build(Tagged([], one.code), one.with_lists(packages), elsewhere, 1.0)
-    return score(words, one.sentences)
+    words = build(Tagged({}, one.code), one.with_lists(packages), elsewhere, 1.0)
+    return score(words, one.counts)
 
 
 def _rightness_of(others: Iterable[Language], packages: Iterable[str], most_uses: float) -> Right:
@@ -479,7 +501,9 @@ def check(folder: Path) -> dict[str, Any]:
         words = lexicon.find(file.stem)
         if words is None:
             raise ConfigError(f"{file}: {lexicon.why_none(file.stem)}")
-        rows.append(_row(file.stem, words, score(words, read_tagged(file))) | {"lists_only": None})
+        rows.append(
+            _row(file.stem, words, score(words, count(read_tagged(file)))) | {"lists_only": None}
+        )
     if not rows:
         raise ConfigError(f"{folder} has no files of tagged words, such as en.tsv")
     return {"languages": rows}

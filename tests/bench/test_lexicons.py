@@ -12,7 +12,7 @@ from afn_ray.errors import ConfigError
 from afn_ray.reduce import lexicon
 from afn_ray.reduce.lexicon import Entry, Lexicon
 from bench import commands, lexicons
-from bench.lexicons import Sentence, Sources, Tagged
+from bench.lexicons import Sentence, Sources, Tagged, count
 
 NOTHING = frozenset[str]()
 GUIDE = Path(__file__).parents[2] / "infra" / "guide" / "signals.md"
@@ -35,7 +35,7 @@ def built(
 ) -> Lexicon:
     named = {str(at): frozenset(words.split()) for at, words in enumerate(lists)}
     sources = Sources(named, frozenset(reviewed.split()), frozenset(contractions.split()))
-    return lexicons.build(Tagged(tagged(text), "en"), sources, elsewhere or {}, 0.9)
+    return lexicons.build(Tagged(count(tagged(text)), "en"), sources, elsewhere or {}, 0.9)
 
 
 def test_a_word_is_closed_where_at_least_half_of_its_uses_are() -> None:
@@ -65,7 +65,7 @@ def test_a_list_is_trusted_as_often_as_it_is_right_and_the_tagged_words_know_bet
 
 
 def test_only_rare_words_count_for_trust() -> None:
-    seen = Tagged(tagged("the/DET " * 4 + "a/DET " * 3 + "go/VERB"), "en").entries()
+    seen = Tagged(count(tagged("the/DET " * 4 + "a/DET " * 3 + "go/VERB")), "en").entries()
     sources = Sources({"x": frozenset(("the", "a", "go", "unseen"))}, NOTHING, NOTHING)
     assert lexicons.rightness(seen, sources) == {(True,): (1, 2)}
     assert lexicons.rightness(seen, sources, 4) == {(True,): (2, 3)}
@@ -98,14 +98,16 @@ def test_a_form_with_capitals_has_a_class_of_its_own_if_it_is_used_often_enough(
 def test_chinese_words_are_there_in_both_scripts() -> None:
     pytest.importorskip("opencc")
     words = lexicons.build(
-        Tagged([[("這", "DET")], [("说", "VERB")]], "zh"), Sources({}, NOTHING, NOTHING), {}, 1.0
+        Tagged({("這", "DET"): 1, ("说", "VERB"): 1}, "zh"), Sources({}, NOTHING, NOTHING), {}, 1.0
     )
     assert words.words == {"這": Entry(1.0, 1), "这": Entry(1.0, 1)}
 
 
 def test_the_score_is_that_of_a_count_by_hand() -> None:
     words = Lexicon(1.0, {"the": Entry(1.0, 1), "in": Entry(1.0, 1)})
-    found = lexicons.score(words, tagged("the/DET dog/NOUN 7/NUM ./PUNCT\nin/ADV of/ADP 5/NOUN"))
+    found = lexicons.score(
+        words, count(tagged("the/DET dog/NOUN 7/NUM ./PUNCT\nin/ADV of/ADP 5/NOUN"))
+    )
     assert (found.n, found.right, found.closed, found.closed_right) == (5, 2, 2, 1)
     assert (found.share, found.open_share, found.closed_share) == (0.4, 1 / 3, 0.5)
     assert (found.unlisted, found.unlisted_open, found.unlisted_share) == (3, 2, 3 / 5)
@@ -116,8 +118,8 @@ def test_what_is_held_out_is_not_learnt_from() -> None:
     sentences = tagged("\n".join(f"w{i}/DET the/DET dog/NOUN" for i in range(20)))
     found = lexicons.cross_validate(sentences, "en", Sources({}, NOTHING, NOTHING), {})
     assert (found.n, found.closed, found.closed_right, found.right) == (60, 40, 20, 40)
-    seen = lexicons.build(Tagged(sentences, "en"), Sources({}, NOTHING, NOTHING), {}, 1.0)
-    assert lexicons.score(seen, sentences).right == 60
+    seen = lexicons.build(Tagged(count(sentences), "en"), Sources({}, NOTHING, NOTHING), {}, 1.0)
+    assert lexicons.score(seen, count(sentences)).right == 60
 
 
 def test_the_lists_of_the_packages_are_words_of_their_language() -> None:
