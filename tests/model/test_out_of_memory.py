@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import warm_workers
 from afn_ray import model
 from afn_ray.errors import ModelError
 from afn_ray.model import linear
@@ -70,8 +70,10 @@ for large, dtype in zip(cases[::2], cases[1::2]):
     if os.wait()[1]:
         sys.exit(1)
 """
-"""Load and prove a small model and a large one, for each large one in a fork; print the peak and
-the last resident memory of the large one, and the size of the weights that run, in bytes.
+"""Script that loads and proves a small model and a large one, for each large one in a fork.
+
+It prints the peak and the last resident memory of the large one, and the size of the weights that
+run, in bytes.
 """
 OVERHEAD_BYTES = 24 << 20
 """Memory of the self-check's passes, and of freed memory that the allocator keeps."""
@@ -172,12 +174,13 @@ def measured(
         large.to(stored).save_pretrained(folders[stored])
         file = folders[stored] / "model.safetensors"
         assert file.stat().st_size > 12 * WHOLE_BLOCK_BYTES * stored.itemsize // 4
+    script = tmp_path_factory.mktemp("peak") / "script.py"
+    script.write_text(PEAK)
     names = [str(folder)]
     for stored, dtype in CASES:
         names += [str(folders[stored]), str(dtype).removeprefix("torch.")]
-    process = subprocess.run(
-        [sys.executable, "-c", PEAK, *names], check=True, capture_output=True, text=True
-    )
+    command = [warm_workers.choose(has_faults=False), str(script), *names]
+    process = subprocess.run(command, check=True, capture_output=True, text=True)
     printed = [json.loads(line) for line in process.stdout.splitlines()]
     return dict(zip(CASES, printed, strict=True))
 
