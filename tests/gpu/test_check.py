@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import simulated
+import warm_workers
 from families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
@@ -74,13 +75,19 @@ class Checked(NamedTuple):
 
 
 def run(folder: Path, *arguments: str, program: str | None = None) -> Checked:
-    """The check at toy size where ``ABSENT`` cannot be imported."""
+    """The check at toy size where ``ABSENT`` cannot be imported.
+
+    ``program`` runs instead, in a fork that may have imported them.
+    """
     (folder / "sitecustomize.py").write_text(BLOCK)
     out, said, errors = (folder / name for name in ("check.json", "stdout", "stderr"))
-    start = [str(CHECK)] if program is None else ["-c", textwrap.dedent(program)]
+    start = [sys.executable, str(CHECK)]
+    if program is not None:
+        (folder / "script.py").write_text(textwrap.dedent(program))
+        start = [warm_workers.choose(has_faults=False), str(folder / "script.py")]
     with said.open("w") as stdout, errors.open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, *start, "--dry", "--out", str(out), *arguments],
+            [*start, "--dry", "--out", str(out), *arguments],
             env=os.environ | {"PYTHONPATH": str(folder)},
             cwd=folder,
             stdout=stdout,
