@@ -33,10 +33,22 @@ def started(folder: Path, then: str) -> tuple[subprocess.Popen[str], list[str]]:
     return process, process.stdout.readline().split()
 
 
+ENDING = """
+import atexit, threading, time
+def linger():
+    time.sleep(0.2)
+    print("thread")
+atexit.register(print, "at the end")
+threading.Thread(target=linger).start()
+sys.exit(7)
+"""
+
+
 def test_a_fork_has_what_was_asked_for_and_its_end_is_raylets_childs(tmp_path: Path) -> None:
-    process, (pid, group, *said) = started(tmp_path, "sys.exit(7)")
+    process, (pid, group, *said) = started(tmp_path, ENDING)
     with process:
-        assert process.wait(60) == 7
+        last, _ = process.communicate(timeout=60)
+        assert (process.returncode, last) == (7, "thread\nat the end\n")
     assert said == ["yes", str(tmp_path), "['--asked']"]
     assert pid == group != str(process.pid)
 
