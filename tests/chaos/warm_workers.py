@@ -35,6 +35,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,6 +72,8 @@ PYTHON_PATH = os.pathsep.join(
 """PYTHONPATH of these processes."""
 VARIABLES = {False: "AFN_WARM_PYTHON", True: "AFN_WARM_PYTHON_WITH_FAULTS"}
 """Environment variables with the executables of a test run: without and with the faults."""
+TEMPLATE = "template"
+"""Name of a template's socket, which is beside the executable."""
 NETWORK = Path("/proc/self/ns/net")
 """Namespace of the network that a process is in."""
 REQUEST_BYTES = 1 << 17
@@ -85,7 +88,7 @@ class WarmPython:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="afn-", dir="/tmp"))  # short paths of sockets
-        self.executable, address = self._folder / "python", str(self._folder / "template")
+        self.executable, address = self._folder / "python", str(self._folder / TEMPLATE)
         python = shlex.quote(sys.executable)
         ask = shlex.join([sys.executable, "-I", "-S", __file__, address])
         self.executable.write_text(
@@ -124,15 +127,39 @@ def choose(has_faults: bool) -> str:
     return os.environ.get(VARIABLES[has_faults], sys.executable)
 
 
-def _ask(address: str, arguments: list[str]) -> int:
+def address(has_faults: bool) -> str:
+    """The socket of a template of a test run."""
+    return str(Path(choose(has_faults)).with_name(TEMPLATE))
+
+
+def ask(
+    address: str, arguments: list[str], environment: Mapping[str, str], files: Sequence[int]
+) -> socket.socket:
+    """A connection that gives the pid of a fork that runs ``arguments``, and then its exit code
+    (negative: the signal that ended it); the fork dies when it is closed.
+
+    ``files``: standard input, output and error of the fork.
+    """
+    request = json.dumps([arguments, dict(environment), str(Path.cwd())]).encode()
+    template = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    template.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * REQUEST_BYTES)
+    template.connect(address)
+    with NETWORK.open() as network:
+        socket.send_fds(template, [request], [*files, network.fileno()])
+    return template
+
+
+def answer(template: socket.socket) -> int:
+    """The next number that a connection gives; 1 where the template or the fork's start failed."""
+    return int(template.recv(16) or 1)
+
+
+def _become_fork(address: str, arguments: list[str]) -> int:
     """Exit code of a fork that runs ``arguments``, once it has ended."""
-    request = json.dumps([arguments, dict(os.environ), str(Path.cwd())]).encode()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as template:
-        template.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * REQUEST_BYTES)
-        template.connect(address)
-        with NETWORK.open() as network:
-            socket.send_fds(template, [request], [0, 1, 2, network.fileno()])
-        return int(template.recv(16) or 1)
+    with ask(address, arguments, os.environ, [0, 1, 2]) as template:
+        answer(template)
+        code = answer(template)
+    return code if code >= 0 else 128 - code
 
 
 def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]]:
@@ -156,7 +183,7 @@ def _serve(listener: socket.socket) -> tuple[socket.socket, list[Any], list[int]
                 pid, asker = workers.pop(key.fd)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with contextlib.suppress(BrokenPipeError), asker:
-                    asker.send(str(code if code >= 0 else 128 - code).encode())
+                    asker.send(str(code).encode())
                 waiting.unregister(key.fd)
                 os.close(key.fd)
             else:
@@ -189,6 +216,9 @@ def _warm() -> None:
 
 def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
     """Run what was asked for as a program of its own."""
+    os.setpgid(0, 0)  # raylet kills the groups of its workers
+    with contextlib.suppress(BrokenPipeError):
+        asker.send(str(os.getpid()).encode())
     fcntl.fcntl(asker, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(asker, fcntl.F_SETSIG, signal.SIGKILL)  # as soon as the other end is closed
     fcntl.fcntl(asker, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
@@ -196,7 +226,6 @@ def _become(asker: socket.socket, request: list[Any], files: list[int]) -> None:
         asker.recv(1)
         os._exit(1)  # it was closed before
     atexit.register(gc.unfreeze)  # extensions that count what they have freed see it freed
-    os.setpgid(0, 0)  # raylet kills the groups of its workers
     arguments, environment, folder = request
     _join(files.pop())
     for number, file in enumerate(files):
@@ -271,5 +300,5 @@ def _run(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[2:]:
-        sys.exit(_ask(sys.argv[1], sys.argv[2:]))
+        sys.exit(_become_fork(sys.argv[1], sys.argv[2:]))
     _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
