@@ -232,11 +232,13 @@ class Nodes:
 
 def _own_nodes() -> None:
     """Start a Ray, then do what each line of standard input asks; one line of JSON answers each."""
+    from ray._private.node import Node
     from ray._private.ray_constants import PROCESS_TYPE_RAYLET
     from ray._raylet import GcsClient
     from ray.cluster_utils import Cluster
 
     sys.executable = choose(has_faults=True)
+    Node.start_api_server = lambda *_, **__: None  # the dashboard's, which starts in any case
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what Ray prints is no answer
     cluster = Cluster(

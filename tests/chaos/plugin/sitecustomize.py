@@ -13,7 +13,7 @@ under way::
 ``skip`` and ``times`` count over all processes. Each point that is reached adds one line of JSON to
 the log: ``time, pid, node, shard, uri, point``, at "process" ``oom_retries`` (of the token budget),
 from "measured" on ``attempt`` (at "committed": of the attempt that won), and ``fault`` where one
-follows. Nothing is patched before afn_ray.runs.worker is imported.
+follows. Nothing is patched before afn_ray.runs.worker is imported, and of Ray one thread alone.
 """
 
 from __future__ import annotations
@@ -151,22 +151,32 @@ def _patch(worker: ModuleType) -> None:
     shard_files.publish, storage.write_once = publish_measured, write_uploaded
 
 
+def _patch_ray(worker: ModuleType) -> None:
+    """Once the head is dead, this thread of a driver would poll it without a pause."""
+    assert "listen_error_messages" in vars(worker)
+    vars(worker)["listen_error_messages"] = lambda *_: None
+
+
+PATCHES = {"afn_ray.runs.worker": _patch, "ray._private.worker": _patch_ray}
+"""Modules that are changed once somebody imports them."""
+
+
 class _Finder:
-    """Patches afn_ray.runs.worker once somebody imports it."""
+    """Finds these modules, to change them."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != "afn_ray.runs.worker":
+        if name not in PATCHES:
             return None
         from importlib.util import find_spec
 
-        sys.meta_path.remove(self)
+        patch = PATCHES.pop(name)
         spec = find_spec(name)
         assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
         def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            _patch(module)
+            patch(module)
 
         spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
         return spec
