@@ -15,7 +15,7 @@ import inspect
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +31,7 @@ from afn_ray.model import fused
 
 DEVICE = torch.device("cuda", 0)
 CPU = torch.device("cpu")
+META = torch.device("meta")
 HALF = (torch.float16, torch.bfloat16)
 TYPE_NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat16", torch.float32: "Float"}
 """Names of dtypes in torch's error messages."""
@@ -40,7 +41,8 @@ NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 WAITS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique_dim",
          "_unique2", "unique_consecutive", "bincount"}  # fmt: skip
 """Operators whose result the host needs, so that it waits for the device."""
-FACTORIES = (torch.arange, torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros)
+FACTORIES = {torch.arange, torch.empty, torch.full, torch.ones, torch.tensor, torch.zeros}
+MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda}
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ class OnDevice(torch.Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device=torch.device("meta"),
+            device=META,
         )
         made.held = inner
         made.share = _Share(cls.memory, inner)
@@ -192,22 +194,33 @@ class OnDevice(torch.Tensor):
         raise AssertionError(f"{func} ran outside of simulated.device()")
 
 
-def _tensors(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
     """The tensors in ``values`` and in the lists in it."""
+    found = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
+
+
+def _any_on_device(values: Iterable[Any]) -> bool:
+    """True if a tensor in ``values``, or in the lists in it, is on the device."""
+    for value in values:
+        if isinstance(value, OnDevice):
+            return True
+        if isinstance(value, list | tuple) and _any_on_device(value):
+            return True
+    return False
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
     """``value`` with each tensor in it, or in its lists and tuples, changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if type(value) in (list, tuple):
-        return type(value)([_mapped(change, each) for each in value])
-    return value
+    kind = type(value)
+    if kind is list or kind is tuple:
+        return kind([_mapped(change, each) for each in value])
+    return change(value) if isinstance(value, torch.Tensor) else value
 
 
 def _inner(value: Any) -> Any:
@@ -229,7 +242,7 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, dict(kwargs or {})
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = _tensors((*args, *kwargs.values()))
         ours = {id(x.held): x for x in tensors if isinstance(x, OnDevice)}
         made = kwargs.get("device")
         if not ours and not (made is not None and self.in_call and made.type == "meta"):
@@ -362,7 +375,7 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda):
+        if func in MOVES:
             return self._to(func, args, kwargs)
         if func is torch.Tensor.pin_memory:
             return _pinned(args[0].clone())
@@ -378,13 +391,12 @@ class _Calls(TorchFunctionMode):
             return self._made(func, args, kwargs)
         if func is functional.scaled_dot_product_attention and isinstance(args[0], OnDevice):
             return self._sdpa(*args, **kwargs)
-        before = self._operators.in_call
-        given = _tensors((*args, *kwargs.values()))
-        self._operators.in_call = any(isinstance(x, OnDevice) for x in given)
+        operators, before = self._operators, self._operators.in_call
+        operators.in_call = _any_on_device((*args, *kwargs.values()))
         try:
             return func(*args, **kwargs)
         finally:
-            self._operators.in_call = before
+            operators.in_call = before
 
     def _to(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
         """``tensor.to``, ``cpu`` or ``cuda``."""
