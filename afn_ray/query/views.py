@@ -22,7 +22,7 @@ from afn_ray.query.expressions import (
     wilson,
 )
 from afn_ray.query.kwic import document_text_macro, kwic_macro
-from afn_ray.query.words import words_view
+from afn_ray.query.words import TEXTS_BY_ID, words_view
 from afn_ray.schema import (
     HASH_ID_CHARS,
     LANGUAGE,
@@ -173,7 +173,8 @@ def statements(
             "any_value(token) AS token, any_value(text) AS text, "
             f"{is_spaced}, any_value(class) FILTER (class <> 'special') AS class FROM vocabulary "
             "GROUP BY token_id"
-        ]
+        ],
+        "internal.texts_by_id": [f"CREATE TABLE internal.texts_by_id AS {TEXTS_BY_ID}"],
     }
     made |= {name: [f"CREATE VIEW {name} AS {sql}"] for name, sql in views.items()}
     for name, text in VIEWS.items():

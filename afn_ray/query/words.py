@@ -21,6 +21,12 @@ PIECES = 4
 """Largest number of tokens of a word that window functions join; longer words are grouped."""
 LENGTHS = range(1, PIECES + 1)
 """Numbers of tokens of the words that window functions join."""
+TEXTS_BY_ID = f"""
+    SELECT list(text ORDER BY id) AS texts, list({WORD} ORDER BY id) AS spellings
+    FROM (SELECT unnest(range((SELECT max(token_id) + 1 FROM internal.types))) AS id)
+    LEFT JOIN internal.types ON token_id = id
+"""  # noqa: S608
+"""SQL of one row: the texts of all token ids in order, and these texts as words."""
 SLICES = 16
 """Largest number of parts in which ``words`` reads a run.
 
@@ -89,11 +95,8 @@ def _words(files: Sequence[ShardFile], recorded: RecordedColumns) -> str:
     # Lists, and no join of the types: DuckDB would build its table from few words, each with the
     # lists.
     return f"""
-        SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long), (
-            SELECT list(text ORDER BY id) AS texts, list({WORD} ORDER BY id) AS spellings
-            FROM (SELECT unnest(range((SELECT max(token_id) + 1 FROM internal.types))) AS id)
-            LEFT JOIN internal.types ON token_id = id
-        )
+        SELECT {short} FROM (SELECT *, {pieces} FROM ({tokens}) WHERE is_head AND NOT is_long),
+            internal.texts_by_id
         UNION ALL
         SELECT {long} FROM (FROM ({tokens}) WHERE is_long) LEFT JOIN internal.types USING (token_id)
         GROUP BY doc, word"""  # noqa: S608
