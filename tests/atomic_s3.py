@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import moto.server
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler
+from moto.s3.models import FakeKey
 from werkzeug.test import run_wsgi_app
 
 
@@ -43,7 +45,14 @@ class Atomic(DomainDispatcherApplication):
 class KeptOpen(MotoRequestHandler):
     """A connection for many requests; werkzeug's are for one."""
 
-    disable_nagle_algorithm = True  # an answer's head and body are sent one after the other
+    disable_nagle_algorithm = True
+    wbufsize = -1  # an answer's head and body are sent together
+
+    def handle_expect_100(self) -> bool:
+        """Ask for the body of a request, whose client waits for that."""
+        is_wanted = super().handle_expect_100()
+        self.wfile.flush()
+        return is_wanted
 
     def run_wsgi(self) -> None:
         """Answer one request, after a line in the log, whose lines a test counts."""
@@ -59,8 +68,17 @@ class KeptOpen(MotoRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+        self.wfile.flush()
+
+
+def content(key: FakeKey) -> bytes:
+    """The bytes of an object, which moto would read and copy for each range of them."""
+    found: bytes = key._value_buffer._file.getvalue()  # type: ignore[attr-defined]
+    return found
 
 
 if __name__ == "__main__":
+    os.environ["MOTO_S3_DEFAULT_KEY_BUFFER_SIZE"] = str(1 << 30)  # in memory, and not on a disk
+    FakeKey.value = property(content, vars(FakeKey)["value"].fset)  # type: ignore[assignment]
     vars(moto.server).update(DomainDispatcherApplication=Atomic, MotoRequestHandler=KeptOpen)
     moto.server.main()
