@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
-import importlib
 import json
-import multiprocessing
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import threading
@@ -34,51 +30,38 @@ from conftest import RUN_INFO, write_jsonl
 SCRIPT = Path(__file__).parents[1] / "jobs" / "nightly_audit.py"
 
 
-PRELOADED = [
-    *warm_workers.IMPORTS,
-    "afn_ray.analysis.audit",
-    "afn_ray.runs.cluster",
-    "afn_ray.runs.composer",
-    "afn_ray.show.report",
-]
-"""Imports that take seconds; a job is a fork of a process that has it."""
+DYING = """
+import importlib, os, runpy, signal, sys
+
+module, _, name = sys.argv.pop(1).partition(":")
+functions = vars(importlib.import_module(module))
+functions[name]  # it is there
+functions[name] = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+"""A job that is killed where it calls a function, as in "package.module:name"; its first argument
+names the function, the second the job's script.
+"""
 
 
 def real_job(folder: Path, *arguments: str, dies_at: str = "") -> tuple[int, str, str]:
-    """Exit code, output and errors of jobs/nightly_audit.py in a process of its own.
+    """Exit code, output and errors of jobs/nightly_audit.py in a process that has imported what it
+    imports.
 
-    ``dies_at`` is a function, as in "package.module:name": the process is killed where it calls it.
+    ``dies_at`` is the function of ``DYING`` where the process is killed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    out, err = folder / "job-out", folder / "job-err"
-    words = ([str(SCRIPT), *arguments], str(out), str(err), dict(os.environ), dies_at)
-    process = context.Process(target=_become_job, args=words, daemon=False)
-    process.start()
-    process.join(300)
-    assert process.exitcode is not None, err.read_text()
-    return process.exitcode, out.read_text(), err.read_text()
-
-
-def _become_job(
-    words: list[str], out: str, err: str, environment: dict[str, str], dies_at: str
-) -> None:
+    command = [str(SCRIPT), *arguments]
     if dies_at:
-        module, _, name = dies_at.partition(":")
-        vars(importlib.import_module(module))[name]  # it is there
-        setattr(importlib.import_module(module), name, _die)
-    os.environ.clear()
-    os.environ.update(environment)
-    for descriptor, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as long as the process
-    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
-
-
-def _die(*_: object, **__: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+        script = folder / "script.py"
+        script.write_text(DYING)
+        command = [str(script), dies_at, *command]
+    done = subprocess.run(
+        [warm_workers.choose(has_faults=False), *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 class Nights:

@@ -1,9 +1,11 @@
-"""Nights of a dated corpus: series, windows, partitions and baselines, through the real job."""
+"""Nights of a dated corpus: series, windows, partitions and baselines, by command and real job."""
 
 from __future__ import annotations
 
+import io
 import json
 import signal
+from contextlib import redirect_stderr, redirect_stdout
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import median
@@ -71,13 +73,19 @@ class Dated:
         """Exit code, output and errors of the real job, which may be killed at a step."""
         return real_job(self.folder, str(self.config), *self.words(*flags), dies_at=dies_at)
 
-    def here(self, *flags: str) -> tuple[int, str, str | None]:
-        """Exit code, state and id of the baseline of the same command in this process."""
-        with pytest.raises(SystemExit) as left:
+    def command(self, *flags: str) -> tuple[int, str, str]:
+        """The same of ``afn audit``, which the job runs, in this process."""
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as left:
             commands.main(["audit", str(self.config), *self.words(*flags)])
         assert isinstance(left.value.code, int)
+        return left.value.code, out.getvalue(), err.getvalue()
+
+    def here(self, *flags: str) -> tuple[int, str, str | None]:
+        """Exit code, state and id of the baseline of ``command``."""
+        code, *_ = self.command(*flags)
         before = self.said["baseline"]
-        return left.value.code, self.said["state"], before and before["id"]
+        return code, self.said["state"], before and before["id"]
 
     @property
     def written(self) -> bytes:
@@ -87,9 +95,12 @@ class Dated:
     def said(self) -> dict[str, Any]:
         return dict(json.loads(self.written))
 
-    def audited(self, *flags: str) -> tuple[int, str, str, str | None]:
-        """Exit code, state, partition and the partition that a night was held against."""
-        code, out, err = self.night(*flags)
+    def audited(self, *flags: str, job: bool = False) -> tuple[int, str, str, str | None]:
+        """Exit code, state, partition and the partition that a night was held against.
+
+        ``job``: by the real job, as ``night``, not by ``command``.
+        """
+        code, out, err = self.night(*flags) if job else self.command(*flags)
         said = self.said
         assert code == {"held": 0, "broken": 1, "not judged": 3}[said["state"]], out + err
         last = out.splitlines()[-1]
@@ -125,9 +136,10 @@ all hold for verses of one book after another.
 
 
 def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
-    """Through the real job, on a disk and in a bucket: every state and exit code, and kills.
+    """On a disk and in a bucket: every state and exit code, and kills of the real job.
 
-    Each night is held against the one before that is neither broken nor empty.
+    Each night is held against the one before that is neither broken nor empty. The real job follows
+    the command, and the reverse, so that a night has nothing from the process of another.
     """
     dated.config.write_text(f'{dated.config.read_text()}keep_columns = "lang"\ngroup_by = "lang"\n')
     dated.policy.write_text(NEW + OF_GROUPS)
@@ -143,7 +155,7 @@ def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
         f'psi, max_new_sources, source.ks, group.psi: the series "{first["series"]}" has no '
         "earlier run with this measure"
     )
-    assert dated.audited("--first-night") == (0, "held", "01", None)
+    assert dated.audited("--first-night", job=True) == (0, "held", "01", None)
     assert "group.psi: first night: " in dated.said["reason"]
     assert dated.said["run"] == first["run"]
 
@@ -215,10 +227,10 @@ def test_a_fortnight_of_a_dated_corpus(dated: Dated) -> None:
         earlier = dated.written
         for step in steps:
             code, out, err = dated.night(dies_at=step)
-            assert code == -signal.SIGKILL, (step, out, err)
+            assert code == 128 + signal.SIGKILL, (step, out, err)
             assert (dated.written != earlier) == (step in STEPS[5:]), step
             (dated.folder / "out" / "audit.json").write_bytes(earlier)
-        assert dated.audited() == (0, "held", f"{day}", f"{day - 1}")
+        assert dated.audited(job=True) == (0, "held", f"{day}", f"{day - 1}")
     assert dated.audited("--series=mine") == (0, "held", "14", "11")
     assert dated.said["baseline"]["id"] == mine
     found = verify.verify_store(dated.store)
