@@ -13,13 +13,19 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from afn_ray.errors import AfnError, StoreError
-from afn_ray.store.blocks import Blocks
+from afn_ray.store.blocks import LEAST_BLOCK_BYTES, Blocks
 from afn_ray.store.readers import RangeFile
 from afn_ray.store.retry import with_retries
 from afn_ray.store.uris import open_filesystem, path_in
 
 MOST_BLOCKS = 4096
 """Most files whose checksums are held in memory."""
+HELD_BYTES = LEAST_BLOCK_BYTES
+"""Largest file that is held in memory once it was read, in bytes: it has one block, so that every
+read reads all of it, and DuckDB reads each file several times for each query.
+"""
+MOST_HELD = 256
+"""Most files that are held in memory."""
 
 
 class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -44,6 +50,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         """
         super().__init__()
         self._blocks = lru_cache(MOST_BLOCKS)(find_blocks)
+        self._held = lru_cache(MOST_HELD)(self._read_checked)
         # Error of the last failed read: DuckDB reduces errors to text.
         self.failed: AfnError | None = None
         self._fs, path = open_filesystem(root)
@@ -79,6 +86,12 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
 
         Raises ``StoreError`` if the file is gone or does not have the committed checksum.
         """
+        _, size = self._files[name]
+        if size <= HELD_BYTES:
+            return self._held(name, 0, size)[start:end]
+        return self._read_checked(name, start, end)
+
+    def _read_checked(self, name: str, start: int, end: int) -> bytes:
         target, size = self._files[name]
         try:
             blocks = self._blocks(name)

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from afn_ray.errors import QueryError, StoreError
-from afn_ray.query import expressions, processes, result, sandbox, session, views
+from afn_ray.query import expressions, files, processes, result, sandbox, session, views
 from afn_ray.query.contents import read_contents
 from afn_ray.query.database import Run, open_run
 from afn_ray.query.files import ReadOnlyFiles
@@ -934,7 +934,13 @@ def test_the_relation_of_a_result_cannot_write_either(run: Run, tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_link_out_of_the_store_is_refused(tmp_path: Path) -> None:
+@pytest.fixture
+def nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small files are read again and again, as larger ones are."""
+    monkeypatch.setattr(files, "HELD_BYTES", 0)
+
+
+def test_a_link_out_of_the_store_is_refused(tmp_path: Path, nothing_held: None) -> None:
     store = tmp_path / "store"
     write_run(str(store), SHARDS, LAYERS)
     file = store / "shards/m/s0/a-tokens.parquet"
@@ -1000,7 +1006,7 @@ def test_a_lost_or_cut_file_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("table", ["tokens", "documents"])
 def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(
-    tmp_path: Path, table: str
+    tmp_path: Path, table: str, nothing_held: None
 ) -> None:
     write_run(str(tmp_path), SHARDS, LAYERS)
     file = tmp_path / f"shards/m/s1/a-{table}.parquet"
@@ -1027,6 +1033,25 @@ def test_a_flipped_bit_in_what_is_read_is_an_error_that_names_the_file(
         assert run.sql(ask).fetchall() == right
 
 
+def test_a_small_file_is_held_once_it_was_read_whole_and_right(tmp_path: Path) -> None:
+    write_run(str(tmp_path), SHARDS, LAYERS)
+    file = tmp_path / "shards/m/s1/a-tokens.parquet"
+    kept = file.read_bytes()
+    file.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+    with open_run(str(tmp_path)) as run:
+
+        def read() -> bytes:
+            with run._backend.process._files.open("shards/m/s1/a-tokens.parquet") as part:
+                return bytes(part.read(10))
+
+        with pytest.raises(StoreError, match="is damaged"):
+            read()
+        file.write_bytes(kept)
+        assert read() == kept[:10]
+        file.unlink()
+        assert read() == kept[:10]
+
+
 # --- reading from many threads, and speed
 # ----------------------------------------------------------------
 
@@ -1038,7 +1063,7 @@ def read_only_files(folder: Path) -> ReadOnlyFiles:
 
 
 def test_checksums_of_a_few_files_are_held_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_held: None
 ) -> None:
     monkeypatch.setattr("afn_ray.query.files.MOST_BLOCKS", 2)
     (tmp_path / "file").write_bytes(b"x" * 100)
@@ -1050,9 +1075,9 @@ def test_checksums_of_a_few_files_are_held_at_a_time(
         return found
 
     named = dict.fromkeys("abc", (str(tmp_path / "file"), 100))
-    files = ReadOnlyFiles(str(tmp_path), named, find)
+    served = ReadOnlyFiles(str(tmp_path), named, find)
     for name in "aabcca":
-        assert files.open(f"afn://{name}").read() == b"x" * 100
+        assert served.open(f"afn://{name}").read() == b"x" * 100
     assert asked == ["a", "b", "c", "a"]
 
 

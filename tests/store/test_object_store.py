@@ -469,6 +469,7 @@ def test_a_query_of_a_bucket_that_is_gone_says_so_and_is_no_wrong_query(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("afn_ray.query.files.HELD_BYTES", 0)  # a query reads the bucket
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "In the beginning"}])
     with afn_ray.run(make_config(corpus=(str(corpus),), store=f"{object_store}/store")) as run:
         monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
