@@ -73,6 +73,7 @@ class KeptOpen(MotoRequestHandler):
 
 def content(key: FakeKey) -> bytes:
     """The bytes of an object, which moto would read and copy for each range of them."""
+    # moto has no public way to the buffer of an object.
     found: bytes = key._value_buffer._file.getvalue()  # type: ignore[attr-defined]
     return found
 

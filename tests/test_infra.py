@@ -65,7 +65,7 @@ def render(folder: Path) -> list[Manifest]:
 
 def lint(tool: str, file: Path) -> None:
     """``tool``, which comes with the extra dev, has nothing to say about ``file``."""
-    program = shutil.which(tool, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    program = shutil.which(tool, path=Path(sys.executable).parent)
     assert program, f"{tool} is not here; it comes with the extra dev"
     done = subprocess.run([program, str(file)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
