@@ -52,19 +52,20 @@ def wait_until(
     process: subprocess.Popen[Any] | None = None,
     said: Callable[[], str] = str,
     every_s: float = 0.05,
+    within_s: float = PATIENCE_S,
 ) -> Any:
     """The first true value of ``condition``.
 
     Raises ``TimeoutError`` that says ``what`` did not happen, and what was ``said``; where
     ``process`` ends before, at once.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + within_s
     while True:
         has_ended = process is not None and process.poll() is not None
         if value := condition():
             return value
         if has_ended or time.monotonic() > deadline:
-            when = "before its process ended" if has_ended else f"in {PATIENCE_S:g} s"
+            when = "before its process ended" if has_ended else f"in {within_s:g} s"
             raise TimeoutError(f"not {when}: {what}\n{said()}")
         time.sleep(every_s)
 

@@ -83,6 +83,7 @@ def wait_until_gone(*pids: int) -> None:
         lambda: not any(map(state_of, pids)),
         said=lambda: str([(pid, state_of(pid)) for pid in pids]),
         every_s=0.01,
+        within_s=10,  # a template that outlives its idle time ends after 60 s
     )
 
 
@@ -152,6 +153,7 @@ def test_the_first_process_is_fresh_and_later_ones_are_forks_that_are_as_it_was(
         "the template closes what it had of its forks",
         lambda: list(fds_of(template).values()) == expected_files,
         said=lambda: str(fds_of(template)),
+        within_s=5,
     )
 
 
@@ -306,7 +308,7 @@ def test_many_starts_leave_no_process_and_no_descriptor(
     def more() -> set[tuple[int, str]]:
         return (fds_of(os.getpid()).items() - mine) | (fds_of(template).items() - its)
 
-    wait_until("no descriptor is left", lambda: not more(), said=lambda: str(more()))
+    wait_until("no descriptor is left", lambda: not more(), said=lambda: str(more()), within_s=5)
 
 
 def test_after_a_crash_no_fork_has_the_same_layout(

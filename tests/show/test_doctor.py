@@ -102,6 +102,7 @@ def test_all_is_good_here_and_nothing_stays_running(
         "the kernel reaps what was started",
         lambda: running(mark) == [],
         said=lambda: str(running(mark)),
+        within_s=10,
     )
 
 
