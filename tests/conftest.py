@@ -134,7 +134,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def chaos_group(item: pytest.Item) -> str:
     """The chaos tests that share what one process starts, for ``--dist loadgroup``: its nodes, its
-    own Ray, or the server of its drivers.
+    own Ray, or its drivers.
     """
     if item.path.stem == "test_faults":
         return "workers" if "local_ray" in getattr(item, "fixturenames", ()) else "drivers"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,21 @@ def test_a_fork_dies_with_raylets_child(tmp_path: Path, end: str) -> None:
     with process:
         getattr(process, end)()
     wait_until("the fork is dead", lambda: not Path("/proc", pid).exists())
+
+
+@pytest.mark.parametrize("after_s", [0, 0.3])
+def test_a_template_outlives_one_that_dies_before_it_has_read_the_pid_of_its_fork(
+    tmp_path: Path, after_s: float
+) -> None:
+    """What was not read makes the closed connection an error for the fork or the template."""
+    script = tmp_path / "script.py"
+    script.write_text("while True: pass")
+    with Path(os.devnull).open("r+") as nothing:
+        address, files = warm_workers.address(has_faults=False), [nothing.fileno()] * 3
+        fork = warm_workers.ask(address, [str(script)], os.environ, files)
+        assert select.select([fork], [], [], 60)[0]
+        time.sleep(after_s)  # at once, or where the fork runs
+        fork.close()
+    process, _ = started(tmp_path, "sys.exit(7)")
+    with process:
+        assert process.wait(60) == 7

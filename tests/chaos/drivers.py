@@ -49,7 +49,7 @@ class Driver:
     def kill_all(self) -> None:
         """SIGKILL to the driver and to all that it started."""
         with contextlib.suppress(ProcessLookupError):
-            assert self.pid > 1, "0 would be our own group"
+            assert self.pid > 1, "the fork did not start"
             os.killpg(self.pid, signal.SIGKILL)
 
     def family(self) -> list[int]:
@@ -68,7 +68,7 @@ class Driver:
         return code, self.said.read_text()
 
     def close(self) -> None:
-        """Kill it with all that it started, if it has not ended."""
+        """Kill the driver and all that it started."""
         self.kill_all()
         self.wait(30)
         self._fork.close()

@@ -152,17 +152,17 @@ def _patch(worker: ModuleType) -> None:
 
 
 def _patch_ray(worker: ModuleType) -> None:
-    """Once the head is dead, this thread of a driver would poll it without a pause."""
+    """Turn off a driver's thread that prints Ray's errors: it polls a dead head without a pause."""
     assert "listen_error_messages" in vars(worker)
     vars(worker)["listen_error_messages"] = lambda *_: None
 
 
 PATCHES = {"afn_ray.runs.worker": _patch, "ray._private.worker": _patch_ray}
-"""Modules that are changed once somebody imports them."""
+"""Functions that change a module after its import, by the module's name."""
 
 
 class _Finder:
-    """Finds these modules, to change them."""
+    """Finder of the modules in ``PATCHES``, which it changes."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name not in PATCHES:
