@@ -25,7 +25,7 @@ HELD_BYTES = LEAST_BLOCK_BYTES
 read reads all of it, and DuckDB reads each file several times for each query.
 """
 MOST_HELD = 256
-"""Most files that are held in memory."""
+"""Most files that are held in memory: the first ones that are read."""
 
 
 class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
@@ -50,7 +50,7 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
         """
         super().__init__()
         self._blocks = lru_cache(MOST_BLOCKS)(find_blocks)
-        self._held = lru_cache(MOST_HELD)(self._read_checked)
+        self._held: dict[str, bytes] = {}
         # Error of the last failed read: DuckDB reduces errors to text.
         self.failed: AfnError | None = None
         self._fs, path = open_filesystem(root)
@@ -84,12 +84,18 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _checked(self, name: str, start: int, end: int) -> bytes:
         """The bytes of a file from ``start`` to ``end``.
 
-        Raises ``StoreError`` if the file is gone or does not have the committed checksum.
+        Raises ``StoreError`` if the file is gone or does not have the committed checksum. A small
+        file is read once; later reads are answered from memory.
         """
         _, size = self._files[name]
-        if size <= HELD_BYTES:
-            return self._held(name, 0, size)[start:end]
-        return self._read_checked(name, start, end)
+        if size > HELD_BYTES:
+            return self._read_checked(name, start, end)
+        data = self._held.get(name)
+        if data is None:
+            data = self._read_checked(name, 0, size)
+            if len(self._held) < MOST_HELD:
+                self._held[name] = data
+        return data[start:end]
 
     def _read_checked(self, name: str, start: int, end: int) -> bytes:
         target, size = self._files[name]

@@ -1052,6 +1052,35 @@ def test_a_small_file_is_held_once_it_was_read_whole_and_right(tmp_path: Path) -
         assert read() == kept[:10]
 
 
+def test_as_many_small_files_are_held_as_are_allowed_and_no_larger_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MOST_HELD", 2)
+    (tmp_path / "small").write_bytes(b"x" * files.HELD_BYTES)
+    (tmp_path / "large").write_bytes(b"x" * (files.HELD_BYTES + 1))
+    sizes = dict.fromkeys("abc", files.HELD_BYTES) | {"large": files.HELD_BYTES + 1}
+    named = {
+        name: (str(tmp_path / ("large" if name == "large" else "small")), size)
+        for name, size in sizes.items()
+    }
+
+    def find(name: str) -> blocks.Blocks:
+        return blocks.Blocks(sizes[name], blocks.checksums(b"x" * sizes[name]))
+
+    served = ReadOnlyFiles(str(tmp_path), named, find)
+    read: list[str] = []
+    read_checked = served._read_checked
+
+    def count(name: str, start: int, end: int) -> bytes:
+        read.append(name)
+        return read_checked(name, start, end)
+
+    monkeypatch.setattr(served, "_read_checked", count)
+    for name in (*"aabbccab", "large", "large"):
+        assert served.open(f"afn://{name}").read() == b"x" * sizes[name]
+    assert read == ["a", "b", "c", "c", "large", "large"]
+
+
 # --- reading from many threads, and speed
 # ----------------------------------------------------------------
 
