@@ -263,7 +263,15 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------
 
 RUN_TABLES = ("plan", "shards", "thresholds", "histogram", "vocabulary")
-DAMAGES = ("flipped", "cut", "longer", "emptied", "missing")
+WHY = {
+    "flipped": "its SHA-256 is",
+    "cut": "bytes, expected",
+    "longer": "bytes, expected",
+    "emptied": "bytes, expected",
+    "missing": "there is no such file",
+}
+"""Kinds of damage to a file, and what is said of each."""
+DAMAGES = tuple(WHY)
 
 
 @pytest.mark.parametrize("table", layout.TABLES)
@@ -277,8 +285,10 @@ def test_a_damaged_file_of_a_shard_is_named(store: Copy, table: str) -> None:
     assert len(expected) == len(DAMAGES)
     v = store.verify()
     assert sorted(kinds(v)) == sorted(expected) and v.unproved == (store.run,)
-    for finding in v.findings:
-        assert f"delete {finding.uri.rpartition('/')[0]} and" in finding.message
+    messages = {finding.uri: finding.message for finding in v.findings}
+    for damage, (_, uri) in zip(DAMAGES, expected, strict=True):
+        assert f"delete {uri.rpartition('/')[0]} and" in messages[uri]
+        assert WHY[damage] in messages[uri]
 
 
 @pytest.mark.parametrize("name", [*(f"{t}.parquet" for t in RUN_TABLES), "run.json"])
