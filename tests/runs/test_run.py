@@ -110,7 +110,7 @@ def reference(folder: Path, texts: list[str]) -> list[tuple[list[int], list[np.n
 def test_recorded_strengths_equal_the_hugging_face_loop(
     tmp_path: Path, make_config: MakeConfig, minilm: Path, verses: list[str]
 ) -> None:
-    texts = verses[::800]
+    texts = verses[::400]
     write_jsonl(tmp_path / "c.jsonl", [{"id": i, "text": t} for i, t in enumerate(texts)])
     config = make_config(
         corpus=(str(tmp_path / "c.jsonl"),), model=str(minilm), layers="all", id_column="id"

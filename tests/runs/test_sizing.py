@@ -381,18 +381,18 @@ def test_a_crowd_that_fails_all_the_time_ends_every_shard_once(
 ) -> None:
     for name in crowd.RATES:
         monkeypatch.setitem(crowd.RATES, name, 0.004)
-    monkeypatch.setattr(crowd, "POISON", dict.fromkeys(crowd.POISON, 0.004))
-    monkeypatch.setattr(crowd, "NODE_LOST_H", 1.0)
-    monkeypatch.setattr(crowd, "OUTAGE_EVERY_H", 1.0)
+    monkeypatch.setattr(crowd, "POISON", dict.fromkeys(crowd.POISON, 0.002))
+    monkeypatch.setattr(crowd, "NODE_LOST_H", 2.0)
+    monkeypatch.setattr(crowd, "OUTAGE_EVERY_H", 2.0)
     monkeypatch.setattr(simulate, "COMMITS_READ", 20)
     result: dict[str, Any] = simulate.simulate(
-        750, 60, seed
+        1500, 60, seed
     )  # it asserts that none is lost, none done twice
-    assert result["quarantined"] >= 4 * 3 and result["attempts"] > 750 + result["quarantined"]
+    assert result["quarantined"] >= 4 * 3 and result["attempts"] > 1500 + result["quarantined"]
     assert {"crash", "hang", "memory", "node", "raise", "unavailable", "nodes lost"} <= result[
         "happened"
     ].keys()
-    assert result["calls"]["total"] == 1 and result["calls"]["read"] >= 750 / 64
+    assert result["calls"]["total"] == 1 and result["calls"]["read"] >= 1500 / 64
     assert result["most_args"] <= 64 + 1
     assert result["parts_s"]["status"] > 0  # which has told of every shard in the end
 
@@ -400,14 +400,14 @@ def test_a_crowd_that_fails_all_the_time_ends_every_shard_once(
         simulate.render,
         {
             **machine.facts("cpu"),
-            "shards": 750,
+            "shards": 1500,
             "workers": 60,
             "repeat": 1,
             "rounds": [result | {"foreign": 0.1}],
         },
     )
     for expected in (
-        "750 shards",
+        "1,500 shards",
         "check workers",
         "bytes a shard more than at the start",
         "quarantined",
