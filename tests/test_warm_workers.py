@@ -68,7 +68,7 @@ def test_a_fork_dies_with_raylets_child(tmp_path: Path, end: str) -> None:
 def test_a_template_outlives_one_that_dies_before_it_has_read_the_pid_of_its_fork(
     tmp_path: Path, after_s: float
 ) -> None:
-    """What was not read makes the closed connection an error for the fork or the template."""
+    """The unread pid makes the closed connection an error for the fork or the template."""
     script = tmp_path / "script.py"
     script.write_text("while True: pass")
     with Path(os.devnull).open("r+") as nothing:
