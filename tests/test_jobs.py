@@ -353,7 +353,7 @@ ENDS = {
     # The reduce of the same shards by another rule, and by a config that asks for other shards.
     "reduce": ("reduce.py {bucket}/run.toml --sink-factor=5", 0, "is complete: "),
     "lacking": ("reduce.py {bucket}/run.toml --shard-bytes=30000", 1,
-                " shards are not in {bucket}/run, and"),
+                "{bucket}/run lacks "),
     "audit": ("nightly_audit.py {bucket}/few.toml --policy={bucket}/policy.toml --no-report", 1,
               "BROKEN     empty"),
     "bench": ("benchmark.py monitor --model={model} --texts=1", 0, "overhead"),

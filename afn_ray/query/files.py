@@ -84,8 +84,8 @@ class ReadOnlyFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
     def _checked(self, name: str, start: int, end: int) -> bytes:
         """The bytes of a file from ``start`` to ``end``.
 
-        Raises ``StoreError`` if the file is gone or does not have the committed checksum. A small
-        file is read once; later reads are answered from memory.
+        Raises ``StoreError`` if the file is gone or does not have the committed checksum, which is
+        seen no more where a small file is held.
         """
         _, size = self._files[name]
         if size > HELD_BYTES:

@@ -113,9 +113,9 @@ def describe(table: pa.Table) -> Iterator[str]:
         num_documents = row["n"] + row["n_lacking"] + row["n_refused"]
         if row["n_refused"]:
             yield (
-                f"{row['name']}: {row['n_refused']:,} of {count(num_documents, 'document')} have a "
-                f"value that is not {row['type']} or is too long; not_kept in the documents view "
-                "says which"
+                f"{row['name']}: no value that is {row['type']} and short enough in "
+                f"{row['n_refused']:,} of {count(num_documents, 'document')}; not_kept in the "
+                "documents view says which"
             )
         elif not row["n"]:
             yield f"{row['name']}: none of {count(num_documents, 'document')} has it"

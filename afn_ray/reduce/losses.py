@@ -372,12 +372,12 @@ def describe_encoding(replaced: int, uris: Sequence[str], encoding: str | None) 
     name = _names(of_text[:1])[0]
     if encoding:
         return (
-            f"{count(replaced, 'character')} are no {encoding}: if {name} is in another encoding, "
-            "measure it alone, with its --encoding"
+            f"{count(replaced, 'character')} could not be read as {encoding}: if {name} is in "
+            "another encoding, measure it alone, with its --encoding"
         )
     return (
-        f"{count(replaced, 'character')} are no UTF-8: if {name} is in latin-1 or another "
-        "encoding, give --encoding latin-1, or its own"
+        f"{count(replaced, 'character')} could not be read as UTF-8: if {name} is in latin-1 or "
+        "another encoding, give --encoding latin-1, or its own"
     )
 
 

@@ -172,8 +172,8 @@ def _lacking(config: RunConfig, measure_id: str, plan: plans.Plan, num_there: in
     if not num_there:
         none = f"; of measure {measure_id} it has none: is the config the one that measured?"
     return (
-        f"{num_shards - num_there:,} of {count(num_shards, 'shard')} are not in {config.store}, "
-        f"and --reduce-only does none{none}; the same command without it does them "
+        f"{config.store} lacks {num_shards - num_there:,} of {count(num_shards, 'shard')}, and "
+        f"--reduce-only measures none{none}; the same command without it does "
         "(--allow-quarantined N: a run that lacks up to N counts as complete)"
     )
 

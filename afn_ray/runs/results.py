@@ -44,7 +44,7 @@ def collect(plan: plans.Plan, commits: Commits, failures: Mapping[str, str]) -> 
     lost = [s.id for s in plan.shards if s.id not in commits and s.id not in failures]
     if lost:
         raise IncompleteRun(
-            f"{len(lost)} of {count(len(plan.shards), 'shard')} have no commit and no reason: "
+            f"no commit and no reason for {len(lost)} of {count(len(plan.shards), 'shard')}: "
             f"{', '.join(lost[:9])}"
         )
     ordered = commits.in_order(s.id for s in done)

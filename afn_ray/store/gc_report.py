@@ -40,14 +40,10 @@ def lines(g: Garbage, flags: Sequence[str]) -> Iterator[str]:
             "meanwhile"
         )
     if g.num_spared:
-        yield (
-            f"{count(g.num_spared, 'shard')} stay: a run lists them that began or was spared "
-            "meanwhile"
-        )
+        yield (f"spared {count(g.num_spared, 'shard')} of a run that began or was spared meanwhile")
     if g.num_young:
         yield (
-            f"{count(g.num_young, 'shard')} that no kept run lists stay: they are younger than "
-            "--min-age-h"
+            f"spared {count(g.num_young, 'shard')} younger than --min-age-h, of no run that is kept"
         )
     sums = (
         f"{count(len(g.runs), 'run')} and {count(len(g.shards), 'shard')}, "

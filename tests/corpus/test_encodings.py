@@ -173,7 +173,8 @@ def test_a_corpus_in_an_encoding_that_was_not_given_ends_with_that_question(
     (tmp_path / "old.csv").write_bytes("\n".join(rows).encode("latin-1"))
     config = config_of(tiny_bert, tmp_path / "old.csv", tmp_path / "s")
     question = (
-        "24 characters are no UTF-8: if old.csv is in latin-1 or another encoding, give --enc"
+        "24 characters could not be read as UTF-8: if old.csv is in latin-1 or another encoding, "
+        "give --encoding latin-1"
     )
 
     estimate = afn_ray.dry_run(config)

@@ -1319,11 +1319,11 @@ def test_the_reduce_alone_says_what_is_lacking_and_writes_nothing(
     no_model()
     before = files_below(config.store)
     with pytest.raises(
-        IncompleteRun, match=r"^2 of 4 shards are not in .*store, and --reduce-only does none; the"
+        IncompleteRun, match=r"store lacks 2 of 4 shards, and --reduce-only measures none; the"
     ):
         job.run(config, reduce_only=True)
     with pytest.raises(
-        IncompleteRun, match=r"4 of 4 shards are not .* it has none: is the config the one that"
+        IncompleteRun, match=r"lacks 4 of 4 shards, .* it has none: is the config the one that"
     ):
         job.run(replace(config, layers="0"), reduce_only=True)
     for other in (replace(config, dtype="bfloat16"), replace(config, signals="trimmed")):

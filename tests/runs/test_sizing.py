@@ -581,7 +581,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"executor": "ray", "store": "{new}", "address": "127.0.0.1:1"},
         "nothing answers",
     ),
-    "a reduce of nothing": ({"store": "{new}", "reduce_only": True}, "are not in"),
+    "a reduce of nothing": ({"store": "{new}", "reduce_only": True}, " lacks "),
 }
 
 
